@@ -1,0 +1,185 @@
+"""
+Text to video: the base, or the base with a LoRA, from seeded noise.
+
+    python generate.py --prompt "a red circle moving left" --lora out/tiny/lora.safetensors
+    python generate.py --base ali-vilab/text-to-video-ms-1.7b --prompts prompts.txt --guidance 9
+
+Paper: InstructVideo (arXiv:2312.12490), Sec. 3.1; ModelScopeT2V (arXiv:2308.06571).
+Noise belongs to the prompt and its seed: video 7 is the same in any batch, on any number of ranks.
+
+Letters: B videos, C channels, F frames, h and w latent rows and columns, H and W pixels.
+"""
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import imageio.v3 as iio
+import torch
+import tyro
+from tqdm import tqdm
+
+import lora
+from data import sample_generator
+from model import Base, decode_frames, load_base, pick_device, pick_dtype
+from sampler import GUIDANCE, sample
+
+
+@torch.no_grad()
+def generate(base: Base, prompts, seeds, num_steps=20, guidance=GUIDANCE, frames=16, height=32, width=32, batch_size=8,
+             bar=None) -> Iterable[tuple[int, torch.Tensor]]:
+    """
+    Latents from pure noise, one by one: yields (index, z_0 (C, F, h, w)), scaled, in order.
+
+    prompts [n], seeds [n] whole numbers: video i depends on (prompts[i], seeds[i]) only. Sizes are multiples of the
+    autoencoder's downscale, else ValueError. bar: a tqdm to move on, or any function called after each batch with its size.
+    """
+    h, w = latent_size(base, height, width)
+    uncond = base.encode_text([""])                                                       # (1, N, E)
+    for start in range(0, len(prompts), batch_size):
+        part = range(start, min(start + batch_size, len(prompts)))
+        shape = (base.vae.config.latent_channels, frames, h, w)
+        noise = torch.stack([torch.randn(shape, generator=sample_generator(seeds[i], "generate")) for i in part])
+        text = base.encode_text([prompts[i] for i in part])                               # (B, N, E)
+        z_0 = sample(base.denoiser, noise.to(base.device), text, uncond, num_steps, guidance)   # (B, C, F, h, w)
+        if bar:
+            bar(len(part))
+        yield from zip(part, z_0)
+
+
+def latent_size(base, height, width):
+    """Pixels to latent rows and columns; ValueError unless they divide."""
+    f = base.vae.config.downscale
+    if height < f or width < f or height % f or width % f:
+        raise ValueError(f"height {height} and width {width}: allowed are positive multiples of {f}")
+    return height // f, width // f
+
+
+def video_name(index, prompt):
+    """A file name that is safe anywhere, whatever the prompt: its number, then letters and digits of it."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-")
+    return f"{index:04d}-{words}" if words else f"{index:04d}"
+
+
+def write_video(path, video, fps):
+    """Save (F, 3, H, W) in [0, 1] as .mp4 or .gif, under a hidden name first, so that no half file is left."""
+    pixels = video.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (F, H, W, 3)
+    hidden = path.with_name(f".{path.name}")
+    try:
+        if path.suffix == ".gif":
+            iio.imwrite(hidden, pixels, extension=".gif", duration=round(1000 / fps), loop=0)
+        else:  # small pictures are enlarged, so that players show more than a dot; odd sizes do not exist in yuv420p
+            zoom = max(1, 256 // max(pixels.shape[1:3]))
+            pixels = pixels.repeat(zoom, 1).repeat(zoom, 2)
+            pixels = pixels[:, :pixels.shape[1] // 2 * 2, :pixels.shape[2] // 2 * 2]
+            iio.imwrite(hidden, pixels, extension=".mp4", plugin="pyav", codec="libx264", fps=fps)
+        hidden.replace(path)
+    finally:
+        hidden.unlink(missing_ok=True)
+
+
+def read_prompts(path):
+    """
+    Prompts from a text file: one a line, or the official list form `video|||caption|||frames`, whose caption is taken.
+
+    Blank lines are left out. ValueError: no such file, not text, or no prompts.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompts {path}: cannot be read ({error})") from None
+    prompts = [(line.split("|||")[1] if "|||" in line else line).strip() for line in lines if line.strip()]
+    if not prompts or not all(prompts):
+        raise ValueError(f"prompts {path}: expected one prompt a line, found {'an empty one' if prompts else 'none'}")
+    return prompts
+
+
+@dataclass
+class Config:
+    """Generate videos from prompts."""
+    prompt: list[str] = field(default_factory=list)
+    """what to show; repeat the flag's value for more videos"""
+    prompts: Path | None = None
+    """a file of prompts, one a line or in the official list form"""
+    base: str = "tiny"
+    """the text-to-video model: tiny, a folder, a file, a hub id, or random"""
+    vae: str | None = None
+    """another autoencoder than the base's"""
+    text_encoder: str | None = None
+    """another text encoder than the base's"""
+    lora: Path | None = None
+    """an adapter from train.py, or any other form that lora.py reads"""
+    lora_scale: float = 1.0
+    """strength of the adapter: 0 is the base, 1 as trained"""
+    num_steps: int = 20
+    """D, DDIM steps (paper, Sec. 4.1; 50 in its Table A.1)"""
+    guidance: float = GUIDANCE
+    """classifier-free guidance scale (official code: modules/config.py:74)"""
+    frames: int = 16
+    """frames of a video (paper, Sec. 4.1)"""
+    height: int | None = None
+    """pixels; default 32 for the tiny world, 256 otherwise (paper, Sec. 4.1)"""
+    width: int | None = None
+    """pixels; default as height"""
+    fps: int = 8
+    """frames a second of the file (official code: 8)"""
+    seed: int = 0
+    """video i has seed + i"""
+    batch_size: int = 4
+    """videos at a time; changes time and memory, not the videos"""
+    gif: bool = False
+    """also write each video as .gif"""
+    out: Path = Path("out/videos")
+    """folder of the videos; files of the same name are replaced"""
+    device: str | None = None
+    """cuda, mps or cpu; default the first of these that is there"""
+    dtype: str | None = None
+    """float32, bfloat16 or float16 of the frozen weights; default bfloat16 on cuda, else float32"""
+
+
+def check(cfg):
+    """All that can be known before anything is loaded or written."""
+    prompts = [*cfg.prompt, *(read_prompts(cfg.prompts) if cfg.prompts else [])]
+    if not prompts or not all(p.strip() for p in prompts):
+        raise ValueError("no prompt given: allowed are --prompt TEXT and --prompts FILE, and no empty ones")
+    for name in ("num_steps", "frames", "fps", "batch_size"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"{name} = {getattr(cfg, name)}: allowed is 1 and above")
+    for name in ("guidance", "lora_scale"):
+        if not abs(getattr(cfg, name)) < float("inf"):
+            raise ValueError(f"{name} = {getattr(cfg, name)}: allowed is any finite number")
+    return prompts
+
+
+def main(cfg):
+    """Load, generate, write."""
+    prompts, device = check(cfg), pick_device(cfg.device)
+    base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype=pick_dtype(cfg.dtype, device), device=device)
+    if cfg.lora:
+        lora.load(base.unet, cfg.lora)
+        lora.set_scale(base.unet, cfg.lora_scale)
+        lora.merge(base.unet)
+    height = cfg.height or base.default_size
+    width = cfg.width or height
+    for prompt in prompts:
+        base.announce_cut(prompt)
+    latent_size(base, height, width)
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    seeds = [cfg.seed + i for i in range(len(prompts))]
+    with tqdm(total=len(prompts), desc="generating", unit="video") as bar:
+        for i, z_0 in generate(base, prompts, seeds, cfg.num_steps, cfg.guidance, cfg.frames, height, width,
+                               cfg.batch_size, bar.update):
+            video = decode_frames(base.vae, z_0[None])[0]                                 # (F, 3, H, W)
+            for suffix in (".mp4", ".gif") if cfg.gif else (".mp4",):
+                path = cfg.out / (video_name(i, prompts[i]) + suffix)
+                write_video(path, video, cfg.fps)
+                tqdm.write(str(path))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config, description=__doc__))
+    except ValueError as error:
+        print(f"generate.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,949 @@
+"""
+What denoises and what is frozen: ModelScopeT2V's 3D UNet, its KL autoencoder, its text tower.
+
+Paper: InstructVideo (arXiv:2312.12490), Sec. 3.1; ModelScopeT2V (arXiv:2308.06571), Sec. 3.
+The module tree carries the tensor names of the diffusers checkpoints (down_blocks.0.resnets.0.conv1 ...), so those load and
+save as they are. Three tables at the end translate the other published names: ModelScope's, LDM's and transformers'.
+
+Ours differs from the official code: (1) a clip stays one channels-last block of memory, read as B*F images by the spatial
+layers and as B images of F rows and H*W columns by the temporal ones, so the two kinds of layer alternate without copies;
+(2) text keys and values are computed once a clip, not once a frame; (3) no dropout anywhere: nothing here is trained but LoRA.
+
+Letters: B clips, F frames, C channels, H and W latent rows and columns, N text tokens, E width of the time embedding.
+"""
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import warnings
+import zipfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F_
+from einops import rearrange
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Structure of the 3D UNet; the defaults are ModelScopeT2V's (official configs/t2v_infer.yaml, 1,411,233,860 parameters)."""
+    in_channels: int = 4
+    out_channels: int = 4
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    """width of each resolution level"""
+    blocks_per_level: int = 2
+    attention_levels: tuple[bool, ...] = (True, True, True, False)
+    context_dim: int = 1024
+    """width of the text features"""
+    head_dim: int = 64
+    stem_heads: int = 8
+    """heads of the first temporal transformer alone; elsewhere channels / head_dim"""
+    norm_groups: int = 32
+
+    def __post_init__(self):
+        sizes = (*self.channels, self.in_channels, self.out_channels, self.context_dim, self.head_dim, self.stem_heads)
+        check_structure(self, sizes)
+        attended = [c for c, a in zip(self.channels, self.attention_levels) if a] + [self.channels[-1]]
+        if len(self.attention_levels) != len(self.channels) or any(c % self.head_dim for c in attended):
+            raise ValueError(f"expected one attention_levels entry per level, and head_dim to divide channels there: {self}")
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Structure of the autoencoder; the defaults are Stable Diffusion's f8 KL autoencoder (83,653,863 parameters)."""
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    blocks_per_level: int = 2
+    latent_channels: int = 4
+    scale: float = 0.18215
+    """z = scale * latent, so that z has about unit variance"""
+    norm_groups: int = 32
+
+    def __post_init__(self):
+        check_structure(self, (*self.channels, self.latent_channels))
+        if not (isinstance(self.scale, (int, float)) and 0 < self.scale < math.inf):
+            raise ValueError(f"expected a scale above 0: {self}")
+
+    @property
+    def downscale(self):
+        """Pixels per latent column: every level but the last halves the picture."""
+        return 2 ** (len(self.channels) - 1)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Structure of the text tower; the defaults are OpenCLIP ViT-H-14's, less its last block (clip_embedder.py:280-297)."""
+    vocab_size: int = 49408
+    context_length: int = 77
+    width: int = 1024
+    heads: int = 16
+    layers: int = 23
+    """blocks that are run: the penultimate block's output is what conditions the UNet"""
+
+
+def check_structure(config, sizes):
+    """ValueError for a structure that cannot be built, wherever its numbers come from."""
+    whole = all(type(n) is int and 0 < n <= 2**16 for n in (*sizes, config.blocks_per_level, config.norm_groups))
+    if not whole or not 0 < len(config.channels) * config.blocks_per_level <= 256:
+        raise ValueError(f"expected whole numbers from 1, and at most 256 blocks: {config}")
+    if any(c % config.norm_groups for c in config.channels):
+        raise ValueError(f"expected norm_groups to divide every width in channels: {config}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers. Images are (B*F, C, H, W), channels-last in memory.
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions, the time embedding added between them. Also the autoencoder's block, which has no time."""
+
+    def __init__(self, c_in, c_out, groups, eps, time_dim=None):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        if time_dim:
+            self.time_emb_proj = nn.Linear(time_dim, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x, emb=None):
+        h = self.conv1(F_.silu(self.norm1(x)))                              # (B*F, C, H, W)
+        if emb is not None:
+            h = h + self.time_emb_proj(F_.silu(emb))[:, :, None, None]
+        h = self.conv2(F_.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class FrameConv(nn.Conv3d):
+    """A convolution over three neighbouring frames. A clip is an image of F rows and H*W columns: 2D kernels do it faster."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__(c_in, c_out, (3, 1, 1), padding=(1, 0, 0))
+
+    def forward(self, x):                                                   # (B, C, F, H*W)
+        return F_.conv2d(x, self.weight.squeeze(-1), self.bias, padding=(1, 0))
+
+
+class TemporalConv(nn.Module):
+    """Four frame convolutions with a residual, after every ResBlock (ModelScopeT2V, Sec. 3.3)."""
+
+    def __init__(self, c, groups):
+        super().__init__()
+        def stage(*unused):  # the published files number the convolutions with their dropout counted
+            return nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), *unused, FrameConv(c, c))
+        self.conv1 = stage()
+        self.conv2, self.conv3, self.conv4 = stage(nn.Identity()), stage(nn.Identity()), stage(nn.Identity())
+        nn.init.zeros_(self.conv4[-1].weight)  # starts as the identity, so that images learned first are not disturbed
+        nn.init.zeros_(self.conv4[-1].bias)
+
+    def forward(self, x, num_frames):
+        h = rearrange(x, "(b f) c h w -> b c f (h w)", f=num_frames)        # a view: frames are rows, pixels columns
+        h = self.conv4(self.conv3(self.conv2(self.conv1(h))))
+        return x + rearrange(h, "b c f (h w) -> (b f) c h w", h=x.shape[-2])
+
+
+class Attention(nn.Module):
+    """Multi-head attention. The four projections are what LoRA adapts."""
+
+    def __init__(self, dim, heads, head_dim, context_dim=None, bias=False):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, heads * head_dim, bias)
+        self.to_k = nn.Linear(context_dim or dim, heads * head_dim, bias)
+        self.to_v = nn.Linear(context_dim or dim, heads * head_dim, bias)
+        self.to_out = nn.ModuleList([nn.Linear(heads * head_dim, dim)])
+
+    def forward(self, x, context=None):                                     # (n, l, C), (n, N, C)
+        context = x if context is None else context
+        q, k, v = (rearrange(y, "n l (h d) -> n h l d", h=self.heads)
+                   for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        out = F_.scaled_dot_product_attention(q, k, v)
+        return self.to_out[0](rearrange(out, "n h l d -> n l (h d)"))
+
+
+class GEGLU(nn.Module):
+    """Half of the projection gates the other half (arXiv:2002.05202)."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * hidden)
+
+    def forward(self, x):
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F_.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))  # Identity: their dropout
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, then attention to the text (spatial) or a second self-attention (temporal), then feed-forward."""
+
+    def __init__(self, dim, heads, head_dim, context_dim=None):
+        super().__init__()
+        self.norm1, self.attn1 = nn.LayerNorm(dim), Attention(dim, heads, head_dim)
+        self.norm2, self.attn2 = nn.LayerNorm(dim), Attention(dim, heads, head_dim, context_dim)
+        self.norm3, self.ff = nn.LayerNorm(dim), FeedForward(dim)
+
+    def forward(self, x, text=None):                                        # (n, l, C), (B, N, context_dim)
+        x = x + self.attn1(self.norm1(x))
+        h = self.norm2(x)
+        if text is None:
+            x = x + self.attn2(h)
+        else:  # all frames of a clip ask the same text: one sequence of F*H*W queries instead of F copies of the text
+            x = x + self.attn2(h.reshape(len(text), -1, h.shape[-1]), text).view_as(x)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Attention within each frame and to the text."""
+
+    def __init__(self, c, config):
+        super().__init__()
+        self.norm = nn.GroupNorm(config.norm_groups, c, eps=1e-6)
+        self.proj_in = nn.Linear(c, c)
+        heads = c // config.head_dim
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(c, heads, config.head_dim, config.context_dim)])
+        self.proj_out = nn.Linear(c, c)
+
+    def forward(self, x, text):
+        h = rearrange(self.norm(x), "n c h w -> n (h w) c")
+        h = self.proj_out(self.transformer_blocks[0](self.proj_in(h), text))
+        return x + rearrange(h, "n (h w) c -> n c h w", h=x.shape[-2])
+
+
+class TemporalTransformer(nn.Module):
+    """Attention along time, each pixel for itself. No position embedding: the temporal convolutions tell order."""
+
+    def __init__(self, c, heads, config):
+        super().__init__()
+        dim = heads * config.head_dim
+        self.norm = nn.GroupNorm(config.norm_groups, c, eps=1e-6)
+        self.proj_in = nn.Linear(c, dim)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(dim, heads, config.head_dim)])
+        self.proj_out = nn.Linear(dim, c)
+
+    def forward(self, x, num_frames):
+        H = x.shape[-2]
+        h = self.norm(rearrange(x, "(b f) c h w -> b c f (h w)", f=num_frames))
+        h = rearrange(h, "b c f p -> (b p) f c")
+        h = self.proj_out(self.transformer_blocks[0](self.proj_in(h)))
+        return x + rearrange(h, "(b h w) f c -> (b f) c h w", b=len(x) // num_frames, h=H)
+
+
+class Resample(nn.Module):
+    """Half the rows and columns (a strided convolution), or as many as `size` asks (nearest neighbour, then a convolution)."""
+
+    def __init__(self, c, down, pad=1):
+        super().__init__()
+        self.down, self.pad = down, pad
+        self.conv = nn.Conv2d(c, c, 3, stride=2 if down else 1, padding=pad if down else 1)
+
+    def forward(self, x, size=None):
+        if self.down and not self.pad:  # the autoencoder pads below and to the right only
+            x = F_.pad(x, (0, 1, 0, 1))
+        if not self.down:
+            x = F_.interpolate(x, size=size or [2 * s for s in x.shape[-2:]], mode="nearest")
+        return self.conv(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The UNet
+
+class Level(nn.Module):
+    """The blocks of one resolution: (residual, temporal convolution [, spatial, temporal attention]) for each of `c_ins`."""
+
+    def __init__(self, c_ins, c, num_attentions, resample, config):
+        super().__init__()
+        time_dim, groups, n = 4 * config.channels[0], config.norm_groups, num_attentions
+        self.resnets = nn.ModuleList([ResBlock(c_in, c, groups, 1e-5, time_dim) for c_in in c_ins])
+        self.temp_convs = nn.ModuleList([TemporalConv(c, groups) for _ in c_ins])
+        self.attentions = nn.ModuleList([SpatialTransformer(c, config) for _ in range(n)])
+        self.temp_attentions = nn.ModuleList([TemporalTransformer(c, c // config.head_dim, config) for _ in range(n)])
+        if resample == "down":
+            self.downsamplers = nn.ModuleList([Resample(c, down=True)])
+        if resample == "up":
+            self.upsamplers = nn.ModuleList([Resample(c, down=False)])
+        self.recompute = False  # set by UNet3D.checkpoint_activations
+
+    def block(self, j, x, emb, text, num_frames):
+        """The j-th block: (B*F, C, H, W) -> (B*F, C', H, W)."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._block, j, x, emb, text, num_frames, use_reentrant=False)
+        return self._block(j, x, emb, text, num_frames)
+
+    def _block(self, j, x, emb, text, num_frames):
+        x = self.temp_convs[j](self.resnets[j](x, emb), num_frames)
+        if j < len(self.attentions):
+            x = self.temp_attentions[j](self.attentions[j](x, text), num_frames)
+        return x
+
+
+def time_features(t, dim):
+    """Sinusoids of the time step: (B,) -> (B, dim), cosines first; float32, as in the official code."""
+    freqs = torch.exp(-math.log(10000) / (dim // 2) * torch.arange(dim // 2, dtype=torch.float32, device=t.device))
+    angles = t[:, None].float() * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class UNet3D(nn.Module):
+    """
+    ModelScopeT2V's denoiser, eps(z_t, t, text).
+
+    forward: z_t (B, C, F, H, W), t (B,) integer steps, text (B, N, context_dim) -> eps (B, C, F, H, W).
+    """
+
+    def __init__(self, config=UNetConfig()):
+        super().__init__()
+        self.config = config
+        ch, n, levels = config.channels, config.blocks_per_level, len(config.channels)
+        self.conv_in = nn.Conv2d(config.in_channels, ch[0], 3, padding=1)
+        self.time_embedding = nn.ModuleDict(dict(linear_1=nn.Linear(ch[0], 4 * ch[0]), linear_2=nn.Linear(4 * ch[0], 4 * ch[0])))
+        self.transformer_in = TemporalTransformer(ch[0], config.stem_heads, config)
+
+        # Down: every block's output, and every downsampled one, is kept for the way up.
+        skips, self.down_blocks = [ch[0]], nn.ModuleList()
+        for i, c in enumerate(ch):
+            c_ins = [ch[max(i - 1, 0)]] + [c] * (n - 1)
+            last = i == levels - 1
+            self.down_blocks.append(Level(c_ins, c, n * config.attention_levels[i], None if last else "down", config))
+            skips += [c] * (n if last else n + 1)
+        self.mid_block = Level([ch[-1]] * 2, ch[-1], 1, None, config)
+        self.up_blocks, c_prev = nn.ModuleList(), ch[-1]
+        for i, c in reversed(list(enumerate(ch))):
+            c_ins = [c_prev + skips.pop()] + [c + skips.pop() for _ in range(n)]
+            self.up_blocks.append(Level(c_ins, c, (n + 1) * config.attention_levels[i], "up" if i else None, config))
+            c_prev = c
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_groups, ch[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(ch[0], config.out_channels, 3, padding=1)
+
+    def checkpoint_activations(self, on=True):
+        """Recompute each block in the backward pass instead of keeping its activations: less memory, the same gradient."""
+        for level in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            level.recompute = on
+
+    def forward(self, z_t, t, text):
+        num_frames = z_t.shape[2]
+        emb = time_features(t, self.config.channels[0]).to(z_t.dtype)
+        emb = self.time_embedding["linear_2"](F_.silu(self.time_embedding["linear_1"](emb)))   # (B, E)
+        emb = emb.repeat_interleave(num_frames, dim=0)                                         # (B*F, E)
+
+        x = rearrange(z_t, "b c f h w -> (b f) c h w").contiguous(memory_format=torch.channels_last)
+        x = self.conv_in(x)                                                                    # (B*F, C, H, W)
+        x = self.transformer_in(x, num_frames)
+
+        skips = [x]
+        for level in self.down_blocks:
+            for j in range(len(level.resnets)):
+                x = level.block(j, x, emb, text, num_frames)
+                skips.append(x)
+            if hasattr(level, "downsamplers"):
+                x = level.downsamplers[0](x)
+                skips.append(x)
+        for j in range(2):
+            x = self.mid_block.block(j, x, emb, text, num_frames)
+        for level in self.up_blocks:
+            for j in range(len(level.resnets)):
+                x = level.block(j, torch.cat([x, skips.pop()], dim=1), emb, text, num_frames)
+            if hasattr(level, "upsamplers"):  # to the size of the next skip, which odd sizes rounded up on the way down
+                x = level.upsamplers[0](x, skips[-1].shape[-2:])
+
+        eps = self.conv_out(F_.silu(self.conv_norm_out(x)))
+        return rearrange(eps, "(b f) c h w -> b c f h w", f=num_frames)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The autoencoder: frames to latents and back
+
+class PixelAttention(Attention):
+    """The autoencoder's only attention: one head over all pixels of a picture."""
+
+    def __init__(self, c, groups):
+        super().__init__(c, 1, c, bias=True)
+        self.group_norm = nn.GroupNorm(groups, c, eps=1e-6)
+
+    def forward(self, x):
+        h = super().forward(rearrange(self.group_norm(x), "n c h w -> n (h w) c"))
+        return x + rearrange(h, "n (h w) c -> n c h w", h=x.shape[-2])
+
+
+class Middle(nn.Module):
+    def __init__(self, c, groups):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResBlock(c, c, groups, 1e-6), ResBlock(c, c, groups, 1e-6)])
+        self.attentions = nn.ModuleList([PixelAttention(c, groups)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class PictureLevel(nn.Module):
+    """Residual blocks of one resolution, then down, up, or neither."""
+
+    def __init__(self, c_in, c, num_blocks, resample, groups):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResBlock(c if j else c_in, c, groups, 1e-6) for j in range(num_blocks)])
+        if resample == "down":
+            self.downsamplers = nn.ModuleList([Resample(c, down=True, pad=0)])
+        if resample == "up":
+            self.upsamplers = nn.ModuleList([Resample(c, down=False)])
+
+    def forward(self, x):
+        for block in (*self.resnets, *getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
+            x = block(x)
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        ch, g = config.channels, config.norm_groups
+        self.conv_in = nn.Conv2d(3, ch[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList([
+            PictureLevel(ch[max(i - 1, 0)], c, config.blocks_per_level, "down" if i < len(ch) - 1 else None, g)
+            for i, c in enumerate(ch)])
+        self.mid_block = Middle(ch[-1], g)
+        self.conv_norm_out = nn.GroupNorm(g, ch[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(ch[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for block in (*self.down_blocks, self.mid_block):
+            x = block(x)
+        return self.conv_out(F_.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        ch, g = config.channels[::-1], config.norm_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, ch[0], 3, padding=1)
+        self.mid_block = Middle(ch[0], g)
+        self.up_blocks = nn.ModuleList([
+            PictureLevel(ch[max(i - 1, 0)], c, config.blocks_per_level + 1, "up" if i < len(ch) - 1 else None, g)
+            for i, c in enumerate(ch)])
+        self.conv_norm_out = nn.GroupNorm(g, ch[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(ch[-1], 3, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for block in (self.mid_block, *self.up_blocks):
+            x = block(x)
+        return self.conv_out(F_.silu(self.conv_norm_out(x)))
+
+
+class Autoencoder(nn.Module):
+    """
+    The frozen KL autoencoder, frame by frame. Latents here are unscaled: z = config.scale * latent.
+
+    encode: x (N, 3, H, W) in [-1, 1] -> moments (N, 2C, h, w), mean then log variance, h = H / downscale.
+    decode: latent (N, C, h, w) -> x (N, 3, H, W) in about [-1, 1]; nothing is clamped, so gradients pass.
+    """
+
+    def __init__(self, config=VAEConfig()):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        c = config.latent_channels
+        self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
+        self.post_quant_conv = nn.Conv2d(c, c, 1)
+
+    def encode(self, x):
+        """(N, 3, H, W) in [-1, 1] -> moments (N, 2C, h, w)."""
+        return self.quant_conv(self.encoder(x.contiguous(memory_format=torch.channels_last)))
+
+    def decode(self, latent):
+        """Latent (N, C, h, w), unscaled -> pictures (N, 3, H, W)."""
+        return self.decoder(self.post_quant_conv(latent.contiguous(memory_format=torch.channels_last)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The text tower
+
+class TextEncoder(nn.Module):
+    """
+    OpenCLIP's text transformer up to its penultimate block, then ln_final (clip_embedder.py:280-297).
+
+    forward: captions [B] -> (B, N, width). `tokenizer` maps a list of captions to (B, N) integers; default OpenCLIP's.
+    """
+
+    def __init__(self, config=TextConfig(), tokenizer=None):
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer or open_clip.SimpleTokenizer(context_length=config.context_length)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.positional_embedding = nn.Parameter(torch.randn(config.context_length, config.width) * 0.01)
+        self.transformer = open_clip.transformer.Transformer(config.width, config.layers, config.heads)
+        self.ln_final = nn.LayerNorm(config.width)
+
+    def forward(self, captions):
+        weight = self.token_embedding.weight
+        tokens = self.tokenizer(list(captions)).to(weight.device)                       # (B, N)
+        x = self.token_embedding(tokens) + self.positional_embedding                    # (B, N, width)
+        n = tokens.shape[1]
+        causal = torch.full((n, n), -math.inf, device=weight.device, dtype=weight.dtype).triu(1)
+        return self.ln_final(self.transformer(x, attn_mask=causal))
+
+
+class WordTokenizer:
+    """
+    A vocabulary of whole words, for CLIPs whose text table must stay small. Called like open_clip's tokenizers.
+
+    captions [B] -> (B, context_length) int64: start, words, end, then padding; the end token has the largest number, where
+    CLIP pools. An unknown word gets the one token shared by all unknown words, and a warning.
+    """
+
+    def __init__(self, words, context_length):
+        self.words, self.context_length = list(words), context_length
+        self.ids = {w: i + 3 for i, w in enumerate(self.words)}      # 0 padding, 1 start, 2 unknown
+        self.end = len(self.words) + 3
+        self.vocab_size = self.end + 1
+        self.warned = set()
+
+    def encode(self, caption):
+        """Token numbers of the caption's words, without start and end."""
+        words = caption.lower().replace(",", " ").replace(".", " ").split()
+        unknown = [w for w in words if w not in self.ids and w not in self.warned]
+        if unknown:
+            self.warned.update(unknown)
+            warnings.warn(f"words this model does not know: {', '.join(unknown)}; it knows: {' '.join(self.words)}", stacklevel=2)
+        return [self.ids.get(w, 2) for w in words]
+
+    def __call__(self, captions):
+        out = torch.zeros(len(captions), self.context_length, dtype=torch.long)
+        for row, caption in zip(out, captions):
+            tokens = [1, *self.encode(caption)[:self.context_length - 2], self.end]
+            row[:len(tokens)] = torch.tensor(tokens)
+        return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Published files. Names are translated to ours one by one, so nothing can be dropped or mixed up on the way.
+
+class Inert:
+    """Stands in for the few classes that published checkpoints mention beside their tensors; forgets what it is given."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+# Lightning's callbacks and numpy's numbers in the logs of Stable Diffusion .ckpt files. Allowed by name as Inert: the named
+# code itself never runs.
+MENTIONED = [(Inert, name) for name in (
+    *(f"pytorch_lightning.callbacks.{name}" for name in
+      ("model_checkpoint.ModelCheckpoint", "early_stopping.EarlyStopping", "base.Callback")),
+    "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype")]
+
+
+def read_tensors(path):
+    """
+    Every tensor of a published file or component folder, {name: tensor}, memory-mapped: nothing is copied yet.
+
+    path: .safetensors; a torch file (.pth, .pt, .bin, .ckpt), bare or with the tensors under "state_dict", names with or without
+    "module."; or a folder of one component, whole or in shards. Files are data: torch files are read with weights_only=True.
+    Raises ValueError naming the file when it is missing, damaged, holds no tensors or holds code.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return read_folder(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file or folder")
+    kind = "a .safetensors file" if path.suffix == ".safetensors" else "a torch file of tensors"
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            with torch.serialization.safe_globals(MENTIONED):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a damaged file can fail in any way: zip, pickle, json, or the reader itself
+        code = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if code:
+            raise ValueError(f"{path}: expected tensors alone, found {code[1]}; nothing in it was run. "
+                             "Use a copy without it, best as .safetensors") from None
+        raise ValueError(f"{path}: expected {kind}, found a damaged one or another kind ({first_line(error)})") from None
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    tensors = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)} if isinstance(content, dict) else {}
+    if not tensors:
+        raise ValueError(f"{path}: holds no tensors; expected a state dict, found {type(content).__name__}")
+    if all(k.startswith("module.") for k in tensors):  # saved from inside DistributedDataParallel
+        tensors = {k.removeprefix("module."): v for k, v in tensors.items()}
+    return tensors
+
+
+def first_line(error):
+    """A reader's complaint: its kind and its first sentence, short enough for one line."""
+    message = str(error).split("WeightsUnpickler error: ")[-1].strip()  # torch puts its own advice before the cause
+    sentence = re.split(r"\. |\n", message)[0][:160]
+    return f"{type(error).__name__}: {sentence}" if sentence else type(error).__name__
+
+
+WEIGHT_FILES = [f"{stem}.{suffix}" for suffix in ("safetensors", "bin", "fp16.safetensors", "fp16.bin") for stem in
+                ("diffusion_pytorch_model", "model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")]
+
+
+def read_folder(folder):
+    """The tensors of a component folder: a single file, or the shards that an index lists."""
+    for name in WEIGHT_FILES:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = read_json(index).get("weight_map")
+            shards = {str(s) for s in shards.values()} if isinstance(shards, dict) else ()
+            for s in shards or [""]:  # a shard is a file beside its index, nothing else
+                if Path(s).name != s or Path(s).suffix != Path(name).suffix or not (folder / s).is_file():
+                    raise ValueError(f"{index}: expected a weight_map of {Path(name).suffix} files beside it, found {s[:100]!r}")
+            return {k: v for s in sorted(shards) for k, v in read_tensors(folder / s).items()}
+        if (folder / name).is_file():
+            return read_tensors(folder / name)
+    raise ValueError(f"{folder}: no weights here; expected one of {', '.join(WEIGHT_FILES)} (or its .index.json)")
+
+
+def read_json(path):
+    """A JSON object from a file; ValueError naming the file if it is none."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, found something else ({first_line(error)})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+@contextmanager
+def write_whole(path):
+    """
+    A file or folder is written whole or not at all: yields a hidden path beside `path` to fill (a folder with files
+    alone), flushed and renamed at the end.
+
+    Replaces a file of that name, never a folder that holds anything (OSError). After an error nothing is left.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hidden = path.with_name(f".{os.urandom(4).hex()}.{path.name}")  # the suffix stays: some writers choose the format by it
+    try:
+        yield hidden
+        for file in hidden.iterdir() if hidden.is_dir() else [hidden]:
+            with open(file, "rb+") as f:
+                os.fsync(f.fileno())
+        os.replace(hidden, path)
+    finally:
+        if hidden.is_dir():
+            shutil.rmtree(hidden)
+        else:
+            hidden.unlink(missing_ok=True)
+
+
+def some(names, n=3):
+    """The first few names, and how many more there are."""
+    shown = [name[:100] if name.isprintable() else repr(name[:100]) for name in sorted(names)[:n]]
+    return ", ".join(shown) + (f" and {len(names) - n} more" if len(names) > n else "")
+
+
+def check_tensors(expected, tensors, what):
+    """ValueError if a tensor is missing, left over, or of another shape than in `expected` {name: tensor}; `what`: the source."""
+    missing, unused = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    if missing or unused:
+        wrong = {"missing": missing, "not known": unused}
+        raise ValueError(f"{what}: " + "; ".join(f"{len(n)} tensors {kind} ({some(n)})" for kind, n in wrong.items() if n))
+    for name, t in expected.items():
+        found = tensors[name]
+        if t.shape != found.shape:
+            raise ValueError(f"{what}: tensor {name} has shape {list(found.shape)}, expected {list(t.shape)}")
+        if not found.is_floating_point() or found.layout != torch.strided or found.is_meta:
+            raise ValueError(f"{what}: tensor {name} is {found.dtype}, {found.layout} on {found.device}, "
+                             "expected floating-point numbers")
+
+
+def load_strict(module, tensors, what, dtype=None):
+    """
+    Put tensors into a module built on the meta device: each is converted and taken over on its own, no second copy.
+
+    Raises ValueError if a tensor is missing, left over, or of another shape; `what` names the source in the message.
+    """
+    check_tensors(module.state_dict(), tensors, what)
+    # copy: a memory-mapped tensor would follow its file, and change or crash when the file does
+    own = {k: v.to(dtype or v.dtype, copy=True) for k, v in tensors.items()}
+    module.load_state_dict(own, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def assemble(build, tensors, what, dtype):
+    """Build a module without memory of its own, then load it. float32 unless asked: fp16 files are for storage."""
+    with torch.device("meta"):
+        module = build()
+    return load_strict(module, tensors, what, dtype or torch.float32)
+
+
+def component_config(path, from_diffusers, otherwise):
+    """The structure that a component folder's config.json describes; `otherwise` where there is none."""
+    file = path / "config.json"
+    if not file.is_file():
+        return otherwise
+    c = read_json(file)
+    try:
+        return from_diffusers(c)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file}: not the config of a model we have ({first_line(error)})") from None
+
+
+def expect(c, expected):
+    """Every field that a published config states must be what we build: another activation or block is another model."""
+    for key, value in expected.items():
+        if key in c and c[key] != value:
+            raise ValueError(f"expected {key} {value!r}, found {c[key]!r}")
+
+
+# -- UNet ------------------------------------------------------------------------------------------------------------
+
+def official_unet_names(config):
+    """{our tensor name: ModelScope's} for every tensor of UNet3D(config) (official tools/modules/unet/unet_t2v.py)."""
+    n, levels = config.blocks_per_level, len(config.channels)
+    blocks = {"conv_in": "input_blocks.0.0", "transformer_in": "input_blocks.0.1", "conv_norm_out": "out.0", "conv_out": "out.2",
+              "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+
+    def level(ours, j, theirs, attention):
+        """Block j of a level: its ResBlock, temporal convolution and attentions are one official block's parts 0, 1, 2."""
+        blocks[f"{ours}.resnets.{j}"] = f"{theirs}.0"
+        blocks[f"{ours}.temp_convs.{j}"] = f"{theirs}.0.temopral_conv"
+        if attention:
+            blocks[f"{ours}.attentions.{j}"], blocks[f"{ours}.temp_attentions.{j}"] = f"{theirs}.1", f"{theirs}.2"
+        return 3 if attention else 1  # where an upsampler would follow
+
+    number = 1
+    for i, attention in enumerate(config.attention_levels):
+        for j in range(n):
+            level(f"down_blocks.{i}", j, f"input_blocks.{number}", attention)
+            number += 1
+        if i < levels - 1:
+            blocks[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{number}.op"
+            number += 1
+    level("mid_block", 0, "middle_block", True)
+    blocks["mid_block.resnets.1"], blocks["mid_block.temp_convs.1"] = "middle_block.3", "middle_block.3.temopral_conv"
+    for i, attention in enumerate(reversed(config.attention_levels)):
+        for j in range(n + 1):
+            number = i * (n + 1) + j
+            part = level(f"up_blocks.{i}", j, f"output_blocks.{number}", attention)
+        if i < levels - 1:
+            blocks[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{number}.{part}.conv"
+
+    resnet = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+              "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+    names = {}
+    with torch.device("meta"):
+        ours = list(UNet3D(config).state_dict())
+    for name in ours:
+        block = next(b for b in sorted(blocks, key=len, reverse=True) if name.startswith(b + "."))
+        rest = name[len(block) + 1:]
+        if ".resnets." in name:
+            part, leaf = rest.rsplit(".", 1)
+            rest = f"{resnet[part]}.{leaf}"
+        names[name] = f"{blocks[block]}.{rest}"
+    return names
+
+
+def official_shape(name, t):
+    """The temporal transformers' proj_in and proj_out are Conv1d in the official code: (out, in) becomes (out, in, 1)."""
+    temporal = re.search(r"(temp_attentions\.\d+|transformer_in)\.proj_(in|out)\.weight$", name)
+    return t.unsqueeze(-1) if temporal else t
+
+
+def unet_to_official(tensors, config):
+    """Tensors under our (diffusers') names -> the same under the official names and shapes."""
+    return {theirs: official_shape(ours, tensors[ours]) for ours, theirs in official_unet_names(config).items()}
+
+
+def unet_from_official(tensors, config):
+    """The way back. Unknown names, or a second one for the same tensor, are kept as they are, for load_strict to name."""
+    ours_of = {theirs: ours for ours, theirs in official_unet_names(config).items()}
+    out = {}
+    for name, t in tensors.items():
+        ours = ours_of.get(name, name)
+        wants_2d = ours != name and ours.endswith(("proj_in.weight", "proj_out.weight")) and t.dim() == 3 and t.shape[-1] == 1
+        out[name if ours in out else ours] = t.squeeze(-1) if wants_2d else t
+    return out
+
+
+LORA_TENSOR = re.compile(r"_lora\.(down|up)_linear\.weight$")
+
+
+def split_lora(tensors):
+    """A fine-tuned official file holds both: -> (base tensors, LoRA tensors)."""
+    lora = {k: v for k, v in tensors.items() if LORA_TENSOR.search(k)}
+    return {k: v for k, v in tensors.items() if k not in lora}, lora
+
+
+def unet_to_diffusers(config):
+    """UNetConfig -> the config.json that diffusers' UNet3DConditionModel reads, with the one field it has no name for."""
+    def kinds(attention, direction):
+        return [f"CrossAttn{direction}Block3D" if a else f"{direction}Block3D" for a in attention]
+    return {"_class_name": "UNet3DConditionModel", "in_channels": config.in_channels, "out_channels": config.out_channels,
+            "block_out_channels": list(config.channels), "layers_per_block": config.blocks_per_level,
+            "down_block_types": kinds(config.attention_levels, "Down"),
+            "up_block_types": kinds(config.attention_levels[::-1], "Up"),
+            "cross_attention_dim": config.context_dim, "attention_head_dim": config.head_dim,
+            "norm_num_groups": config.norm_groups, "norm_eps": 1e-5, "act_fn": "silu",
+            "downsample_padding": 1, "mid_block_scale_factor": 1, "stem_heads": config.stem_heads}
+
+
+def unet_from_diffusers(c):
+    """The way back: a diffusers config.json (a dict) -> UNetConfig. An exception for a structure that is not ours."""
+    expect(c, {"_class_name": "UNet3DConditionModel", "num_attention_heads": None, "time_cond_proj_dim": None})
+    config = UNetConfig(c["in_channels"], c["out_channels"], tuple(c["block_out_channels"]), c["layers_per_block"],
+                        tuple(kind.startswith("CrossAttn") for kind in c["down_block_types"]), c["cross_attention_dim"],
+                        c["attention_head_dim"], c.get("stem_heads", 8), c.get("norm_num_groups", 32))
+    expect(c, unet_to_diffusers(config))
+    return config
+
+
+def load_unet(path, config=None, dtype=None):
+    """
+    UNet3D from any published file or a diffusers component folder (which brings its own config), frozen, in eval mode.
+
+    Names may be diffusers' or the official ones. LoRA tensors inside a fine-tuned official file are left to lora.load.
+    config: for bare files, default full size. dtype: float32 unless given. Raises ValueError as read_tensors and load_strict do.
+    """
+    path = Path(path)
+    config = component_config(path, unet_from_diffusers, config or UNetConfig())
+    tensors, _ = split_lora(read_tensors(path))
+    if any(k.startswith("input_blocks.") for k in tensors):
+        tensors = unet_from_official(tensors, config)
+    return assemble(lambda: UNet3D(config), tensors, path, dtype)
+
+
+# -- Autoencoder -----------------------------------------------------------------------------------------------------
+
+def official_vae_names(config):
+    """{our tensor name: LDM's} for every tensor of Autoencoder(config) (Stable Diffusion's first_stage_model)."""
+    top = len(config.channels) - 1
+    rules = [(r"(encoder)\.down_blocks\.(\d+)\.resnets\.(\d+)", r"\1.down.\2.block.\3"),
+             (r"(encoder)\.down_blocks\.(\d+)\.downsamplers\.0", r"\1.down.\2.downsample"),
+             (r"(decoder)\.up_blocks\.(\d+)\.resnets\.(\d+)", lambda m: f"decoder.up.{top - int(m[2])}.block.{m[3]}"),
+             (r"(decoder)\.up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"decoder.up.{top - int(m[2])}.upsample"),
+             (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
+             (r"mid_block\.attentions\.0", "mid.attn_1"), (r"group_norm", "norm"), (r"to_out\.0", "proj_out"),
+             (r"to_([qkv])", r"\1"), (r"conv_shortcut", "nin_shortcut"), (r"conv_norm_out", "norm_out")]
+    with torch.device("meta"):
+        names = {name: name for name in Autoencoder(config).state_dict()}
+    for ours in names:
+        for pattern, replacement in rules:
+            names[ours] = re.sub(pattern, replacement, names[ours])
+    return names
+
+
+OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.17
+
+
+def vae_to_official(tensors, config):
+    """Tensors under our (diffusers') names -> LDM's, where the attention's projections are 1x1 convolutions."""
+    return {theirs: tensors[ours][:, :, None, None] if re.search(r"attn_1\.(q|k|v|proj_out)\.weight$", theirs) else tensors[ours]
+            for ours, theirs in official_vae_names(config).items()}
+
+
+def vae_from_official(tensors, config):
+    """LDM's names, with or without first_stage_model. (its file's other parts are not ours), or diffusers' old ones -> ours."""
+    prefix = "first_stage_model."
+    if any(k.startswith(prefix) for k in tensors):
+        tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    tensors = {k: v for k, v in tensors.items() if not k.startswith("loss.")}  # VQGAN_autoencoder.pth: its training loss
+    ours_of = {theirs: ours for ours, theirs in official_vae_names(config).items()}
+    out = {}
+    for name, t in tensors.items():
+        ours = ours_of.get(name, name)
+        ours = re.sub(r"(attentions\.0\.)(query|key|value|proj_attn)", lambda m: m[1] + OLD_VAE_ATTENTION[m[2]], ours)
+        wants_2d = ".attentions." in ours and t.dim() == 4 and t.shape[2:] == (1, 1)
+        out[name if ours in out else ours] = t[:, :, 0, 0] if wants_2d else t
+    return out
+
+
+def vae_to_diffusers(config):
+    """VAEConfig -> the config.json that diffusers' AutoencoderKL reads."""
+    n = len(config.channels)
+    return {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "block_out_channels": list(config.channels),
+            "layers_per_block": config.blocks_per_level, "latent_channels": config.latent_channels,
+            "down_block_types": ["DownEncoderBlock2D"] * n, "up_block_types": ["UpDecoderBlock2D"] * n,
+            "norm_num_groups": config.norm_groups, "act_fn": "silu", "scaling_factor": config.scale}
+
+
+def vae_from_diffusers(c):
+    """The way back: a diffusers config.json (a dict) -> VAEConfig. An exception for a structure that is not ours."""
+    expect(c, {"_class_name": "AutoencoderKL"})
+    config = VAEConfig(tuple(c["block_out_channels"]), c["layers_per_block"], c["latent_channels"],
+                       c.get("scaling_factor", VAEConfig.scale), c.get("norm_num_groups", 32))
+    expect(c, vae_to_diffusers(config))
+    return config
+
+
+def load_vae(path, config=None, dtype=None):
+    """Autoencoder from a Stable Diffusion .ckpt, bare LDM tensors, or diffusers' vae; otherwise as load_unet."""
+    path = Path(path)
+    config = component_config(path, vae_from_diffusers, config or VAEConfig())
+    return assemble(lambda: Autoencoder(config), vae_from_official(read_tensors(path), config), path, dtype)
+
+
+# -- Text tower ------------------------------------------------------------------------------------------------------
+
+def text_from_transformers(tensors):
+    """transformers' CLIPTextModel, with or without its `text_model.` prefix -> OpenCLIP's names (its qkv are one matrix)."""
+    renames = {"embeddings.token_embedding": "token_embedding", "embeddings.position_embedding.weight": "positional_embedding",
+               "final_layer_norm": "ln_final", "encoder.layers": "transformer.resblocks",
+               "layer_norm1": "ln_1", "layer_norm2": "ln_2",
+               "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj"}
+    out = {}
+    for full, t in tensors.items():
+        name = full.removeprefix("text_model.")
+        if name == "embeddings.position_ids":  # a buffer that old versions saved
+            continue
+        if match := re.fullmatch(r"(.*encoder\.layers\.(\d+)\.self_attn\.)([qkv])_proj\.(weight|bias)", full):
+            parts = [tensors.get(f"{match[1]}{p}_proj.{match[4]}") for p in "qkv"]
+            if t.dim() and all(p is not None and p.shape == t.shape for p in parts):
+                if match[3] == "q":
+                    out[f"transformer.resblocks.{match[2]}.attn.in_proj_{match[4]}"] = torch.cat(parts)
+                continue
+        for theirs, ours in renames.items():
+            name = name.replace(theirs, ours)
+        out[full if name in out else name] = t
+    return out
+
+
+def load_text_encoder(path, tokenizer=None, dtype=None):
+    """
+    TextEncoder from open_clip's weights (a file or folder; the last block and the image tower are left out) or transformers'
+    text_encoder, whose 23 layers end at the penultimate already. The structure is read off the tensors, with heads of 64.
+    """
+    path = Path(path)
+    tensors = read_tensors(path)
+    if any("self_attn.q_proj" in k for k in tensors):
+        tensors, drop = text_from_transformers(tensors), 0
+    else:
+        others = re.compile(r"visual\.|text_projection|logit_scale|logit_bias")  # the rest of a whole CLIP
+        tensors, drop = {k: v for k, v in tensors.items() if not others.match(k)}, 1
+    blocks = {int(m[1]) for k in tensors if (m := re.match(r"transformer\.resblocks\.(\d{1,4})\.", k))}
+    layers = len(blocks) - drop
+    tables = [tensors.get(name, torch.empty(0)) for name in ("token_embedding.weight", "positional_embedding")]
+    if layers < 1 or blocks != set(range(len(blocks))) or any(t.dim() != 2 for t in tables):
+        raise ValueError(f"{path}: expected the text tower of open_clip or transformers' CLIPTextModel, found {some(tensors)}")
+    tensors = {k: v for k, v in tensors.items() if not k.startswith(f"transformer.resblocks.{layers}.")}
+    (vocab_size, width), heads = tables[0].shape, max(1, tables[0].shape[1] // 64)
+    component_config(path, lambda c: expect(c, {  # transformers' config, and what open_clip's can say against us
+        "hidden_act": "gelu", "layer_norm_eps": 1e-5, "num_attention_heads": heads, "num_hidden_layers": layers,
+        "quick_gelu": False}), None)
+    config = TextConfig(vocab_size, len(tables[1]), width, heads, layers)
+    return assemble(lambda: TextEncoder(config, tokenizer), tensors, path, dtype)

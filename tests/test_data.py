@@ -1,0 +1,583 @@
+"""
+What data.py promises, on clips made here: frame i of a `grey` clip is a flat image whose level tells i, so that a test can ask
+which frames were read.
+"""
+import json
+import os
+import struct
+import time
+from dataclasses import replace
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+
+import data
+from data import (
+    Clip,
+    ClipConfig,
+    LatentDataset,
+    batch_indices,
+    encode_captions,
+    encode_clips,
+    epoch_order,
+    read_clip,
+    read_list,
+    sample_generator,
+    sample_posterior,
+    usable_clips,
+)
+
+SMALL = ClipConfig(num_frames=4, height=16, width=16, starts=3)
+
+
+def write(path, images, fps=8, codec="libx264", pix_fmt="yuv420p", **options):
+    """images: (H, W, 3) uint8 arrays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps, options={k: str(v) for k, v in options.items()})
+        stream.height, stream.width, stream.pix_fmt = *images[0].shape[:2], pix_fmt
+        for image in images:
+            for packet in stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return path
+
+
+def grey(path, n=40, fps=8, height=32, width=32, step=4, first=10, **options):
+    return write(path, [np.full((height, width, 3), first + step * i, np.uint8) for i in range(n)], fps, **options)
+
+
+def indices(frames, step=4, first=10):
+    """(F, 3, H, W) in [-1, 1] -> which frame of a grey clip each one is. Compression moves levels by less than half a step."""
+    level = (frames + 1) * 127.5
+    assert (level.amax((1, 2, 3)) - level.amin((1, 2, 3))).max() <= 2, "the frames of a grey clip are flat"
+    return ((level.mean((1, 2, 3)) - first) / step).round().int().tolist()
+
+
+def noisy(path, n=40, fps=8, height=64, width=96, seed=0):
+    """A clip with detail, so that its file is large enough to be damaged inside."""
+    rng = np.random.default_rng(seed)
+    texture = rng.integers(0, 255, (height + 8, width + n, 3), dtype=np.uint8)
+    return write(path, [texture[4:4 + height, i:i + width].copy() for i in range(n)], fps, g=8)
+
+
+# ----------------------------------------------- Lists of clips -----------------------------------------------
+
+
+def test_the_official_form(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_bytes("\ufeffa/1.mp4|||  a cat walking \r\n\r\n2.mp4|||snail|||16\n".encode()
+                     + b'/abs/3.mp4|||a, "quoted" | bar\n  \n')
+    assert read_list(path) == [
+        Clip(tmp_path / "a/1.mp4", "a cat walking"),
+        Clip(tmp_path / "2.mp4", "snail", 16),
+        Clip(data.Path("/abs/3.mp4"), 'a, "quoted" | bar'),
+    ]
+    assert read_list(path, root=tmp_path / "videos")[0].path == tmp_path / "videos/a/1.mp4"
+
+
+def test_csv_and_jsonl_say_the_same(tmp_path):
+    expected = [Clip(tmp_path / "1.mp4", "a dog, running"), Clip(tmp_path / "2.mp4", 'the "best" café', 16)]
+    table, lines = tmp_path / "list.csv", tmp_path / "list.JSONL"
+    table.write_bytes(('\ufeffid,caption,path,num_frames\r\n7,"a dog, running",1.mp4,\r\n\r\n'
+                       '8,"the ""best"" café",2.mp4,16\r\n').encode())
+    lines.write_text('{"path": "1.mp4", "caption": " a dog, running "}\r\n\r\n'
+                     '{"caption": "the \\"best\\" caf\\u00e9", "path": "2.mp4", "num_frames": 16, "id": 8}', encoding="utf-8")
+    assert read_list(table) == read_list(lines) == expected
+
+
+def test_a_folder_of_clips_with_captions(tmp_path):
+    for name in ("b.mp4", "sub/a.WEBM", "c.gif", "notes.md", ".cache/x.mp4", "._b.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+        (tmp_path / name).with_suffix(".txt").write_text(f"\ufeffcaption of {name}\n", encoding="utf-8")
+    assert [(clip.path.name, clip.caption) for clip in read_list(tmp_path)] == [
+        ("b.mp4", "caption of b.mp4"), ("c.gif", "caption of c.gif"), ("a.WEBM", "caption of sub/a.WEBM")]
+    (tmp_path / "c.txt").unlink()
+    with pytest.raises(ValueError, match=r"c\.gif: no caption.*c\.txt"):
+        read_list(tmp_path)
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("a.txt", "1.mp4|||cat\n2.mp4 a dog\n", r"a\.txt, line 2: 1 field.*Allowed: one relative/path\.mp4\|\|\|caption"),
+    ("a.txt", "1.mp4|||cat|||16|||x\n", r"line 1: 4 field"),
+    ("a.txt", "\n\n1.mp4|||cat|||many\n", r"line 3: clip '1\.mp4' has frame count 'many'"),
+    ("a.txt", "1.mp4|||cat|||0\n", "frame count"),
+    ("a.txt", "1.mp4|||cat|||-16\n", "frame count"),
+    ("a.txt", "1.mp4|||cat|||1.5\n", "frame count"),
+    ("a.txt", "1.mp4|||  \n", r"line 1: clip '1\.mp4' has caption ''"),
+    ("a.txt", "|||a cat\n", "neither may be empty"),
+    ("a.txt", "\n \n", r"a\.txt: an empty list\. Allowed"),
+    ("a.txt", b"\xff\xfe\x00garbage", r"a\.txt: not a text file in UTF-8"),
+    ("a.csv", "path,caption\n1.mp4,a cat, sitting\n", r"a\.csv, line 2: 3 field.*quotes"),
+    ("a.csv", "path,caption\n1.mp4\n", "line 2: 1 field"),
+    ("a.csv", "path,caption\n1.mp4,\n", "neither may be empty"),
+    ("a.csv", 'path,caption\n1.mp4,"a cat\n', r"line 2: .*Allowed"),
+    ("a.csv", "file,text\n1.mp4,a cat\n", r"line 2: clip None.*Allowed: a first line naming"),
+    ("a.csv", "path,caption\n", "an empty list"),
+    ("a.jsonl", '{"path": "1.mp4", "caption": "cat"}\n{"path": \n', r"a\.jsonl, line 2: .*Allowed"),
+    ("a.jsonl", '["1.mp4", "cat"]\n', "line 1: no path and caption"),
+    ("a.jsonl", '{"path": "1.mp4"}\n', r"clip '1\.mp4' has caption None"),
+    ("a.jsonl", '{"path": 1, "caption": "cat"}\n', "clip 1 has caption"),
+    ("a.jsonl", '{"path": "1.mp4", "caption": "cat", "num_frames": true}\n', "frame count True"),
+])
+def test_a_malformed_list_names_the_line_and_what_is_allowed(tmp_path, name, text, message):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message):
+        read_list(path)
+
+
+def test_no_list_and_no_clips(tmp_path):
+    with pytest.raises(ValueError, match="nowhere: no such list"):
+        read_list(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"no clips in this folder\. Allowed: \.mp4"):
+        read_list(tmp_path)
+
+
+# ----------------------------------------------- Frames of a clip -----------------------------------------------
+
+
+NTSC = Fraction(30000, 1001)
+
+
+@pytest.mark.parametrize("fps, stride", [(4, 1), (8, 1), (16, 2), (20, 2), (24, 3), (25, 3), (NTSC, 4), (30, 4)])
+def test_eight_frames_a_second_by_stride(tmp_path, fps, stride):
+    path = grey(tmp_path / "a.mp4", n=50, fps=fps)
+    assert indices(read_clip(path, SMALL)) == [0, stride, 2 * stride, 3 * stride]
+    assert indices(read_clip(path, SMALL, start=7)) == [7, 7 + stride, 7 + 2 * stride, 7 + 3 * stride]
+    last = 49 - 3 * stride
+    assert indices(read_clip(path, SMALL, start=last))[-1] == 49  # the very last frame is within reach
+    for start in (-1, last + 1):
+        with pytest.raises(ValueError, match=rf"a\.mp4: no start at {start}; allowed: 0 to {last}"):
+            read_clip(path, SMALL, start=start)
+
+
+def test_another_rate_can_be_asked_for(tmp_path):
+    path = grey(tmp_path / "a.mp4", n=50, fps=30)
+    assert indices(read_clip(path, ClipConfig(num_frames=3, fps=2, height=16, width=16))) == [0, 15, 30]
+
+
+def test_random_starts_cover_what_the_clip_allows_and_belong_to_the_generator(tmp_path):
+    path = grey(tmp_path / "a.mp4", n=10)  # 4 frames at stride 1: starts 0..6
+    starts = [indices(read_clip(path, SMALL, generator=sample_generator(0, i)))[0] for i in range(60)]
+    assert set(starts) == set(range(7))
+    assert starts == [indices(read_clip(path, SMALL, generator=sample_generator(0, i)))[0] for i in range(60)]
+
+
+@pytest.mark.parametrize("name, options", [
+    ("vp8.webm", {"codec": "libvpx"}),
+    ("vp9.webm", {"codec": "libvpx-vp9"}),
+    ("a.avi", {"codec": "mpeg4", "b": 10**6}),
+    ("a.mov", {}),
+    ("a.gif", {"codec": "gif", "pix_fmt": "rgb8"}),
+    ("b_frames.mp4", {"bf": 3, "g": 5}),
+    ("full_range.mp4", {"pix_fmt": "yuvj420p"}),
+    ("one_channel.mkv", {"codec": "ffv1", "pix_fmt": "gray"}),
+    ("ten_bits.mkv", {"codec": "ffv1", "pix_fmt": "yuv420p10le"}),
+])
+def test_formats_read_alike(tmp_path, name, options):
+    path = grey(tmp_path / name, n=12, fps=10, step=16, first=20, **options)
+    frames = read_clip(path, SMALL, start=3)
+    assert frames.shape == (4, 3, 16, 16) and frames.dtype == torch.float32
+    level = (frames + 1) * 127.5
+    tolerance = 20 if name == "a.gif" else 6  # 256 fixed colours against a grey scale
+    assert torch.allclose(level.mean((1, 2, 3)), torch.tensor([68.0, 84, 100, 116]), atol=tolerance)
+
+
+def ends(height, width, axis):
+    """Grey in the middle square, white where a centre crop cuts."""
+    image = np.full((height, width, 3), 255, np.uint8)
+    size, margin = min(height, width), abs(height - width) // 2
+    image[(slice(margin, margin + size), slice(None))[::1 if axis == 0 else -1]] = 60
+    return image
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (64, 128), (128, 64), (48, 202), (16, 32), (10, 20)])
+def test_the_shortest_side_is_resized_and_the_centre_kept(tmp_path, height, width):
+    image = ends(height, width, axis=0 if height > width else 1)
+    path = write(tmp_path / "a.mkv", [image] * 4, codec="ffv1", pix_fmt="yuv444p")
+    level = (read_clip(path, SMALL) + 1) * 127.5  # larger and smaller than the 16 x 16 asked for
+    assert level.shape == (4, 3, 16, 16)
+    assert torch.allclose(level[..., 2:-2, 2:-2], torch.tensor(60.0), atol=3)  # the grey square fills it
+
+
+def test_a_frame_that_is_not_square(tmp_path):
+    image = np.zeros((60, 60, 3), np.uint8)
+    image[:30], image[30:] = (200, 0, 0), (0, 0, 200)  # red above blue
+    path = write(tmp_path / "a.mkv", [image] * 4, codec="ffv1", pix_fmt="yuv444p")
+    frames = read_clip(path, ClipConfig(num_frames=4, height=12, width=24))
+    assert frames.shape == (4, 3, 12, 24)
+    assert frames[0, :, 2, 12].argmax() == 0 and frames[0, :, 9, 12].argmax() == 2, "RGB, rows before columns"
+
+
+def test_resizing_averages_what_it_leaves_out(tmp_path):
+    """Stripes two pixels wide, four times smaller, are grey. Without antialiasing, every pixel would hit the same stripe."""
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[:, 1::4] = image[:, 2::4] = 255
+    path = write(tmp_path / "a.mkv", [image] * 4, codec="ffv1", pix_fmt="yuv444p")
+    assert read_clip(path, SMALL)[..., 1:-1, 1:-1].abs().max() < 0.05
+
+
+def test_a_clip_filmed_upright_is_read_upright(tmp_path):
+    image = np.full((32, 64, 3), 40, np.uint8)
+    image[:, :32] = 220  # bright left: turned by 90 degrees clockwise, bright top
+    path = write(tmp_path / "a.mp4", [image] * 4)
+    # The beginning of the matrix in the track header, (a b u c d) in 16.16 fixed point, x' = a x + c y, y' = b x + d y.
+    upright, turned = (struct.pack(">5i", *matrix) for matrix in ((65536, 0, 0, 0, 65536), (0, 65536, 0, -65536, 0)))
+    content = path.read_bytes()
+    at = content.index(upright, content.index(b"tkhd"))
+    path.write_bytes(content[:at] + turned + content[at + 20:])
+    frame = read_clip(path, SMALL)[0]
+    assert frame[:, :6].mean() > 0.5 and frame[:, -6:].mean() < -0.5
+
+
+def test_too_short_says_how_many_are_needed_and_found(tmp_path):
+    path = grey(tmp_path / "short.mp4", n=20, fps=30)
+    message = r"short\.mp4: too short: 16 frames at 8 a second need 61 at its 30 a second, found 20"
+    with pytest.raises(ValueError, match=message):
+        read_clip(path, ClipConfig(height=16, width=16))
+    assert len(read_clip(grey(tmp_path / "just.mp4", n=61, fps=30), ClipConfig(height=16, width=16))) == 16
+
+
+def test_no_frame_is_ever_made_up(tmp_path):
+    """Garbage, nothing, sound only, a lost index, a hole inside: an error naming the clip. Black or repeated frames: never."""
+    whole = noisy(tmp_path / "whole.mp4").read_bytes()
+    assert read_clip(tmp_path / "whole.mp4", SMALL, start=36).shape == (4, 3, 16, 16)
+    hole = len(whole) // 2
+    broken = {"garbage.mp4": os.urandom(5000), "empty.mp4": b"", "text.mp4": b"404 not found", "cut.mp4": whole[:hole],
+              "hole.mp4": whole[:hole] + bytes(4000) + whole[hole + 4000:]}
+    for name, content in broken.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}: cannot be read"):
+            read_clip(tmp_path / name, SMALL, start=36)
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 16000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    with pytest.raises(ValueError, match=r"sound\.mp4: cannot be read: no video"):
+        read_clip(tmp_path / "sound.mp4", SMALL)
+    with pytest.raises(ValueError, match=r"nowhere\.mp4: cannot be read: no such file"):
+        read_clip(tmp_path / "nowhere.mp4", SMALL)
+
+
+def test_most_bits_that_flip_are_noticed(tmp_path):
+    """H.264 has no checksums, so not all; what decodes to some picture is taken for it."""
+    whole, noticed = noisy(tmp_path / "whole.mp4", n=8).read_bytes(), 0
+    for position in range(len(whole) // 10, len(whole) // 2, len(whole) // 40):
+        (tmp_path / "flipped.mp4").write_bytes(whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1:])
+        try:
+            read_clip(tmp_path / "flipped.mp4", SMALL)
+        except ValueError as error:
+            assert "flipped.mp4: cannot be read" in str(error)
+            noticed += 1
+    assert noticed >= 8, "of 16"
+
+
+def test_a_truncated_clip_is_as_long_as_what_is_left(tmp_path):
+    """A file that can be read without its end, which is longer by its header than it is."""
+    whole = noisy(tmp_path / "whole.avi", n=40).read_bytes()
+    cut = tmp_path / "cut.avi"
+    cut.write_bytes(whole[:len(whole) // 2])
+    last, stride = data._measure(cut, SMALL)
+    assert stride == 1 and 10 < last < 30
+    assert read_clip(cut, SMALL, start=last).shape[0] == 4
+    with pytest.raises(ValueError, match="too short: .* found"):
+        read_clip(cut, ClipConfig(num_frames=40, height=16, width=16))
+
+
+def test_packets_that_show_nothing_are_not_counted_on(tmp_path, monkeypatch):
+    """Two-pass VP8 has such packets. Stand-in: a first count that is too high by three."""
+    path, measure = grey(tmp_path / "a.mp4", n=10), data._measure
+    monkeypatch.setattr(data, "_measure", lambda path, config, count=None: measure(path, config, count or 13))
+    generator = torch.Generator().manual_seed(0)
+    starts = {indices(read_clip(path, SMALL, generator=generator))[0] for _ in range(40)}
+    assert starts == set(range(7))
+
+
+def test_usable_clips_names_what_it_leaves_out(tmp_path, capsys):
+    clips = [Clip(grey(tmp_path / f"good{i}.mp4", n=8), "grey") for i in range(8)]
+    (tmp_path / "garbage.mp4").write_bytes(os.urandom(500))
+    bad = [Clip(tmp_path / "garbage.mp4", "x"), Clip(grey(tmp_path / "short.mp4", n=3), "y")]
+    mixed = clips[:3] + bad + clips[3:]
+    assert usable_clips(mixed, SMALL, max_skip=0.2) == clips
+    out = capsys.readouterr().out
+    assert "garbage.mp4: cannot be read" in out and "short.mp4: too short" in out and "8 of 10 clips can be used" in out
+    with pytest.raises(ValueError, match=r"2 of 10 clips cannot be used; allowed: 10%.*--max-skip.*garbage\.mp4"):
+        usable_clips(mixed, SMALL)
+    with pytest.raises(ValueError, match="2 of 2 clips cannot be used"):
+        usable_clips(bad, SMALL, max_skip=1.0)  # whatever the share, nothing is not enough
+
+
+def test_settings_must_be_above_zero():
+    for wrong in ({"num_frames": 0}, {"fps": float("nan")}, {"height": -1}, {"starts": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .*allowed: above 0"):
+            ClipConfig(**wrong)
+
+
+# ------------------------------------------- Which clips, which noise -------------------------------------------
+
+
+def test_an_epoch_is_a_shuffle_of_its_own():
+    orders = [epoch_order(100, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(sorted(order) == list(range(100)) for order in orders)
+    assert len(set(orders)) == 4 and tuple(range(100)) not in orders
+    assert epoch_order(100, 0, 0) == orders[0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_share_the_batch_that_one_rank_would_have(world_size):
+    for step in range(20):
+        parts = [batch_indices(step, 8, 21, 3, rank, world_size) for rank in range(world_size)]
+        assert {len(part) for part in parts} == {8 // world_size}
+        assert [pair for part in parts for pair in part] == batch_indices(step, 8, 21, 3)
+        assert [position for part in parts for position, _ in part] == list(range(8))
+
+
+def test_an_epoch_meets_every_clip_once_and_batches_run_on_into_the_next():
+    stream = [index for step in range(21) for rank in range(2) for _, index in batch_indices(step, 8, 21, 3, rank, 2)]
+    for epoch in range(8):  # 21 steps of 8 are 8 epochs of 21
+        assert tuple(stream[epoch * 21:(epoch + 1) * 21]) == epoch_order(21, 3, epoch)
+    assert len(batch_indices(0, 8, 3, 0)) == 8  # even where a batch is longer than an epoch
+    for batch_size, ranks in ((3, 2), (0, 1), (1, 2)):
+        with pytest.raises(ValueError, match="allowed: a multiple of the number of ranks"):
+            batch_indices(0, batch_size, 21, 3, 0, ranks)
+
+
+def test_randomness_belongs_to_the_sample():
+    before = torch.get_rng_state()
+    keys = (0, 1, 2), (0, 2, 1), (1, 1, 2), (0, 12), (0, 1, "2")
+    noise = {key: torch.randn(1000, generator=sample_generator(*key)) for key in keys}
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(noise[0, 1, 2], torch.randn(1000, generator=sample_generator(0, 1, 2)))
+    values = torch.stack(list(noise.values()))
+    assert (torch.corrcoef(values) - torch.eye(5)).abs().max() < 0.15
+
+
+# ---------------------------------------- Latents and text, computed once ----------------------------------------
+
+
+class Encoders:
+    """Stand-ins with a memory: moments whose mean is the frame shrunk by 4, and texts filled with the caption's length."""
+
+    def __init__(self):
+        self.frames, self.texts = 0, []
+
+    def encode(self, frames):
+        self.frames += len(frames)
+        mean = torch.nn.functional.avg_pool2d(frames, 4)
+        return torch.cat([mean, mean * 0 - 40], dim=1)  # (F, 6, h, w)
+
+    def encode_text(self, captions):
+        self.texts += captions
+        return torch.stack([torch.full((5, 7), float(len(caption))) for caption in captions])
+
+
+def make(clips, cache_dir, config=SMALL, vae_name="vae", text_name="text", **options):
+    encoders = Encoders()
+    dataset = encode_clips(clips, config, encoders.encode, encoders.encode_text, vae_name, text_name, cache_dir, **options)
+    return dataset, encoders
+
+
+def contents(dataset):
+    return [(dataset.moments[i][:], dataset.text[i][:], dataset.captions[i]) for i in range(len(dataset))]
+
+
+def same(a, b):
+    return [x[2] for x in a] == [y[2] for y in b] and all(
+        torch.equal(x[k], y[k]) for x, y in zip(a, b, strict=True) for k in (0, 1))
+
+
+@pytest.fixture
+def clips(tmp_path):
+    paths = [grey(tmp_path / f"{i}.mp4", n=10 + 3 * i, fps=fps, height=32 + 8 * i) for i, fps in enumerate((8, 8, 16, 20))]
+    return [Clip(path, "grey" if i < 3 else "a grey wall") for i, path in enumerate(paths)]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_dataset_holds_windows_text_and_caption(tmp_path, clips, cached):
+    dataset, encoders = make(clips + clips[:1], tmp_path / "cache" if cached else None)
+    assert len(dataset) == 5 and dataset.captions[3:] == ["a grey wall", "grey"]
+    assert encoders.frames == 4 * 3 * 4 and encoders.texts == ["grey", "a grey wall"], "a clip or caption twice is encoded once"
+    starts = []
+    for i, (last, stride) in enumerate(((6, 1), (9, 1), (9, 2), (12, 2))):
+        for k, start in enumerate((0, round(last / 2), last)):  # evenly, from the first possible to the last
+            window = dataset.moments[i][k]
+            assert window.shape == (6, 4, 4, 4)
+            assert indices(window[:3].transpose(0, 1)) == [start + j * stride for j in range(4)]
+        moments, text, caption = dataset.get(i, sample_generator(0, i))
+        starts += [indices(moments[:3].transpose(0, 1))[0]]
+        assert text.shape == (5, 7) and text[0, 0] == len(caption)
+        assert torch.equal(moments, dataset.get(i, sample_generator(0, i))[0])
+    assert torch.equal(dataset.get(0)[0], dataset.moments[0][0])
+    drawn = {indices(dataset.get(0, sample_generator(1, j))[0][:3].transpose(0, 1))[0] for j in range(20)}
+    assert drawn == {0, 3, 6}, "every window comes up"
+
+
+def test_a_clip_that_allows_one_start_has_one_window(tmp_path):
+    clips = [Clip(grey(tmp_path / "a.mp4", n=4), "x"), Clip(grey(tmp_path / "b.mp4", n=5), "x")]
+    dataset, _ = make(clips, None)
+    assert [len(windows) for windows in dataset.moments] == [1, 2]
+    assert len(make(clips, None, ClipConfig(num_frames=4, height=16, width=16, starts=1))[0].moments[1]) == 1
+
+
+def test_the_second_time_nothing_is_encoded(tmp_path, clips):
+    first, encoders = make(clips, tmp_path / "cache")
+    assert encoders.frames and encoders.texts
+    files = sorted((tmp_path / "cache").iterdir())
+    assert len(files) == 4 + 2
+    second, encoders = make(clips, tmp_path / "cache")
+    assert not encoders.frames and not encoders.texts and same(contents(first), contents(second))
+    assert sorted((tmp_path / "cache").iterdir()) == files
+    assert same(contents(make(clips, None)[0]), contents(first)), "no cache: the same numbers, and no files"
+    assert sorted((tmp_path / "cache").iterdir()) == files
+
+
+def test_what_changes_is_computed_anew(tmp_path, clips):
+    cache = tmp_path / "cache"
+    make(clips, cache)
+    _, encoders = make(clips, cache, vae_name="another")
+    assert encoders.frames and not encoders.texts
+    _, encoders = make(clips, cache, text_name="another")
+    assert not encoders.frames and encoders.texts
+    for change in ({"num_frames": 3}, {"fps": 4}, {"height": 20}, {"width": 20}, {"starts": 2}):
+        assert make(clips, cache, replace(SMALL, **change))[1].frames, change
+
+    # Another clip under the same name; then the same bytes with another date, which cannot be told apart without reading them.
+    grey(clips[0].path, n=10, first=50)
+    dataset, encoders = make(clips, cache)
+    assert encoders.frames == 12 and indices(dataset.moments[0][0][:3].transpose(0, 1), first=50) == [0, 1, 2, 3]
+    os.utime(clips[1].path, (time.time() + 10,) * 2)
+    assert make(clips, cache)[1].frames == 12
+    assert make(clips, cache)[1].frames == 0
+    recaptioned = [Clip(clips[0].path, "something else"), *clips[1:]]
+    dataset, encoders = make(recaptioned, cache)
+    assert encoders.frames == 0 and encoders.texts == ["something else"] and dataset.captions[0] == "something else"
+
+
+@pytest.mark.parametrize("fails", ["save", "fsync", "replace"])
+def test_a_cache_file_is_whole_or_not_there(tmp_path, clips, monkeypatch, fails):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data if fails == "save" else os, fails, full)
+        with pytest.raises(OSError, match="No space left"):
+            make(clips, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert make(clips, tmp_path / "cache")[1].frames == 48
+
+
+def test_files_are_complete_before_they_get_their_name(tmp_path, clips, monkeypatch):
+    rename, seen = os.replace, []
+
+    def watch(source, target):
+        seen.append((os.path.basename(source)[0], len(data.Stored(source)), os.path.exists(target)))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", watch)
+    make(clips, tmp_path / "cache")
+    assert len(seen) == 6 and all(dot == "." and length and not there for dot, length, there in seen)
+
+
+def test_a_damaged_cache_file_is_made_anew(tmp_path, clips, capsys):
+    first, _ = make(clips, tmp_path / "cache")
+    expected = contents(first)
+    for content in (b"", b"garbage" * 100, None):
+        path = first.moments[2].path
+        path.write_bytes(path.read_bytes()[:-50] if content is None else content)
+        capsys.readouterr()
+        again, encoders = make(clips, tmp_path / "cache")
+        out = capsys.readouterr().out
+        assert out.count(f"{path}: damaged") == 1 and "anew" in out
+        assert encoders.frames == 12 and same(contents(again), expected)
+
+
+def test_cache_files_say_what_they_were_made_from(tmp_path, clips):
+    dataset, _ = make(clips, tmp_path / "cache")
+    with data.safe_open(dataset.moments[0].path, "pt") as file:
+        made_from = json.loads(file.metadata()["made_from"])
+    assert "vae" in made_from and str(clips[0].path) in made_from[-1]
+
+
+def test_workers_change_nothing_but_the_time(tmp_path, clips):
+    clips = clips + [Clip(noisy(tmp_path / f"n{i}.mp4", seed=i), "noise") for i in range(3)]
+    before = torch.get_rng_state()
+    alone, _ = make(clips, None)
+    helped, _ = make(clips, None, num_workers=2)
+    assert same(contents(alone), contents(helped))
+    assert torch.equal(torch.get_rng_state(), before), "the global generator is left alone"
+
+
+def test_damage_inside_is_found_when_decoding_and_counts_too(tmp_path, clips, capsys):
+    whole = noisy(tmp_path / "hole.mp4").read_bytes()
+    hole = len(whole) // 2
+    (tmp_path / "hole.mp4").write_bytes(whole[:hole] + bytes(4000) + whole[hole + 4000:])
+    mixed = clips[:2] + [Clip(tmp_path / "hole.mp4", "noise")] + clips[2:]
+    for num_workers in (0, 1):
+        dataset, _ = make(mixed, None, max_skip=0.2, num_workers=num_workers)
+        out = capsys.readouterr().out
+        assert "hole.mp4: cannot be read" in out and out.count("4 of 5 clips can be used") == 1
+        assert dataset.captions == [clip.caption for clip in clips]
+        assert indices(dataset.moments[2][0][:3].transpose(0, 1)) == [0, 2, 4, 6]
+    with pytest.raises(ValueError, match=r"1 of 5 clips cannot be used.*hole\.mp4"):
+        make(mixed, tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"1 of 5 clips cannot be used.*hole\.mp4"):
+        make(mixed, tmp_path / "cache")  # found out anew, not mistaken for a cached clip
+    with pytest.raises(ValueError, match=r"2 of 6 clips cannot be used.*nowhere\.mp4"):
+        make([*mixed, Clip(tmp_path / "nowhere.mp4", "x")], None, max_skip=0.2)  # the share counts both kinds together
+
+
+def test_ranks_encode_disjoint_shares_and_see_the_same(tmp_path, clips, capsys):
+    """Two ranks, one after the other; at the barrier of the first, the second does its part."""
+    whole = noisy(tmp_path / "hole.mp4").read_bytes()
+    (tmp_path / "hole.mp4").write_bytes(whole[:5000] + bytes(4000) + whole[9000:])
+    clips = [*clips, Clip(tmp_path / "hole.mp4", "noise"), Clip(noisy(tmp_path / "n.mp4"), "noise")]
+    shares = []
+
+    def second():
+        if not shares:
+            shares.append(make(clips, tmp_path / "cache", rank=1, world_size=2, max_skip=0.5))
+
+    capsys.readouterr()
+    first, encoders = make(clips, tmp_path / "cache", rank=0, world_size=2, max_skip=0.5, barrier=second)
+    assert encoders.frames == 2 * 12 and shares[0][1].frames == 3 * 12, "disjoint, and each clip by one of them"
+    assert len(first) == 5 and same(contents(first), contents(make(clips, None, max_skip=0.5)[0]))
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 5 + 3
+
+
+def test_captions_alone(tmp_path):
+    encoders = Encoders()
+    text = encode_captions(["", "a cat", ""], encoders.encode_text, "text", tmp_path)
+    assert encoders.texts == ["", "a cat"] and [entry[:][0, 0].item() for entry in text] == [0, 5, 0]
+    encode_captions(["a cat", "a dog"], encoders.encode_text, "text", tmp_path)
+    assert encoders.texts == ["", "a cat", "a dog"]
+    many = encode_captions([str(i) for i in range(150)], encoders.encode_text, "text")
+    assert len(many) == 150 and many[149].shape == (5, 7)
+
+
+def test_in_memory_datasets_are_the_same_thing():
+    moments, text = torch.randn(3, 2, 8, 4, 6, 6), torch.randn(3, 5, 7)  # 3 clips, K 2, 2C 8
+    dataset = LatentDataset(moments, text, ["a", "b", "c"])
+    window, embedding, caption = dataset.get(1, sample_generator(0))
+    assert any(torch.equal(window, moments[1, k]) for k in range(2)) and torch.equal(embedding, text[1]) and caption == "b"
+    for wrong in ((moments, text, ["a"]), (moments[:2], text, ["a", "b", "c"]), ([], [], [])):
+        with pytest.raises(ValueError, match="equally many"):
+            LatentDataset(*wrong)
+
+
+def test_a_posterior_sample_is_scale_times_mean_plus_std_noise():
+    mean, noise = torch.randn(2, 4, 3, 5, 5), torch.randn(2, 4, 3, 5, 5)  # B 2, C 4, F 3
+    z = sample_posterior(torch.cat([mean, torch.full_like(mean, 2 * np.log(3.0))], dim=1), noise, 0.5)
+    assert torch.allclose(z, 0.5 * (mean + 3 * noise), atol=1e-5)
+    assert torch.allclose(sample_posterior(torch.cat([mean, mean * 0 - 1e4], 1), noise, 1.0), mean, atol=1e-5)
+    clamped = sample_posterior(torch.cat([mean, mean * 0 + 1e4], dim=1).half(), noise, 1.0)
+    assert clamped.dtype == torch.float32 and clamped.isfinite().all(), "log variances are clamped to [-30, 20]"
+    moments = torch.cat([mean, mean], dim=1)
+    assert torch.equal(sample_posterior(moments[1], noise[1], 1.0), sample_posterior(moments, noise, 1.0)[1])

@@ -1,0 +1,377 @@
+"""
+Rebuild, from nothing and seeded, every weight that ships in tiny/weights.
+
+    python tiny/build.py                      # all stages, in order
+    python tiny/build.py --stages judge       # one stage; it reads what earlier stages wrote
+
+Stages: the autoencoder; a CLIP, whose text tower conditions the UNet; the text-to-video UNet, trained on Eq. (1) with
+caption dropout; the preference model, the CLIP fine-tuned the way HPSv2 was; and the judge, which nothing ever optimises.
+What was tried on the way, and what it gave, is in tiny/README.md.
+
+Letters: B clips or pictures, F frames, C channels, H and W rows and columns.
+"""
+import copy
+import hashlib
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F_
+import tyro
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from model import (  # noqa: E402
+    Autoencoder,
+    UNet3D,
+    UNetConfig,
+    VAEConfig,
+    load_text_encoder,
+    load_unet,
+    load_vae,
+    unet_to_diffusers,
+    vae_to_diffusers,
+)
+from sampler import add_noise, alpha_bars, edit, sample  # noqa: E402
+from tiny import world  # noqa: E402
+from tiny.judge import Judge, labels  # noqa: E402
+
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+STAGES = ("vae", "clip", "unet", "preference", "judge")
+
+VAE = VAEConfig(channels=(16, 32, 64), blocks_per_level=1, norm_groups=8)
+UNET = UNetConfig(channels=(32, 64), blocks_per_level=1, attention_levels=(False, True), context_dim=64, head_dim=32,
+                  stem_heads=1, norm_groups=8)
+CLIP = dict(embed_dim=64,
+            vision_cfg=dict(image_size=world.SIZE, patch_size=8, width=64, layers=3, head_width=32),
+            text_cfg=dict(context_length=world.CONTEXT_LENGTH, vocab_size=len(world.WORDS) + 4, width=64, heads=1, layers=3))
+HIGH_NOISE, MAX_WEIGHT = 0.6, 100.  # t is drawn as T u^0.6; see tiny/README.md
+LATENT_STD = 0.5  # see tiny/README.md: with unit variance, noise at t = 951 still shows the layout, and words go unread
+
+
+@dataclass
+class Config:
+    """Rebuild the tiny world's weights."""
+    stages: tuple[str, ...] = STAGES
+    out: Path = WEIGHTS
+    seed: int = 0
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    threads: int = 2
+    vae_steps: int = 4000
+    clip_steps: int = 2500
+    unet_steps: int = 6000
+    preference_steps: int = 1500
+    judge_steps: int = 1500
+    clips: int = 6000
+    """training clips of the UNet"""
+
+
+def all_scenes():
+    return world.scenes("in_domain") + world.scenes("new") + world.scenes("other")
+
+
+def render(num_clips, seed, flaws=None):
+    """num_clips clips over all scenes: (n, F, 3, H, W) float16 in [0, 1], their scenes and flaws. Clip i has seed + i."""
+    every = all_scenes()
+    chosen = [every[i % len(every)] for i in range(num_clips)]
+    made = [world.make_clip(s, seed + i, flaws) for i, s in enumerate(tqdm(chosen, desc="drawing clips"))]
+    return torch.stack([c for c, _ in made]).half(), chosen, [f for _, f in made]
+
+
+def schedule(optimizer, step, steps, lr, warmup=100):
+    """Linear warm-up, then a cosine to zero."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * min(1, (step + 1) / warmup) * .5 * (1 + math.cos(math.pi * step / steps))
+
+
+def fit(name, module, loss_of, steps, lr, ema_decay=0.):
+    """The one training loop of this file: AdamW, clipped, averaged weights if asked. loss_of(step) -> loss, note."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0)
+    average = copy.deepcopy(module) if ema_decay else module
+    bar = tqdm(range(steps), desc=name, mininterval=5)
+    for step in bar:
+        schedule(optimizer, step, steps, lr)
+        loss, note = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        if ema_decay:  # short at first, so that the start is forgotten
+            decay = min(ema_decay, (1 + step) / (10 + step))
+            with torch.no_grad():
+                for a, p in zip(average.parameters(), module.parameters()):
+                    a.lerp_(p, 1 - decay)
+        if step % 50 == 0:
+            bar.set_postfix_str(note)
+    return average.eval()
+
+
+def save(folder, module, config, name):
+    """Weights in fp16 with their config beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.detach().half().cpu().contiguous() for k, v in module.state_dict().items()}, folder / name)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def build_vae(cfg):
+    """The autoencoder: squared and absolute error, and a KL term that is small enough to leave the latents sharp."""
+    clips, _, _ = render(2500, cfg.seed + 1_000_000)
+    frames = clips.flatten(0, 1)                                                         # (n, 3, H, W)
+    vae = Autoencoder(VAE).to(cfg.device)
+
+    def loss_of(step):
+        x = frames[torch.randint(len(frames), (16,))].to(cfg.device).float() * 2 - 1
+        mean, logvar = vae.encode(x).chunk(2, dim=1)
+        y = vae.decode(mean + torch.randn_like(mean) * (logvar / 2).exp())
+        kl = .5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        mse = F_.mse_loss(y, x)
+        return mse + .2 * F_.l1_loss(y, x) + 1e-4 * kl, f"{-10 * math.log10(mse.item() / 4):.1f} dB"
+
+    vae = fit("autoencoder", vae, loss_of, cfg.vae_steps, lr=2e-3)
+    with torch.no_grad():  # the scale that gives latents their standard deviation
+        latents = torch.cat([vae.encode(x.to(cfg.device).float() * 2 - 1).chunk(2, dim=1)[0] for x in frames[:8000:8].split(250)])
+    scale = round(LATENT_STD / latents.std().item(), 5)
+    save(cfg.out / "vae", vae, vae_to_diffusers(replace(VAE, scale=scale)), "diffusion_pytorch_model.safetensors")
+
+
+def build_clip(cfg):
+    """A CLIP of open_clip's own class, trained contrastively on single frames and their captions."""
+    clips, scenes, _ = render(4320, cfg.seed + 2_000_000)
+    captions = [s.caption for s in all_scenes()]
+    n = len(captions)
+    tokens = world.tokenizer()(captions).to(cfg.device)
+    clip = open_clip.CLIP(**CLIP).to(cfg.device)
+
+    def loss_of(step):  # one frame of each caption, so that no other row of the batch is a right answer too
+        pick = torch.arange(n) + n * torch.randint(len(clips) // n, (n,))
+        images = normalise(clips[pick, torch.randint(world.FRAMES, (n,))].to(cfg.device).float())
+        image, text, logit_scale = clip(images, tokens)[:3]
+        logits = logit_scale.clamp(max=100) * image @ text.T
+        target = torch.arange(n, device=cfg.device)
+        right = (logits.argmax(1) == target).float().mean().item()
+        return (F_.cross_entropy(logits, target) + F_.cross_entropy(logits.T, target)) / 2, f"{right:.0%} of {n} captions"
+
+    clip = fit("CLIP", clip, loss_of, cfg.clip_steps, lr=1e-3)
+    save(cfg.out / "clip", clip, CLIP, "open_clip_model.safetensors")
+
+
+def normalise(images):
+    """Frames in [0, 1] to what CLIP takes."""
+    mean, std = (torch.tensor(v, device=images.device)[:, None, None]
+                 for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+    return (images - mean) / std
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def frozen(cfg):
+    """The autoencoder and the text encoder that earlier stages wrote."""
+    vae = load_vae(cfg.out / "vae").to(cfg.device)
+    return vae, load_text_encoder(cfg.out / "clip", tokenizer=world.tokenizer()).to(cfg.device)
+
+
+@torch.no_grad()
+def encode_clips(vae, clips, device):
+    """(n, F, 3, H, W) in [0, 1] -> moments (n, 2C, F, h, w), float16."""
+    out = []
+    for part in tqdm(clips.split(8), desc="encoding clips"):
+        moments = vae.encode(part.flatten(0, 1).to(device).float() * 2 - 1)
+        out.append(moments.unflatten(0, part.shape[:2]).transpose(1, 2).half().cpu())
+    return torch.cat(out)
+
+
+def posterior(moments, scale):
+    """A sample of the latents: moments (B, 2C, F, h, w) -> z (B, C, F, h, w)."""
+    mean, logvar = moments.float().chunk(2, dim=1)
+    return scale * (mean + torch.randn_like(mean) * (logvar / 2).exp())
+
+
+def build_unet(cfg):
+    """The text-to-video base, on Eq. (1) with captions dropped in a tenth of the clips."""
+    vae, text_encoder = frozen(cfg)
+    clips, scenes, _ = render(cfg.clips, cfg.seed + 3_000_000)
+    moments = encode_clips(vae, clips, cfg.device)
+    every = all_scenes()
+    with torch.no_grad():  # (captions, N, C): the empty caption comes last
+        text = text_encoder([s.caption for s in every] + [""])
+    scene_of = torch.tensor([every.index(s) for s in scenes])
+    unet, abar = UNet3D(UNET).to(cfg.device), alpha_bars()
+    nn.init.zeros_(unet.conv_out.weight)
+    B = 16
+
+    def loss_of(step):
+        pick = torch.randint(len(moments), (B,))
+        z = posterior(moments[pick].to(cfg.device), vae.config.scale)
+        t = (len(abar) * torch.rand(B) ** HIGH_NOISE).long()
+        caption = torch.where(torch.rand(B) < .1, len(every), scene_of[pick])
+        eps = torch.randn_like(z)
+        error = (unet(add_noise(z, eps, t, abar), t.to(cfg.device), text[caption.to(cfg.device)]) - eps).square()
+        weight = (1 / abar[t]).clamp(max=MAX_WEIGHT).sqrt().to(z)                        # (B,)
+        return (weight * error.mean(dim=(1, 2, 3, 4))).mean(), f"loss {error.mean():.3f}"
+
+    unet = fit("UNet", unet, loss_of, cfg.unet_steps, lr=1e-3, ema_decay=.999)
+    save(cfg.out / "unet", unet, unet_to_diffusers(UNET), "diffusion_pytorch_model.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+# The simulated annotator's rule. An image's worth to a caption falls with each flaw, by its strength, and with each word
+# that the image gets wrong; of two images the annotator takes A with probability sigmoid(worth A - worth B).
+WORTH = {"watermark": -5., "blur": -4., "washout": -4., "noise": -4.}
+WRONG_WORD = -5.
+
+
+def worth(scene, flaws, caption_scene):
+    """The annotator's value of an image of `scene` with `flaws` for a caption."""
+    wrong = sum(a != b for a, b in zip((scene.colour, scene.shape, scene.direction),
+                                       (caption_scene.colour, caption_scene.shape, caption_scene.direction)))
+    return sum(WORTH[f] * s for f, s in flaws.items()) + WRONG_WORD * wrong
+
+
+@torch.no_grad()
+def through_vae(vae, clips, device):
+    """Clips as the reward will see them: encoded and decoded, (n, F, 3, H, W) in [0, 1], float16."""
+    out = []
+    for part in tqdm(clips.split(8), desc="through the autoencoder"):
+        x = part.flatten(0, 1).to(device).float() * 2 - 1
+        x = vae.decode(vae.encode(x).chunk(2, dim=1)[0])
+        out.append(x.add(1).div(2).clamp(0, 1).half().cpu().unflatten(0, part.shape[:2]))
+    return torch.cat(out)
+
+
+def base_clips(cfg, prompts, tau=None, clips=None):
+    """Clips by the base: from pure noise, or (with tau) edits of given clips, whose content is known. As through_vae's."""
+    vae, text_encoder = frozen(cfg)
+    unet = load_unet(cfg.out / "unet").to(cfg.device)
+    out = []
+    with torch.no_grad():
+        uncond = text_encoder([""])
+        for start in tqdm(range(0, len(prompts), 12), desc="clips by the base"):
+            text = text_encoder(prompts[start:start + 12])
+            noise = torch.randn(len(text), 4, world.FRAMES, world.SIZE // 4, world.SIZE // 4).to(cfg.device)
+            if tau is None:
+                z = sample(unet, noise, text, uncond)
+            else:
+                moments = encode_clips(vae, clips[start:start + 12], cfg.device).to(cfg.device)
+                z = edit(unet, posterior(moments, vae.config.scale), noise, text, uncond, tau=tau)
+            frames = vae.decode(z.transpose(1, 2).flatten(0, 1) / vae.config.scale)
+            out.append(frames.add(1).div(2).clamp(0, 1).half().cpu().unflatten(0, (len(text), world.FRAMES)))
+    return torch.cat(out)
+
+
+def build_preference(cfg):
+    """HPSv2's recipe (arXiv:2306.09341, Sec. 4): a CLIP, a softmax over the two images of a pair, cross-entropy with the choice."""
+    vae, _ = frozen(cfg)
+    every = all_scenes()
+    drawn, scenes, flaws = render(24 * len(every), cfg.seed + 4_000_000)
+    keep = torch.arange(len(drawn))
+    pictures = drawn[keep, torch.randint(world.FRAMES, (len(drawn),))]                   # (n, 3, H, W)
+    pictures = torch.cat([pictures, through_vae(vae, pictures[:, None], cfg.device)[:, 0]])
+    of_scene = {s: [i for i in range(len(pictures)) if scenes[i % len(scenes)] == s] for s in every}
+    samples = base_clips(cfg, [s.caption for s in every])                                # (captions, F, 3, H, W)
+
+    model = open_clip.CLIP(**CLIP).to(cfg.device)
+    model.load_state_dict({k: v.float() for k, v in load_file(cfg.out / "clip/open_clip_model.safetensors").items()})
+    tokens = world.tokenizer()([s.caption for s in every]).to(cfg.device)
+
+    def one_of(options):
+        return options[torch.randint(len(options), ()).item()]
+
+    def near(scene):
+        """A scene that differs in one word, so that every word of a caption comes to matter."""
+        return one_of([s for s in every if (s.colour != scene.colour) + (s.shape != scene.shape) + (s.direction != scene.direction) == 1])
+
+    def pair():
+        """Caption number, two images, and which one the annotator takes (0 or 1)."""
+        c = torch.randint(len(every), ()).item()
+        a_scene = every[c]
+        b_scene = near(a_scene) if torch.rand(()) < .4 else a_scene
+        if torch.rand(()) < .7:  # two drawn clips
+            a, b = one_of(of_scene[a_scene]), one_of(of_scene[b_scene])
+            images, fa, fb = [pictures[a], pictures[b]], flaws[a % len(flaws)], flaws[b % len(flaws)]
+        else:  # two samples of the base; of the same one, the second is spoilt further
+            frame, fa, fb = torch.randint(world.FRAMES, ()).item(), {}, {}
+            images = [samples[every.index(s), frame] for s in (a_scene, b_scene)]
+            if a_scene is b_scene:
+                fb = {one_of(list(world.FLAWS)): .3 + .7 * torch.rand(()).item()}
+                images[1] = world.add_flaws(images[1][None].float(), fb, None)[0].half()
+        better = worth(b_scene, fb, every[c]) - worth(a_scene, fa, every[c])
+        return c, torch.stack(images), float(torch.rand(()) < 1 / (1 + math.exp(-better))), better
+
+    def loss_of(step):
+        rows = [pair() for _ in range(48)]
+        images = normalise(torch.cat([r[1] for r in rows]).to(cfg.device).float())
+        choice = torch.tensor([int(r[2]) for r in rows], device=cfg.device)
+        image, text, logit_scale = model(images, tokens[[r[0] for r in rows]])[:3]
+        logits = logit_scale.clamp(max=100) * (image.unflatten(0, (-1, 2)) * text[:, None]).sum(-1)   # (B, 2)
+        right.append((logits.argmax(1) == choice).float().mean().item())
+        ceiling.append(sum(int(r[3] > 0) == r[2] for r in rows) / len(rows))
+        mean = [sum(v[-50:]) / len(v[-50:]) for v in (right, ceiling)]
+        return F_.cross_entropy(logits, choice), f"agrees {mean[0]:.0%}, at best {mean[1]:.0%}"
+
+    right, ceiling = [], []
+    model = fit("preference model", model, loss_of, cfg.preference_steps, lr=3e-4)
+    save(cfg.out / "reward", model, CLIP, "open_clip_model.safetensors")
+
+
+def build_judge(cfg):
+    """The judge, on other seeds than anything else here: drawn clips, the same through the autoencoder, and the base's edits."""
+    vae, _ = frozen(cfg)
+    every, g = all_scenes(), torch.Generator().manual_seed(cfg.seed + 5)
+    seen = []  # (clip, scene)
+    for i in tqdm(range(2880), desc="drawing clips"):
+        scene, trail = every[i % len(every)], None
+        if torch.rand((), generator=g) < .25:
+            scene = replace(scene, direction="")
+        if torch.rand((), generator=g) < .4 or not scene.direction:
+            trail = [*world.DIRECTIONS, ""][torch.randint(5, (), generator=g)]
+        seen.append((world.make_clip(scene, cfg.seed + 5_000_000 + i, trail=trail)[0].half(), scene))
+    clips = torch.stack([c for c, _ in seen])
+    moving = [i for i, (_, s) in enumerate(seen) if s.direction][:288]
+    edits = base_clips(cfg, [seen[i][1].caption for i in moving], tau=.3, clips=clips[moving])
+    truth = labels([s for _, s in seen] * 2 + [seen[i][1] for i in moving])
+    clips = torch.cat([clips, through_vae(vae, clips, cfg.device), edits])
+    judge = Judge().to(cfg.device)
+
+    def loss_of(step):
+        pick = torch.randint(len(clips), (24,))
+        logits = judge(clips[pick].to(cfg.device).float())
+        target = [t[pick].to(cfg.device) for t in truth]
+        right = [(a.argmax(1) == b).float().mean().item() for a, b in zip(logits, target)]
+        return sum(F_.cross_entropy(a, b) for a, b in zip(logits, target)), "colour {:.0%} shape {:.0%} direction {:.0%}".format(*right)
+
+    judge = fit("judge", judge, loss_of, cfg.judge_steps, lr=2e-3)
+    save_file({k: v.half().cpu() for k, v in judge.state_dict().items()}, cfg.out / "judge.safetensors")
+
+
+def main(cfg):
+    """Build the chosen stages, then the manifest."""
+    torch.set_num_threads(cfg.threads)
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    for number, stage in enumerate(STAGES):
+        if stage in cfg.stages:
+            torch.manual_seed(cfg.seed + number)  # each stage on its own, so that one can be rebuilt alone
+            start = time.time()
+            globals()[f"build_{stage}"](cfg)
+            print(f"{stage}: {time.time() - start:.0f} s", flush=True)
+    write_manifest(cfg.out)
+
+
+def write_manifest(folder):
+    """manifest.json: the SHA-256 of every file, which loading checks."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
+    digests = {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    (folder / "manifest.json").write_text(json.dumps(digests, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
