@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import lora
 from data import sample_generator
-from model import Base, decode_frames, load_base, pick_device, pick_dtype
+from model import Base, decode_frames, load_base, pick_device, pick_dtype, write_whole
 from sampler import GUIDANCE, sample
 
 
@@ -63,10 +63,9 @@ def video_name(index, prompt):
 
 
 def write_video(path, video, fps):
-    """Save (F, 3, H, W) in [0, 1] as .mp4 or .gif, under a hidden name first, so that no half file is left."""
+    """Save (F, 3, H, W) in [0, 1] as .mp4 or .gif."""
     pixels = video.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (F, H, W, 3)
-    hidden = path.with_name(f".{path.name}")
-    try:
+    with write_whole(path) as hidden:
         if path.suffix == ".gif":
             iio.imwrite(hidden, pixels, extension=".gif", duration=round(1000 / fps), loop=0)
         else:  # small pictures are enlarged, so that players show more than a dot; odd sizes do not exist in yuv420p
@@ -74,9 +73,6 @@ def write_video(path, video, fps):
             pixels = pixels.repeat(zoom, 1).repeat(zoom, 2)
             pixels = pixels[:, :pixels.shape[1] // 2 * 2, :pixels.shape[2] // 2 * 2]
             iio.imwrite(hidden, pixels, extension=".mp4", plugin="pyav", codec="libx264", fps=fps)
-        hidden.replace(path)
-    finally:
-        hidden.unlink(missing_ok=True)
 
 
 def read_prompts(path):
@@ -156,14 +152,15 @@ def main(cfg):
     """Load, generate, write."""
     prompts, device = check(cfg), pick_device(cfg.device)
     base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype=pick_dtype(cfg.dtype, device), device=device)
+    own = lora.load_beside(base.unet, base.unet_file)  # a fine-tuned official file brings its adapters along
     if cfg.lora:
         lora.load(base.unet, cfg.lora)
+    if own or cfg.lora:
         lora.set_scale(base.unet, cfg.lora_scale)
-        lora.merge(base.unet)
     height = cfg.height or base.default_size
     width = cfg.width or height
-    for prompt in prompts:
-        base.announce_cut(prompt)
+    for prompt in base.cut_captions(prompts):
+        print(f"longer than the text encoder reads, its end is not seen: {prompt!r}")
     latent_size(base, height, width)
     cfg.out.mkdir(parents=True, exist_ok=True)
     seeds = [cfg.seed + i for i in range(len(prompts))]

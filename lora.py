@@ -159,7 +159,7 @@ def set_scale(module, scale):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files. Ours is a safetensors file under PEFT's tensor names, with rank, alpha and base as metadata.
+# Files. Ours is a safetensors file under PEFT's tensor names, with rank, alpha, base and its fingerprint as metadata.
 
 PREFIX = "base_model.model."  # what PEFT's wrapper puts before the path of a layer
 NAME = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
@@ -184,21 +184,29 @@ def save(module, path, base=None):
     """
     Write the adapters to a safetensors file, whole or not at all; an older one of that name is replaced.
 
-    base: a string that tells which weights they were trained on, for `load` to compare. `set_scale` is not recorded.
+    base: what to call the weights they were trained on; what `load` compares is their fingerprint. `set_scale` is not recorded.
     """
     layer = next(iter(layers(module).values()))
-    recorded = {"format": "pt", "version": VERSION, "rank": str(len(layer.lora_A)), "alpha": str(layer.alpha)}
+    recorded = {"format": "pt", "version": VERSION, "rank": str(len(layer.lora_A)), "alpha": str(layer.alpha),
+                "base": base and str(base), "base_fingerprint": fingerprint(module)}
     with model.write_whole(path) as hidden:
-        save_file(adapter_state(module), hidden, recorded | ({"base": base} if base else {}))
+        save_file(adapter_state(module), hidden, {k: v for k, v in recorded.items() if v})
+
+
+def fingerprint(module):
+    """What identifies the base weights; None where there are none, as on the meta device."""
+    known = hasattr(module, "conv_in") and not module.conv_in.weight.is_meta
+    return model.fingerprint(module) if known else None
 
 
 @dataclass
 class Adapter:
-    """What an adapter file holds: tensors under our names, and which base it was trained on, if it says."""
+    """What an adapter file holds: tensors under our names and, if it says, which base it was trained on."""
     tensors: dict
     rank: int
     alpha: float
     base: str | None
+    fingerprint: str | None
     with_base: bool
     """a fine-tuned official file, with the base's tensors beside"""
 
@@ -217,7 +225,7 @@ def read_adapter(path, config=None):
         for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
             if settings.get(key):
                 raise ValueError(f"{path}: adapter_config.json sets {key}; allowed is plain LoRA, one rank and alpha for all")
-        recorded = {"rank": settings.get("r"), "alpha": settings.get("lora_alpha")}  # its base is a place, not an identity
+        recorded = {"rank": settings.get("r"), "alpha": settings.get("lora_alpha")}
         found = [path / f"adapter_model.{suffix}" for suffix in ("safetensors", "bin")]
         tensors = model.read_tensors(next((f for f in found if f.is_file()), found[0]))
     else:
@@ -239,18 +247,19 @@ def read_adapter(path, config=None):
         raise ValueError(f"{path}: {len(bad)} of {len(tensors)} tensors are not half of an adapter ({model.some(bad)}); expected "
                          f"{PREFIX}(...).lora_A.weight and lora_B.weight, or (...)_lora.down_linear.weight and up_linear.weight")
     if recorded.get("version", VERSION) != VERSION:
-        raise ValueError(f"{path}: has format version {recorded['version']}, this code reads {VERSION}")
+        raise ValueError(f"{path}: has format version {recorded['version']!r}, this code reads {VERSION}")
     try:
         rank, alpha = int(recorded.get("rank")), float(recorded.get("alpha"))
     except (TypeError, ValueError):
         rank, alpha = 0, 0
     if not (rank > 0 and 0 < alpha < math.inf):
-        raise ValueError(f"{path}: records rank {recorded.get('rank')} and alpha {recorded.get('alpha')}; expected two above 0, "
-                         "without which the scale of its adapters is not known")
+        raise ValueError(f"{path}: records rank {recorded.get('rank')!r} and alpha {recorded.get('alpha')!r}; expected two above "
+                         "0, without which the scale of its adapters is not known")
     for k, t in tensors.items():                                                          # A (r, C_in), B (C_out, r)
-        if t.dim() != 2 or t.shape[".lora_B." in k] != rank or not t.is_floating_point() or not t.isfinite().all():
+        numbers = t.is_floating_point() and t.layout == torch.strided and not t.is_meta
+        if not numbers or t.dim() != 2 or t.shape[".lora_B." in k] != rank or not t.float().isfinite().all():
             raise ValueError(f"{path}: tensor {k}: expected a matrix of rank {rank}, finite; found {t.dtype} {list(t.shape)}")
-    return Adapter(tensors, rank, alpha, recorded.get("base"), with_base)
+    return Adapter(tensors, rank, alpha, recorded.get("base"), recorded.get("base_fingerprint"), with_base)
 
 
 @torch.no_grad()
@@ -262,6 +271,10 @@ def put(module, adapter, what):
         expected[f"{PREFIX}{path}.lora_A.weight"] = torch.empty(adapter.rank, c_in, device="meta")
         expected[f"{PREFIX}{path}.lora_B.weight"] = torch.empty(c_out, adapter.rank, device="meta")
     model.check_tensors(expected, adapter.tensors, what)
+    known = fingerprint(module)
+    if known and adapter.fingerprint and known != adapter.fingerprint:
+        raise ValueError(f"{what}: was trained on {adapter.base or 'weights'!r} of fingerprint {adapter.fingerprint!r}, "
+                         f"the model's is {known!r}")
     if not isinstance(layer, LoRALinear):
         inject(module, adapter.rank, adapter.alpha)
     elif (len(layer.lora_A), layer.alpha) != (adapter.rank, adapter.alpha):
@@ -269,22 +282,26 @@ def put(module, adapter, what):
                          f"{len(layer.lora_A)} and alpha {layer.alpha:g}")
     unmerge(module)
     for name, own in adapter_state(module).items():
-        own.copy_(adapter.tensors[name])
+        own.copy_(adapter.tensors[name].to(own.dtype))
     return parameters(module)
 
 
-def load(module, path, base=None):
+def load(module, path):
     """
     Put the adapters of a file or PEFT folder (see read_adapter) into `module`, injected if need be; returns their parameters.
 
-    base: which weights the module has, if the caller knows. Raises ValueError as read_adapter does; if rank, alpha or base are
-    not the module's; or if the tensors are not exactly those of its attentions. The module is then as before.
+    Raises ValueError as read_adapter does; if tensors are not exactly those of the module's attentions; or if the rank and alpha
+    of adapters it has already, or its base weights (by model.fingerprint), are not those recorded. It is then unchanged.
     """
-    config = getattr(module, "config", None)
-    adapter = read_adapter(path, config if isinstance(config, model.UNetConfig) else None)  # diffusers' has a config of its own
-    if base and adapter.base and base != adapter.base:
-        raise ValueError(f"{path}: was trained on {adapter.base}, the model is {base}")
-    return put(module, adapter, path)
+    config = getattr(module, "config", None)  # diffusers' is of another kind: official names are then those of the full size
+    return put(module, read_adapter(path, config if isinstance(config, model.UNetConfig) else None), path)
+
+
+def load_beside(module, path):
+    """Load the adapters that a fine-tuned official file holds beside the base; returns their parameters, [] if it has none."""
+    if path is None or path.is_dir() or not model.split_lora(model.read_tensors(path))[1]:
+        return []
+    return load(module, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ layers and as B images of F rows and H*W columns by the temporal ones, so the tw
 
 Letters: B clips, F frames, C channels, H and W latent rows and columns, N text tokens, E width of the time embedding.
 """
+import hashlib
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
 import open_clip
 import torch
 import torch.nn.functional as F_
@@ -47,9 +49,12 @@ class UNetConfig:
     stem_heads: int = 8
     """heads of the first temporal transformer alone; elsewhere channels / head_dim"""
     norm_groups: int = 32
+    sample_size: int = 32
+    """latent rows and columns of the clips it was trained on; it takes others too"""
 
     def __post_init__(self):
-        sizes = (*self.channels, self.in_channels, self.out_channels, self.context_dim, self.head_dim, self.stem_heads)
+        sizes = (*self.channels, self.in_channels, self.out_channels, self.context_dim, self.head_dim, self.stem_heads,
+                 self.sample_size)
         check_structure(self, sizes)
         attended = [c for c, a in zip(self.channels, self.attention_levels) if a] + [self.channels[-1]]
         if len(self.attention_levels) != len(self.channels) or any(c % self.head_dim for c in attended):
@@ -800,7 +805,8 @@ def unet_to_diffusers(config):
             "up_block_types": kinds(config.attention_levels[::-1], "Up"),
             "cross_attention_dim": config.context_dim, "attention_head_dim": config.head_dim,
             "norm_num_groups": config.norm_groups, "norm_eps": 1e-5, "act_fn": "silu",
-            "downsample_padding": 1, "mid_block_scale_factor": 1, "stem_heads": config.stem_heads}
+            "downsample_padding": 1, "mid_block_scale_factor": 1, "sample_size": config.sample_size,
+            "stem_heads": config.stem_heads}
 
 
 def unet_from_diffusers(c):
@@ -808,8 +814,8 @@ def unet_from_diffusers(c):
     expect(c, {"_class_name": "UNet3DConditionModel", "num_attention_heads": None, "time_cond_proj_dim": None})
     config = UNetConfig(c["in_channels"], c["out_channels"], tuple(c["block_out_channels"]), c["layers_per_block"],
                         tuple(kind.startswith("CrossAttn") for kind in c["down_block_types"]), c["cross_attention_dim"],
-                        c["attention_head_dim"], c.get("stem_heads", 8), c.get("norm_num_groups", 32))
-    expect(c, unet_to_diffusers(config))
+                        c["attention_head_dim"], c.get("stem_heads", 8), c.get("norm_num_groups", 32), c.get("sample_size") or 32)
+    expect(c, unet_to_diffusers(config) | {"sample_size": c.get("sample_size")})
     return config
 
 
@@ -947,3 +953,201 @@ def load_text_encoder(path, tokenizer=None, dtype=None):
         "quick_gelu": False}), None)
     config = TextConfig(vocab_size, len(tables[1]), width, heads, layers)
     return assemble(lambda: TextEncoder(config, tokenizer), tensors, path, dtype)
+
+
+# -- Everything a script needs -----------------------------------------------------------------------------------------
+
+TINY = Path(__file__).resolve().parent / "tiny" / "weights"
+PARTS = {  # what a folder may call each part: diffusers' components, then the files of the two ModelScope hub folders
+    "unet": ("unet", "text2video_pytorch_model.pth", "model_scope_v1-4_0600000.pth"),
+    "vae": ("vae", "VQGAN_autoencoder.pth", "v2-1_512-ema-pruned.ckpt"),
+    "text_encoder": ("text_encoder", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.safetensors")}
+
+
+def pick_device(name=None):
+    """The named device, or the first there is of cuda, mps, cpu. ValueError for one that torch does not have here."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device {name!r}: not available here; allowed are cuda, mps, cpu, where torch has them") from None
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_dtype(name, device):
+    """Precision of the frozen weights: the named one, or bfloat16 on cuda and float32 elsewhere."""
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"dtype {name!r}: allowed are {', '.join(DTYPES)}")
+    return DTYPES[name or ("bfloat16" if device.type == "cuda" else "float32")]
+
+
+@dataclass
+class Base:
+    """A text-to-video model, frozen: what load_base found, with the two functions that the rest of the code calls."""
+    unet: UNet3D
+    vae: Autoencoder
+    text_encoder: TextEncoder
+    name: str
+    """as the user gave it"""
+    folder: Path | None = None
+    """where it lies on disk, if anywhere"""
+    unet_file: Path | None = None
+    """the UNet's own file or folder, which may hold LoRA tensors too"""
+
+    def __post_init__(self):
+        self.texts = {}
+
+    @property
+    def device(self):
+        return self.unet.conv_in.weight.device
+
+    @property
+    def default_size(self):
+        """Pixel rows and columns of the clips that the UNet was trained on."""
+        return self.unet.config.sample_size * self.vae.config.downscale
+
+    def denoiser(self, z_t, t, text):
+        """eps(z_t, t, text) in float32, whatever the UNet's precision: schedule and adapters stay exact."""
+        dtype = self.unet.conv_in.weight.dtype
+        return self.unet(z_t.to(dtype), t, text.to(dtype)).to(z_t.dtype)
+
+    @torch.no_grad()
+    def encode_text(self, captions):
+        """Captions [B] -> (B, N, E), each computed once, alone, and kept: a caption's features owe nothing to its company."""
+        for caption in captions:
+            if caption not in self.texts:
+                self.texts[caption] = self.text_encoder([caption])[0]
+        return torch.stack([self.texts[c] for c in captions])
+
+    def release_encoders(self):
+        """Give back the accelerator's memory that the encoders hold, once every caption and clip has been through them."""
+        self.text_encoder.to("cpu")
+        self.vae.encoder.to("cpu")
+        self.texts = {c: t.to(self.device) for c, t in self.texts.items()}
+
+    def cut_captions(self, captions):
+        """Those captions that are longer than the text encoder reads: it would not see their ends."""
+        longest = self.text_encoder.config.context_length - 2  # less the start and the end token
+        return [c for c in captions if len(self.text_encoder.tokenizer.encode(c)) > longest]
+
+
+def decode_frames(vae, z, index=None):
+    """
+    Frames of clips: z (B, C, F, h, w) scaled latents, index (B, S) which frames (default all) -> (B, S, 3, H, W).
+
+    In about [0, 1], not clamped: the reward limits what it is shown. Frames are picked before they are decoded, the official
+    code decodes all F and then picks (utils/reward/reward.py:138-162).
+    """
+    z = z.transpose(1, 2)                                                                 # (B, F, C, h, w)
+    if index is not None:
+        z = z[torch.arange(len(z), device=z.device)[:, None], index.to(z.device)]         # (B, S, C, h, w)
+    x = vae.decode((z.flatten(0, 1) / vae.config.scale).to(vae.post_quant_conv.weight.dtype))
+    return (x.float() * .5 + .5).unflatten(0, z.shape[:2])                                # (B, S, 3, H, W)
+
+
+def load_base(base, vae=None, text_encoder=None, dtype=None, device="cpu", seed=0):
+    """
+    The base model a script names: "tiny", a folder, a UNet file with its other parts beside it, a hub id, or "random".
+
+    Folders may be diffusers' (unet, vae, text_encoder) or one of ModelScope's, recognised by their files. vae, text_encoder:
+    a file or folder to take instead. "random" is the full-size structure with seeded random weights, "random:64" one of
+    64, 128, 256, 256 channels. ValueError: nothing there, parts missing, or whatever the readers say.
+    """
+    if base == "random" or base.startswith("random:"):
+        made = random_base(base, seed, dtype)
+        return Base(made.unet.to(device), made.vae.to(device), made.text_encoder.to(device), base)
+    folder = TINY if base == "tiny" else Path(base)
+    if not folder.exists():
+        folder = from_hub(base)
+    check_manifest(folder)
+    paths = {"unet": None, "vae": vae, "text_encoder": text_encoder}
+    if folder.is_file():
+        paths["unet"], folder = folder, folder.parent
+    for part, names in PARTS.items():
+        places = [d / n for d in (folder, folder.parent) for n in names]
+        paths[part] = Path(paths[part]) if paths[part] else next((p for p in places if p.exists()), None)
+        if paths[part] is None:
+            raise ValueError(f"{base}: no {part} found in {folder}; expected one of {', '.join(names)}"
+                             + ("" if part == "unet" else f", or --{part.replace('_', '-')}"))
+    words = paths["text_encoder"] / "words.txt"
+    tokenizer = read_words(words) if words.is_file() else None
+    return Base(load_unet(paths["unet"], dtype=dtype).to(device), load_vae(paths["vae"], dtype=dtype).to(device),
+                load_text_encoder(paths["text_encoder"], tokenizer, dtype).to(device), base, folder, paths["unet"])
+
+
+def read_words(path):
+    """The WordTokenizer of a words.txt: the context length on its first line, then one word a line."""
+    length, *words = Path(path).read_text().split()
+    return WordTokenizer(words, int(length))
+
+
+def check_manifest(folder):
+    """If a folder has a manifest.json of SHA-256 digests, every file in it must be there and as it was built."""
+    if not (folder / "manifest.json").is_file():
+        return
+    for name, digest in read_json(folder / "manifest.json").items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: missing, though manifest.json lists it")
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
+            raise ValueError(f"{folder / name}: not the file that manifest.json lists (its SHA-256 differs)")
+
+
+def from_hub(repo):
+    """
+    Folder of a hub repository's three parts, downloaded once by huggingface_hub, or from its cache without a network.
+
+    Of several weight files of a part, the first of WEIGHT_FILES is taken: safetensors before .bin, full precision.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise ValueError(f"base {repo!r}: no such file or folder; allowed are tiny, random, a path, or a hub id as {HUB_BASE}")
+    wanted = [f"{part}/{name}" for part in PARTS for name in ("config.json", *WEIGHT_FILES)]
+    try:
+        try:
+            files = huggingface_hub.HfApi().list_repo_files(repo)
+        except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.GatedRepoError):
+            raise ValueError(f"base {repo!r}: no such hub repository, nor a file or folder of that name") from None
+        chosen = [f"{part}/config.json" for part in PARTS]
+        for part in PARTS:
+            chosen += next(([f"{part}/{n}"] for n in WEIGHT_FILES if f"{part}/{n}" in files), [])
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=chosen))
+    except ValueError:
+        raise
+    except Exception as error:  # no network: httpx, OSError or a hub error, by version
+        try:
+            return Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted, local_files_only=True))
+        except Exception:
+            raise ValueError(f"base {repo!r}: cannot be downloaded ({first_line(error)}); put the folders unet, vae and "
+                             f"text_encoder of that repository somewhere and give their folder as --base") from None
+
+
+HUB_BASE = "ali-vilab/text-to-video-ms-1.7b"
+
+
+def random_base(spec, seed=0, dtype=None):
+    """The whole structure with seeded random weights, for timing and trying the pipeline without a download."""
+    width = spec.partition(":")[2] or "320"
+    if not width.isdigit() or int(width) % 32 or int(width) < 32:
+        raise ValueError(f"base {spec!r}: allowed are random, and random:W with W a multiple of 32")
+    w, v = int(width), max(32, int(width) * 2 // 5 // 32 * 32)
+    unet, vae, text = UNetConfig(), VAEConfig(), TextConfig()
+    if w != 320:
+        unet = UNetConfig(channels=(w, 2 * w, 4 * w, 4 * w), context_dim=64, head_dim=min(w, 64), stem_heads=8, sample_size=8)
+        vae, text = VAEConfig(channels=(v, 2 * v, 4 * v, 4 * v), blocks_per_level=1), TextConfig(width=64, heads=1, layers=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = Base(*(part.to(dtype or torch.float32).eval().requires_grad_(False)
+                      for part in (UNet3D(unet), Autoencoder(vae), TextEncoder(text))), spec)
+    return made
+
+
+def fingerprint(module):
+    """Names frozen weights whatever file they came from and in whatever precision: a hash of their signs, adapters left out."""
+    digest = hashlib.sha256()
+    for name, p in sorted(module.state_dict().items()):
+        if "lora_" not in name:
+            digest.update((p > 0).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

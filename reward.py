@@ -7,7 +7,7 @@ this file sees the S chosen frames, not all F; (2) frames are resized as HPSv2 i
 `preprocess="instructvideo"`; (3) segments end at floor(i F / S), so every frame can be drawn when S does not divide F;
 (4) Eq. 7's centre is F/2, not F//2 (they differ for odd F); (5) the reward is frozen; (6) nothing is downloaded.
 
-    reward = load_hpsv2("HPS_v2_compressed.pt")                  # https://huggingface.co/xswu/HPSv2
+    reward = load_hpsv2("HPS_v2_compressed.pt")                  # hub repository xswu/HPSv2
     g = segment_frames(num_frames=16, segments=4, batch=2)       # (B, S)
     r = reward(frames, captions)                                 # (B, S, 3, H, W) in [0, 1], [B] -> (B, S)
     R = aggregate(r, tar_weights(g, num_frames=16))              # (B,), to be maximised
@@ -26,6 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
+import huggingface_hub
 import open_clip
 import torch
 import torch.nn.functional as F_
@@ -130,14 +131,14 @@ class HPSv2(nn.Module):
 
     clip: an open_clip CLIP of any size; it is frozen here and stays in eval mode, even after .train().
     tokenizer: [str] -> (n, tokens) int64; default is CLIP's own, at the model's context length.
-    version: "v2.0", "v2.1" or "tiny" (a small CLIP trained the same way); `name` (HPSv2.0, ...) belongs beside every
+    version: "v2.0", "v2.1", "tiny" (a small CLIP trained the same way) or "random"; `name` (HPSv2.0, ...) belongs beside every
       score: v2.0 gives about 0.23-0.28, v2.1 0.15-0.31, and the two do not compare.
     preprocess: "hpsv2" (letterbox) or "instructvideo" (stretch).
 
     forward: frames (B, S, 3, H, W), floating, in [0, 1] and limited to it; captions, B strings -> (B, S) float32 in
     [-1, 1]. Weights of any precision; features are normalised and multiplied in float32. Other shapes: ValueError.
     """
-    VERSIONS = ("v2.0", "v2.1", "tiny")
+    VERSIONS = ("v2.0", "v2.1", "tiny", "random")
 
     def __init__(self, clip, tokenizer=None, version="v2.0", preprocess="hpsv2"):
         super().__init__()
@@ -191,7 +192,7 @@ def load_hpsv2(path, version="v2.0", dtype=torch.float32, device="cpu", clip_con
                preprocess="hpsv2"):
     """
     HPSv2 from its published weights, without any download: `HPS_v2_compressed.pt` (v2.0) or `HPS_v2.1_compressed.pt`
-    (v2.1) of https://huggingface.co/xswu/HPSv2, or the same tensors as safetensors.
+    (v2.1) of the hub repository xswu/HPSv2, or the same tensors as safetensors.
 
     dtype: of the weights; float32 is exact, all of it in float16 costs 6e-4 of score, in bfloat16 1.9e-3 (differences
       that matter are 0.01). clip_config: open_clip's description of another CLIP; default ViT-H-14, with plain GELU.
@@ -215,6 +216,39 @@ def load_hpsv2(path, version="v2.0", dtype=torch.float32, device="cpu", clip_con
     if clip.attn_mask is not None:  # in no file: -inf above the diagonal, as open_clip's build_causal_mask makes it
         clip.attn_mask = torch.full(clip.attn_mask.shape, -math.inf).triu(1)                # (tokens, tokens)
     return HPSv2(clip.to(device=device, dtype=dtype), tokenizer, version, preprocess)
+
+
+HUB_REWARDS = {"hpsv2": ("v2.0", "HPS_v2_compressed.pt"), "hpsv2.1": ("v2.1", "HPS_v2.1_compressed.pt")}  # of xswu/HPSv2
+SMALL_CLIP = dict(embed_dim=32, vision_cfg=dict(image_size=32, patch_size=8, width=32, layers=2, head_width=16),
+                  text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2))
+
+
+def load_reward(kind="hpsv2", weights=None, base_folder=None, dtype=torch.float32, device="cpu"):
+    """
+    The reward a script names. weights: a file; or "random" (ViT-H-14) or "random:W" (small), untrained, to try the pipeline.
+
+    Without weights, the reward that lies in the base's own folder (the tiny world's), else the hub's file of that kind.
+    ValueError: unknown kind, no network and no cache, or as load_hpsv2.
+    """
+    from model import first_line, read_json, read_words
+    if kind not in HUB_REWARDS:
+        raise ValueError(f"reward {kind!r}: allowed are {', '.join(HUB_REWARDS)}")
+    version, name = HUB_REWARDS[kind]
+    if weights and weights.startswith("random"):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            config = SMALL_CLIP if ":" in weights else open_clip.get_model_config("ViT-H-14")
+            return HPSv2(open_clip.CLIP(**config).to(device=device, dtype=dtype), version="random")
+    own = base_folder and base_folder / "reward"
+    if not weights and own and own.is_dir():
+        return load_hpsv2(own, "tiny", dtype, device, read_json(own / "config.json"), read_words(own / "words.txt"))
+    if not weights:
+        try:
+            weights = huggingface_hub.hf_hub_download("xswu/HPSv2", name)
+        except Exception as error:  # no network: httpx, OSError or a hub error, by version
+            raise ValueError(f"reward {kind}: cannot be downloaded ({first_line(error)}); get {name} from the hub repository "
+                             "xswu/HPSv2 and give its path as --reward-weights") from None
+    return load_hpsv2(weights, version, dtype, device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

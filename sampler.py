@@ -64,6 +64,15 @@ def noise_step(tau, num_steps, num_train_steps=1000):
     return ddpm_step(edit_steps(tau, num_steps), num_steps, num_train_steps)
 
 
+def check_edit(tau, num_steps, grad_steps, num_train_steps=1000):
+    """(tau D, t_noi) of an edit. ValueError as noise_step, or if the K = grad_steps steps with gradient are not 1..tau D."""
+    first, t_noi = edit_steps(tau, num_steps), noise_step(tau, num_steps, num_train_steps)
+    if not 1 <= grad_steps <= first:
+        raise ValueError(f"grad_steps = {grad_steps}: allowed is 1 to {first}, the steps that tau = {tau} of num_steps = {num_steps} "
+                         "leaves")
+    return first, t_noi
+
+
 def add_noise(z, eps, t, alpha_bar):
     """
     Eq. (5): z_t = sqrt(abar_t) z + sqrt(1 - abar_t) eps.
@@ -130,8 +139,6 @@ def edit(eps_model, z, eps, text, uncond, tau=0.6, num_steps=20, guidance=GUIDAN
     Raises ValueError for tau or num_steps as noise_step does, and for K outside 1..tau D.
     """
     alpha_bar = alpha_bars() if alpha_bar is None else alpha_bar
-    t_noi, first = noise_step(tau, num_steps, len(alpha_bar)), edit_steps(tau, num_steps)
-    if not 1 <= grad_steps <= first:
-        raise ValueError(f"grad_steps = {grad_steps}: allowed is 1 to the {first} steps that tau = {tau} leaves of {num_steps}")
+    first, t_noi = check_edit(tau, num_steps, grad_steps, len(alpha_bar))
     z_noi = add_noise(z, eps, t_noi, alpha_bar)                                           # Eq. (5)
     return chain(eps_model, z_noi, text, uncond, first, num_steps, guidance, alpha_bar, grad_steps)

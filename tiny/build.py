@@ -48,7 +48,7 @@ STAGES = ("vae", "clip", "unet", "preference", "judge")
 
 VAE = VAEConfig(channels=(16, 32, 64), blocks_per_level=1, norm_groups=8)
 UNET = UNetConfig(channels=(32, 64), blocks_per_level=1, attention_levels=(False, True), context_dim=64, head_dim=32,
-                  stem_heads=1, norm_groups=8)
+                  stem_heads=1, norm_groups=8, sample_size=8)
 CLIP = dict(embed_dim=64,
             vision_cfg=dict(image_size=world.SIZE, patch_size=8, width=64, layers=3, head_width=32),
             text_cfg=dict(context_length=world.CONTEXT_LENGTH, vocab_size=len(world.WORDS) + 4, width=64, heads=1, layers=3))
@@ -120,6 +120,12 @@ def save(folder, module, config, name):
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
+def save_clip(folder, clip):
+    """The same for a CLIP, whose words come along: the context length, then the vocabulary."""
+    save(folder, clip, CLIP, "open_clip_model.safetensors")
+    (folder / "words.txt").write_text("\n".join([str(world.CONTEXT_LENGTH), *world.WORDS]) + "\n")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 def build_vae(cfg):
@@ -161,7 +167,7 @@ def build_clip(cfg):
         return (F_.cross_entropy(logits, target) + F_.cross_entropy(logits.T, target)) / 2, f"{right:.0%} of {n} captions"
 
     clip = fit("CLIP", clip, loss_of, cfg.clip_steps, lr=1e-3)
-    save(cfg.out / "clip", clip, CLIP, "open_clip_model.safetensors")
+    save_clip(cfg.out / "text_encoder", clip)
 
 
 def normalise(images):
@@ -176,7 +182,7 @@ def normalise(images):
 def frozen(cfg):
     """The autoencoder and the text encoder that earlier stages wrote."""
     vae = load_vae(cfg.out / "vae").to(cfg.device)
-    return vae, load_text_encoder(cfg.out / "clip", tokenizer=world.tokenizer()).to(cfg.device)
+    return vae, load_text_encoder(cfg.out / "text_encoder", world.tokenizer()).to(cfg.device)
 
 
 @torch.no_grad()
@@ -280,7 +286,7 @@ def build_preference(cfg):
     samples = base_clips(cfg, [s.caption for s in every])                                # (captions, F, 3, H, W)
 
     model = open_clip.CLIP(**CLIP).to(cfg.device)
-    model.load_state_dict({k: v.float() for k, v in load_file(cfg.out / "clip/open_clip_model.safetensors").items()})
+    model.load_state_dict({k: v.float() for k, v in load_file(cfg.out / "text_encoder/open_clip_model.safetensors").items()})
     tokens = world.tokenizer()([s.caption for s in every]).to(cfg.device)
 
     def one_of(options):
@@ -320,7 +326,7 @@ def build_preference(cfg):
 
     right, ceiling = [], []
     model = fit("preference model", model, loss_of, cfg.preference_steps, lr=3e-4)
-    save(cfg.out / "reward", model, CLIP, "open_clip_model.safetensors")
+    save_clip(cfg.out / "reward", model)
 
 
 def build_judge(cfg):

@@ -1,0 +1,596 @@
+"""lora.py: the paper's counts, the algebra of W + (alpha / r) B A, and files that peft, diffusers and the official code read."""
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lora
+import model
+from lora import LoRALinear, adapter_state, inject, layers, load, merge, save, set_scale, unmerge
+
+# ModelScopeT2V's structure, small. Eight heads in the first temporal transformer, as diffusers has them.
+CONFIG = model.UNetConfig(channels=(32, 64), blocks_per_level=1, attention_levels=(True, False), context_dim=32, head_dim=8,
+                          stem_heads=8, norm_groups=8)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny_unet(dtype=torch.float32):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return model.UNet3D(CONFIG).to(dtype).eval()
+
+
+def train(module, seed=1):
+    """Stands in for training: adapters that change the output well beyond rounding."""
+    with torch.no_grad():
+        for layer in layers(module).values():
+            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=seeded(seed)) / 4)
+    return module
+
+
+def trained_unet(rank=4, alpha=None, dtype=torch.float32):
+    unet = tiny_unet(dtype)
+    inject(unet, rank, alpha, seeded())
+    return train(unet)
+
+
+def run(module, dtype=torch.float32):
+    """eps for a fixed input, from our UNet or diffusers'."""
+    z_t = torch.randn(2, 4, 3, 6, 8, generator=seeded(2), dtype=torch.float64).to(dtype)
+    text = torch.randn(2, 5, CONFIG.context_dim, generator=seeded(3), dtype=torch.float64).to(dtype)
+    eps = module(z_t, torch.tensor([1, 951]), text)
+    return eps if torch.is_tensor(eps) else eps.sample
+
+
+def difference(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The paper's numbers
+
+def full_size():
+    with torch.device("meta"):
+        return model.UNet3D()
+
+
+def test_the_papers_counts():
+    unet = full_size()
+    base = sum(p.numel() for p in unet.parameters())
+    adapters = sum(p.numel() for p in inject(unet, rank=4))
+    assert base == 1_411_233_860 and adapters == 1_661_440 and len(layers(unet)) == 264
+    # The paper's Table of parameters counts in units of 2^20.
+    assert round((base + adapters) / 2**20, 2) == 1347.44
+    assert round(adapters / 2**20, 2) == 1.58
+
+
+def test_official_names_and_shapes():
+    """The SHA-256 is of json.dumps(sorted([name, shape] of every LoRA tensor)) in the published InstructVideo weights."""
+    unet = full_size()
+    inject(unet, rank=4)
+    names = lora.official_names(unet.config)
+    listed = sorted([names[k], list(t.shape)] for k, t in adapter_state(unet).items())
+    assert len(listed) == len(names) == 528
+    assert hashlib.sha256(json.dumps(listed).encode()).hexdigest() == OFFICIAL_SHA256
+
+
+OFFICIAL_SHA256 = "1f9f567444ed9feed6acb5a823c3cb92a009821bbe77f98b89be419be348e001"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The layer
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_formula(bias):
+    linear = nn.Linear(7, 5, bias=bias, dtype=torch.float64)
+    layer = LoRALinear(linear, rank=2, alpha=6.0, generator=seeded())
+    with torch.no_grad():
+        layer.lora_B.normal_(generator=seeded(1))
+    x = torch.randn(3, 4, 7, generator=seeded(2), dtype=torch.float64)
+    change = 3 * layer.lora_B.double() @ layer.lora_A.double()                            # alpha / r = 3
+    torch.testing.assert_close(layer(x), linear(x) + x @ change.T)
+
+
+def test_fresh_adapters_change_nothing():
+    unet = tiny_unet()
+    before = run(unet)
+    inject(unet)
+    assert torch.equal(run(unet), before)
+
+
+def test_what_is_trained():
+    unet = tiny_unet()
+    names = list(unet.state_dict())
+    parameters = inject(unet)
+    assert [id(p) for p in unet.parameters() if p.requires_grad] == [id(p) for p in parameters]
+    adapted = {name.rsplit(".", 1)[0] for name, p in unet.named_parameters() if p.requires_grad}
+    attentions = [name for name, m in unet.named_modules() if type(m) is model.Attention]
+    assert adapted == {f"{name}.{part}" for name in attentions for part in ("to_q", "to_k", "to_v", "to_out.0")}
+    assert [name for name in unet.state_dict() if ".lora_" not in name] == names
+
+    # The first step moves B alone: A's gradient passes through B, which is zero.
+    run(unet).square().sum().backward()
+    assert all(p.grad is None for p in unet.parameters() if not p.requires_grad)
+    assert all((p.grad.abs().max() > 0) == (i % 2 == 1) for i, p in enumerate(parameters))
+    train(unet)
+    run(unet).square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in parameters)
+
+
+def test_start_of_A():
+    """Standard deviation 1 / r (unet_lora.py:129), from the generator alone."""
+    before = torch.get_rng_state()
+    layer = LoRALinear(nn.Linear(4000, 3), 4, 4.0, seeded())
+    assert abs(layer.lora_A.std().item() - 1 / 4) < 0.01 and abs(layer.lora_A.mean().item()) < 0.01
+    assert not layer.lora_B.any()
+    states = []
+    for generator in (seeded(5), seeded(5), seeded(6), None, seeded(0)):
+        unet = tiny_unet()
+        inject(unet, generator=generator)
+        states.append(torch.cat([t.flatten() for t in adapter_state(unet).values()]))
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+    assert torch.equal(states[3], states[4]), "no generator means seed 0"
+    with torch.random.fork_rng():
+        torch.set_rng_state(before)
+        inject(tiny_unet())
+        assert torch.equal(torch.get_rng_state(), before), "the global generator is left alone"
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (dict(rank=0), "rank 0"), (dict(rank=-1), "rank -1"), (dict(alpha=0), "alpha 0"), (dict(alpha=float("nan")), "alpha nan"),
+])
+def test_inject_refuses(arguments, message):
+    unet = tiny_unet()
+    with pytest.raises(ValueError, match=message):
+        inject(unet, **arguments)
+    assert all(p.requires_grad for p in unet.parameters()), "nothing was frozen"
+
+
+def test_inject_needs_attention_and_only_once():
+    with pytest.raises(ValueError, match="no attention in Sequential"):
+        inject(nn.Sequential(nn.Linear(2, 2)))
+    unet = tiny_unet()
+    for change in (merge, unmerge, adapter_state, lambda m: set_scale(m, 1)):
+        with pytest.raises(ValueError, match="no adapters in UNet3D"):
+            change(unet)
+    inject(unet)
+    with pytest.raises(ValueError, match="has adapters already"):
+        inject(unet)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Merging and scaling
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_merge_and_back(dtype, tolerance):
+    unet = trained_unet(alpha=2, dtype=dtype)
+    state = {k: v.clone() for k, v in unet.state_dict().items()}
+    with torch.no_grad():
+        apart = run(unet, dtype)
+        merge(unet)
+        merge(unet)
+        assert list(unet.state_dict()) == list(state)
+        merged = run(unet, dtype)
+        assert not torch.equal(merged, apart) and difference(merged, apart) < tolerance
+        for layer in layers(unet).values():
+            layer.lora_A.zero_()
+        assert torch.equal(run(unet, dtype), merged), "merged layers do not look at A and B"
+    unmerge(unet)
+    unmerge(unet)
+    assert all(torch.equal(v, state[k]) for k, v in unet.state_dict().items() if not k.endswith("lora_A"))
+    assert not any(p.requires_grad for name, p in unet.named_parameters() if ".lora_" not in name)
+
+
+def test_merging_leaves_a_waiting_graph_alone():
+    """Merged for the steps without gradient, unmerged for the last K: a forward pass keeps the weights it has seen."""
+    gradients = []
+    for change in (lambda unet: None, merge):
+        unet = trained_unet()
+        loss = run(unet).square().sum()
+        change(unet)
+        loss.backward()
+        gradients.append([p.grad for p in lora.parameters(unet)])
+    assert all(map(torch.equal, *gradients))
+
+
+def test_scale():
+    unet = trained_unet()
+    with torch.no_grad():
+        one = run(unet)
+        set_scale(unet, 0)
+        assert torch.equal(run(unet), run(tiny_unet()))
+        set_scale(unet, 0.5)
+        half = run(unet)
+        assert not torch.allclose(half, one)
+        merge(unet)
+        assert difference(run(unet), half) < 1e-5
+        set_scale(unet, 1)
+        merged = run(unet)
+        assert difference(merged, one) < 1e-5 and not torch.equal(merged, one), "stays merged"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Precision
+
+def gradient(unet, dtype):
+    lora_parameters = lora.parameters(unet)
+    out = run(unet, dtype)
+    out.float().square().sum().backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in lora_parameters)
+    return torch.cat([p.grad.flatten() for p in lora_parameters]), out.dtype
+
+
+def test_float32_adapters_on_a_16_bit_base():
+    exact, _ = gradient(trained_unet(), torch.float32)
+    rounded, out_dtype = gradient(trained_unet(dtype=torch.bfloat16), torch.bfloat16)
+    assert out_dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(rounded, exact, dim=0) > 0.98
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, _ = gradient(trained_unet(), torch.float32)
+    assert torch.nn.functional.cosine_similarity(rounded, exact, dim=0) > 0.98
+
+
+def test_gradient_after_steps_without_gradient_in_one_autocast_region():
+    """Autocast caches its casts, graph or no graph; the chain of an edit is just such a region."""
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, _ = gradient(trained_unet(), torch.float32)
+        unet = trained_unet()
+        with torch.no_grad():
+            run(unet)
+        found, _ = gradient(unet, torch.float32)
+    assert torch.equal(found, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: ours and the official ones
+
+def test_ours_and_back(tmp_path):
+    unet = trained_unet(rank=2, alpha=3)
+    path = tmp_path / "run" / "lora.safetensors"
+    save(unet, path, base="tiny")
+    save(unet, path, base="tiny")
+    assert os.listdir(path.parent) == ["lora.safetensors"], "nothing hidden is left"
+    fresh = tiny_unet()
+    parameters = load(fresh, path)
+    assert [id(p) for p in parameters] == [id(p) for p in fresh.parameters() if p.requires_grad]
+    assert torch.equal(run(fresh), run(unet))
+
+    # Into adapters that are there already, the same ones, merged or not.
+    with torch.no_grad():
+        parameters[0].zero_()
+    merge(fresh)
+    assert all(p is q for p, q in zip(load(fresh, path), parameters, strict=True))
+    assert torch.equal(run(fresh), run(unet))
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    unet, path = trained_unet(), tmp_path / "lora.safetensors"
+    save(unet, path)
+    before = path.read_bytes()
+
+    def fails(tensors, file, metadata):
+        Path(file).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(lora, "save_file", fails)
+    with pytest.raises(OSError, match="disk full"):
+        save(train(unet, seed=9), path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["lora.safetensors"]
+
+
+@pytest.mark.parametrize(("rank", "alpha", "message"), [
+    (2, 4, "has rank 4 and alpha 4, the model's adapters have rank 2 and alpha 4"),
+    (4, 8, "has rank 4 and alpha 4, the model's adapters have rank 4 and alpha 8"),
+])
+def test_rank_and_alpha_are_compared(tmp_path, rank, alpha, message):
+    save(trained_unet(), tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load(trained_unet(rank, alpha), tmp_path / "lora.safetensors")
+
+
+def test_the_base_is_compared(tmp_path):
+    save(trained_unet(), tmp_path / "lora.safetensors", base="tiny")
+    load(tiny_unet(torch.bfloat16), tmp_path / "lora.safetensors")  # the same weights in another precision
+    other = tiny_unet()
+    nn.init.normal_(other.conv_in.weight, generator=seeded(7))
+    with pytest.raises(ValueError, match="was trained on 'tiny' of fingerprint .*, the model's is"):
+        load(other, tmp_path / "lora.safetensors")
+    assert not any(isinstance(m, LoRALinear) for m in other.modules())
+
+
+def official_state(unet, prefix=""):
+    """As the official trainer saves it: every tensor of the model, B A with a scale of 1."""
+    own = {k: v for k, v in unet.state_dict().items() if ".lora_" not in k}
+    names = lora.official_names(CONFIG)
+    state = model.unet_to_official(own, CONFIG) | {names[k]: v for k, v in adapter_state(unet).items()}
+    return {prefix + k: v for k, v in state.items()}
+
+
+@pytest.mark.parametrize("form", ["alone.safetensors", "alone.pth", "fine-tuned.pth"])
+def test_official_files(tmp_path, form):
+    unet, path = trained_unet(), tmp_path / form
+    if form == "fine-tuned.pth":
+        rest = {"optimizer": {"step": 3}, "scaler": None, "step": 620000}
+        torch.save({"state_dict": official_state(unet, "module.")} | rest, path)
+    else:
+        alone = model.split_lora(official_state(unet))[1]
+        save_file(alone, path) if form.endswith("safetensors") else torch.save(alone, path)
+    base = model.load_unet(path, CONFIG) if form == "fine-tuned.pth" else tiny_unet()
+    assert torch.equal(run(base), run(tiny_unet()))
+    load(base, path)
+    assert torch.equal(run(base), run(unet))
+
+
+FIRST, SECOND = (f"base_model.model.transformer_in.transformer_blocks.0.attn1.to_q.lora_{side}.weight" for side in "AB")
+A, B = torch.zeros(4, 64), torch.zeros(64, 4)
+MALFORMED = {  # what is wrong: tensors to replace (None: remove), metadata to replace, message
+    "missing layer": ({FIRST: None, SECOND: None}, {}, "2 tensors missing .*attn1.to_q"),
+    "half a layer": ({FIRST: None}, {}, r"1 of \d+ tensors are not half .*attn1.to_q.lora_B"),
+    "unknown layer": ({k.replace("_in", "_on"): t for k, t in ((FIRST, A), (SECOND, B))}, {}, "2 tensors not known .*_on"),
+    "not an adapter": ({"conv": B}, {}, r"not half of an adapter \(conv\)"),
+    "wrong width": ({FIRST: A[:, :9].clone()}, {}, r"to_q.lora_A.weight has shape \[4, 9\], expected \[4, 64\]"),
+    "another rank": ({FIRST: torch.zeros(5, 64)}, {}, "expected a matrix of rank 4"),
+    "a vector": ({FIRST: torch.zeros(4)}, {}, "expected a matrix"),
+    "whole numbers": ({FIRST: A.int()}, {}, "expected a matrix .* found torch.int32"),
+    "not finite": ({FIRST: A / 0}, {}, "finite"),
+    "rank lies": ({}, {"rank": "1000000000"}, "expected a matrix of rank 1000000000"),
+    "rank 0": ({}, {"rank": "0"}, "records rank '0' and alpha '4.0'"),
+    "no number": ({}, {"rank": "four"}, "records rank 'four'"),
+    "no alpha": ({}, {"alpha": None}, "records rank '4' and alpha None"),
+    "negative alpha": ({}, {"alpha": "-1"}, "records rank '4' and alpha '-1'"),
+    "alpha not finite": ({}, {"alpha": "inf"}, "records rank '4' and alpha 'inf'"),
+    "of the future": ({}, {"version": "2"}, "version '2', this code reads 1"),
+}
+
+
+@pytest.mark.parametrize("wrong", MALFORMED)
+def test_malformed_files(tmp_path, wrong):
+    tensors, recorded, message = MALFORMED[wrong]
+    path = tmp_path / "lora.safetensors"
+    save(trained_unet(), path)
+    with lora.safe_open(path, "pt") as file:
+        recorded = file.metadata() | recorded
+    tensors = {k: v.clone() for k, v in load_file(path).items()} | tensors
+    save_file({k: v for k, v in tensors.items() if v is not None}, path, {k: v for k, v in recorded.items() if v is not None})
+    refused(path, message)
+
+
+def refused(path, message):
+    """One line that names the file; the model is as it was."""
+    unet = tiny_unet()
+    with pytest.raises(ValueError, match=message) as error:
+        load(unet, path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert all(p.requires_grad for p in unet.parameters()) and not any(isinstance(m, LoRALinear) for m in unet.modules())
+
+
+def test_unreadable_files(tmp_path):
+    save(trained_unet(), path := tmp_path / "lora.safetensors")
+    whole = path.read_bytes()
+    refused(tmp_path / "none.safetensors", "no such file")
+    path.write_bytes(whole[:len(whole) // 2])
+    refused(path, "damaged")
+    (renamed := tmp_path / "lora.pth").write_bytes(whole)
+    refused(renamed, "damaged one or another kind")
+    (empty := tmp_path / "empty.safetensors").touch()
+    refused(empty, "damaged")
+    save_file({k: v.clone() for k, v in tiny_unet().state_dict().items()}, base := tmp_path / "base.safetensors")
+    refused(base, r"not half of an adapter \(conv_in")
+    save_file({k: v.clone() for k, v in adapter_state(trained_unet()).items()}, bare := tmp_path / "bare.safetensors")
+    refused(bare, "records rank None and alpha None")
+
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'was_here'}",)
+
+    torch.save({"state_dict": official_state(trained_unet()), "hook": Hostile()}, hostile := tmp_path / "hostile.pth")
+    refused(hostile, "nothing in it was run")
+    assert not (tmp_path / "was_here").exists()
+    state = {k: v.to("meta") for k, v in official_state(trained_unet()).items()}
+    torch.save(state, meta := tmp_path / "meta.pth")
+    refused(meta, "expected a matrix of rank 4, finite")
+    other = {k.replace("input_blocks.1.", "input_blocks.7."): v for k, v in official_state(trained_unet()).items()}
+    torch.save(other, renumbered := tmp_path / "renumbered.pth")
+    refused(renumbered, r"not half of an adapter \(input_blocks.7")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The other programs: diffusers' UNet, peft, and the arithmetic of the official inference
+
+def diffusers_unet(unet):
+    """diffusers' own class with the base weights of ours."""
+    from diffusers import UNet3DConditionModel
+    config = {k: v for k, v in model.unet_to_diffusers(CONFIG).items() if k not in ("_class_name", "stem_heads")}
+    theirs = UNet3DConditionModel(**config)
+    theirs.load_state_dict({k: v for k, v in unet.state_dict().items() if ".lora_" not in k})
+    return theirs.to(next(unet.parameters()).dtype).eval()
+
+
+def base_folder(folder, unet=None):
+    """A diffusers component folder, which brings its structure."""
+    unet = unet or tiny_unet()
+    folder.mkdir()
+    save_file(unet.state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(model.unet_to_diffusers(unet.config)))
+    return folder
+
+
+@torch.no_grad()
+def test_on_diffusers_own_unet(tmp_path):
+    """inject and load find the projections of UNet3DConditionModel too, by the same names."""
+    unet = trained_unet(dtype=torch.float64)
+    save(unet, tmp_path / "lora.safetensors")
+    theirs = diffusers_unet(unet)
+    assert len(load(theirs, tmp_path / "lora.safetensors")) == len(adapter_state(unet))
+    assert difference(run(theirs, torch.float64), run(unet, torch.float64)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("source", ["ours", "official"])
+def test_export_to_peft(tmp_path, source):
+    from peft import PeftModel
+    alpha = 6 if source == "ours" else 4
+    unet = trained_unet(alpha=alpha)
+    if source == "ours":  # peft needs no base
+        save(unet, adapter := tmp_path / "lora.safetensors", base="tiny")
+        lora.export(adapter, "peft", tmp_path / "peft")
+    else:
+        torch.save(official_state(unet), adapter := tmp_path / "fine-tuned.pth")
+        lora.export(adapter, "peft", tmp_path / "peft", config=CONFIG)
+    theirs = PeftModel.from_pretrained(diffusers_unet(unet), tmp_path / "peft")
+    assert theirs.peft_config["default"].r == 4 and theirs.peft_config["default"].lora_alpha == alpha
+    assert difference(run(theirs), run(tiny_unet())) > 0.1
+    assert difference(run(theirs), run(unet)) < 1e-5
+
+    # And back into ours.
+    load(fresh := tiny_unet(), tmp_path / "peft")
+    assert torch.equal(run(fresh), run(unet))
+
+
+@torch.no_grad()
+def test_adapters_that_peft_trained(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    theirs = get_peft_model(diffusers_unet(tiny_unet()), LoraConfig(r=3, lora_alpha=5, init_lora_weights=False,
+                                                                    target_modules=["to_q", "to_k", "to_v", "to_out.0"])).eval()
+    theirs.save_pretrained(tmp_path / "peft")
+    load(unet := tiny_unet(), tmp_path / "peft")
+    assert difference(run(unet), run(tiny_unet())) > 0.01
+    assert difference(run(unet), run(theirs)) < 1e-5
+
+    settings = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    for change, message in (({"use_rslora": True}, "sets use_rslora"), ({"alpha_pattern": {"to_q": 1}}, "sets alpha_pattern"),
+                            ({"r": None}, "records rank None"), ({"r": 4}, "expected a matrix of rank 4")):
+        (tmp_path / "peft/adapter_config.json").write_text(json.dumps(settings | change))
+        refused(tmp_path / "peft", message)
+    (tmp_path / "peft/adapter_config.json").write_text("[")
+    refused(tmp_path / "peft", "adapter_config.json: expected JSON")
+
+
+@torch.no_grad()
+def test_export_to_diffusers(tmp_path):
+    from diffusers import UNet3DConditionModel
+    unet = trained_unet(alpha=6)
+    save(unet, tmp_path / "lora.safetensors")
+    lora.export(tmp_path / "lora.safetensors", "diffusers", tmp_path / "merged", base=base_folder(tmp_path / "base"))
+    theirs, info = UNet3DConditionModel.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info.values()), info
+    assert difference(run(theirs.eval()), run(unet)) < 1e-5
+    assert difference(run(model.load_unet(tmp_path / "merged")), run(unet)) < 1e-5
+
+
+@torch.no_grad()
+def test_export_to_the_official_code(tmp_path):
+    unet = trained_unet(alpha=6)
+    save(unet, tmp_path / "lora.safetensors")
+    lora.export(tmp_path / "lora.safetensors", "official", path := tmp_path / "full.pth", base=base_folder(tmp_path / "base"))
+    state = torch.load(path, weights_only=True)["state_dict"]
+    # strict=True there: exactly the tensors of a model with use_lora.
+    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in official_state(unet).items()}
+    # get_lora_merged_model (inference_instructvideo_entrance.py): W += up @ down, alpha 1.
+    merge(unet)
+    expected = official_state(unet)
+    for name in [k for k in state if k.endswith("down_linear.weight")]:
+        weight = name.replace("_lora.down_linear", ".0" if "to_out" in name else "")
+        state[weight] += state[name.replace("down", "up")] @ state[name]
+        assert torch.allclose(state[weight], expected[weight], atol=1e-6), weight
+    unmerge(unet)
+
+    # The file splits into base and adapters, here and in `export`.
+    load(both := model.load_unet(path, CONFIG), path)
+    assert difference(run(both), run(unet)) < 1e-5
+    lora.export(path, "diffusers", tmp_path / "merged", config=CONFIG)
+    assert difference(run(model.load_unet(tmp_path / "merged")), run(unet)) < 1e-5
+
+    # Without a base: the adapters alone.
+    lora.export(tmp_path / "lora.safetensors", "official", tmp_path / "alone.pth", config=CONFIG)
+    alone = torch.load(tmp_path / "alone.pth", weights_only=True)["state_dict"]
+    assert all(model.LORA_TENSOR.search(k) for k in alone) and len(alone) == len(adapter_state(unet))
+    load(fresh := tiny_unet(), tmp_path / "alone.pth")
+    assert difference(run(fresh), run(unet)) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+EXPORT_ERRORS = [  # arguments, part of the message
+    ("lora.safetensors --to peft --out base", "base: is there already"),
+    ("none.safetensors --to peft --out out", "none.safetensors: no such file"),
+    ("base --to peft --out out", "adapter_config.json: expected JSON"),
+    ("lora.safetensors --to diffusers --out out", "allowed is with --base"),
+    ("lora.safetensors --to diffusers --out out --base none", "none: no such file"),
+    ("lora.safetensors --to diffusers --out out --base lora.safetensors", "not known"),
+    ("lora.safetensors --to official --out out.pth", "tensors missing"),  # no base tells that it is not of full size
+    ("lora.safetensors --to official --out out.safetensors --base base", "a name like lora.pth"),
+    ("two.safetensors --to diffusers --out out --base two", "has 2 heads; diffusers' UNet3DConditionModel allows only 8"),
+    ("two.safetensors --to official --out out.pth --base base", r"has shape \[4, 16\], expected \[4, 64\]"),
+]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    save(trained_unet(), folder / "lora.safetensors")
+    base_folder(folder / "base")
+    two_heads = model.UNet3D(dataclasses.replace(CONFIG, stem_heads=2))
+    base_folder(folder / "two", two_heads)
+    inject(two_heads)
+    save(two_heads, folder / "two.safetensors")
+    return folder
+
+
+def listing(folder):
+    return sorted(str(p) for p in folder.rglob("*"))
+
+
+@pytest.mark.parametrize(("arguments", "message"), EXPORT_ERRORS)
+def test_export_errors(workplace, monkeypatch, capsys, arguments, message):
+    """One line on stderr, exit status 2, nothing written."""
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(sys, "argv", ["lora.py", "export", *arguments.split()])
+    before = listing(workplace)
+    with pytest.raises(SystemExit) as exit:
+        lora.main()
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and listing(workplace) == before
+    assert re.fullmatch(f"lora.py: .*{message}.*\n", error), error
+
+
+def test_a_failed_export_leaves_nothing(workplace, monkeypatch, tmp_path):
+    monkeypatch.setattr(lora, "save_file", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        lora.export(workplace / "lora.safetensors", "peft", tmp_path / "peft")
+    assert not os.listdir(tmp_path)
+
+
+def test_the_command(workplace, monkeypatch, capsys, tmp_path):
+    arguments = ["export", str(workplace / "lora.safetensors"), "--to", "peft", "--out", str(tmp_path / "peft")]
+    monkeypatch.setattr(sys, "argv", ["lora.py", *arguments])
+    lora.main()
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'peft'}\n"
+    assert sorted(os.listdir(tmp_path / "peft")) == ["adapter_config.json", "adapter_model.safetensors"]
+
+    # Once more as a process of its own: now the folder is there.
+    again = subprocess.run([sys.executable, lora.__file__, *arguments], capture_output=True, text=True,
+                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert again.returncode == 2
+    assert again.stderr == f"lora.py: {tmp_path / 'peft'}: is there already; choose another --out\n"

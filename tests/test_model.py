@@ -1,0 +1,401 @@
+"""model.py: the networks against diffusers, transformers and open_clip; the full-size structures tensor by tensor."""
+import hashlib
+import json
+import math
+import warnings
+
+import open_clip
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet3DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+import model
+from model import Autoencoder, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig, WordTokenizer
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=seeded(seed), dtype=dtype)
+
+
+def randomised(module, seed=0):
+    """Every tensor drawn anew, in float64: a zero or a one left from the initialisation would hide a mistake."""
+    g = seeded(seed)
+    for p in module.double().eval().parameters():
+        spread = 0.3 if p.dim() < 2 else (2 / p[0].numel())**0.5
+        p.data = torch.randn(p.shape, generator=g, dtype=torch.float64) * spread
+    return module
+
+
+def assert_same(ours, theirs, tolerance=2e-6):
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype == torch.float64
+    assert ((ours - theirs).abs().max() / theirs.abs().max()).item() < tolerance
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The UNet against diffusers' UNet3DConditionModel, which always has 8 heads in its first temporal transformer
+
+TWO_LEVELS = UNetConfig(channels=(8, 16), blocks_per_level=1, attention_levels=(True, False), context_dim=12, head_dim=4,
+                        norm_groups=4)
+FOUR_LEVELS = UNetConfig(channels=(8, 16, 24, 24), blocks_per_level=2, context_dim=12, head_dim=8, norm_groups=8)
+ONLY_DEEP = UNetConfig(in_channels=3, out_channels=5, channels=(4, 8, 8), blocks_per_level=1,
+                       attention_levels=(False, True, True), context_dim=6, head_dim=4, norm_groups=2)
+
+
+def unet_pair(config):
+    ours = randomised(UNet3D(config))
+    theirs = UNet3DConditionModel.from_config(model.unet_to_diffusers(config)).double().eval()
+    theirs.load_state_dict(ours.state_dict())  # strict: the names and shapes are theirs
+    return ours, theirs
+
+
+def unet_inputs(config, B, F, H, W):
+    """z_t (B, C, F, H, W), t (B,), text (B, N, context_dim)."""
+    return randn(B, config.in_channels, F, H, W, seed=1), torch.tensor([551, 1, 951])[:B], randn(B, 5, config.context_dim, seed=2)
+
+
+@pytest.mark.parametrize(("config", "B", "F", "H", "W"), [
+    (TWO_LEVELS, 1, 1, 8, 8),                          # a picture is a clip of one frame
+    (TWO_LEVELS, 2, 3, 6, 10),                         # odd number of frames, more than one clip, not square
+    (TWO_LEVELS, 3, 5, 7, 5),                          # rows and columns that halving rounds up
+    (FOUR_LEVELS, 2, 3, 8, 16),
+    (FOUR_LEVELS, 1, 5, 11, 9),                        # odd at every level
+    (ONLY_DEEP, 2, 4, 4, 6),
+])
+def test_unet_matches_diffusers(config, B, F, H, W):
+    (ours, theirs), (z_t, t, text) = unet_pair(config), unet_inputs(config, B, F, H, W)
+    z_t.requires_grad_(), text.requires_grad_()
+    outs, grads = [], []
+    for unet, call in ((ours, ours), (theirs, lambda *x: theirs(*x).sample)):
+        eps = call(z_t, t, text)
+        parameters = dict(unet.named_parameters())
+        loss = (eps * randn(*eps.shape, seed=3)).sum()
+        grad = torch.autograd.grad(loss, [z_t, text, *parameters.values()])
+        outs.append(eps.detach())
+        grads.append(dict(zip(["z_t", "text", *parameters], grad)))
+    assert outs[0].shape == (B, config.out_channels, F, H, W)
+    assert_same(*outs)
+    # The gradient too: every parameter has one, and it is theirs.
+    for name, grad in grads[0].items():
+        scale = grads[1][name].abs().max()
+        assert scale > 0 or F == 1 or ".attn" in name, name
+        torch.testing.assert_close(grad, grads[1][name], rtol=0, atol=2e-6 * max(scale.item(), 1e-3), msg=name)
+
+
+def test_clips_do_not_mix_and_frames_do():
+    unet, (z_t, t, text) = randomised(UNet3D(TWO_LEVELS)), unet_inputs(TWO_LEVELS, 2, 4, 4, 4)
+    with torch.no_grad():
+        eps = unet(z_t, t, text)
+        torch.testing.assert_close(eps[1:], unet(z_t[1:], t[1:], text[1:]), rtol=1e-10, atol=1e-10)
+        z_t[0, :, 3] += 1                                                                         # the last frame of clip 0
+        changed = (unet(z_t, t, text) - eps).abs().amax((1, 3, 4))                                # (B, F)
+    assert (changed[0] > 1e-6).all() and (changed[1] == 0).all()
+
+
+def test_a_fresh_temporal_convolution_changes_nothing():
+    x = randn(6, 8, 4, 5, dtype=torch.float32)
+    assert torch.equal(model.TemporalConv(8, 4)(x, num_frames=3), x)
+
+
+def test_frame_convolution_is_the_3d_one():
+    conv = model.FrameConv(3, 5).double()
+    x = randn(2, 3, 5, 4, 6)
+    torch.testing.assert_close(conv(x.flatten(3)).view(2, 5, 5, 4, 6), nn.Conv3d.forward(conv, x), rtol=1e-12, atol=1e-12)
+
+
+def test_time_features_by_hand():
+    f = model.time_features(torch.tensor([0, 551]), 4)                                            # frequencies 1 and 1/100
+    expected = [[1, 1, 0, 0], [math.cos(551), math.cos(5.51), math.sin(551), math.sin(5.51)]]
+    torch.testing.assert_close(f, torch.tensor(expected), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [TWO_LEVELS, ONLY_DEEP])
+def test_recomputing_activations_changes_nothing_but_memory(config):
+    unet, data = randomised(UNet3D(config)), unet_inputs(config, 2, 3, 4, 6)
+    results = []
+    for on in (False, True):
+        unet.checkpoint_activations(on)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(0) or t, lambda t: t):
+            eps = unet(*data)
+        grads = torch.autograd.grad((eps * randn(*eps.shape)).sum(), list(unet.parameters()))
+        results.append((eps, grads, len(kept)))
+    (eps, grads, kept), (eps_re, grads_re, kept_re) = results
+    assert torch.equal(eps, eps_re) and all(torch.equal(a, b) for a, b in zip(grads, grads_re))
+    assert kept_re < kept / 2
+    unet.checkpoint_activations(False)
+    assert not any(level.recompute for level in (*unet.down_blocks, unet.mid_block, *unet.up_blocks))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unet_runs_in_the_dtype_of_its_weights(dtype):
+    unet, (z_t, t, text) = randomised(UNet3D(TWO_LEVELS)), unet_inputs(TWO_LEVELS, 2, 3, 4, 6)
+    with torch.no_grad():
+        exact, eps = unet(z_t, t, text), unet.to(dtype)(z_t.to(dtype), t, text.to(dtype))
+    assert eps.dtype == dtype
+    assert ((eps.double() - exact).norm() / exact.norm()) < {torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The autoencoder against diffusers' AutoencoderKL
+
+@pytest.mark.parametrize(("config", "N", "H", "W"), [
+    (VAEConfig(channels=(8, 16), blocks_per_level=1, norm_groups=4), 1, 16, 16),
+    (VAEConfig(channels=(8, 16, 16), blocks_per_level=2, norm_groups=8), 3, 20, 36),
+    (VAEConfig(channels=(8, 8, 16, 16), blocks_per_level=1, latent_channels=6, norm_groups=4), 2, 27, 37),
+])
+def test_autoencoder_matches_diffusers(config, N, H, W):
+    ours = randomised(Autoencoder(config))
+    theirs = AutoencoderKL.from_config(model.vae_to_diffusers(config)).double().eval()
+    theirs.load_state_dict(ours.state_dict())
+    x = randn(N, 3, H, W).requires_grad_()
+    moments, expected = ours.encode(x), theirs.encode(x).latent_dist
+    assert moments.shape[:2] == (N, 2 * config.latent_channels)
+    assert moments.shape[2:] == (H // config.downscale, W // config.downscale)
+    # theirs clamps the log variance it hands out, and its mean is the first half
+    assert_same(moments.detach(), expected.parameters.detach())
+    assert_same(moments.chunk(2, dim=1)[0].detach(), expected.mean.detach())
+
+    latent = randn(N, config.latent_channels, 3, 5).requires_grad_()
+    pictures = [ours.decode(latent), theirs.decode(latent).sample]
+    assert pictures[0].shape == (N, 3, 3 * config.downscale, 5 * config.downscale)
+    assert_same(*(p.detach() for p in pictures))
+    assert_same(*(torch.autograd.grad((p * randn(*p.shape)).sum(), latent)[0] for p in pictures))  # what the reward sends back
+    assert_same(*(torch.autograd.grad(m.sum(), x)[0] for m in (moments, expected.parameters)))
+
+
+def test_pictures_do_not_mix():
+    vae, x = randomised(Autoencoder(VAEConfig(channels=(8, 16), blocks_per_level=1, norm_groups=4))), randn(3, 3, 8, 12)
+    moments = vae.encode(x)
+    for n in range(3):
+        torch.testing.assert_close(moments[n:n + 1], vae.encode(x[n:n + 1]), rtol=1e-10, atol=1e-10)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The text tower against transformers' CLIPTextModel and an open_clip CLIP
+
+def letters(captions):
+    """A tokenizer for tests: letters, padded to 9 tokens."""
+    return torch.tensor([[1, *(2 + ord(c) % 30 for c in caption[:7]), 33, *[0] * 7][:9] for caption in captions])
+
+
+CAPTIONS = ["a bear", "", "a very long caption, cut"]
+
+
+def transformers_tower(layers, heads=2):
+    config = CLIPTextConfig(vocab_size=40, hidden_size=16, intermediate_size=64, num_hidden_layers=layers,
+                            num_attention_heads=heads, max_position_embeddings=9, hidden_act="gelu", bos_token_id=1, eos_token_id=33)
+    return randomised(CLIPTextModel(config))
+
+
+def tower(tensors, layers, heads=2):
+    with torch.device("meta"):
+        ours = TextEncoder(TextConfig(vocab_size=40, context_length=9, width=16, heads=heads, layers=layers), letters)
+    return model.load_strict(ours, tensors, "test")
+
+
+@pytest.mark.parametrize("prefix", ["", "text_model."])
+def test_text_matches_transformers(prefix):
+    whole = transformers_tower(layers=4)
+    tensors = {prefix + k.removeprefix("text_model."): v.detach() for k, v in whole.state_dict().items()}
+    names = model.text_from_transformers(tensors)
+    tokens = letters(CAPTIONS)
+    with torch.no_grad():
+        out = whole(tokens, output_hidden_states=True)
+        # As it is, the last layer is the last.
+        assert_same(tower(names, 4)(CAPTIONS), out.last_hidden_state)
+        # The published text_encoder has one layer less than CLIP: its last is the penultimate, and the final norm follows.
+        final = next(m for name, m in whole.named_modules() if name.endswith("final_layer_norm"))
+        shorter = {k: v for k, v in names.items() if not k.startswith("transformer.resblocks.3.")}
+        ours = tower(shorter, 3)(CAPTIONS)
+        assert ours.shape == (3, 9, 16)
+        assert_same(ours, final(out.hidden_states[-2]))
+        cut = transformers_tower(layers=3)
+        cut.load_state_dict({k: v for k, v in whole.state_dict().items() if ".3." not in k})
+        assert_same(ours, cut(tokens).last_hidden_state)
+
+
+def test_text_matches_open_clip():
+    clip = randomised(open_clip.CLIP(8, dict(image_size=8, patch_size=4, width=16, layers=1, head_width=8),
+                                     dict(context_length=9, vocab_size=40, width=16, heads=2, layers=4)))
+    parts = ("token_embedding", "positional_embedding", "transformer", "ln_final")
+    tensors = {k: v for k, v in clip.state_dict().items() if k.startswith(parts) and ".3." not in k}
+    ours = tower(tensors, 3)
+    with torch.no_grad():
+        tokens = letters(CAPTIONS)
+        x = clip.token_embedding(tokens) + clip.positional_embedding
+        for block in clip.transformer.resblocks[:-1]:                                             # up to the penultimate
+            x = block(x, attn_mask=clip.attn_mask.double())
+        assert_same(ours(CAPTIONS), clip.ln_final(x))
+        # A token sees those before it alone.
+        changed = (ours(["a bear"]) - ours(["a bean"])).abs().amax(-1)[0]                         # (N,)
+        assert (changed[:6] == 0).all() and (changed[6:] > 0).all()
+
+
+def test_the_default_tokenizer_is_open_clips():
+    text = TextEncoder(TextConfig(width=8, heads=1, layers=1))
+    tokens = text.tokenizer(["A panda, riding a bicycle!"])
+    assert torch.equal(tokens, open_clip.tokenize(["A panda, riding a bicycle!"])) and tokens.shape == (1, 77)
+    assert text(["a panda", "a bear"]).shape == (2, 77, 8)
+    assert text(("a panda",)).shape == (1, 77, 8)
+
+
+def test_words_as_tokens():
+    words = WordTokenizer(["a", "red", "circle"], context_length=6)
+    assert words.vocab_size == 7                                      # padding, start, unknown, three words, end
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokens = words(["a red circle", "", "A Circle.", "a red a red circle a circle"])
+    assert tokens.tolist() == [[1, 3, 4, 5, 6, 0], [1, 6, 0, 0, 0, 0], [1, 3, 5, 6, 0, 0], [1, 3, 4, 3, 4, 6]]
+    assert tokens.dtype == torch.int64
+    assert (tokens.argmax(1) == torch.tensor([4, 1, 3, 5])).all()     # CLIP pools where the number is largest: at the end
+
+
+def test_unknown_words_share_a_token_and_are_announced_once():
+    words = WordTokenizer(["a", "red"], context_length=6)
+    with pytest.warns(UserWarning, match="does not know: panda, bicycle; it knows: a red"):
+        assert words(["a panda, a bicycle"]).tolist() == [[1, 3, 2, 3, 2, 5]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        words(["a bicycle"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Full size, tensor by tensor, without memory
+
+def fingerprint(shapes):
+    """SHA-256 of {name: shape}: sha256(json.dumps(sorted([name, shape] ...)))."""
+    return hashlib.sha256(json.dumps(sorted([name, list(shape)] for name, shape in shapes.items())).encode()).hexdigest()
+
+
+def meta(build):
+    with torch.device("meta"):
+        return build().state_dict()
+
+
+def shapes(tensors):
+    return {name: t.shape for name, t in tensors.items()}
+
+
+# The names and shapes of the published files, by fingerprint().
+PUBLISHED = {
+    "diffusers unet": "8148bc90ef809c94887bb80c8590f905ee2b5ccad8e7165dad71a6d66b7ff581",
+    "official unet": "9163bd093a1006513a9fda7613c54ca25ac724860966e2a9f895d1ffc661fbb3",
+    "diffusers vae": "6286db08f9cfd63c3269bc33f220dd77e9ab46cd1173bb5f3f71ef61a92db085",
+    "stable diffusion vae": "990f73fe7cdb8d4cb98d3ea36b665987d264928968b4275991a23699a5e2dc8c",
+}
+
+
+def test_full_size_unet_is_the_published_one():
+    tensors = meta(UNet3D)
+    assert len(tensors) == 1480 and sum(t.numel() for t in tensors.values()) == 1_411_233_860
+    assert fingerprint(shapes(tensors)) == PUBLISHED["diffusers unet"]
+    official = model.unet_to_official(tensors, UNetConfig())
+    assert len(official) == 1480 and fingerprint(shapes(official)) == PUBLISHED["official unet"]
+    assert shapes(model.unet_from_official(official, UNetConfig())) == shapes(tensors)
+
+
+def test_full_size_autoencoder_is_stable_diffusions():
+    tensors = meta(Autoencoder)
+    assert len(tensors) == 248 and sum(t.numel() for t in tensors.values()) == 83_653_863
+    assert fingerprint(shapes(tensors)) == PUBLISHED["diffusers vae"]
+    official = model.vae_to_official(tensors, VAEConfig())
+    in_ckpt = {f"first_stage_model.{name}": t.shape for name, t in official.items()}
+    assert len(official) == 248 and fingerprint(in_ckpt) == PUBLISHED["stable diffusion vae"]
+    assert shapes(model.vae_from_official(official, VAEConfig())) == shapes(tensors)
+
+
+def test_full_size_structures_are_diffusers_classes():
+    with torch.device("meta"):
+        unet, vae = UNet3DConditionModel(), AutoencoderKL.from_config(model.vae_to_diffusers(VAEConfig()))
+    assert shapes(unet.state_dict()) == shapes(meta(UNet3D))
+    assert shapes(vae.state_dict()) == shapes(meta(Autoencoder))
+
+
+def test_full_size_text_tower_is_vit_h_14_less_a_block():
+    with torch.device("meta"):
+        clip = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14")).state_dict()
+    ours = meta(TextEncoder)
+    assert shapes(ours) == {k: clip[k].shape for k in ours}
+    left_out = {k for k in clip.keys() - ours.keys() if not k.startswith("visual.")}
+    assert {k for k in left_out if not k.startswith("transformer.resblocks.23.")} == {"text_projection", "logit_scale"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# There and back
+
+@pytest.mark.parametrize("config", [TWO_LEVELS, FOUR_LEVELS, ONLY_DEEP])
+def test_official_unet_names_there_and_back(config):
+    tensors = randomised(UNet3D(config)).state_dict()
+    official = model.unet_to_official(tensors, config)
+    assert len(official) == len(tensors) and not official.keys() & tensors.keys()
+    back = model.unet_from_official(official, config)
+    assert back.keys() == tensors.keys() and all(torch.equal(back[k], tensors[k]) for k in tensors)
+    # The temporal projections are one-dimensional convolutions there, the spatial ones matrices as here.
+    names = model.official_unet_names(config)
+    for ours, theirs in names.items():
+        conv1d = ours.endswith(("proj_in.weight", "proj_out.weight")) and ("temp_attentions" in ours or "transformer_in" in ours)
+        assert official[theirs].shape == tensors[ours].shape + ((1,) if conv1d else ()), ours
+
+
+@pytest.mark.parametrize("config", [
+    VAEConfig(channels=(8, 16), blocks_per_level=1, norm_groups=4),
+    VAEConfig(channels=(8, 8, 16), blocks_per_level=2, norm_groups=4)])
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+def test_ldm_autoencoder_names_there_and_back(config, prefix):
+    tensors = randomised(Autoencoder(config)).state_dict()
+    official = {prefix + k: v for k, v in model.vae_to_official(tensors, config).items()}
+    assert len(official) == len(tensors)
+    assert all(v.dim() == 4 for k, v in official.items() if "attn_1" in k and k.endswith("weight") and "norm" not in k)
+    back = model.vae_from_official(official, config)
+    assert back.keys() == tensors.keys() and all(torch.equal(back[k], tensors[k]) for k in tensors)
+
+
+@pytest.mark.parametrize("config", [UNetConfig(), TWO_LEVELS, FOUR_LEVELS, ONLY_DEEP, UNetConfig(stem_heads=4)])
+def test_unet_config_there_and_back(config):
+    assert model.unet_from_diffusers(json.loads(json.dumps(model.unet_to_diffusers(config)))) == config
+
+
+def test_unet_config_of_diffusers_own_class():
+    with torch.device("meta"):
+        theirs = UNet3DConditionModel()
+    assert model.unet_from_diffusers(json.loads(theirs.to_json_string())) == UNetConfig()
+
+
+@pytest.mark.parametrize("config", [VAEConfig(), VAEConfig(channels=(8, 16), blocks_per_level=1, scale=0.5, norm_groups=4)])
+def test_autoencoder_config_there_and_back(config):
+    assert model.vae_from_diffusers(json.loads(json.dumps(model.vae_to_diffusers(config)))) == config
+    with torch.device("meta"):
+        theirs = AutoencoderKL.from_config(model.vae_to_diffusers(config))
+    assert model.vae_from_diffusers(json.loads(theirs.to_json_string())) == config
+
+
+def test_pixels_per_latent_column():
+    assert VAEConfig().downscale == 8 and VAEConfig(channels=(32,)).downscale == 1
+
+
+@pytest.mark.parametrize("make", [
+    lambda: UNetConfig(channels=()), lambda: UNetConfig(channels=(320, 0, 1280, 1280)), lambda: UNetConfig(channels=(320.0,) * 4),
+    lambda: UNetConfig(channels=("320",) * 4), lambda: UNetConfig(blocks_per_level=0), lambda: UNetConfig(blocks_per_level=10**9),
+    lambda: UNetConfig(head_dim=[64, 64]), lambda: UNetConfig(head_dim=None), lambda: UNetConfig(head_dim=48),
+    lambda: UNetConfig(norm_groups=None), lambda: UNetConfig(norm_groups=7), lambda: UNetConfig(context_dim=True),
+    lambda: UNetConfig(attention_levels=(True,)), lambda: VAEConfig(channels=(100, 128)), lambda: VAEConfig(latent_channels=-4),
+    lambda: VAEConfig(scale=0), lambda: VAEConfig(scale=math.nan), lambda: VAEConfig(scale="0.18"),
+])
+def test_structures_that_cannot_be_built_are_refused(make):
+    with pytest.raises(ValueError, match="^expected") as error:
+        make()
+    assert "\n" not in str(error.value)
