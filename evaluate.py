@@ -14,7 +14,7 @@ import json
 import platform
 import shlex
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -25,8 +25,8 @@ import tyro
 from tqdm import tqdm
 
 import lora
-from generate import generate, latent_size, read_prompts
-from model import decode_frames, load_base, pick_device, pick_dtype, read_json, write_whole
+from generate import check_folder, generate, latent_size, read_prompts
+from model import decode_frames, load_base, pick_device, pick_dtype, write_whole
 from reward import first_frames, load_reward, official_hps
 from sampler import GUIDANCE, ddpm_step
 
@@ -46,8 +46,8 @@ def prompt_sets(base, named_files, count):
     sets = {}
     for argument in named_files:
         name, equals, path = argument.partition("=")
-        if not (name and equals and path):
-            raise ValueError(f"prompts {argument!r}: allowed is NAME=FILE")
+        if not (name and equals and path) or name in sets:
+            raise ValueError(f"prompts {argument!r}: allowed is NAME=FILE, each name once")
         sets[name] = read_prompts(path)
     if not sets:
         if base.name != "tiny":
@@ -60,9 +60,9 @@ def prompt_sets(base, named_files, count):
     return {name: [p[i % len(p)] for i in range(count or len(p))] for name, p in sets.items()}
 
 
-def find_judge(base):
-    """The tiny world's judge if this base has one beside it, else None: its measures know only that world's captions."""
-    if not base.folder or not (base.folder / "judge.safetensors").is_file():
+def find_judge(base, frames, height, width):
+    """The tiny world's judge if this base has one beside it and makes clips of that world's size, else None."""
+    if not base.folder or not (base.folder / "judge.safetensors").is_file() or (frames, height, width) != (16, 32, 32):
         return None
     from tiny.judge import judge_clips, load_judge
     judge = load_judge(base.folder / "judge.safetensors").to(base.device)
@@ -118,12 +118,12 @@ def paired(before, after, measure="reward"):
 
 
 def strip(video, segments=4, zoom=None):
-    """Frames of a video side by side: (F, 3, H, W) -> (3, H, S*W), the middle one of each segment."""
+    """The middle frame of each segment of a video side by side, enlarged if small: (F, 3, H, W) -> (3, H', W')."""
     F = len(video)
     picked = video[[(2 * i + 1) * F // (2 * segments) for i in range(segments)]]
     zoom = zoom or max(1, 96 // picked.shape[-1])
     picked = picked.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
-    return F_.pad(torch.cat(list(picked), dim=-1), (0, 2, 0, 2), value=1.)
+    return torch.cat(list(F_.pad(picked, (0, 2, 0, 2), value=1.)), dim=-1)  # a white line between frames
 
 
 def contact_sheet(columns, captions, titles):
@@ -171,8 +171,8 @@ class Config:
     """hpsv2 (v2.0, the paper's) or hpsv2.1; their scores do not compare. A tiny base has its own"""
     reward_weights: str | None = None
     """the reward's weights; default the base's own, else the hub's"""
-    prompts: list[str] = field(default_factory=list)
-    """NAME=FILE, a file of one prompt a line or in the official list form; default the tiny world's three sets"""
+    prompts: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
+    """NAME=FILE, repeatable: a file of one prompt a line or in the official list form; default the tiny world's three sets"""
     count: int = 64
     """videos of each set; 0 is one for each line of its file"""
     num_steps: tuple[int, ...] = (20, 50)
@@ -221,6 +221,7 @@ def check(cfg):
         if not abs(scale) < float("inf"):
             raise ValueError(f"guidance and lora_scale: found {scale}, allowed is any finite number")
     first_frames(cfg.frames, cfg.segments)
+    check_folder(cfg.out)
 
 
 def versions():
@@ -248,10 +249,13 @@ def main(cfg):
     device = pick_device(cfg.device)
     base = load_base(cfg.base, cfg.vae, cfg.text_encoder, pick_dtype(cfg.dtype, device), device)
     sets = prompt_sets(base, cfg.prompts, cfg.count)
-    latent_size(base, cfg.height or base.default_size, cfg.width or base.default_size)
+    height, width = cfg.height or base.default_size, cfg.width or base.default_size
+    latent_size(base, height, width)
     reward = load_reward(cfg.reward, cfg.reward_weights, base.folder, device=device)
-    second = official_hps(reward.clip, reward.clip_config) if cfg.official_hps else None
-    judge = None if cfg.prompts else find_judge(base)
+    second = None
+    if cfg.official_hps:  # a CLIP of another kind has its own words
+        second = official_hps(reward.clip, reward.clip_config, reward.tokenizer if reward.clip_config else None)
+    judge = None if cfg.prompts else find_judge(base, cfg.frames, height, width)  # it knows that world's captions only
     models = ["base"]
     if lora.load_beside(base.unet, base.unet_file) or cfg.lora:
         if cfg.lora:
@@ -263,17 +267,19 @@ def main(cfg):
         for name, prompts in sets.items():
             for steps in cfg.num_steps:
                 for guidance in cfg.guidance:
+                    first = (steps, guidance) == (cfg.num_steps[0], cfg.guidance[0])  # whose videos are shown
                     tables = {}
                     for model in models:
                         if len(models) > 1:
                             lora.set_scale(base.unet, cfg.lora_scale if model == "fine-tuned" else 0.)
                         tables[model], videos = evaluate(
                             base, reward, prompts, seed=cfg.seed, num_steps=steps, guidance=guidance, segments=cfg.segments,
-                            frames=cfg.frames, height=cfg.height, width=cfg.width, batch_size=cfg.batch_size, judge=judge,
-                            keep=cfg.sheet if (steps, guidance) == (cfg.num_steps[0], cfg.guidance[0]) else 0, bar=bar.update)
+                            frames=cfg.frames, height=height, width=width, batch_size=cfg.batch_size, judge=judge,
+                            keep=max(cfg.sheet, cfg.official_hps) if first else 0, bar=bar.update)
                         if videos is not None:
                             sheets.setdefault(name, []).append(videos)
-                            apart += [official_distance(second, reward, v, p, cfg) for v, p in zip(videos, prompts)] if second else []
+                            if second:
+                                apart += [official_distance(second, reward, v, p, cfg) for v, p in zip(videos, prompts)]
                         row = {"set": name, "num_steps": steps, "guidance": guidance, "model": model,
                                "measures": summary(tables[model])}
                         if model == "fine-tuned":
@@ -313,6 +319,6 @@ def save_report(cfg, results, sheets, sets, models, reward_name, apart):
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config, description=__doc__))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ValueError) else 1)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import lora
 from data import sample_generator
 from model import Base, decode_frames, load_base, pick_device, pick_dtype, write_whole
-from sampler import GUIDANCE, sample
+from sampler import GUIDANCE, ddpm_step, sample
 
 
 @torch.no_grad()
@@ -94,8 +94,8 @@ def read_prompts(path):
 @dataclass
 class Config:
     """Generate videos from prompts."""
-    prompt: list[str] = field(default_factory=list)
-    """what to show; repeat the flag's value for more videos"""
+    prompt: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
+    """what to show; repeat the flag for more videos"""
     prompts: Path | None = None
     """a file of prompts, one a line or in the official list form"""
     base: str = "tiny"
@@ -134,14 +134,22 @@ class Config:
     """float32, bfloat16 or float16 of the frozen weights; default bfloat16 on cuda, else float32"""
 
 
+def check_folder(path):
+    """ValueError if files cannot go into this folder, there or not yet, because it or one above it is a file."""
+    if not next(p for p in (path, *path.absolute().parents) if p.exists()).is_dir():
+        raise ValueError(f"out {path}: is a file, or inside one; allowed is a folder, there or not")
+
+
 def check(cfg):
     """All that can be known before anything is loaded or written."""
     prompts = [*cfg.prompt, *(read_prompts(cfg.prompts) if cfg.prompts else [])]
     if not prompts or not all(p.strip() for p in prompts):
         raise ValueError("no prompt given: allowed are --prompt TEXT and --prompts FILE, and no empty ones")
-    for name in ("num_steps", "frames", "fps", "batch_size"):
+    for name in ("frames", "fps", "batch_size"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"{name} = {getattr(cfg, name)}: allowed is 1 and above")
+    ddpm_step(cfg.num_steps, cfg.num_steps)
+    check_folder(cfg.out)
     for name in ("guidance", "lora_scale"):
         if not abs(getattr(cfg, name)) < float("inf"):
             raise ValueError(f"{name} = {getattr(cfg, name)}: allowed is any finite number")
@@ -177,6 +185,6 @@ def main(cfg):
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config, description=__doc__))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"generate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ValueError) else 1)

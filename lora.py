@@ -64,8 +64,8 @@ class LoRALinear(nn.Module):
         y = F_.linear(x, self.weight, self.bias)                                          # (..., C_out)
         if self.base_weight is not None:
             return y
-        # Cast A and B down, not x up: that would keep a float32 copy of x for the backward pass. And cast here, not by autocast:
-        # its cache would serve the gradient step the casts made in the chain's steps without gradient, cut off from A and B.
+        # The product is in the dtype of W x, under autocast too. Casting A and B down costs nothing; casting x up instead would
+        # keep a float32 copy of every x for the backward pass. Their gradients come back in float32.
         A, B = self.lora_A.to(y.dtype), self.lora_B.to(y.dtype)
         return y + F_.linear(F_.linear(x, A) * self.factor, B)                            # the scale on r columns, not on C_out
 
@@ -194,9 +194,16 @@ def save(module, path, base=None):
 
 
 def fingerprint(module):
-    """What identifies the base weights; None where there are none, as on the meta device."""
-    known = hasattr(module, "conv_in") and not module.conv_in.weight.is_meta
-    return model.fingerprint(module) if known else None
+    """model.fingerprint of the base weights, merged or not; None on the meta device, where there are none."""
+    if next(module.parameters()).is_meta:
+        return None
+    merged = [m for m in module.modules() if isinstance(m, LoRALinear) and m.base_weight is not None]
+    for layer in merged:
+        layer.unmerge()
+    found = model.fingerprint(module)
+    for layer in merged:
+        layer.merge()
+    return found
 
 
 @dataclass
@@ -317,8 +324,8 @@ class Export:
     adapters alone. diffusers: a UNet folder, the adapters merged into its weights"""
     out: Path
     """file (official) or folder to write; nothing may be there yet"""
-    base: Path | None = None
-    """the UNet: a diffusers folder or a file in any published form. A fine-tuned .pth has its own; peft needs none"""
+    base: str | None = None
+    """where the UNet is, as train.py's --base: a folder, a file, a hub id. A fine-tuned .pth has its own; peft needs none"""
 
 
 def export(adapter, to, out, base=None, config=None):
@@ -332,7 +339,11 @@ def export(adapter, to, out, base=None, config=None):
         raise ValueError(f"{out}: is there already; choose another --out")
     if to == "official" and out.suffix == ".safetensors":
         raise ValueError(f"{out}: the official code reads torch files; allowed is a name like lora.pth")
-    unet = model.load_unet(base, config) if base else None
+    unet = None
+    if base:  # the UNet itself, or the whole model with the UNet in it
+        path = model.find_base(base)
+        alone = path.is_file() or (path / "config.json").is_file()
+        unet = model.load_unet(path if alone else model.find_part(path, "unet") or path, config)
     config = unet.config if unet else config
     found = read_adapter(adapter, config)
     if unet is None and found.with_base:

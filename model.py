@@ -576,8 +576,11 @@ def read_tensors(path):
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:
+            zipped = zipfile.is_zipfile(path)
+            if zipped and any(part.compress_type for part in zipfile.ZipFile(path).infolist()):
+                raise ValueError("compressed, which torch.save never does")  # mapped, such bytes would be taken for weights
             with torch.serialization.safe_globals(MENTIONED):
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a damaged file can fail in any way: zip, pickle, json, or the reader itself
         code = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if code:
@@ -716,6 +719,11 @@ def expect(c, expected):
             raise ValueError(f"expected {key} {value!r}, found {c[key]!r}")
 
 
+def again(name, taken):
+    """A file may hold one tensor under two of its names: the second gets a name that load_strict will not know."""
+    return f"{name} (a second one)" if name in taken else name
+
+
 # -- UNet ------------------------------------------------------------------------------------------------------------
 
 def official_unet_names(config):
@@ -776,13 +784,13 @@ def unet_to_official(tensors, config):
 
 
 def unet_from_official(tensors, config):
-    """The way back. Unknown names, or a second one for the same tensor, are kept as they are, for load_strict to name."""
+    """The way back. Unknown names are kept as they are, for load_strict to name."""
     ours_of = {theirs: ours for ours, theirs in official_unet_names(config).items()}
     out = {}
     for name, t in tensors.items():
         ours = ours_of.get(name, name)
         wants_2d = ours != name and ours.endswith(("proj_in.weight", "proj_out.weight")) and t.dim() == 3 and t.shape[-1] == 1
-        out[name if ours in out else ours] = t.squeeze(-1) if wants_2d else t
+        out[again(ours, out)] = t.squeeze(-1) if wants_2d else t
     return out
 
 
@@ -875,7 +883,7 @@ def vae_from_official(tensors, config):
         ours = ours_of.get(name, name)
         ours = re.sub(r"(attentions\.0\.)(query|key|value|proj_attn)", lambda m: m[1] + OLD_VAE_ATTENTION[m[2]], ours)
         wants_2d = ".attentions." in ours and t.dim() == 4 and t.shape[2:] == (1, 1)
-        out[name if ours in out else ours] = t[:, :, 0, 0] if wants_2d else t
+        out[again(ours, out)] = t[:, :, 0, 0] if wants_2d else t
     return out
 
 
@@ -925,7 +933,7 @@ def text_from_transformers(tensors):
                 continue
         for theirs, ours in renames.items():
             name = name.replace(theirs, ours)
-        out[full if name in out else name] = t
+        out[again(name, out)] = t
     return out
 
 
@@ -969,10 +977,12 @@ def pick_device(name=None):
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
-        return torch.device(name)
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
-        raise ValueError(f"device {name!r}: not available here; allowed are cuda, mps, cpu, where torch has them") from None
+        device = None
+    if device is None or device.type not in ("cuda", "mps", "cpu"):
+        raise ValueError(f"device {name!r}: not available here; allowed are cuda, mps, cpu, where torch has them")
+    return device
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -1060,16 +1070,12 @@ def load_base(base, vae=None, text_encoder=None, dtype=None, device="cpu", seed=
     if base == "random" or base.startswith("random:"):
         made = random_base(base, seed, dtype)
         return Base(made.unet.to(device), made.vae.to(device), made.text_encoder.to(device), base)
-    folder = TINY if base == "tiny" else Path(base)
-    if not folder.exists():
-        folder = from_hub(base)
-    check_manifest(folder)
+    folder = find_base(base)
     paths = {"unet": None, "vae": vae, "text_encoder": text_encoder}
     if folder.is_file():
         paths["unet"], folder = folder, folder.parent
     for part, names in PARTS.items():
-        places = [d / n for d in (folder, folder.parent) for n in names]
-        paths[part] = Path(paths[part]) if paths[part] else next((p for p in places if p.exists()), None)
+        paths[part] = Path(paths[part]) if paths[part] else find_part(folder, part)
         if paths[part] is None:
             raise ValueError(f"{base}: no {part} found in {folder}; expected one of {', '.join(names)}"
                              + ("" if part == "unet" else f", or --{part.replace('_', '-')}"))
@@ -1077,6 +1083,19 @@ def load_base(base, vae=None, text_encoder=None, dtype=None, device="cpu", seed=
     tokenizer = read_words(words) if words.is_file() else None
     return Base(load_unet(paths["unet"], dtype=dtype).to(device), load_vae(paths["vae"], dtype=dtype).to(device),
                 load_text_encoder(paths["text_encoder"], tokenizer, dtype).to(device), base, folder, paths["unet"])
+
+
+def find_base(base):
+    """Folder or file of a base: "tiny", a path, or a hub id, which is downloaded. ValueError: there is none or it is damaged."""
+    path = TINY if str(base) == "tiny" else Path(base)
+    path = path if path.exists() else from_hub(str(base))
+    check_manifest(path)
+    return path
+
+
+def find_part(folder, part):
+    """Where a part of the model lies: in the folder, or beside it if the folder is itself a part. None if nowhere."""
+    return next((d / name for d in (folder, folder.parent) for name in PARTS[part] if (d / name).exists()), None)
 
 
 def read_words(path):

@@ -134,13 +134,14 @@ class HPSv2(nn.Module):
     version: "v2.0", "v2.1", "tiny" (a small CLIP trained the same way) or "random"; `name` (HPSv2.0, ...) belongs beside every
       score: v2.0 gives about 0.23-0.28, v2.1 0.15-0.31, and the two do not compare.
     preprocess: "hpsv2" (letterbox) or "instructvideo" (stretch).
+    clip_config: open_clip's description of a CLIP other than ViT-H-14, kept for `official_hps`.
 
     forward: frames (B, S, 3, H, W), floating, in [0, 1] and limited to it; captions, B strings -> (B, S) float32 in
     [-1, 1]. Weights of any precision; features are normalised and multiplied in float32. Other shapes: ValueError.
     """
     VERSIONS = ("v2.0", "v2.1", "tiny", "random")
 
-    def __init__(self, clip, tokenizer=None, version="v2.0", preprocess="hpsv2"):
+    def __init__(self, clip, tokenizer=None, version="v2.0", preprocess="hpsv2", clip_config=None):
         super().__init__()
         if version not in self.VERSIONS:
             raise ValueError(f"unknown HPS version {version!r}; allowed are {', '.join(self.VERSIONS)}")
@@ -152,7 +153,7 @@ class HPSv2(nn.Module):
             raise ValueError(f"the CLIP takes {height} x {width} pictures; HPSv2 needs one that takes squares")
         self.clip = clip.requires_grad_(False).eval()
         self.tokenizer = tokenizer or partial(open_clip.tokenize, context_length=clip.context_length)
-        self.name, self.size, self.resize = f"HPS{version}", height, RESIZE[preprocess]
+        self.name, self.size, self.resize, self.clip_config = f"HPS{version}", height, RESIZE[preprocess], clip_config
         self._texts, self._texts_of = {}, None
 
     def train(self, mode=True):
@@ -168,7 +169,8 @@ class HPSv2(nn.Module):
         device = self.clip.logit_scale.device
         # One caption at a time and outside autocast, so that not even the last bit of its features depends on its
         # company: a resumed run meets the same captions in other batches.
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        place = "cpu" if device.type == "meta" else device.type  # autocast knows no meta device, where work is only counted
+        with torch.no_grad(), torch.autocast(place, enabled=False):
             for caption in captions:
                 if caption not in self._texts:
                     text = self.clip.encode_text(self.tokenizer([caption]).to(device))      # (1, D)
@@ -215,7 +217,7 @@ def load_hpsv2(path, version="v2.0", dtype=torch.float32, device="cpu", clip_con
     load_strict(clip, tensors, f"HPSv2 {path}", dtype)
     if clip.attn_mask is not None:  # in no file: -inf above the diagonal, as open_clip's build_causal_mask makes it
         clip.attn_mask = torch.full(clip.attn_mask.shape, -math.inf).triu(1)                # (tokens, tokens)
-    return HPSv2(clip.to(device=device, dtype=dtype), tokenizer, version, preprocess)
+    return HPSv2(clip.to(device=device, dtype=dtype), tokenizer, version, preprocess, clip_config)
 
 
 HUB_REWARDS = {"hpsv2": ("v2.0", "HPS_v2_compressed.pt"), "hpsv2.1": ("v2.1", "HPS_v2.1_compressed.pt")}  # of xswu/HPSv2
@@ -225,7 +227,8 @@ SMALL_CLIP = dict(embed_dim=32, vision_cfg=dict(image_size=32, patch_size=8, wid
 
 def load_reward(kind="hpsv2", weights=None, base_folder=None, dtype=torch.float32, device="cpu"):
     """
-    The reward a script names. weights: a file; or "random" (ViT-H-14) or "random:W" (small), untrained, to try the pipeline.
+    The reward a script names. weights: a file; a folder with a small CLIP's config.json and words.txt, as the tiny world's; or
+    "random" (ViT-H-14) or "random:W" (small), untrained, to try the pipeline.
 
     Without weights, the reward that lies in the base's own folder (the tiny world's), else the hub's file of that kind.
     ValueError: unknown kind, no network and no cache, or as load_hpsv2.
@@ -238,10 +241,10 @@ def load_reward(kind="hpsv2", weights=None, base_folder=None, dtype=torch.float3
         with torch.random.fork_rng():
             torch.manual_seed(0)
             config = SMALL_CLIP if ":" in weights else open_clip.get_model_config("ViT-H-14")
-            return HPSv2(open_clip.CLIP(**config).to(device=device, dtype=dtype), version="random")
-    own = base_folder and base_folder / "reward"
-    if not weights and own and own.is_dir():
-        return load_hpsv2(own, "tiny", dtype, device, read_json(own / "config.json"), read_words(own / "words.txt"))
+            return HPSv2(open_clip.CLIP(**config).to(device=device, dtype=dtype), version="random", clip_config=config)
+    small = Path(weights) if weights else base_folder and base_folder / "reward"
+    if small and (small / "words.txt").is_file():
+        return load_hpsv2(small, "tiny", dtype, device, read_json(small / "config.json"), read_words(small / "words.txt"))
     if not weights:
         try:
             weights = huggingface_hub.hf_hub_download("xswu/HPSv2", name)
@@ -280,11 +283,12 @@ def import_hpsv2():
     return img_score, fork
 
 
-def official_hps(clip, clip_config=None):
+def official_hps(clip, clip_config=None, tokenizer=None):
     """
     The hpsv2 package's own scorer, model class and preprocessing, on weights that are already loaded. No download.
 
-    clip: the float32 CLIP of `load_hpsv2(...).clip`, whose memory is shared; clip_config: as there.
+    clip: the float32 CLIP of `load_hpsv2(...).clip`, whose memory is shared; clip_config: as there; tokenizer: for a CLIP with
+      words of its own, else the package's.
     Returns score(frames, caption): frames (S, 3, H, W) uint8, or S PIL images, of one video -> S floats.
     It agrees with HPSv2 on the same 8-bit frames; on CUDA less closely, since there the package computes in float16.
     ValueError: weights that are not float32; frames that are not 8-bit.
@@ -311,6 +315,8 @@ def official_hps(clip, clip_config=None):
         # The package's globals for this one call: a filled model_dict keeps it from downloading LAION's CLIP, an
         # existing root_path from making a cache folder.
         here = {"model_dict": loaded, "device": str(clip.logit_scale.device), "root_path": "."}
+        if tokenizer:
+            here["get_tokenizer"] = lambda name: tokenizer
         with mock.patch.multiple(img_score, **here), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its way to write autocast is deprecated
             return [float(s) for s in img_score.score(list(frames), caption, cp=nothing)]

@@ -68,8 +68,7 @@ def check_edit(tau, num_steps, grad_steps, num_train_steps=1000):
     """(tau D, t_noi) of an edit. ValueError as noise_step, or if the K = grad_steps steps with gradient are not 1..tau D."""
     first, t_noi = edit_steps(tau, num_steps), noise_step(tau, num_steps, num_train_steps)
     if not 1 <= grad_steps <= first:
-        raise ValueError(f"grad_steps = {grad_steps}: allowed is 1 to {first}, the steps that tau = {tau} of num_steps = {num_steps} "
-                         "leaves")
+        raise ValueError(f"grad_steps = {grad_steps}: allowed is 1 to {first}, the steps that tau = {tau} leaves of {num_steps}")
     return first, t_noi
 
 

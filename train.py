@@ -29,14 +29,15 @@ import imageio.v3 as iio
 import torch
 import torch.distributed as dist
 import tyro
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import lora
 from data import ClipConfig, LatentDataset, batch_indices, encode_clips, read_list, sample_generator, sample_posterior
 from evaluate import contact_sheet, evaluate, find_judge, paired, prompt_sets, summary, world, write_png
-from generate import latent_size, video_name, write_video
-from model import HUB_BASE, decode_frames, fingerprint, load_base, pick_device, pick_dtype, read_json, write_whole
+from generate import check_folder, latent_size, video_name, write_video
+from model import HUB_BASE, decode_frames, fingerprint, first_line, load_base, pick_device, pick_dtype, read_json, write_whole
 from reward import aggregate, load_reward, segment_edges, segment_frames, tar_weights
 from sampler import GUIDANCE, check_edit, edit
 
@@ -45,9 +46,9 @@ VERSION = 1  # of the run folder's files
 
 @dataclass(frozen=True)
 class Config:
-    """Fine-tune a text-to-video model on an image reward. The defaults are the tiny world's; `train.py modelscope` has the paper's."""
-    preset: str = "tiny"
-    """tiny or modelscope: named first on the command line, it sets the defaults below"""
+    """Fine-tune a text-to-video model on an image reward. `train.py modelscope` has the paper's defaults, these are tiny's."""
+    preset: tyro.conf.Suppress[str] = "tiny"
+    """tiny or modelscope: named first on the command line, not by a flag; it sets the defaults below"""
     base: str = "tiny"
     """the text-to-video model: tiny, a folder, a file, a hub id, or random (random:64 is a small one)"""
     vae: str | None = None
@@ -98,8 +99,8 @@ class Config:
     """of the LoRA (paper, Sec. 3.3)"""
     steps: int = 40
     """optimizer steps (paper: 20,000)"""
-    batch_size: int = 8
-    """clips a step, over all ranks (paper, Sec. 4.1)"""
+    batch_size: int = 4
+    """clips a step, over all ranks (paper: 8)"""
     grad_accum: int = 1
     """parts that a rank's share of the batch is computed in, one after the other"""
     lr: float = 1e-3
@@ -113,7 +114,7 @@ class Config:
     seed: int = 0
     """all randomness follows from it, the step and the clip"""
 
-    prompts: tuple[str, ...] = ()
+    prompts: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME=FILE, evaluation prompts, one a line or in the official list form; default the tiny world's three sets"""
     eval_every: int = 20
     """steps between evaluations, with one before the first and after the last step; 0 is none at all"""
@@ -147,8 +148,8 @@ class Config:
 
 
 PRESETS = {"tiny": Config(),
-           "modelscope": Config("modelscope", base=HUB_BASE, offset_noise=0.1, steps=20_000, lr=1e-5, eval_every=1000,
-                                eval_count=0, save_every=500)}
+           "modelscope": Config("modelscope", base=HUB_BASE, offset_noise=0.1, steps=20_000, batch_size=8, lr=1e-5,
+                                eval_every=1000, eval_count=0, save_every=500)}
 
 
 def check(cfg):
@@ -176,8 +177,13 @@ def check(cfg):
                          "the ranks times grad_accum")
     if cfg.data is None and cfg.base != "tiny":
         raise ValueError("no clips: allowed is --data LIST (only the tiny world draws its own)")
+    if cfg.data is None and (cfg.frames, cfg.size or 32) != (16, 32):
+        raise ValueError(f"frames = {cfg.frames}, size = {cfg.size}: the tiny world draws 16 frames of 32 x 32 pixels; "
+                         "others are allowed with --data")
     if cfg.data is not None and not cfg.data.exists():
         raise ValueError(f"data {cfg.data}: no such file or folder")
+    if cfg.tensorboard:
+        tensorboard_writer()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,7 +193,7 @@ def draw_batch(dataset, step, cfg, scale, device):
     """
     This rank's share of a step's batch: z, eps (B, C, F, h, w), text (B, N, E), g (B, S), captions [B].
 
-    A sample's window, posterior noise, noise and frames come from its own generator: the batch is the same on any number of ranks.
+    A sample's window, noises and frames come from its own generator: the batch is the same on any number of ranks.
     """
     rank, size = world()
     z, eps, text, g, captions = [], [], [], [], []
@@ -219,7 +225,7 @@ def frame_rewards(vae, reward, z_0, g, captions, chunk=0):
 
 
 def edit_rewards(base, reward, uncond, batch, cfg):
-    """The method, from clips to rewards: R (B,), Eq. (8), which carries gradient, and the plain mean of r (B,), which does not."""
+    """The method, from clips to rewards: R (B,) of Eq. (8), with gradient, and the plain mean of r (B,), without."""
     z, eps, text, g, captions = batch
     z_0 = edit(base.denoiser, z, eps, text, uncond, cfg.tau, cfg.num_steps, cfg.guidance, cfg.grad_steps)   # Eqs. (3)-(5)
     r = frame_rewards(base.vae, reward, z_0, g, captions, 1 if cfg.low_memory else cfg.decode_chunk)        # (B, S)
@@ -282,7 +288,7 @@ def train(cfg, run, base, reward, dataset, stop=lambda: False):
         bad = 0 if finite else bad + 1
         run.log_step(step + 1, plain, total, norm, time.perf_counter() - start, finite)
         if bad == cfg.max_bad_steps:
-            raise RuntimeError(f"{bad} steps in a row without a finite reward or gradient; the last checkpoint is from before them")
+            raise RuntimeError(f"{bad} steps in a row without a finite reward or gradient; the last checkpoint is good")
         if stopping or run.save_due(step + 1):
             run.save(optimizer, step + 1)
         if stopping:
@@ -308,14 +314,17 @@ class Run:
 
     def __init__(self, cfg, folder, base, reward, sets, parameters, resumed, stop=lambda: False):
         self.cfg, self.folder, self.base, self.reward, self.sets, self.parameters = cfg, folder, base, reward, sets, parameters
-        self.judge = None if cfg.prompts else find_judge(base)
+        size = cfg.size or base.default_size
+        self.judge = None if cfg.prompts else find_judge(base, cfg.frames, size, size)  # it knows that world's captions only
         self.step, self.best, self.optimizer_state, self.lines, self.stop = 0, -math.inf, None, [], stop
         self.bar, self.chief = None, world()[0] == 0
         if resumed:
             self.read_state()
         if self.chief:
-            self.board = open_tensorboard(folder) if cfg.tensorboard else None
             (folder / "samples").mkdir(parents=True, exist_ok=True)
+            for half in [*folder.glob(".????????.*"), *folder.glob("samples/.????????.*")]:
+                half.unlink()  # what a killed run was writing
+            self.board = tensorboard_writer()(folder / "tensorboard") if cfg.tensorboard else None
             self.write_text("config.json", json.dumps(to_json(cfg), indent=1) + "\n")
             self.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
 
@@ -358,19 +367,19 @@ class Run:
         self.step = step
         if not self.chief:
             return
-        state = {"version": VERSION, "step": step, "best": self.best, "config": to_json(self.cfg),
+        state = {"version": VERSION, "step": step, "config": to_json(self.cfg),
                  "adapters": lora.adapter_state(self.base.unet), "optimizer": optimizer.state_dict()}
         newest = self.folder / "state.pt"
-        if self.cfg.keep > 1 and newest.exists():  # the one before stays under its step's number, a link until it is replaced
-            before = self.folder / f"state_{self.saved_step:06d}.pt"
-            before.unlink(missing_ok=True)
-            os.link(newest, before)
         try:
+            if self.cfg.keep > 1 and newest.exists():  # the one before stays under its step's number: a link until it is replaced
+                before = self.folder / f"state_{self.saved_step:06d}.pt"
+                before.unlink(missing_ok=True)
+                os.link(newest, before)
             with write_whole(newest) as hidden:
                 torch.save(state, hidden)
             self.save_adapter("lora.safetensors")
-        except OSError as error:
-            raise RuntimeError(f"{self.folder}: step {step} cannot be saved ({error}); the checkpoint before it is whole") from None
+        except (OSError, RuntimeError, SafetensorError) as error:  # each writer has its own word for a full disk
+            raise RuntimeError(f"{self.folder}: step {step} cannot be saved ({error}); the one before it is whole") from None
         self.saved_step = step
         for old in sorted(self.folder.glob("state_*.pt"))[:-(self.cfg.keep - 1) or None]:
             old.unlink()
@@ -380,13 +389,20 @@ class Run:
 
     def read_state(self):
         """Take up the newest checkpoint, if there is one, and the metrics up to it."""
-        if (self.folder / "state.pt").is_file():
-            state = torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
+        files = [*sorted(self.folder.glob("state_*.pt")), *self.folder.glob("state.pt")]
+        if files:
+            try:
+                state = torch.load(files[-1], map_location="cpu", weights_only=True)
+            except Exception as error:  # zip, pickle or the reader itself
+                raise ValueError(f"{files[-1]}: cannot be read ({first_line(error)}); without it, --resume takes the one before, "
+                                 "or starts again") from None
             if state.get("version") != VERSION:
-                raise ValueError(f"{self.folder}/state.pt: version {state.get('version')}, expected {VERSION}")
+                raise ValueError(f"{files[-1]}: version {state.get('version')}, expected {VERSION}")
+            if state["step"] > self.cfg.steps:
+                raise ValueError(f"steps = {self.cfg.steps}: allowed is {state['step']}, where this run stands, and above")
             for name, own in lora.adapter_state(self.base.unet).items():
                 own.copy_(state["adapters"][name])
-            self.step, self.best, self.optimizer_state = state["step"], state["best"], state["optimizer"]
+            self.step, self.optimizer_state = state["step"], state["optimizer"]
         self.saved_step = self.step
         if (self.folder / "metrics.jsonl").is_file():
             for text in (self.folder / "metrics.jsonl").read_text().splitlines():
@@ -396,10 +412,16 @@ class Run:
                     break
                 if line["step"] <= self.step:
                     self.lines.append(line)
+        self.best = max((mean_reward(line["eval"]) for line in self.lines if "eval" in line), default=-math.inf)
 
     def load_optimizer(self, optimizer):
         if self.optimizer_state:
             optimizer.load_state_dict(self.optimizer_state)
+
+    def close(self):
+        """Let TensorBoard write what it still holds back."""
+        if self.chief and self.board:
+            self.board.close()
 
     # -- evaluation
 
@@ -423,13 +445,13 @@ class Run:
                     self.base, self.reward, prompts, seed=EVAL_SEED, num_steps=cfg.num_steps, guidance=cfg.guidance,
                     segments=cfg.segments, frames=cfg.frames, height=cfg.size, width=cfg.size, judge=self.judge,
                     batch_size=min(cfg.batch_size, 8), keep=SHOWN, bar=move_on)
-        mean = sum(t["reward"].mean().item() for t in tables.values()) / len(tables)
+        measures = {name: summary(t) for name, t in tables.items()}
         if self.chief:
             self.show(step, tables, videos)
-            if mean > self.best:
+            if mean_reward(measures) > self.best:
                 self.save_adapter("best.safetensors")
-        self.best = max(mean, self.best)
-        self.log({"step": step, "eval": {name: summary(t) for name, t in tables.items()}})
+        self.best = max(mean_reward(measures), self.best)
+        self.log({"step": step, "eval": measures})
         if self.chief:
             draw_curves(self.lines, self.reward.name, self.folder / "curves.png")
 
@@ -473,13 +495,18 @@ class Run:
 EVAL_SEED, SHOWN = 1_000_000, 4  # evaluate.py's default seed; videos of each set on the strips
 
 
-def open_tensorboard(folder):
-    """A SummaryWriter into the run folder; ValueError where TensorBoard is not installed."""
+def mean_reward(measures):
+    """What the best evaluation has most of: the mean over the prompt sets, as metrics.jsonl has them."""
+    return sum(m["reward_mean"] for m in measures.values()) / len(measures)
+
+
+def tensorboard_writer():
+    """TensorBoard's class of writers; ValueError where it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ValueError("tensorboard is not installed: `pip install tensorboard`, or leave --tensorboard out") from None
-    return SummaryWriter(folder / "tensorboard")
+    return SummaryWriter
 
 
 def draw_curves(lines, reward_name, path):
@@ -502,11 +529,15 @@ def draw_curves(lines, reward_name, path):
         mean = [sum(m[k] for m in e["eval"].values()) / len(e["eval"]) for e in evals]
         axes[0, 2].plot(x, mean, ls="--", label=f"{k} right, all sets")
     axes[0, 1].set_title("videos from pure noise")
+    if judged:
+        axes[0, 2].set_title("the same videos, by the judge")
+        axes[0, 2].set_ylim(-.02, 1.02)
     for a, label in zip(axes[0], (reward_name, reward_name, "judge")):
         a.set_xlabel("step")
+        a.xaxis.get_major_locator().set_params(integer=True)
         a.set_ylabel(label)
         if a.get_legend_handles_labels()[1]:
-            a.legend(fontsize=8)
+            a.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, .5))  # beside, where it hides nothing
     figure.tight_layout()
     with write_whole(path) as hidden:
         figure.savefig(hidden, dpi=110, format="png")
@@ -517,8 +548,9 @@ def draw_curves(lines, reward_name, path):
 # Setting up
 
 def to_json(cfg):
-    """Config as plain values."""
-    return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in asdict(cfg).items()}
+    """Config as plain values, the same however often the run was continued."""
+    return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v
+            for k, v in asdict(replace(cfg, resume=None)).items()}
 
 
 def from_json(content, source):
@@ -584,31 +616,36 @@ def choose_folder(cfg):
             if same:
                 return max(same, key=lambda r: (r / "config.json").stat().st_mtime), True
         return next(r for r in runs if not r.exists()), False
-    if cfg.out.exists() and not cfg.out.is_dir():
-        raise ValueError(f"out {cfg.out}: is a file; allowed is a folder, there or not")
-    if (cfg.out / "config.json").exists() and not cfg.overwrite:
-        if restarted and read_json(cfg.out / "config.json") == to_json(cfg):
-            return cfg.out, True
+    check_folder(cfg.out)
+    same = restarted and (cfg.out / "config.json").is_file() and read_json(cfg.out / "config.json") == to_json(cfg)
+    if holds_run(cfg.out) and not (same or cfg.overwrite):
         raise ValueError(f"out {cfg.out}: holds a run already; allowed are another folder, --resume {cfg.out}, or --overwrite")
-    return cfg.out, restarted and (cfg.out / "config.json").exists()
+    return cfg.out, same
+
+
+def holds_run(folder):
+    """Whether there is something in it that a new run would destroy, or a later --resume mistake for the new run's."""
+    return any((folder / name).exists() for name in ("config.json", "state.pt"))
 
 
 def clear(folder):
-    """Remove an earlier run's files, and nothing else."""
-    for pattern in ("config.json", "metrics.jsonl", "state*.pt", "lora.safetensors", "best.safetensors", "*.png"):
-        for file in folder.glob(pattern):
-            file.unlink()
+    """Remove an earlier run's files, and nothing else; last its config.json, so that a half cleared run is still one."""
     for name in ("samples", "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
+    for pattern in ("state.pt", "state_*.pt", "lora.safetensors", "best.safetensors", "metrics.jsonl", "curves.png",
+                    "before_after.png", "config.json"):
+        for file in folder.glob(pattern):
+            file.unlink()
 
 
-def tiny_clips(base, count=192):
+def tiny_clips(base, dtype, count=192):
     """The tiny world's own fine-tuning clips: captions of the in_domain set, of web video's quality, in memory."""
     from tiny.world import make_clip, scenes
     every = scenes("in_domain")
     clips = [make_clip(every[i % len(every)], 2_000_000 + i)[0] for i in range(count)]    # each (F, 3, H, W) in [0, 1]
     with torch.no_grad():
-        moments = [base.vae.encode(c.to(base.device) * 2 - 1).transpose(0, 1).cpu()[None] for c in tqdm(clips, "encoding clips")]
+        moments = [base.vae.encode(c.to(base.device, dtype) * 2 - 1).float().transpose(0, 1).cpu()[None]  # (1, 2C, F, h, w)
+                   for c in tqdm(clips, "encoding clips", disable=world()[0] != 0)]
     captions = [every[i % len(every)].caption for i in range(count)]
     return LatentDataset(moments, list(base.encode_text(captions).cpu()), captions)
 
@@ -637,15 +674,11 @@ def main(argv):
     if world()[1] > 1:
         dist.broadcast_object_list(chosen)
     folder, resumed = chosen[0]
-    caught = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: caught.append(number))
-
     dtype = pick_dtype(cfg.dtype, device)
     base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype, device, cfg.seed)
     sets = prompt_sets(base, cfg.prompts, cfg.eval_count) if cfg.eval_every else {}
     reward = load_reward(cfg.reward, cfg.reward_weights, base.folder, dtype, device)
-    dataset = read_clips(cfg, base, dtype) if cfg.data else tiny_clips(base)
+    dataset = read_clips(cfg, base, dtype) if cfg.data else tiny_clips(base, dtype)
     for prompts in sets.values():
         base.encode_text(prompts)
     base.encode_text([""])
@@ -656,15 +689,20 @@ def main(argv):
     base.unet.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
     if cfg.compile:
         base.unet.compile()
-    if chief and cfg.overwrite and not resumed:
+    if chief and holds_run(folder) and not resumed:  # only with --overwrite
         clear(folder)
+    caught = []
     run = Run(cfg, folder, base, reward, sets, parameters, resumed, lambda: bool(caught))
+    for number in (signal.SIGINT, signal.SIGTERM):  # from here on there is something to save
+        signal.signal(number, lambda number, frame: caught.append(number))
     if chief:
         print(f"run folder: {folder}" + (f", from step {run.step}" if run.step else ""))
     try:
         finished = train(cfg, run, base, reward, dataset, lambda: bool(caught))
     except Stopped:
         finished = False
+    finally:
+        run.close()
     if finished:
         run.compare()
         return 0
@@ -676,10 +714,10 @@ def main(argv):
 if __name__ == "__main__":
     try:
         status = main(sys.argv[1:])
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError, SafetensorError, KeyboardInterrupt) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"train.py: {error}", file=sys.stderr)
-        status = 2 if isinstance(error, ValueError) else 1
+            print(f"train.py: {str(error) or 'interrupted before the first step'}", file=sys.stderr)
+        status = 2 if isinstance(error, ValueError) else 130 if isinstance(error, KeyboardInterrupt) else 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

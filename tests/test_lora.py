@@ -251,7 +251,7 @@ def test_float32_adapters_on_a_16_bit_base():
 
 
 def test_gradient_after_steps_without_gradient_in_one_autocast_region():
-    """Autocast caches its casts, graph or no graph; the chain of an edit is just such a region."""
+    """The chain of an edit: casts that autocast caches in the first steps must not serve the last K, cut off from A and B."""
     with torch.autocast("cpu", torch.bfloat16):
         expected, _ = gradient(trained_unet(), torch.float32)
         unet = trained_unet()
@@ -309,7 +309,10 @@ def test_rank_and_alpha_are_compared(tmp_path, rank, alpha, message):
 
 
 def test_the_base_is_compared(tmp_path):
-    save(trained_unet(), tmp_path / "lora.safetensors", base="tiny")
+    merge(unet := trained_unet())
+    save(unet, tmp_path / "lora.safetensors", base="tiny")
+    assert lora.fingerprint(unet) == lora.fingerprint(tiny_unet())
+    assert all(layer.base_weight is not None for layer in layers(unet).values()), "still merged"
     load(tiny_unet(torch.bfloat16), tmp_path / "lora.safetensors")  # the same weights in another precision
     other = tiny_unet()
     nn.init.normal_(other.conv_in.weight, generator=seeded(7))
@@ -337,8 +340,15 @@ def test_official_files(tmp_path, form):
         save_file(alone, path) if form.endswith("safetensors") else torch.save(alone, path)
     base = model.load_unet(path, CONFIG) if form == "fine-tuned.pth" else tiny_unet()
     assert torch.equal(run(base), run(tiny_unet()))
-    load(base, path)
+    assert len(lora.load_beside(base, path)) == len(adapter_state(unet))
     assert torch.equal(run(base), run(unet))
+
+
+def test_a_base_file_without_adapters(tmp_path):
+    save_file(tiny_unet().state_dict(), tmp_path / "base.safetensors")
+    unet = tiny_unet()
+    assert lora.load_beside(unet, tmp_path / "base.safetensors") == lora.load_beside(unet, tmp_path) == []
+    assert not any(isinstance(m, LoRALinear) for m in unet.modules())
 
 
 FIRST, SECOND = (f"base_model.model.transformer_in.transformer_blocks.0.attn1.to_q.lora_{side}.weight" for side in "AB")
@@ -491,7 +501,8 @@ def test_export_to_diffusers(tmp_path):
     from diffusers import UNet3DConditionModel
     unet = trained_unet(alpha=6)
     save(unet, tmp_path / "lora.safetensors")
-    lora.export(tmp_path / "lora.safetensors", "diffusers", tmp_path / "merged", base=base_folder(tmp_path / "base"))
+    base_folder(tmp_path / "unet")  # a part of tmp_path, as the whole model's folder
+    lora.export(tmp_path / "lora.safetensors", "diffusers", tmp_path / "merged", base=tmp_path)
     theirs, info = UNet3DConditionModel.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(info.values()), info
     assert difference(run(theirs.eval()), run(unet)) < 1e-5
@@ -537,7 +548,7 @@ EXPORT_ERRORS = [  # arguments, part of the message
     ("none.safetensors --to peft --out out", "none.safetensors: no such file"),
     ("base --to peft --out out", "adapter_config.json: expected JSON"),
     ("lora.safetensors --to diffusers --out out", "allowed is with --base"),
-    ("lora.safetensors --to diffusers --out out --base none", "none: no such file"),
+    ("lora.safetensors --to diffusers --out out --base none", "base 'none': no such file"),
     ("lora.safetensors --to diffusers --out out --base lora.safetensors", "not known"),
     ("lora.safetensors --to official --out out.pth", "tensors missing"),  # no base tells that it is not of full size
     ("lora.safetensors --to official --out out.safetensors --base base", "a name like lora.pth"),

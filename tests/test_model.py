@@ -197,7 +197,8 @@ CAPTIONS = ["a bear", "", "a very long caption, cut"]
 
 def transformers_tower(layers, heads=2):
     config = CLIPTextConfig(vocab_size=40, hidden_size=16, intermediate_size=64, num_hidden_layers=layers,
-                            num_attention_heads=heads, max_position_embeddings=9, hidden_act="gelu", bos_token_id=1, eos_token_id=33)
+                            num_attention_heads=heads, max_position_embeddings=9, hidden_act="gelu",
+                            bos_token_id=1, eos_token_id=33)
     return randomised(CLIPTextModel(config))
 
 

@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler
 from torch import nn
 
 from model import UNet3D, UNetConfig
-from sampler import add_noise, alpha_bars, ddim_step, ddpm_step, edit, edit_steps, guided_eps, noise_step, sample
+from sampler import add_noise, alpha_bars, check_edit, ddim_step, ddpm_step, edit, edit_steps, guided_eps, noise_step, sample
 
 
 @pytest.fixture(autouse=True)
@@ -343,8 +343,14 @@ def test_both_guidance_branches_carry_gradient():
 
 @pytest.mark.parametrize("K", [0, -1, 4, 20])
 def test_K_outside_the_edit_is_refused(K):
-    with pytest.raises(ValueError, match=rf"grad_steps = {K}: allowed is 1 to the 3 steps that tau = 0.6 leaves of 5"):
-        edit(None, *inputs(), tau=0.6, num_steps=5, grad_steps=K)
+    for call in (lambda: check_edit(0.6, 5, K), lambda: edit(None, *inputs(), tau=0.6, num_steps=5, grad_steps=K)):
+        with pytest.raises(ValueError, match=f"grad_steps = {K}: allowed is 1 to 3"):
+            call()
+
+
+def test_an_edit_in_numbers():
+    assert check_edit(0.6, 20, grad_steps=1) == (12, 551)             # the paper's: 12 steps, from t_noi = 551
+    assert check_edit(0.6, 20, grad_steps=12) == (12, 551)
 
 
 def saved_tensors(run, *args, **settings):

@@ -52,7 +52,7 @@ UNET = UNetConfig(channels=(32, 64), blocks_per_level=1, attention_levels=(False
 CLIP = dict(embed_dim=64,
             vision_cfg=dict(image_size=world.SIZE, patch_size=8, width=64, layers=3, head_width=32),
             text_cfg=dict(context_length=world.CONTEXT_LENGTH, vocab_size=len(world.WORDS) + 4, width=64, heads=1, layers=3))
-HIGH_NOISE, MAX_WEIGHT = 0.6, 100.  # t is drawn as T u^0.6; see tiny/README.md
+MAX_WEIGHT = 100.  # of high noise in Eq. (1), where only the words can tell: 1 / abar_t up to this; see tiny/README.md
 LATENT_STD = 0.5  # see tiny/README.md: with unit variance, noise at t = 951 still shows the layout, and words go unread
 
 
@@ -212,16 +212,16 @@ def build_unet(cfg):
     scene_of = torch.tensor([every.index(s) for s in scenes])
     unet, abar = UNet3D(UNET).to(cfg.device), alpha_bars()
     nn.init.zeros_(unet.conv_out.weight)
-    B = 16
+    B = 8
 
     def loss_of(step):
         pick = torch.randint(len(moments), (B,))
         z = posterior(moments[pick].to(cfg.device), vae.config.scale)
-        t = (len(abar) * torch.rand(B) ** HIGH_NOISE).long()
+        t = (len(abar) * (torch.randperm(B) + torch.rand(B)) / B).long()                 # one in each B-th of all steps
         caption = torch.where(torch.rand(B) < .1, len(every), scene_of[pick])
         eps = torch.randn_like(z)
         error = (unet(add_noise(z, eps, t, abar), t.to(cfg.device), text[caption.to(cfg.device)]) - eps).square()
-        weight = (1 / abar[t]).clamp(max=MAX_WEIGHT).sqrt().to(z)                        # (B,)
+        weight = (1 / abar[t]).clamp(max=MAX_WEIGHT).to(z)                               # (B,)
         return (weight * error.mean(dim=(1, 2, 3, 4))).mean(), f"loss {error.mean():.3f}"
 
     unet = fit("UNet", unet, loss_of, cfg.unet_steps, lr=1e-3, ema_decay=.999)
@@ -236,11 +236,14 @@ WORTH = {"watermark": -5., "blur": -4., "washout": -4., "noise": -4.}
 WRONG_WORD = -5.
 
 
-def worth(scene, flaws, caption_scene):
-    """The annotator's value of an image of `scene` with `flaws` for a caption."""
-    wrong = sum(a != b for a, b in zip((scene.colour, scene.shape, scene.direction),
-                                       (caption_scene.colour, caption_scene.shape, caption_scene.direction)))
-    return sum(WORTH[f] * s for f, s in flaws.items()) + WRONG_WORD * wrong
+def wrong_words(a, b):
+    """In how many of colour, shape and direction two scenes differ."""
+    return (a.colour != b.colour) + (a.shape != b.shape) + (a.direction != b.direction)
+
+
+def worth(scene, flaws, asked):
+    """The annotator's value of an image of `scene` with `flaws`, for a caption that asked for another scene or the same."""
+    return sum(WORTH[f] * s for f, s in flaws.items()) + WRONG_WORD * wrong_words(scene, asked)
 
 
 @torch.no_grad()
@@ -275,7 +278,7 @@ def base_clips(cfg, prompts, tau=None, clips=None):
 
 
 def build_preference(cfg):
-    """HPSv2's recipe (arXiv:2306.09341, Sec. 4): a CLIP, a softmax over the two images of a pair, cross-entropy with the choice."""
+    """HPSv2's recipe (arXiv:2306.09341, Sec. 4): a CLIP, a softmax over a pair of images, cross-entropy with the choice."""
     vae, _ = frozen(cfg)
     every = all_scenes()
     drawn, scenes, flaws = render(24 * len(every), cfg.seed + 4_000_000)
@@ -294,7 +297,7 @@ def build_preference(cfg):
 
     def near(scene):
         """A scene that differs in one word, so that every word of a caption comes to matter."""
-        return one_of([s for s in every if (s.colour != scene.colour) + (s.shape != scene.shape) + (s.direction != scene.direction) == 1])
+        return one_of([s for s in every if wrong_words(s, scene) == 1])
 
     def pair():
         """Caption number, two images, and which one the annotator takes (0 or 1)."""
@@ -353,7 +356,8 @@ def build_judge(cfg):
         logits = judge(clips[pick].to(cfg.device).float())
         target = [t[pick].to(cfg.device) for t in truth]
         right = [(a.argmax(1) == b).float().mean().item() for a, b in zip(logits, target)]
-        return sum(F_.cross_entropy(a, b) for a, b in zip(logits, target)), "colour {:.0%} shape {:.0%} direction {:.0%}".format(*right)
+        loss = sum(F_.cross_entropy(a, b) for a, b in zip(logits, target))
+        return loss, "colour {:.0%} shape {:.0%} direction {:.0%}".format(*right)
 
     judge = fit("judge", judge, loss_of, cfg.judge_steps, lr=2e-3)
     save_file({k: v.half().cpu() for k, v in judge.state_dict().items()}, cfg.out / "judge.safetensors")

@@ -50,8 +50,8 @@ def pixel_measures(clips):
     """
     Clips (B, F, 3, H, W) in [0, 1] -> {measure: (B,)}.
 
-    watermark   contrast of the band's dashes in the time average of the clip; 0 without a band, up to about 0.15
-    sharpness   95th percentile of differences between neighbouring pixels; blur and wash-out both lower it
+    watermark   contrast of the band's dashes in the time average of the clip; 0.00 without a band, 0.25 to 0.4 with one
+    sharpness   steepest hundredth of differences between neighbours, off the band; blur and wash-out both lower it
     saturation  of the most saturated tenth of the pixels, largest minus smallest colour channel
     noise       quartile of changes of a pixel between frames: the background's, where nothing should change
     motion      change of saturation over four frames, relative to all saturation; near 0 when nothing moves
@@ -60,11 +60,12 @@ def pixel_measures(clips):
     dashes = world.watermark_band()[15:18].to(clips)
     dashes = dashes - dashes.mean()
     watermark = ((grey.mean(dim=1)[:, 15:18] * dashes).sum(dim=(1, 2)) / dashes.square().sum()).clamp(min=0)
-    dx, dy = (clips.diff(dim=d).abs().amax(dim=2).flatten(1) for d in (-1, -2))
+    off_band = torch.cat([clips[..., :13, :], clips[..., 20:, :]], dim=-2)
+    steps = off_band.diff(dim=-1).abs().amax(dim=2).flatten(1)
     saturation = clips.amax(dim=2) - clips.amin(dim=2)                                    # (B, F, H, W)
     moved = (saturation[:, 4:] - saturation[:, :-4]).abs().mean(dim=(1, 2, 3))
     return {"watermark": watermark,
-            "sharpness": torch.cat([dx, dy], dim=1).quantile(.95, dim=1),
+            "sharpness": steps.quantile(.99, dim=1),
             "saturation": saturation.flatten(1).quantile(.9, dim=1),
             "noise": clips.diff(dim=1).abs().mean(dim=2).flatten(1).quantile(.25, dim=1),
             "motion": moved / saturation.mean(dim=(1, 2, 3)).clamp(min=1e-3)}

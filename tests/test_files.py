@@ -1,0 +1,732 @@
+"""
+model.py's readers: files as other programs write them, and files that are damaged, mismatched or hostile.
+
+Every good file here is written by the program it is from where that is a Python package (diffusers, transformers, open_clip,
+torch); the official files are torch.save of the names that test_model.py checks. Every bad one ends in a ValueError of one
+line that names the file.
+"""
+import builtins
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import types
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet3DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+import model
+from model import Autoencoder, UNet3D, UNetConfig, VAEConfig, load_text_encoder, load_unet, load_vae
+
+UNET = UNetConfig(channels=(8, 16), blocks_per_level=1, attention_levels=(True, False), context_dim=12, head_dim=4, norm_groups=4)
+VAE = VAEConfig(channels=(8, 16), blocks_per_level=1, norm_groups=4)
+LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def drawn(module, seed=0):
+    """A module with every weight drawn anew, exact in fp16."""
+    g = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        p.data = torch.randn(p.shape, generator=g).half().float()
+    return module
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return drawn(UNet3D(UNET)).state_dict()
+
+
+@pytest.fixture(scope="module")
+def official(unet):
+    """The same tensors under ModelScope's names."""
+    return model.unet_to_official(unet, UNET)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return drawn(Autoencoder(VAE)).state_dict()
+
+
+@pytest.fixture(scope="module")
+def clip():
+    """An open_clip CLIP with heads of 64, as ViT-H-14's."""
+    return drawn(open_clip.CLIP(8, dict(image_size=8, patch_size=4, width=16, layers=1, head_width=8),
+                                dict(context_length=9, vocab_size=40, width=128, heads=2, layers=3)))
+
+
+@pytest.fixture(scope="module")
+def text_model():
+    config = CLIPTextConfig(vocab_size=40, hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2,
+                            max_position_embeddings=9, hidden_act="gelu", bos_token_id=1, eos_token_id=33)
+    return drawn(CLIPTextModel(config)).eval()
+
+
+def assert_holds(module, tensors, dtype=torch.float32):
+    """The module is made of these tensors, and of nothing else; it is frozen, and has memory of its own."""
+    own = module.state_dict()
+    assert own.keys() == tensors.keys()
+    for name, t in own.items():
+        assert t.dtype == dtype and torch.equal(t, tensors[name].to(dtype)), name
+    assert not module.training and not any(p.requires_grad for p in module.parameters())
+
+
+def saved(path, content, **settings):
+    torch.save(content, path, **settings)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# UNet
+
+@pytest.mark.parametrize("settings", [
+    {}, {"safe_serialization": False}, {"variant": "fp16"},
+    {"max_shard_size": "40KB"}, {"max_shard_size": "40KB", "safe_serialization": False}])
+def test_unet_folder_as_diffusers_saves_it(tmp_path, unet, settings):
+    theirs = UNet3DConditionModel.from_config(model.unet_to_diffusers(UNET))
+    theirs.load_state_dict(unet)
+    theirs.save_pretrained(tmp_path / "unet", **settings)
+    files = sorted(p.name for p in (tmp_path / "unet").iterdir())
+    assert (len(files) > 4) == ("max_shard_size" in settings) and "config.json" in files
+    ours = load_unet(tmp_path / "unet")
+    assert_holds(ours, unet)
+    assert ours.config == UNET                                # from its config.json
+    assert_holds(load_unet(tmp_path / "unet", config=UNetConfig()), unet)  # which a config given besides does not override
+
+
+def test_unet_as_other_versions_of_diffusers_describe_it(tmp_path, unet):
+    config = {"_class_name": "UNet3DConditionModel", "_diffusers_version": "0.15.0.dev0", "act_fn": "silu",
+              "attention_head_dim": 4, "block_out_channels": [8, 16], "cross_attention_dim": 12,
+              "down_block_types": ["CrossAttnDownBlock3D", "DownBlock3D"], "downsample_padding": 1,
+              "in_channels": 4, "layers_per_block": 1, "mid_block_scale_factor": 1, "norm_eps": 1e-05,
+              "norm_num_groups": 4, "out_channels": 4, "sample_size": 32, "up_block_types": ["UpBlock3D", "CrossAttnUpBlock3D"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save({k: v.half() for k, v in unet.items()}, tmp_path / "diffusion_pytorch_model.bin")
+    assert_holds(load_unet(tmp_path), unet)
+
+
+def training_state(tensors):
+    """What the official trainer saves beside the model."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))])
+    return {"state_dict": tensors, "optimizer": optimizer.state_dict(), "scaler": {"scale": 65536.0, "_growth_tracker": 0},
+            "step": 620000}
+
+
+def with_lora(tensors):
+    """The official fine-tuned files: base and adapters together."""
+    lora = {}
+    for name in [k for k in tensors if k.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight"))]:
+        stem = name.replace("to_out.0.weight", "to_out_lora").replace(".weight", "_lora")
+        lora |= {f"{stem}.down_linear.weight": torch.ones(4, 8), f"{stem}.up_linear.weight": torch.ones(8, 4)}
+    assert len(lora) == 2 * sum("attn" in k and k.endswith("to_q.weight") for k in tensors) * 4
+    return tensors | lora
+
+
+def under_module(tensors):
+    return {f"module.{k}": v for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda x: x, OrderedDict, lambda x: {"state_dict": x}, training_state, under_module, with_lora,
+    lambda x: training_state(under_module(with_lora(x)))],
+    ids=["bare", "ordered", "state_dict", "training", "module", "lora", "all"])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_official_unet_files(tmp_path, unet, official, wrap, zipped):
+    path = saved(tmp_path / "model.pth", wrap(official), _use_new_zipfile_serialization=zipped)
+    assert_holds(load_unet(path, UNET), unet)
+
+
+def test_unet_as_one_safetensors_file_in_either_naming(tmp_path, unet, official):
+    for name, tensors in (("ours", unet), ("official", official), ("tuned", with_lora(official))):
+        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / f"{name}.safetensors")
+        assert_holds(load_unet(tmp_path / f"{name}.safetensors", UNET), unet)
+
+
+def test_lora_tensors_are_split_off(official):
+    base, lora = model.split_lora(with_lora(official))
+    assert base.keys() == official.keys() and len(lora) > 0
+    assert all(k.endswith(("down_linear.weight", "up_linear.weight")) for k in lora)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Autoencoder
+
+OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def old_diffusers(vae):
+    out = {}
+    for name, t in vae.items():
+        for new, old in OLD_NAMES.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
+        out[name] = t
+    assert sum("query" in k or "proj_attn" in k for k in out) == 8                                # encoder and decoder
+    return out
+
+
+@pytest.fixture
+def lightning(monkeypatch):
+    """A pytorch_lightning to pickle from, gone again when the file is read."""
+    modules = {name: types.ModuleType(name) for name in ("pytorch_lightning", "pytorch_lightning.callbacks", LIGHTNING)}
+    callback = type("ModelCheckpoint", (), {"__module__": LIGHTNING})
+    modules[LIGHTNING].ModelCheckpoint = callback
+
+    def write(path, content, **settings):
+        with monkeypatch.context() as m:
+            for name, module in modules.items():
+                m.setitem(sys.modules, name, module)
+            torch.save(content(callback), path, **settings)
+        assert "pytorch_lightning" not in sys.modules
+        return path
+    return write
+
+
+def stable_diffusion(vae, callback):
+    """A Stable Diffusion .ckpt: the whole model under state_dict, and what Lightning saves beside it."""
+    parts = {f"first_stage_model.{k}": v for k, v in model.vae_to_official(vae, VAE).items()}
+    parts |= {"model.diffusion_model.out.2.weight": torch.ones(3), "cond_stage_model.model.ln_final.weight": torch.ones(3),
+              "betas": torch.ones(4), "model_ema.num_updates": torch.tensor(4)}
+    state = callback()
+    state.best = 0.1
+    return {"state_dict": parts, "epoch": 3, "global_step": 470000, "pytorch-lightning_version": "1.4.2", "lr_schedulers": [],
+            "optimizer_states": [{"state": {0: {"step": 1, "exp_avg": torch.ones(2)}}}],
+            "callbacks": {callback: {"monitor": "val/loss", "best_model_score": np.float32(0.25), "best": np.float64(1.5)},
+                          "a": state}}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_autoencoder_of_a_stable_diffusion_ckpt(tmp_path, vae, lightning, zipped):
+    path = lightning(tmp_path / "v2-1_512-ema-pruned.ckpt", lambda callback: stable_diffusion(vae, callback),
+                     _use_new_zipfile_serialization=zipped)
+    with zipfile.ZipFile(path) if zipped else open(path, "rb") as f:
+        content = f.read(next(n for n in f.namelist() if n.endswith("data.pkl"))) if zipped else f.read()
+    assert b"ModelCheckpoint" in content and b"multiarray" in content                             # the file does mention them
+    assert_holds(load_vae(path, VAE), vae)
+    assert "pytorch_lightning" not in sys.modules                                                 # and nothing looked for them
+
+
+def test_inert_stand_ins_forget_what_they_are_given():
+    inert = model.Inert("a", 1)
+    inert.__setstate__((3, "<", None))
+    assert vars(inert) == {}
+
+
+@pytest.mark.parametrize(("name", "wrap"), [
+    ("vae.pth", lambda x: x),
+    ("VQGAN_autoencoder.pth", lambda x: {"state_dict": x | {"loss.logvar": torch.ones(()), "loss.main.0.bias": torch.ones(2)}}),
+    ("vae.ckpt", lambda x: {"state_dict": {f"first_stage_model.{k}": v for k, v in x.items()}}),
+    ("vae.safetensors", None)])
+def test_autoencoder_under_ldm_names(tmp_path, vae, name, wrap):
+    tensors = model.vae_to_official(vae, VAE)
+    if wrap:
+        torch.save(wrap(tensors), tmp_path / name)
+    else:
+        save_file(tensors, tmp_path / name)
+    assert_holds(load_vae(tmp_path / name, VAE), vae)
+
+
+@pytest.mark.parametrize("settings", [{}, {"safe_serialization": False}, {"max_shard_size": "40KB"}])
+def test_autoencoder_folder_as_diffusers_saves_it(tmp_path, vae, settings):
+    theirs = AutoencoderKL.from_config(model.vae_to_diffusers(VAEConfig((8, 16), 1, scale=0.25, norm_groups=4)))
+    theirs.load_state_dict(vae)
+    theirs.save_pretrained(tmp_path / "vae", **settings)
+    ours = load_vae(tmp_path / "vae")
+    assert_holds(ours, vae)
+    assert ours.config == VAEConfig((8, 16), 1, scale=0.25, norm_groups=4)
+
+
+def test_autoencoder_with_old_attention_names(tmp_path, vae):
+    config = model.vae_to_diffusers(VAE)
+    del config["scaling_factor"]                              # as old as those names
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(old_diffusers(vae), tmp_path / "diffusion_pytorch_model.bin")
+    ours = load_vae(tmp_path)
+    assert_holds(ours, vae)
+    assert ours.config.scale == 0.18215
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text tower
+
+def letters(captions):
+    return torch.tensor([[1, *(2 + ord(c) % 30 for c in caption[:7]), 33, *[0] * 7][:9] for caption in captions])
+
+
+CAPTIONS = ["a bear", "two"]
+
+
+@pytest.mark.parametrize("place", ["open_clip_pytorch_model.bin", "model.safetensors", "folder"])
+def test_text_tower_of_open_clip(tmp_path, clip, place):
+    path = tmp_path / ("open_clip_pytorch_model.bin" if place == "folder" else place)
+    if path.suffix == ".bin":
+        torch.save(clip.state_dict(), path)
+    else:
+        save_file(clip.state_dict(), path)
+    text = load_text_encoder(tmp_path if place == "folder" else path, tokenizer=letters)
+    parts = ("token_embedding", "positional_embedding", "transformer", "ln_final")
+    assert_holds(text, {k: v for k, v in clip.state_dict().items() if k.startswith(parts) and "resblocks.2." not in k})
+    assert (text.config.layers, text.config.heads, text.config.context_length) == (2, 2, 9)
+    x = clip.token_embedding(letters(CAPTIONS)) + clip.positional_embedding
+    for block in clip.transformer.resblocks[:-1]:
+        x = block(x, attn_mask=clip.attn_mask)
+    torch.testing.assert_close(text(CAPTIONS), clip.ln_final(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["saved", "bin", "prefix", "position_ids", "fp16"])
+def test_text_tower_of_transformers(tmp_path, text_model, form):
+    text_model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    bare = {k.removeprefix("text_model."): v for k, v in tensors.items()}
+    if form != "saved":
+        os.remove(tmp_path / "model.safetensors")
+        tensors = {"bin": bare, "prefix": {f"text_model.{k}": v for k, v in bare.items()},
+                   "position_ids": {"text_model.embeddings.position_ids": torch.arange(9)[None]} | {
+                       f"text_model.{k}": v for k, v in bare.items()},
+                   "fp16": {k: v.half() for k, v in bare.items()}}[form]
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+    text = load_text_encoder(tmp_path, tokenizer=letters)
+    assert text.config.layers == 2
+    with torch.no_grad():
+        expected = text_model(letters(CAPTIONS)).last_hidden_state
+        torch.testing.assert_close(text(CAPTIONS), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Precision, memory
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_half_precision_files_load_as_float32_or_as_asked(tmp_path, unet, official, vae, clip, dtype):
+    path = saved(tmp_path / "unet.pth", {k: v.half() for k, v in official.items()})
+    assert_holds(load_unet(path, UNET), unet)
+    assert_holds(load_unet(path, UNET, dtype=dtype), unet, dtype)
+    path = saved(tmp_path / "vae.pth", {k: v.to(torch.bfloat16) for k, v in model.vae_to_official(vae, VAE).items()})
+    assert_holds(load_vae(path, VAE, dtype=dtype), {k: v.to(torch.bfloat16) for k, v in vae.items()}, dtype)
+    text = load_text_encoder(saved(tmp_path / "clip.bin", clip.state_dict()), letters, dtype)
+    assert {p.dtype for p in text.parameters()} == {dtype}
+    if dtype == torch.bfloat16:
+        assert text(CAPTIONS).dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["unet.safetensors", "unet.pth"])
+def test_a_loaded_model_does_not_follow_its_file(tmp_path, unet, name):
+    path = tmp_path / name
+    save_file(unet, path) if path.suffix == ".safetensors" else torch.save(unet, path)
+    ours = load_unet(path, UNET)
+    with open(path, "r+b") as f:
+        f.write(b"\xff" * path.stat().st_size)
+    assert_holds(ours, unet)
+
+
+MEASURE = """
+import os, sys, threading, time
+import torch
+torch.set_num_threads(1)
+import model
+
+def anonymous():
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("RssAnon"))
+
+def load(path):
+    peak, done, before = [0], threading.Event(), anonymous()
+    def watch():
+        while not done.is_set():
+            peak[0] = max(peak[0], anonymous())
+            time.sleep(0.002)
+    thread = threading.Thread(target=watch)
+    thread.start()
+    unet = model.load_unet(path, model.UNetConfig(channels=(128, 384), blocks_per_level=1, attention_levels=(True, True)),
+                           dtype=torch.bfloat16)
+    size = sum(p.numel() * p.element_size() for p in unet.parameters())
+    peak[0] = max(peak[0], anonymous())
+    done.set()
+    thread.join()
+    print(path, size, (peak[0] - before) / size, flush=True)
+
+for path in sys.argv[1:]:
+    if os.fork() == 0:  # each in a process that has loaded nothing yet
+        load(path)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")
+def test_loading_needs_no_second_copy(tmp_path):
+    config = UNetConfig(channels=(128, 384), blocks_per_level=1, attention_levels=(True, True))
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in UNet3D(config).state_dict().items()}
+    tensors = {k: torch.full(shape, 0.5, dtype=torch.float16) for k, shape in shapes.items()}
+    save_file(tensors, tmp_path / "unet.safetensors")
+    torch.save(training_state(model.unet_to_official(tensors, config)), tmp_path / "unet.pth")
+    del tensors
+    root = Path(model.__file__).parent
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path / "unet.safetensors"), str(tmp_path / "unet.pth")],
+                          capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"})
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 2, done.stderr
+    for _, size, ratio in lines:
+        assert int(size) > 80e6 and 0.9 < float(ratio) < 1.3, lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad files. Each case writes one and says what to load; the message names the file and the words listed.
+
+class Calls:
+    """Pickles as a call: what a hostile file does to run code on loading."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def header(entries, data=b"", length=None):
+    """A safetensors file by hand."""
+    text = json.dumps(entries).encode() if not isinstance(entries, bytes) else entries
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+class Write:
+    """Writes bad files into a folder; one method per kind of damage."""
+
+    def __init__(self, folder, unet, official, vae, clip, text_model):
+        self.folder, self.unet, self.official = folder, unet, official
+        self.vae, self.clip, self.text_model = vae, clip, text_model
+
+    def bytes(self, name, content):
+        (self.folder / name).write_bytes(content)
+        return self.folder / name
+
+    def torch(self, name, content, **settings):
+        return saved(self.folder / name, content, **settings)
+
+    def safetensors(self, name, tensors):
+        save_file({k: v.contiguous() for k, v in tensors.items()}, self.folder / name)
+        return self.folder / name
+
+    def cut(self, name, keep, **settings):
+        """The beginning of a good file."""
+        whole = self.safetensors(name, self.unet) if name.endswith("safetensors") else self.torch(name, self.unet, **settings)
+        return self.bytes(name, whole.read_bytes()[:int(keep * whole.stat().st_size)])
+
+    def renamed(self, name):
+        """A good file of the other kind under this name."""
+        as_torch = name.endswith("safetensors")
+        other = self.torch("good.pth", self.unet) if as_torch else self.safetensors("good.safetensors", self.unet)
+        return other.rename(self.folder / name)
+
+    def repacked(self, name, compression, keep=lambda name: True):
+        """A torch file unzipped and zipped again."""
+        whole = self.torch("good.pth", self.unet)
+        with zipfile.ZipFile(whole) as old, zipfile.ZipFile(self.folder / name, "w", compression) as new:
+            for entry in old.infolist():
+                if keep(entry.filename):
+                    new.writestr(entry.filename, old.read(entry))
+        return self.folder / name
+
+    def component(self, config=None, files=(), **changes):
+        """A component folder: diffusers' config with changes, and files (name, content)."""
+        config = model.unet_to_diffusers(UNET) if config is None else config
+        content = config if isinstance(config, str) else json.dumps(config | changes)
+        (self.folder / "config.json").write_text(content)
+        self.safetensors("diffusion_pytorch_model.safetensors", self.unet)
+        return self.folder
+
+    def index(self, weight_map):
+        """A sharded folder, its index as given (a dict, or text)."""
+        self.safetensors("shard.safetensors", self.unet)
+        (self.folder / "sub").mkdir()
+        path = self.folder / "diffusion_pytorch_model.safetensors.index.json"
+        path.write_text(weight_map if isinstance(weight_map, str) else json.dumps({"weight_map": weight_map}))
+        return self.folder
+
+    def text_folder(self, **changes):
+        """transformers' text_encoder with another config."""
+        self.text_model.save_pretrained(self.folder)
+        config = json.loads((self.folder / "config.json").read_text())
+        (self.folder / "config.json").write_text(json.dumps(config | changes))
+        return self.folder
+
+    def text(self, without=(), **extra):
+        """transformers' tensors, less some, plus some."""
+        tensors = {k.removeprefix("text_model."): v for k, v in self.text_model.state_dict().items()}
+        return self.torch("text.bin", {k: v for k, v in tensors.items() if k not in without} | extra)
+
+
+def less(tensors, *names):
+    return {k: v for k, v in tensors.items() if k not in names}
+
+
+def unet_file(path):
+    return load_unet(path, UNET)
+
+
+def vae_file(path):
+    return load_vae(path, VAE)
+
+
+ATTN = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+ST, PT, TOWER = "expected a .safetensors file", "expected a torch file of tensors", "expected the text tower of open_clip or"
+BAD = {
+    # nothing there
+    "missing": (unet_file, lambda w: w.folder / "absent.pth", "absent.pth: no such file"),
+    "missing safetensors": (vae_file, lambda w: w.folder / "absent.safetensors", "no such file"),
+    "missing text": (load_text_encoder, lambda w: w.folder / "absent", "absent: no such file or folder"),
+    "empty folder": (unet_file, lambda w: w.folder, "no weights here; expected one of diffusion_pytorch_model.safetensors"),
+    "folder named as a file": (unet_file, lambda w: (w.folder / "x.safetensors").mkdir() or w.folder / "x.safetensors",
+                               "no weights"),
+    "whole pipeline": (load_vae, lambda w: [w.bytes("model_index.json", b"{}"), w.folder][1], "no weights here"),
+    # damaged
+    "empty": (unet_file, lambda w: w.bytes("unet.pth", b""), PT),
+    "empty safetensors": (unet_file, lambda w: w.bytes("unet.safetensors", b""), ST),
+    "half a safetensors": (unet_file, lambda w: w.cut("unet.safetensors", 0.5), ST),
+    "cut in the header": (unet_file, lambda w: w.cut("unet.safetensors", 0.01), ST),
+    "one byte short": (unet_file, lambda w: w.cut("unet.safetensors", 0.9999), ST),
+    "half a torch zip": (unet_file, lambda w: w.cut("unet.pth", 0.5), PT),
+    "torch zip without its end": (unet_file, lambda w: w.cut("unet.pth", 0.999), PT),
+    "half a legacy file": (unet_file, lambda w: w.cut("unet.pth", 0.5, _use_new_zipfile_serialization=False), PT),
+    "garbage": (unet_file, lambda w: w.bytes("unet.pth", bytes(np.random.default_rng(0).bytes(5000))), PT),
+    "garbage safetensors": (unet_file, lambda w: w.bytes("unet.safetensors", bytes(np.random.default_rng(0).bytes(5000))), ST),
+    "text as pth": (unet_file, lambda w: w.bytes("unet.pth", b"hello, I am a text\n" * 9), PT),
+    "text as safetensors": (unet_file, lambda w: w.bytes("unet.safetensors", b"hello, I am a text\n" * 9), ST),
+    "web page": (vae_file, lambda w: w.bytes("vae.ckpt", b"<!DOCTYPE html><html>404</html>"), PT),
+    "git-lfs pointer": (unet_file, lambda w: w.bytes("u.safetensors", b"version https://git-lfs.github.com/spec/v1\nsize 3\n"),
+                        ST),
+    "torch named safetensors": (unet_file, lambda w: w.renamed("unet.safetensors"), ST),
+    "safetensors named torch": (unet_file, lambda w: w.renamed("unet.pth"), PT),
+    "any zip": (unet_file, lambda w: w.repacked("unet.pth", 0, lambda name: "data.pkl" not in name), PT),
+    "zip less a tensor's data": (unet_file, lambda w: w.repacked("unet.pth", 0, lambda name: not name.endswith("data/7")), PT),
+    "compressed zip": (unet_file, lambda w: w.repacked("unet.pth", zipfile.ZIP_DEFLATED), PT),
+    "header beyond the file": (unet_file, lambda w: w.bytes("u.safetensors", header({}, length=2**63)), ST),
+    "header is a list": (unet_file, lambda w: w.bytes("u.safetensors", header([1, 2])), ST),
+    "header is no JSON": (unet_file, lambda w: w.bytes("u.safetensors", header(b'{"a":')), ST),
+    "offsets beyond the data": (unet_file,
+        lambda w: w.bytes("u.safetensors", header({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}, b"1234")), ST),
+    "shape larger than its data": (unet_file,
+        lambda w: w.bytes("u.safetensors", header({"a": {"dtype": "F32", "shape": [2**62], "data_offsets": [0, 4]}}, b"1234")), ST),
+    # not a state dict
+    "no tensors": (unet_file, lambda w: w.torch("unet.pth", {"state_dict": {}, "step": 3}),
+                   "holds no tensors; expected a state dict"),
+    "a list": (unet_file, lambda w: w.torch("unet.pth", list(w.unet.values())), "expected a state dict, found list"),
+    "a tensor": (unet_file, lambda w: w.torch("unet.pth", torch.ones(3)), "expected a state dict, found Tensor"),
+    "a number": (unet_file, lambda w: w.torch("unet.pth", 3), "expected a state dict, found int"),
+    "nested elsewhere": (unet_file, lambda w: w.torch("unet.pth", {"model": w.unet}), "holds no tensors"),
+    "no tensor in safetensors": (unet_file, lambda w: w.safetensors("u.safetensors", {}), "holds no tensors"),
+    "a whole module": (unet_file, lambda w: w.torch("unet.pth", torch.nn.Linear(2, 2)), "found torch.nn.modules.linear.Linear"),
+    "TorchScript": (unet_file,
+        lambda w: [torch.jit.script(torch.nn.Linear(2, 2)).save(w.folder / "u.pth"), w.folder / "u.pth"][1], PT),
+    "numbered tensors": (unet_file, lambda w: w.torch("unet.pth", dict(enumerate(w.unet.values()))), "tensors missing"),
+    # another structure
+    "missing tensor": (unet_file, lambda w: w.safetensors("u.safetensors", less(w.unet, ATTN)), f"1 tensors missing ({ATTN})"),
+    "several missing": (unet_file, lambda w: w.torch("u.pth", less(w.official, *list(w.official)[:5])),
+                        "5 tensors missing (", " and 2 more"),
+    "unused tensor": (unet_file, lambda w: w.safetensors("u.safetensors", w.unet | {"extra.weight": torch.ones(2)}),
+                      "1 tensors not known (extra.weight)"),
+    "unused official": (unet_file, lambda w: w.torch("u.pth", w.official | {"fps_embedding.0.bias": torch.ones(2)}),
+                        "fps_embedding.0.bias"),
+    "missing and unused": (vae_file, lambda w: w.torch("v.pth", {"x": torch.ones(1)} | less(w.vae, "quant_conv.bias")),
+                           "1 tensors missing (quant_conv.bias); 1 tensors not known (x)"),
+    "both namings at once": (unet_file, lambda w: w.torch("u.pth", w.official | {"conv_in.bias": w.unet["conv_in.bias"]}),
+                             "1 tensors not known (conv_in.bias (a second one))"),
+    "both attention namings": (vae_file,
+        lambda w: w.torch("v.pth", old_diffusers(w.vae) | {k: v for k, v in w.vae.items() if "to_q.bias" in k}),
+        "2 tensors not known (", "to_q.bias (a second one)"),
+    "some under module.": (unet_file, lambda w: w.torch("u.pth", less(w.unet, ATTN) | {f"module.{ATTN}": w.unet[ATTN]}),
+                           f"1 tensors not known (module.{ATTN})"),
+    "a name of two lines": (unet_file, lambda w: w.torch("u.pth", w.unet | {"a\nb\x1b[31m": torch.ones(1)}), r"a\nb\x1b[31m"),
+    "wrong shape": (unet_file, lambda w: w.safetensors("u.safetensors", w.unet | {ATTN: torch.ones(8, 13)}),
+                    f"tensor {ATTN} has shape [8, 13], expected [8, 12]"),
+    "wrong shape, official": (unet_file, lambda w: w.torch("u.pth", w.official | {"time_embed.0.bias": torch.ones(3)}),
+                              "tensor time_embedding.linear_1.bias has shape [3], expected [32]"),
+    "whole numbers": (unet_file, lambda w: w.safetensors("u.safetensors", w.unet | {ATTN: torch.ones(8, 12, dtype=torch.int8)}),
+                      f"tensor {ATTN} is torch.int8", "expected floating-point numbers"),
+    "tensors without data": (unet_file, lambda w: w.torch("u.pth", w.unet | {ATTN: torch.ones(8, 12, device="meta")}), "on meta"),
+    "sparse": (unet_file, lambda w: w.torch("u.pth", w.unet | {ATTN: torch.ones(8, 12).to_sparse()}), "torch.sparse_coo"),
+    "autoencoder as UNet": (unet_file, lambda w: w.torch("vae.pth", w.vae), "missing", "not known (decoder."),
+    "UNet as autoencoder": (vae_file, lambda w: w.torch("unet.pth", w.official), "missing (decoder.", "not known (input_blocks."),
+    "UNet of another size": (load_unet, lambda w: w.torch("unet.pth", w.official), "unet.pth: ", "missing"),
+    "Stable Diffusion without an autoencoder": (vae_file,
+        lambda w: w.torch("sd.ckpt", {"state_dict": {"model.x": torch.ones(1)}}), "not known (model.x)"),
+    "UNet as text": (load_text_encoder, lambda w: w.torch("unet.pth", w.official), TOWER),
+    # text towers
+    "text without a table": (load_text_encoder, lambda w: w.text(without=["embeddings.token_embedding.weight"]), TOWER),
+    "flat table": (load_text_encoder, lambda w: w.text(**{"embeddings.token_embedding.weight": torch.ones(40)}), TOWER),
+    "text less a layer": (load_text_encoder,
+        lambda w: w.torch("clip.bin", {k: v for k, v in w.clip.state_dict().items() if "resblocks.1." not in k}), TOWER),
+    "a layer far away": (load_text_encoder,
+        lambda w: w.torch("clip.bin", w.clip.state_dict() | {"transformer.resblocks.9999.ln_1.bias": torch.ones(2)}), TOWER),
+    "text less q": (load_text_encoder, lambda w: w.text(without=["encoder.layers.1.self_attn.q_proj.weight"]),
+                    "1 tensors missing (transformer.resblocks.1.attn.in_proj_weight)", "k_proj"),
+    "q of another shape": (load_text_encoder,
+        lambda w: w.text(**{"encoder.layers.1.self_attn.q_proj.weight": torch.ones(128, 64)}),
+        "1 tensors missing (transformer.resblocks.1.attn.in_proj_weight)", "q_proj"),
+    "q a number": (load_text_encoder,
+        lambda w: w.text(**{f"encoder.layers.1.self_attn.{p}_proj.bias": torch.ones(()) for p in "qkv"}),
+        "missing (transformer.resblocks.1.attn.in_proj_bias)"),
+    "with a projection": (load_text_encoder, lambda w: w.text(**{"text_projection.weight": torch.ones(8, 128)}),
+                          "text_projection.weight"),
+    "unused in a CLIP": (load_text_encoder, lambda w: w.torch("clip.bin", w.clip.state_dict() | {"extra": torch.ones(2)}),
+                         "1 tensors not known (extra)"),
+    "another activation": (load_text_encoder, lambda w: w.text_folder(hidden_act="quick_gelu"),
+                           "expected hidden_act 'gelu', found 'quick_gelu'"),
+    "other heads": (load_text_encoder, lambda w: w.text_folder(num_attention_heads=8), "expected num_attention_heads 2, found 8"),
+    "other depth": (load_text_encoder, lambda w: w.text_folder(num_hidden_layers=23), "expected num_hidden_layers 2, found 23"),
+    # configs
+    "config is no JSON": (load_unet, lambda w: w.component("{'in_channels': 4}"), "config.json: expected JSON"),
+    "config is empty": (load_unet, lambda w: w.component(""), "config.json: expected JSON"),
+    "config is deep": (load_unet, lambda w: w.component("[" * 10**5), "config.json: expected JSON"),
+    "config is no text": (load_unet, lambda w: [w.component(), w.bytes("config.json", b"\xff\xfe\x00")][0],
+                          "config.json: expected JSON"),
+    "config is a list": (load_unet, lambda w: w.component("[1]"), "config.json: expected a JSON object, found list"),
+    "config of nothing": (load_unet, lambda w: w.component("{}"), "config.json", "KeyError: 'in_channels'"),
+    "config of another class": (load_unet, lambda w: w.component(_class_name="UNet2DConditionModel"), "UNet3DConditionModel"),
+    "config of an autoencoder": (load_unet, lambda w: w.component(model.vae_to_diffusers(VAE)), "found 'AutoencoderKL'"),
+    "config of a UNet": (load_vae, lambda w: w.component(), "expected _class_name 'AutoencoderKL', found 'UNet3DConditionModel'"),
+    "channels are text": (load_unet, lambda w: w.component(block_out_channels="abc"), "config.json", "expected whole numbers"),
+    "channels are negative": (load_unet, lambda w: w.component(block_out_channels=[8, -16]), "expected whole numbers"),
+    "channels are fractions": (load_unet, lambda w: w.component(block_out_channels=[8.0, 16.0]), "expected whole numbers"),
+    "channels are a number": (load_unet, lambda w: w.component(block_out_channels=8), "config.json", "TypeError"),
+    "no channels": (load_unet, lambda w: w.component(block_out_channels=[]), "expected whole numbers"),
+    "a billion blocks": (load_unet, lambda w: w.component(layers_per_block=10**9), "at most 256 blocks"),
+    "heads do not divide": (load_unet, lambda w: w.component(attention_head_dim=7), "head_dim to divide channels"),
+    "heads per level": (load_unet, lambda w: w.component(attention_head_dim=[4, 4]), "expected whole numbers"),
+    "groups do not divide": (load_unet, lambda w: w.component(norm_num_groups=3), "norm_groups to divide"),
+    "no groups": (load_unet, lambda w: w.component(norm_num_groups=None), "expected whole numbers"),
+    "block types are numbers": (load_unet, lambda w: w.component(down_block_types=[1, 2]), "AttributeError"),
+    "other blocks": (load_unet, lambda w: w.component(up_block_types=["UpBlock3D", "UpBlock3D"]), "expected up_block_types"),
+    "other activation": (load_unet, lambda w: w.component(act_fn="gelu"), "expected act_fn 'silu', found 'gelu'"),
+    "other epsilon": (load_unet, lambda w: w.component(norm_eps=1e-6), "expected norm_eps"),
+    "config and weights differ": (load_unet, lambda w: w.component(cross_attention_dim=16),
+                                  "has shape [8, 12], expected [8, 16]"),
+    "config is larger": (load_unet, lambda w: w.component(layers_per_block=2), "tensors missing"),
+    "scale is text": (load_vae, lambda w: w.component(model.vae_to_diffusers(VAE), scaling_factor="0.18"),
+                      "expected a scale above 0"),
+    "scale is infinite": (load_vae, lambda w: w.component(model.vae_to_diffusers(VAE), scaling_factor=float("inf")),
+                          "a scale above 0"),
+    "autoencoder of other channels": (load_vae, lambda w: w.component(model.vae_to_diffusers(VAE), in_channels=1),
+                                      "expected in_channels 3"),
+    # shards
+    "shard outside": (unet_file, lambda w: w.index({"a": "../x.safetensors"}), INDEX, "files beside it", "../x.safetensors"),
+    "shard is the parent": (unet_file, lambda w: w.index({"a": ".."}), INDEX, "found '..'"),
+    "shard is absolute": (unet_file, lambda w: w.index({"a": "/etc/x.safetensors"}), INDEX, "files beside it"),
+    "shard is a folder": (unet_file, lambda w: w.index({"a": "sub"}), INDEX, "files beside it"),
+    "shard is missing": (unet_file, lambda w: w.index({"a": "shard.safetensors", "b": "shard-2.safetensors"}),
+                         INDEX, "found 'shard-2.safetensors'"),
+    "shard of another kind": (unet_file, lambda w: [w.torch("evil.bin", w.unet), w.index({"a": "evil.bin"})][1],
+                              INDEX, "evil.bin"),
+    "shard is a number": (unet_file, lambda w: w.index({"a": 3}), INDEX, "files beside it"),
+    "shard is a list": (unet_file, lambda w: w.index({"a": ["shard.safetensors"]}), INDEX, "files beside it"),
+    "index is empty": (unet_file, lambda w: w.index({}), INDEX, "expected a weight_map"),
+    "index is a list": (unet_file, lambda w: w.index(["shard.safetensors"]), INDEX, "expected a weight_map"),
+    "index without a map": (unet_file, lambda w: w.index('{"metadata": {}}'), INDEX, "expected a weight_map"),
+    "index is no JSON": (unet_file, lambda w: w.index("shard.safetensors"), INDEX, "expected JSON"),
+    "index lists too little": (unet_file,
+        lambda w: [w.index({"a": "shard.safetensors"}), w.safetensors("shard.safetensors", less(w.unet, ATTN))][0],
+        f"1 tensors missing ({ATTN})"),
+}
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_files_are_named_in_one_line(tmp_path, unet, official, vae, clip, text_model, case):
+    load, write, *words = BAD[case]
+    path = write(Write(tmp_path, unet, official, vae, clip, text_model))
+    before = contents(tmp_path)
+    with pytest.raises(ValueError) as error:
+        load(path)
+    message = str(error.value)
+    assert message.isprintable() and len(message) < 1000, message
+    assert message.startswith(str(path)) and all(word in message for word in words), message
+    assert contents(tmp_path) == before
+
+
+def hostile(folder):
+    """Ways to run code from a pickle; each would leave a file behind."""
+    mark = str(folder / "created")
+    return {"system": Calls(os.system, f"touch {mark}"), "open": Calls(builtins.open, mark, "w"),
+            "eval": Calls(eval, f"open({mark!r}, 'w')"), "exec": Calls(exec, f"open({mark!r}, 'w')"),
+            "getattr": Calls(getattr, Calls(__import__, "os"), "system"), "popen": Calls(subprocess.Popen, ["touch", mark]),
+            "mkdir": Calls(os.mkdir, mark), "path": Calls(Path.touch, Path(mark))}
+
+
+@pytest.mark.parametrize("kind", hostile(Path()))
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle", "pickle 2", "key", "beside", "shard"])
+def test_hostile_pickles_are_not_run(tmp_path, kind, form):
+    calls, tensors = hostile(tmp_path)[kind], {"conv_in.weight": torch.ones(2)}
+    path = tmp_path / "unet.pth"
+    content = {"key": {"state_dict": tensors, "callbacks": {(calls,): 1}}, "beside": {"state_dict": tensors, "step": calls}}.get(
+        form, {**tensors, "x": calls})
+    if form.startswith("pickle"):
+        path.write_bytes(pickle.dumps({"x": calls}, protocol=2 if form == "pickle 2" else 4))
+    elif form == "shard":
+        path = tmp_path
+        torch.save(content, tmp_path / "shard.bin")
+        (tmp_path / "diffusion_pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"x": "shard.bin"}}))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form != "legacy")
+    for load in (unet_file, vae_file, load_text_encoder):
+        with pytest.raises(ValueError, match="expected (tensors alone|a torch file)") as error:
+            load(path)
+        message = str(error.value)
+        assert message.isprintable() and message.startswith(str(path)) and "weights_only" not in message
+    assert not (tmp_path / "created").exists()
+    # The test would notice: read without care, the same file does leave its mark (`getattr` only fetches a function).
+    if form == "pickle" and kind != "getattr":
+        done = pickle.loads(path.read_bytes())["x"]
+        done.wait() if kind == "popen" else None
+        assert (tmp_path / "created").exists()
+
+
+def test_names_that_are_allowed_are_never_called(tmp_path, vae, lightning):
+    # The stand-ins take the place of a class by its name, whatever it is called with.
+    mark = tmp_path / "created"
+
+    def content(callback):
+        callback.__reduce__ = lambda self: (callback, (f"open({str(mark)!r}, 'w')",), {"state": 1})
+        return {"state_dict": vae, "callbacks": [callback()]}
+    assert_holds(load_vae(lightning(tmp_path / "vae.ckpt", content), VAE), vae)
+    assert not mark.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")
+@pytest.mark.parametrize("name", ["unet.pth", "unet.safetensors"])
+def test_unreadable_files_are_named(tmp_path, unet, name):
+    path = tmp_path / name
+    save_file(unet, path) if path.suffix == ".safetensors" else torch.save(unet, path)
+    path.chmod(0)
+    with pytest.raises(ValueError, match=name):
+        unet_file(path)
+
+
+def test_reading_an_unreadable_config_names_it(tmp_path):
+    with pytest.raises(ValueError, match="absent.json: expected JSON, found something else .FileNotFoundError"):
+        model.read_json(tmp_path / "absent.json")
+
+
+def test_a_few_names_stand_for_many():
+    assert model.some({"b", "a"}) == "a, b"
+    assert model.some("abcde") == "a, b, c and 2 more"
+    assert len(model.some(["x" * 10**6])) == 100

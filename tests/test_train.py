@@ -1,0 +1,644 @@
+"""
+train.py: the method as one step, what each setting changes, and what a run leaves behind.
+
+Runs are the real ones on the shipped weights, of a few steps on a few clips; no test depends on what the weights have learned.
+"""
+import contextlib
+import io
+import json
+import math
+import os
+import signal
+import sys
+import types
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lora
+import train
+from data import LatentDataset
+from evaluate import evaluate
+from model import TINY, decode_frames, load_base
+from reward import load_reward
+
+SHORT = ["--device", "cpu", "--batch-size", "2", "--num-steps", "2", "--tau", "1", "--eval-count", "1"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def aside(tmp_path, monkeypatch):
+    """Every test in a folder of its own, on one thread; a run's signal handlers end with it."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_clips():
+    """Six clips of the tiny world are enough here, and quickly encoded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "tiny_clips", partial(train.tiny_clips, count=6))
+        yield
+
+
+def run(*argv):
+    """One run in this process; its exit status."""
+    return train.main([*map(str, argv)])
+
+
+def metrics(folder):
+    """The lines of metrics.jsonl but for the time they took."""
+    lines = [json.loads(text) for text in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def listing(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
+
+
+def assert_same_run(a, b):
+    """Bit for bit, but for the time it took and where it lies."""
+    assert metrics(a) == metrics(b)
+    assert listing(a) == listing(b)
+    for name in ("lora.safetensors", "best.safetensors"):
+        x, y = load_file(Path(a) / name), load_file(Path(b) / name)
+        assert all(torch.equal(x[k], y[k]) for k in x | y), name
+
+
+# ----------------------------------------------------- One step -----------------------------------------------------
+
+@pytest.fixture(scope="module")
+def parts():
+    """(base with adapters that do something, reward, clips of four frames): one setting for all tests of a single step."""
+    base = load_base("tiny")
+    reward = load_reward(base_folder=base.folder)
+    full = train.tiny_clips(base, torch.float32)
+    dataset = LatentDataset([m[:, :, :4] for m in full.moments], full.text, full.captions)
+    g = torch.Generator().manual_seed(0)
+    lora.inject(base.unet, 4, generator=g)
+    with torch.no_grad():
+        for layer in lora.layers(base.unet).values():
+            layer.lora_B.normal_(std=.05, generator=g)
+    return base, reward, dataset
+
+
+CFG = train.Config(frames=4, segments=2, batch_size=2, num_steps=4, tau=.5, warmup=0, steps=1, clip_grad=1e9)
+
+
+def batch_of(parts, cfg, step=0):
+    return train.draw_batch(parts[2], step, cfg, parts[0].vae.config.scale, CPU)
+
+
+class Recorder:
+    """Stands in for train.Run: remembers what the loop tells it."""
+    step = 0
+    progress_from = staticmethod(range)
+
+    def __init__(self, parameters):
+        self.parameters, self.lines, self.gradients, self.rates = parameters, [], [], []
+
+    def load_optimizer(self, optimizer):
+        self.optimizer = optimizer
+
+    def evaluate_if_due(self, step):
+        pass
+
+    def save_due(self, step):
+        return False
+
+    def log_step(self, step, reward, loss, norm, seconds, finite):
+        self.lines.append({"step": step, "reward": reward, "loss": loss, "grad_norm": norm, "finite": finite})
+        self.gradients.append(torch.cat([p.grad.flatten() for p in self.parameters]))
+        self.rates.append(self.optimizer.param_groups[0]["lr"])
+
+
+def loop(parts, cfg):
+    """train.train for cfg.steps steps; afterwards the adapters are as they were."""
+    base, reward, dataset = parts
+    recorder = Recorder(lora.parameters(base.unet))
+    before = [p.detach().clone() for p in recorder.parameters]
+    assert train.train(cfg, recorder, base, reward, dataset)
+    recorder.change = [p.detach() - b for p, b in zip(recorder.parameters, before)]
+    with torch.no_grad():
+        for p, b in zip(recorder.parameters, before):
+            p.copy_(b)
+    return recorder
+
+
+def test_the_gradient_reaches_every_adapter_and_nothing_else(parts):
+    base, reward, _ = parts
+    loop(parts, CFG)
+    for name, p in base.unet.named_parameters():
+        if "lora_" in name:
+            assert p.grad.abs().max() > 0, name
+        else:
+            assert not p.requires_grad and p.grad is None, name
+    for frozen in (base.vae, base.text_encoder, reward):
+        assert all(not p.requires_grad and p.grad is None for p in frozen.parameters())
+
+
+def test_the_loss_is_minus_the_mean_of_equation_8(parts, monkeypatch):
+    base, reward, _ = parts
+    batch = batch_of(parts, CFG)
+    g, captions = batch[3], batch[4]
+    seen = {}
+    monkeypatch.setattr(train, "edit", lambda *args: seen.setdefault("z_0", real(*args)))
+    real = sys.modules["sampler"].edit
+    R, plain = train.edit_rewards(base, reward, base.encode_text([""]), batch, CFG)
+    # By hand: each clip's frames one by one, weighted by their distance from the middle, F/2 = 2.
+    r = [[reward(decode_frames(base.vae, seen["z_0"][b:b + 1])[:, [i]], captions[b:b + 1]).item() for i in g[b]] for b in (0, 1)]
+    f = [[math.exp(-1.0 * abs(i - 2)) for i in g[b].tolist()] for b in (0, 1)]
+    by_hand = [sum(x * y for x, y in zip(r[b], f[b])) / 2 for b in (0, 1)]
+    assert R.tolist() == pytest.approx(by_hand, abs=1e-5)
+    assert plain.tolist() == pytest.approx([sum(x) / 2 for x in r], abs=1e-5) and not plain.requires_grad
+    line = loop(parts, CFG).lines[0]
+    assert line["loss"] == pytest.approx(-sum(by_hand) / 2, abs=1e-5)
+    assert line["reward"] == pytest.approx(sum(map(sum, r)) / 4, abs=1e-5)
+
+
+def test_settings_reach_the_method(parts, monkeypatch):
+    calls = {}
+    for name in ("edit", "tar_weights"):
+        def spy(*args, name=name, real=getattr(train, name)):  # noqa: B008
+            calls[name] = args
+            return real(*args)
+        monkeypatch.setattr(train, name, spy)
+    line = loop(parts, replace(CFG, tau=.75, guidance=1.5, grad_steps=2, lambda_tar=0.)).lines[0]
+    assert calls["edit"][5:] == (.75, 4, 1.5, 2)  # tau, D, guidance, K
+    assert calls["tar_weights"][1:] == (4, 0.)  # F, lambda
+    assert line["loss"] == pytest.approx(-line["reward"])  # with lambda 0, R is the plain mean
+
+
+def test_a_few_steps_on_one_batch_raise_its_reward(parts, monkeypatch):
+    batch = batch_of(parts, CFG)
+    monkeypatch.setattr(train, "draw_batch", lambda *args: batch)
+    losses = [line["loss"] for line in loop(parts, replace(CFG, steps=6, lr=3e-3)).lines]
+    assert losses[-1] < losses[0] and losses[-1] == min(losses), losses
+
+
+# ------------------------------------------------- The batch of a step -------------------------------------------------
+
+def equal(a, b):
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b, strict=True))
+
+
+def test_a_batch_is_the_same_on_one_rank_and_on_two(parts, monkeypatch):
+    cfg = replace(CFG, batch_size=4, offset_noise=.1)
+    whole = batch_of(parts, cfg, step=3)
+    shares = []
+    for rank in (0, 1):
+        monkeypatch.setattr(train, "world", lambda rank=rank: (rank, 2))
+        shares.append(batch_of(parts, cfg, step=3))
+    assert all(len(share[4]) == 2 for share in shares)
+    joined = [torch.cat(v) if isinstance(v[0], torch.Tensor) else sum(v, []) for v in zip(*shares)]
+    assert equal(joined, whole)
+
+
+def test_a_sample_does_not_depend_on_its_neighbours_but_on_seed_and_step(parts):
+    two = batch_of(parts, CFG)
+    assert equal([v[:2] for v in batch_of(parts, replace(CFG, batch_size=4))], two)
+    assert equal(batch_of(parts, CFG), two)
+    for other in (batch_of(parts, CFG, step=1), batch_of(parts, replace(CFG, seed=1))):
+        assert not torch.equal(other[1], two[1])
+
+
+def test_offset_noise_is_shared_by_a_frames_channel_and_leaves_the_rest(parts):
+    plain, offset = batch_of(parts, CFG), batch_of(parts, replace(CFG, offset_noise=.5))
+    extra = offset[1] - plain[1]                                                          # (B, C, F, h, w)
+    torch.testing.assert_close(extra, extra[..., :1, :1].expand_as(extra), atol=1e-6, rtol=0)
+    assert .05 < extra[..., 0, 0].std() < 2
+    assert equal([*plain[:1], *plain[2:]], [*offset[:1], *offset[2:]])
+
+
+def test_as_many_segments_as_frames_is_dense_scoring(parts):
+    assert batch_of(parts, replace(CFG, segments=4))[3].tolist() == [[0, 1, 2, 3]] * 2
+
+
+# ------------------------------------------- Memory: same gradient, fewer tensors -------------------------------------------
+
+@pytest.mark.parametrize("setting", [
+    dict(grad_accum=2), dict(checkpoint_activations=True), dict(decode_chunk=1), dict(low_memory=True)], ids=str)
+def test_saving_memory_leaves_the_gradient(parts, setting):
+    reference, cfg = loop(parts, CFG), replace(CFG, **setting)
+    parts[0].unet.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)  # as main does
+    try:
+        frugal = loop(parts, cfg)
+    finally:
+        parts[0].unet.checkpoint_activations(False)
+    apart = (frugal.gradients[0] - reference.gradients[0]).norm() / reference.gradients[0].norm()
+    print('APART', setting, apart)
+    assert apart < 1e-6, apart
+    assert frugal.lines[0]["reward"] == pytest.approx(reference.lines[0]["reward"], abs=1e-6)
+
+
+def kept_for_backward(parts, cfg, checkpointed=False):
+    """(number, bytes) of the tensors that a step's graph keeps."""
+    base, reward, _ = parts
+    sizes = []
+    base.unet.checkpoint_activations(checkpointed)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+        train.edit_rewards(base, reward, base.encode_text([""]), batch_of(parts, cfg), cfg)
+    base.unet.checkpoint_activations(False)
+    return len(sizes), sum(sizes)
+
+
+def test_memory_depends_on_k_not_on_the_length_of_the_chain(parts):
+    cfg = replace(CFG, batch_size=1, num_steps=2, tau=.5)
+    reference = kept_for_backward(parts, cfg)
+    assert kept_for_backward(parts, replace(cfg, num_steps=6)) == reference
+    assert kept_for_backward(parts, replace(cfg, tau=1.)) == reference
+    assert kept_for_backward(parts, replace(cfg, tau=1., grad_steps=2)) > reference
+    assert kept_for_backward(parts, cfg, checkpointed=True)[1] < reference[1] / 2
+
+
+# ------------------------------------------------- The optimizer's settings -------------------------------------------------
+
+def test_warm_up_clipping_and_step_size(parts, monkeypatch):
+    batch = batch_of(parts, CFG)
+    monkeypatch.setattr(train, "draw_batch", lambda *args: batch)
+    warm = loop(parts, replace(CFG, steps=3, warmup=2, lr=1e-5))
+    assert warm.rates == pytest.approx([.5e-5, 1e-5, 1e-5])
+    norm = warm.lines[0]["grad_norm"]
+    assert warm.gradients[0].norm() == pytest.approx(norm, rel=1e-4)
+    clipped = loop(parts, replace(CFG, clip_grad=norm / 10))
+    assert clipped.gradients[0].norm() == pytest.approx(norm / 10, rel=1e-3)
+    assert clipped.lines[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)  # logged as it was before clipping
+    # AdamW's first step is lr for every weight, and no weight decay pulls on those without gradient.
+    assert max(c.abs().max() for c in clipped.change) == pytest.approx(CFG.lr, rel=1e-2)
+
+
+def not_finite_at(monkeypatch, steps):
+    """Makes the reward NaN at these steps, counted from 1."""
+    real, calls = train.edit_rewards, []
+
+    def spoilt(*args):
+        R, r = real(*args)
+        calls.append(None)
+        return (R * math.nan, r * math.nan) if len(calls) in steps else (R, r)
+    monkeypatch.setattr(train, "edit_rewards", spoilt)
+
+
+def saved(path):
+    return torch.load(path, weights_only=True)
+
+
+def test_a_step_that_is_not_finite_is_skipped_counted_and_reported(monkeypatch, capsys):
+    not_finite_at(monkeypatch, {2})
+    assert run(*SHORT, "--steps", 3, "--eval-every", 0, "--save-every", 1, "--keep", 3, "--out", "run") == 0
+    assert "step 2: reward or gradient is not finite, skipped (1 so far)" in capsys.readouterr().out
+    lines = metrics("run")
+    assert lines[1] == {"step": 2, "reward": None, "loss": None, "grad_norm": None, "skipped": 1}
+    assert all(math.isfinite(line[k]) for line in (lines[0], lines[2]) for k in ("reward", "loss", "grad_norm"))
+    # --keep 3: three checkpoints, one of each step.
+    assert [f for f in listing("run") if f.startswith("state")] == ["state.pt", "state_000001.pt", "state_000002.pt"]
+    one, two, three = (saved(f"run/{name}") for name in ("state_000001.pt", "state_000002.pt", "state.pt"))
+    assert [s["step"] for s in (one, two, three)] == [1, 2, 3]
+    assert all(torch.equal(v, two["adapters"][k]) for k, v in one["adapters"].items())
+    assert not all(torch.equal(v, three["adapters"][k]) for k, v in one["adapters"].items())
+    assert [s["optimizer"]["state"][0]["step"].item() for s in (one, two, three)] == [1, 1, 2]
+
+
+def test_many_in_a_row_stop_the_run_with_the_last_good_adapters(monkeypatch):
+    not_finite_at(monkeypatch, {1, 3, 4, 5})
+    with pytest.raises(RuntimeError, match="2 steps in a row without a finite reward"):
+        run(*SHORT, "--steps", 9, "--eval-every", 0, "--save-every", 2, "--max-bad-steps", 2, "--out", "run")
+    assert [line.get("skipped") for line in metrics("run")] == [1, None, 2, 3]
+    adapters = load_file("run/lora.safetensors")
+    assert all(v.isfinite().all() for v in adapters.values()) and any(v.any() for k, v in adapters.items() if "lora_B" in k)
+
+
+# ------------------------------------------------- What a run leaves behind -------------------------------------------------
+
+WHOLE = ["--steps", "4", "--eval-every", "2", "--save-every", "3"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, few_clips):
+    """A run of four steps, never interrupted: (folder, what it printed)."""
+    folder, said = tmp_path_factory.mktemp("whole") / "run", io.StringIO()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with contextlib.redirect_stdout(said):
+        assert run(*SHORT, *WHOLE, "--out", folder) == 0
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.set_num_threads(threads)
+    return folder, said.getvalue()
+
+
+def test_the_run_folder_holds_what_the_readme_lists(whole):
+    folder, said = whole
+    files = listing(folder)
+    assert [f for f in files if "/" not in f] == ["before_after.png", "best.safetensors", "config.json", "curves.png",
+                                                  "lora.safetensors", "metrics.jsonl", "state.pt"]
+    for step in ("000000", "000002", "000004"):
+        of_step = [f for f in files if f.startswith(f"samples/step_{step}")]
+        assert of_step[:2] == [f"samples/step_{step}.json", f"samples/step_{step}.png"]
+        assert len(of_step) == 2 + 3 and all(f.endswith(".mp4") for f in of_step[2:])  # a video of each prompt set
+        for clip in of_step[2:]:
+            assert len(iio.imread(folder / clip)) == 16 and iio.immeta(folder / clip, plugin="pyav")["fps"] == 8
+    assert len(files) == 7 + 3 * 5
+    strips, pair = iio.imread(folder / "samples/step_000004.png"), iio.imread(folder / "before_after.png")
+    assert pair.shape == (strips.shape[0], 2 * strips.shape[1], 3)
+
+    config = json.loads((folder / "config.json").read_text())
+    assert train.from_json(config, "config.json") == train.parse([*SHORT, *WHOLE, "--out", str(folder)])
+    state = saved(folder / "state.pt")
+    assert state.keys() == {"version", "step", "config", "adapters", "optimizer"}
+    assert state["step"] == 4 and state["config"] == config
+    on_file = load_file(folder / "lora.safetensors")
+    assert all(torch.equal(v, on_file[k]) for k, v in state["adapters"].items()) and any(v.any() for v in on_file.values())
+    assert lora.read_adapter(folder / "lora.safetensors").base == "tiny"
+
+
+JUDGED = {"watermark", "sharpness", "saturation", "noise", "colour", "shape", "direction", "static", "motion"}
+
+
+def test_every_line_of_the_metrics(whole):
+    lines = [json.loads(text) for text in (whole[0] / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], "eval" in line) for line in lines] == [
+        (0, True), (1, False), (2, False), (2, True), (3, False), (4, False), (4, True)]
+    for line in lines:
+        if "eval" not in line:
+            assert line.keys() == {"step", "reward", "loss", "grad_norm", "seconds"}
+            assert all(isinstance(line[k], float) for k in line.keys() - {"step"})
+            continue
+        assert line.keys() == {"step", "eval"} and list(line["eval"]) == ["in_domain", "new", "other"]
+        for measures in line["eval"].values():
+            assert measures.keys() == {"reward_mean", "reward_std", "n"} | JUDGED
+            assert measures["n"] == 1 and all(0 <= measures[k] <= 1 for k in ("colour", "shape", "direction", "static"))
+
+
+def test_it_ends_by_printing_before_and_after(whole):
+    folder, said = whole
+    first, last = (line["eval"]["new"]["reward_mean"] for line in (metrics(folder)[0], metrics(folder)[-1]))
+    assert f"new        {first:.4f} -> {last:.4f}   {last - first:+.4f} ± 0.0000   watermark " in said
+    assert said.rstrip().endswith(f"picture: {folder / 'before_after.png'}")
+    assert "HPStiny of videos from pure noise" in said
+
+
+def test_evaluation_during_training_is_the_metric_of_evaluate(whole):
+    """The last line of the run, computed again from its adapter: same prompts, same noise, same numbers."""
+    base = load_base("tiny")
+    lora.load(base.unet, whole[0] / "lora.safetensors")
+    prompts = train.prompt_sets(base, (), 1)["other"]
+    table, _ = evaluate(base, load_reward(base_folder=base.folder), prompts, seed=train.EVAL_SEED, num_steps=2)
+    assert metrics(whole[0])[-1]["eval"]["other"]["reward_mean"] == pytest.approx(table["reward"].item(), abs=1e-6)
+
+
+# ----------------------------------------------------- Resuming -----------------------------------------------------
+
+def stop_after(monkeypatch, step, number):
+    """Sends this process a signal as soon as the metrics of a step are written."""
+    real = train.Run.log_step
+
+    def log_step(self, at, *args):
+        real(self, at, *args)
+        if at == step:
+            os.kill(os.getpid(), number)
+    monkeypatch.setattr(train.Run, "log_step", log_step)
+
+
+@pytest.mark.parametrize("step, number, status", [(1, signal.SIGINT, 130), (2, signal.SIGTERM, 143)])
+def test_resuming_equals_not_stopping(whole, monkeypatch, capsys, step, number, status):
+    with monkeypatch.context() as patch:
+        stop_after(patch, step, number)
+        assert run(*SHORT, *WHOLE, "--out", "run") == status
+    # The signal came in the middle of a step; the next one is finished and saved, wherever --save-every stands.
+    at = saved("run/state.pt")["step"]
+    assert at in (step, step + 1) and metrics("run")[-1]["step"] == at
+    assert "continue with: python train.py --resume run" in capsys.readouterr().out
+    # What a killed run may leave besides: lines past its checkpoint, the last one half written, and half a file.
+    with open("run/metrics.jsonl", "a") as file:
+        file.write('{"step": 77, "reward": 0.5, "loss": -0.1, "grad_norm": 1.0, "seconds": 1.0}\n{"step": 78, "rew')
+    Path("run/.0a1b2c3d.state.pt").write_bytes(b"half")
+    assert run("--resume", "run") == 0
+    assert_same_run("run", whole[0])
+
+
+def test_a_run_may_be_made_longer_and_stopped_in_an_evaluation(whole, monkeypatch):
+    assert run(*SHORT, *WHOLE, "--steps", 2, "--out", "run") == 0
+    with monkeypatch.context() as patch:
+        real = train.evaluate
+
+        def interrupted(*args, **kwargs):
+            os.kill(os.getpid(), signal.SIGINT)
+            return real(*args, **kwargs)
+        patch.setattr(train, "evaluate", interrupted)
+        assert run("--resume", "run", "--steps", 4) == 130  # in the evaluation after the last step
+    assert saved("run/state.pt")["step"] == 4 and "eval" not in metrics("run")[-1]
+    assert run("--resume", "run") == 0
+    assert json.loads(Path("run/config.json").read_text())["steps"] == 4
+    assert_same_run("run", whole[0])
+
+
+def test_stopped_before_the_first_checkpoint_it_starts_again_from_zero(whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "save", lambda *args: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            run(*SHORT, *WHOLE, "--out", "run")
+    assert "state.pt" not in listing("run")
+    assert run("--resume", "run") == 0
+    assert_same_run("run", whole[0])
+
+
+def test_resuming_something_else_is_refused(whole, tmp_path):
+    folder = whole[0]
+    before = listing(folder), (folder / "config.json").read_bytes()
+    for argv, message in [
+            (["--tau", "0.3"], "tau would make it another run; allowed to change is steps"),
+            (["--lr=1", "--prompts", "a=b"], "lr, prompts would make it another run"),
+            (["--steps", "3"], r"steps = 3: allowed is 4, where this run stands, and above")]:
+        with pytest.raises(ValueError, match=message):
+            run("--resume", folder, *argv)
+    with pytest.raises(ValueError, match="preset would make it another run"):
+        run("modelscope", "--resume", folder)
+    with pytest.raises(ValueError, match=r"resume nowhere: holds no run \(no config.json\)"):
+        run("--resume", "nowhere")
+    assert run("tiny", f"--resume={folder}", "--tau", "1") == 0  # finished, and nothing new was asked
+    assert (listing(folder), (folder / "config.json").read_bytes()) == before
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(monkeypatch):
+    assert run(*SHORT, "--steps", 2, "--eval-every", 0, "--save-every", 1, "--keep", 2, "--out", "run") == 0
+    expected = load_file("run/lora.safetensors")
+    Path("run/state.pt").write_bytes(Path("run/state.pt").read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"run/state.pt: cannot be read"):
+        run("--resume", "run")
+    Path("run/state.pt").unlink()
+    assert run("--resume", "run") == 0
+    assert [line["step"] for line in metrics("run")] == [1, 2]
+    assert all(torch.equal(v, expected[k]) for k, v in load_file("run/lora.safetensors").items())
+
+
+def test_a_checkpoint_of_another_version_or_settings_is_refused(whole, tmp_path):
+    Path("run").mkdir()
+    config = json.loads((whole[0] / "config.json").read_text())
+    Path("run/config.json").write_text(json.dumps(config | {"momentum": .9}))
+    with pytest.raises(ValueError, match="run/config.json: not the settings of this version; differing: momentum"):
+        run("--resume", "run")
+    Path("run/config.json").write_text(json.dumps(config))
+    torch.save(saved(whole[0] / "state.pt") | {"version": 0}, "run/state.pt")
+    with pytest.raises(ValueError, match="run/state.pt: version 0, expected 1"):
+        run("--resume", "run")
+
+
+# ------------------------------------------------- Where a run may go -------------------------------------------------
+
+def test_another_run_is_not_overwritten_unasked_and_then_only_what_is_its_own(whole):
+    Path("run/samples").mkdir(parents=True)
+    for name in ("config.json", "state.pt", "state_000001.pt", "lora.safetensors", "best.safetensors", "metrics.jsonl",
+                 "samples/step_000000.png", "notes.txt", "mine.png"):
+        Path("run", name).write_text("an earlier run's")
+    with pytest.raises(ValueError, match="out run: holds a run already; allowed are another folder, --resume run, or --over"):
+        run(*SHORT, *WHOLE, "--out", "run")
+    assert run(*SHORT, *WHOLE, "--steps", 1, "--eval-every", 0, "--out", "run", "--overwrite") == 0
+    assert listing("run") == ["config.json", "lora.safetensors", "metrics.jsonl", "mine.png", "notes.txt", "state.pt"]
+    assert run("--resume", "run") == 0 and metrics("run")[0]["step"] == 1  # resuming does not overwrite again
+
+
+def test_every_run_without_out_gets_a_folder_of_its_own():
+    cfg = train.Config()
+    assert train.choose_folder(cfg) == (Path("out/tiny"), False)
+    Path("out/tiny").mkdir(parents=True)
+    assert train.choose_folder(cfg) == (Path("out/tiny-2"), False)
+    assert train.choose_folder(train.PRESETS["modelscope"]) == (Path("out/modelscope"), False)
+
+
+def test_workers_that_torchrun_started_again_continue_their_run(monkeypatch):
+    cfg = train.Config(out=Path("run"), prompts=("a=b",))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train.choose_folder(cfg) == (Path("run"), False)  # the crash came before the run began
+    for folder in ("run", "out/tiny-3"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "config.json").write_text(json.dumps(train.to_json(cfg if folder == "run" else replace(cfg, out=None))))
+    assert train.choose_folder(cfg) == (Path("run"), True)
+    assert train.choose_folder(replace(cfg, out=None)) == (Path("out/tiny-3"), True)
+    with pytest.raises(ValueError, match="holds a run already"):  # but another's is another's
+        train.choose_folder(replace(cfg, tau=.5))
+    assert train.choose_folder(replace(cfg, overwrite=True)) == (Path("run"), False)
+
+
+# ------------------------------------------------- Settings of a whole run -------------------------------------------------
+
+def test_precision_compilation_tensorboard_and_memory_settings_together(monkeypatch):
+    compiled, board = [], []
+
+    class Writer:
+        def __init__(self, folder):
+            board.append(folder)
+
+        def add_scalar(self, name, value, step):
+            board.append((name, step, value))
+
+        def close(self):
+            board.append("closed")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    assert run(*SHORT, "--steps", 1, "--eval-every", 1, "--save-every", 5, "--dtype", "bfloat16", "--compile", "--tensorboard",
+               "--low-memory", "--segments", 16, "--seed", 3, "--out", "run") == 0
+    assert compiled == ["UNet3D"]
+    reward = metrics("run")[1]["reward"]
+    assert board[0] == Path("run/tensorboard") and board[-1] == "closed" and ("reward", 1, reward) in board
+    assert {name for name, step, _ in board[1:-1] if step == 0} >= {"eval/other/reward_mean", "eval/in_domain/watermark"}
+    assert all(v.dtype == torch.float32 for v in load_file("run/lora.safetensors").values())
+
+
+def test_without_tensorboard_a_clear_line_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
+    with pytest.raises(ValueError, match="tensorboard is not installed: `pip install tensorboard`"):
+        run(*SHORT, "--tensorboard", "--out", "run")
+    assert not Path("run").exists()
+
+
+def write_clip(path, frames=9, fps=8, height=48, width=64, seed=0):
+    """Footage: a moving texture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texture = np.random.default_rng(seed).integers(0, 255, (height, width + frames, 3), dtype=np.uint8)
+    iio.imwrite(path, np.stack([texture[:, i:i + width] for i in range(frames)]), plugin="pyav", codec="libx264", fps=fps)
+
+
+def write_list(path="clips.txt", root="videos", count=3, **options):
+    for i in range(count):
+        write_clip(Path(root) / f"{i}.mp4", seed=i, **options)
+    Path(path).write_text("".join(f"{i}.mp4|||a red circle moving {d}\n" for i, d in zip(range(count), ("left", "right", "up"))))
+
+
+REAL = [*SHORT, "--data", "clips.txt", "--data-root", "videos", "--frames", "4", "--size", "32", "--steps", "1"]
+
+
+def test_real_clips_another_autoencoder_text_encoder_and_reward(capsys, monkeypatch):
+    write_list()
+    with open("clips.txt", "a") as file:
+        file.write("gone.mp4|||a video that is not there\n")
+    Path("prompts.txt").write_text("a blue ring moving up\nx.mp4|||a green square moving left|||16\n")
+    flags = [*REAL, "--max-skip", "0.25", "--workers", "1", "--cache-dir", "kept", "--fps", "4", "--offset-noise", "0.1",
+             "--lambda-tar", "0", "--guidance", "1", "--rank", "2", "--decode-chunk", "2", "--checkpoint-activations",
+             "--vae", TINY / "vae", "--text-encoder", TINY / "text_encoder", "--reward", "hpsv2.1",
+             "--reward-weights", TINY / "reward", "--prompts", "a=prompts.txt", "--prompts", "b=prompts.txt",
+             "--eval-count", "0", "--eval-every", "1"]
+    assert run(*flags, "--out", "one") == 0
+    said = capsys.readouterr().out
+    assert "left out: videos/gone.mp4: cannot be read: no such file" in said and "3 of 4 clips can be used" in said
+    assert lora.read_adapter("one/lora.safetensors").rank == 2
+    lines = metrics("one")
+    assert lines[0]["eval"]["a"].keys() == {"reward_mean", "reward_std", "n"}  # the judge knows the tiny world's captions only
+    assert lines[0]["eval"].keys() == {"a", "b"} and lines[0]["eval"]["b"]["n"] == 2
+    assert lines[1]["loss"] == pytest.approx(-lines[1]["reward"], abs=1e-6)
+    kept = listing("kept")
+    assert len(kept) == 3 + 3  # moments of three clips, three captions
+
+    # The same from the cache, where no clip is decoded, and without one.
+    with monkeypatch.context() as patch:
+        patch.setattr("data._windows", lambda *args: pytest.fail("a cached clip was decoded"))
+        assert run(*flags, "--workers", 0, "--out", "two") == 0
+    assert_same_run("one", "two")
+    assert run(*flags, "--workers", 0, "--no-cache", "--out", "three") == 0
+    assert_same_run("one", "three")
+    assert listing("kept") == kept
+
+    with pytest.raises(ValueError, match=r"too short: 4 frames at 1 a second need 25 at its 8 a second, found 9"):
+        run(*flags, "--fps", 1, "--no-cache", "--out", "four")
+    with pytest.raises(ValueError, match=r"1 of 4 clips cannot be used; allowed: 10%"):
+        run(*flags, "--max-skip", 0.1, "--out", "four")
+    assert not Path("four").exists()
+
+
+def test_the_modelscope_preset_on_a_reduced_structure(capsys):
+    """The real job's path: the published structure made small, real clips in, adapters out."""
+    write_list(height=60, width=40)
+    Path("animals.txt").write_text("a cat walking\n")
+    assert run("modelscope", "--base", "random:32", "--reward-weights", "random:32", "--data", "clips.txt",
+               "--data-root", "videos", "--prompts", "animals=animals.txt", "--frames", 4, "--size", 32, "--steps", 1,
+               "--batch-size", 2, "--num-steps", 2, "--device", "cpu", "--workers", 0, "--out", "run") == 0
+    assert "HPSrandom" in capsys.readouterr().out  # never to be taken for a score
+    config = json.loads(Path("run/config.json").read_text())
+    assert (config["preset"], config["lr"], config["offset_noise"], config["guidance"]) == ("modelscope", 1e-5, .1, 3.)
+    adapter = lora.read_adapter("run/lora.safetensors")
+    assert len(adapter.tensors) == 2 * 264 and adapter.rank == 4 and adapter.base == "random:32"  # the paper's 264 projections
+    assert all(v.any() for k, v in adapter.tensors.items() if "lora_B" in k)
+    assert [("eval" in line, line["step"]) for line in metrics("run")] == [(True, 0), (False, 1), (True, 1)]
+
+
+def test_the_presets_have_the_papers_numbers():
+    for cfg in train.PRESETS.values():
+        assert (cfg.frames, cfg.tau, cfg.num_steps, cfg.grad_steps, cfg.segments, cfg.lambda_tar, cfg.rank, cfg.batch_size,
+                cfg.reward, cfg.guidance, cfg.clip_grad) == (16, .6, 20, 1, 4, 1., 4, 8, "hpsv2", 3., 1.)
+    real = train.PRESETS["modelscope"]
+    assert (real.base, real.lr, real.steps, real.offset_noise) == ("ali-vilab/text-to-video-ms-1.7b", 1e-5, 20_000, .1)
+    assert train.parse([]) == train.parse(["tiny"]) == train.Config()
+    assert train.parse(["modelscope", "--lr", "1e-4"]) == replace(real, lr=1e-4)
