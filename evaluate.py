@@ -207,8 +207,8 @@ class Config:
 
 def check(cfg):
     """All that can be known before anything is loaded or written."""
-    for name in ("frames", "batch_size"):
-        if getattr(cfg, name) < 1:
+    for name in ("frames", "height", "width", "batch_size"):
+        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             raise ValueError(f"{name} = {getattr(cfg, name)}: allowed is 1 and above")
     for name in ("count", "sheet"):
         if getattr(cfg, name) < 0:

@@ -520,6 +520,12 @@ class WordTokenizer:
         self.vocab_size = self.end + 1
         self.warned = set()
 
+    def check_fit(self, path, vocab_size, context_length):
+        """ValueError unless the text tower beside it, with tables of these sizes, can read what it makes."""
+        if self.context_length != context_length or self.vocab_size > vocab_size:
+            raise ValueError(f"{path}: words.txt makes {self.context_length} tokens from 0 to {self.end}, the weights beside it "
+                             f"read {context_length} from 0 to {vocab_size - 1}")
+
     def encode(self, caption):
         """Token numbers of the caption's words, without start and end."""
         words = caption.lower().replace(",", " ").replace(".", " ").split()
@@ -759,11 +765,11 @@ def official_unet_names(config):
 
     resnet = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
               "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-    names = {}
+    names, longest_first = {}, sorted(blocks, key=len, reverse=True)
     with torch.device("meta"):
         ours = list(UNet3D(config).state_dict())
     for name in ours:
-        block = next(b for b in sorted(blocks, key=len, reverse=True) if name.startswith(b + "."))
+        block = next(b for b in longest_first if name.startswith(b + "."))
         rest = name[len(block) + 1:]
         if ".resnets." in name:
             part, leaf = rest.rsplit(".", 1)
@@ -960,6 +966,8 @@ def load_text_encoder(path, tokenizer=None, dtype=None):
         "hidden_act": "gelu", "layer_norm_eps": 1e-5, "num_attention_heads": heads, "num_hidden_layers": layers,
         "quick_gelu": False}), None)
     config = TextConfig(vocab_size, len(tables[1]), width, heads, layers)
+    if isinstance(tokenizer, WordTokenizer):
+        tokenizer.check_fit(path, vocab_size, len(tables[1]))
     return assemble(lambda: TextEncoder(config, tokenizer), tensors, path, dtype)
 
 
@@ -969,7 +977,8 @@ TINY = Path(__file__).resolve().parent / "tiny" / "weights"
 PARTS = {  # what a folder may call each part: diffusers' components, then the files of the two ModelScope hub folders
     "unet": ("unet", "text2video_pytorch_model.pth", "model_scope_v1-4_0600000.pth"),
     "vae": ("vae", "VQGAN_autoencoder.pth", "v2-1_512-ema-pruned.ckpt"),
-    "text_encoder": ("text_encoder", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.safetensors")}
+    "text_encoder": ("text_encoder", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.safetensors",
+                     "stable-diffusion-v/open_clip_pytorch_model.bin")}
 
 
 def pick_device(name=None):
@@ -978,7 +987,7 @@ def pick_device(name=None):
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):  # each kind of device has its own way to be absent
         device = None
     if device is None or device.type not in ("cuda", "mps", "cpu"):
         raise ValueError(f"device {name!r}: not available here; allowed are cuda, mps, cpu, where torch has them")
@@ -1030,14 +1039,13 @@ class Base:
         """Captions [B] -> (B, N, E), each computed once, alone, and kept: a caption's features owe nothing to its company."""
         for caption in captions:
             if caption not in self.texts:
-                self.texts[caption] = self.text_encoder([caption])[0]
+                self.texts[caption] = self.text_encoder([caption])[0].to(self.device)
         return torch.stack([self.texts[c] for c in captions])
 
     def release_encoders(self):
         """Give back the accelerator's memory that the encoders hold, once every caption and clip has been through them."""
         self.text_encoder.to("cpu")
         self.vae.encoder.to("cpu")
-        self.texts = {c: t.to(self.device) for c, t in self.texts.items()}
 
     def cut_captions(self, captions):
         """Those captions that are longer than the text encoder reads: it would not see their ends."""
@@ -1081,8 +1089,13 @@ def load_base(base, vae=None, text_encoder=None, dtype=None, device="cpu", seed=
                              + ("" if part == "unet" else f", or --{part.replace('_', '-')}"))
     words = paths["text_encoder"] / "words.txt"
     tokenizer = read_words(words) if words.is_file() else None
-    return Base(load_unet(paths["unet"], dtype=dtype).to(device), load_vae(paths["vae"], dtype=dtype).to(device),
+    made = Base(load_unet(paths["unet"], dtype=dtype).to(device), load_vae(paths["vae"], dtype=dtype).to(device),
                 load_text_encoder(paths["text_encoder"], tokenizer, dtype).to(device), base, folder, paths["unet"])
+    needed, latents, width = made.unet.config, made.vae.config.latent_channels, made.text_encoder.config.width
+    if (needed.in_channels, needed.out_channels, needed.context_dim) != (latents, latents, width):
+        raise ValueError(f"{base}: the UNet takes {needed.in_channels} and gives {needed.out_channels} latent channels, text of "
+                         f"width {needed.context_dim}; {paths['vae']} has {latents}, {paths['text_encoder']} {width}")
+    return made
 
 
 def find_base(base):
@@ -1095,12 +1108,17 @@ def find_base(base):
 
 def find_part(folder, part):
     """Where a part of the model lies: in the folder, or beside it if the folder is itself a part. None if nowhere."""
-    return next((d / name for d in (folder, folder.parent) for name in PARTS[part] if (d / name).exists()), None)
+    return next((d / name for d in (folder, folder.absolute().parent) for name in PARTS[part] if (d / name).exists()), None)
 
 
 def read_words(path):
     """The WordTokenizer of a words.txt: the context length on its first line, then one word a line."""
-    length, *words = Path(path).read_text().split()
+    try:
+        length, *words = Path(path).read_text(encoding="utf-8").split() or [""]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text file in UTF-8") from None
+    if not re.fullmatch("[1-9][0-9]{0,4}", length) or not words:
+        raise ValueError(f"{path}: expected a context length, then words, found {length[:20]!r}")
     return WordTokenizer(words, int(length))
 
 
@@ -1115,32 +1133,43 @@ def check_manifest(folder):
             raise ValueError(f"{folder / name}: not the file that manifest.json lists (its SHA-256 differs)")
 
 
-def from_hub(repo):
+def hub_files(files):
     """
-    Folder of a hub repository's three parts, downloaded once by huggingface_hub, or from its cache without a network.
+    Of a hub repository's files, those that load_base reads: {part: names}, no names for a part that it lacks.
 
-    Of several weight files of a part, the first of WEIGHT_FILES is taken: safetensors before .bin, full precision.
+    Of several weight files of a part, the first of WEIGHT_FILES, whole or in shards: safetensors before .bin, full precision.
     """
+    chosen = {}
+    for part, names in PARTS.items():
+        weights = next((n for n in WEIGHT_FILES if f"{part}/{n}" in files or f"{part}/{n}.index.json" in files), None)
+        chosen[part] = [f for f in names if f in files][:1]
+        if weights:
+            stem, _, suffix = weights.rpartition(".")
+            name = re.compile(rf"{part}/(config\.json|{re.escape(stem)}(-\d+-of-\d+)?\.{suffix}(\.index\.json)?)")
+            chosen[part] = [f for f in files if name.fullmatch(f)]
+    return chosen
+
+
+def from_hub(repo):
+    """Folder of a hub repository's three parts, downloaded once by huggingface_hub, or from its cache without a network."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise ValueError(f"base {repo!r}: no such file or folder; allowed are tiny, random, a path, or a hub id as {HUB_BASE}")
-    wanted = [f"{part}/{name}" for part in PARTS for name in ("config.json", *WEIGHT_FILES)]
     try:
-        try:
-            files = huggingface_hub.HfApi().list_repo_files(repo)
-        except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.GatedRepoError):
-            raise ValueError(f"base {repo!r}: no such hub repository, nor a file or folder of that name") from None
-        chosen = [f"{part}/config.json" for part in PARTS]
-        for part in PARTS:
-            chosen += next(([f"{part}/{n}"] for n in WEIGHT_FILES if f"{part}/{n}" in files), [])
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=chosen))
-    except ValueError:
-        raise
-    except Exception as error:  # no network: httpx, OSError or a hub error, by version
-        try:
-            return Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted, local_files_only=True))
-        except Exception:
-            raise ValueError(f"base {repo!r}: cannot be downloaded ({first_line(error)}); put the folders unet, vae and "
-                             f"text_encoder of that repository somewhere and give their folder as --base") from None
+        chosen = hub_files(huggingface_hub.HfApi().list_repo_files(repo))
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=sum(chosen.values(), [])))
+    except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.GatedRepoError):
+        raise ValueError(f"base {repo!r}: no such hub repository, nor a file or folder of that name") from None
+    except Exception as error:  # no network, by version httpx, OSError or a hub error; or no space for the files
+        try:  # which weights are in the cache is for us to see: asked for all it could hold, the hub calls it incomplete
+            folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=[f"{part}/config.json" for part in PARTS],
+                                                            local_files_only=True))
+            if all(hub_files([f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()]).values()):
+                return folder
+        except Exception:  # nothing there, in as many ways
+            pass
+        raise ValueError(f"base {repo!r}: no file or folder of that name here, and the hub's cannot be downloaded "
+                         f"({first_line(error)}); put the folders unet, vae and text_encoder of that repository, with "
+                         "config.json and a .safetensors or .bin in each, into one folder and give that as --base") from None
 
 
 HUB_BASE = "ali-vilab/text-to-video-ms-1.7b"
@@ -1154,7 +1183,7 @@ def random_base(spec, seed=0, dtype=None):
     w, v = int(width), max(32, int(width) * 2 // 5 // 32 * 32)
     unet, vae, text = UNetConfig(), VAEConfig(), TextConfig()
     if w != 320:
-        unet = UNetConfig(channels=(w, 2 * w, 4 * w, 4 * w), context_dim=64, head_dim=min(w, 64), stem_heads=8, sample_size=8)
+        unet = UNetConfig(channels=(w, 2 * w, 4 * w, 4 * w), context_dim=64, head_dim=32 if w % 64 else 64, sample_size=8)
         vae, text = VAEConfig(channels=(v, 2 * v, 4 * v, 4 * v), blocks_per_level=1), TextConfig(width=64, heads=1, layers=2)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -1167,6 +1196,6 @@ def fingerprint(module):
     """Names frozen weights whatever file they came from and in whatever precision: a hash of their signs, adapters left out."""
     digest = hashlib.sha256()
     for name, p in sorted(module.state_dict().items()):
-        if "lora_" not in name:
-            digest.update((p > 0).cpu().numpy().tobytes())
+        if "lora_" not in name:  # the sign bit, not p > 0: in fp16 the smallest of 1.4 B weights become +0 or -0
+            digest.update(p.signbit().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -18,6 +18,7 @@ D width of the CLIP features.
 import gzip
 import io
 import math
+import re
 import sys
 import types
 import warnings
@@ -194,7 +195,7 @@ def load_hpsv2(path, version="v2.0", dtype=torch.float32, device="cpu", clip_con
                preprocess="hpsv2"):
     """
     HPSv2 from its published weights, without any download: `HPS_v2_compressed.pt` (v2.0) or `HPS_v2.1_compressed.pt`
-    (v2.1) of the hub repository xswu/HPSv2, or the same tensors as safetensors.
+    (v2.1) of the hub repository xswu/HPSv2, the same tensors as safetensors, or the official code's 8 GB `HPS_v2.pt` (v2.0).
 
     dtype: of the weights; float32 is exact, all of it in float16 costs 6e-4 of score, in bfloat16 1.9e-3 (differences
       that matter are 0.01). clip_config: open_clip's description of another CLIP; default ViT-H-14, with plain GELU.
@@ -202,16 +203,11 @@ def load_hpsv2(path, version="v2.0", dtype=torch.float32, device="cpu", clip_con
       a file that is named for the other version.
     """
     path = Path(path)
-    if version == "v2.0" and "v2.1" in path.name or version == "v2.1" and path.name.startswith("HPS_v2_"):
+    named = "v2.1" if "v2.1" in path.name else "v2.0" if path.name.startswith("HPS_v2") else None
+    if named and version in ("v2.0", "v2.1") and named != version:
         raise ValueError(f"{path.name} does not hold HPS {version}: the scores would carry the wrong name")
     from model import load_strict, read_tensors  # here, because scoring needs no checkpoint reader
-    try:
-        tensors = read_tensors(path)
-    except ValueError as error:
-        if path.name != "HPS_v2.pt":
-            raise
-        # It also pickles an optimizer and numpy numbers, which the safe reader refuses.
-        raise ValueError(f"{error}; use HPS_v2_compressed.pt, the same weights without optimizer state") from error
+    tensors = read_tensors(path)
     with torch.device("meta"):  # no memory and no random numbers for weights that the file brings
         clip = open_clip.CLIP(**(clip_config or open_clip.get_model_config("ViT-H-14")))
     load_strict(clip, tensors, f"HPSv2 {path}", dtype)
@@ -220,7 +216,8 @@ def load_hpsv2(path, version="v2.0", dtype=torch.float32, device="cpu", clip_con
     return HPSv2(clip.to(device=device, dtype=dtype), tokenizer, version, preprocess, clip_config)
 
 
-HUB_REWARDS = {"hpsv2": ("v2.0", "HPS_v2_compressed.pt"), "hpsv2.1": ("v2.1", "HPS_v2.1_compressed.pt")}  # of xswu/HPSv2
+HUB_REWARDS = {  # version and files of xswu/HPSv2; the first is downloaded, any may lie in the base's folder
+    "hpsv2": ("v2.0", ("HPS_v2_compressed.pt", "HPS_v2.pt")), "hpsv2.1": ("v2.1", ("HPS_v2.1_compressed.pt",))}
 SMALL_CLIP = dict(embed_dim=32, vision_cfg=dict(image_size=32, patch_size=8, width=32, layers=2, head_width=16),
                   text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2))
 
@@ -230,28 +227,56 @@ def load_reward(kind="hpsv2", weights=None, base_folder=None, dtype=torch.float3
     The reward a script names. weights: a file; a folder with a small CLIP's config.json and words.txt, as the tiny world's; or
     "random" (ViT-H-14) or "random:W" (small), untrained, to try the pipeline.
 
-    Without weights, the reward that lies in the base's own folder (the tiny world's), else the hub's file of that kind.
-    ValueError: unknown kind, no network and no cache, or as load_hpsv2.
+    Without weights, the reward that lies in the base's own folder (the tiny world's, or InstructVideo's HPS_v2.pt) or beside
+    it, else the hub's file of that kind. ValueError: unknown kind, no network and no cache, or as load_hpsv2.
     """
-    from model import first_line, read_json, read_words
+    from model import first_line, read_words
     if kind not in HUB_REWARDS:
         raise ValueError(f"reward {kind!r}: allowed are {', '.join(HUB_REWARDS)}")
-    version, name = HUB_REWARDS[kind]
-    if weights and weights.startswith("random"):
+    version, names = HUB_REWARDS[kind]
+    if weights and re.fullmatch(r"random(:\d+)?", str(weights)):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            config = SMALL_CLIP if ":" in weights else open_clip.get_model_config("ViT-H-14")
+            config = open_clip.get_model_config("ViT-H-14") if str(weights) == "random" else SMALL_CLIP
             return HPSv2(open_clip.CLIP(**config).to(device=device, dtype=dtype), version="random", clip_config=config)
     small = Path(weights) if weights else base_folder and base_folder / "reward"
     if small and (small / "words.txt").is_file():
-        return load_hpsv2(small, "tiny", dtype, device, read_json(small / "config.json"), read_words(small / "words.txt"))
+        config, words = read_clip_config(small / "config.json"), read_words(small / "words.txt")
+        words.check_fit(small, config["text_cfg"]["vocab_size"], config["text_cfg"]["context_length"])
+        return load_hpsv2(small, "tiny", dtype, device, config, words)
+    if not weights and base_folder:
+        places = [folder / name for folder in (base_folder, base_folder.absolute().parent) for name in names]
+        weights = next((path for path in places if path.is_file()), None)
     if not weights:
         try:
-            weights = huggingface_hub.hf_hub_download("xswu/HPSv2", name)
+            weights = huggingface_hub.hf_hub_download("xswu/HPSv2", names[0])
         except Exception as error:  # no network: httpx, OSError or a hub error, by version
-            raise ValueError(f"reward {kind}: cannot be downloaded ({first_line(error)}); get {name} from the hub repository "
+            raise ValueError(f"reward {kind}: cannot be downloaded ({first_line(error)}); get {names[0]} from the hub repository "
                              "xswu/HPSv2 and give its path as --reward-weights") from None
     return load_hpsv2(weights, version, dtype, device)
+
+
+def read_clip_config(path):
+    """
+    open_clip's description of a small CLIP from a JSON file: the fields of SMALL_CLIP, all of them and no other.
+
+    ValueError for anything else. Other fields exist by which open_clip would fetch a model of some name: files are data.
+    """
+    from model import first_line, read_json
+
+    def fits(found, like, field):
+        if isinstance(like, dict):
+            return isinstance(found, dict) and found.keys() == like.keys() and all(fits(found[k], like[k], k) for k in like)
+        return type(found) is int and 0 < found <= (256 if field == "layers" else 2**16)
+    config = read_json(path)
+    if not fits(config, SMALL_CLIP, ""):
+        raise ValueError(f"{path}: expected a small CLIP, whole numbers as in {SMALL_CLIP}, found {str(config)[:200]}")
+    try:
+        with torch.device("meta"):
+            open_clip.CLIP(**config)
+    except Exception as error:  # each layer has its own check, if any
+        raise ValueError(f"{path}: not a CLIP that can be built ({first_line(error)})") from None
+    return config
 
 
 # ---------------------------------------------------------------------------------------------------------------------

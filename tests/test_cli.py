@@ -1,0 +1,398 @@
+"""
+The command lines: what generate.py and evaluate.py write, and that a wrong value ends any script with one line, writing nothing.
+
+In-process, on the shipped weights; no test depends on what they have learned.
+"""
+import json
+import re
+import runpy
+import subprocess
+import sys
+import warnings
+from dataclasses import fields
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import generate
+import lora
+import reward
+import train
+from model import TINY, load_base
+from sampler import sample
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPT = "a red circle moving left"
+
+
+@pytest.fixture(autouse=True)
+def aside(tmp_path, monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """A LoRA of the tiny base that changes what it generates."""
+    base, path = load_base("tiny"), tmp_path_factory.mktemp("adapter") / "lora.safetensors"
+    g = torch.Generator().manual_seed(0)
+    lora.inject(base.unet, 4, generator=g)
+    with torch.no_grad():
+        for layer in lora.layers(base.unet).values():
+            layer.lora_B.normal_(std=.1, generator=g)
+    lora.save(base.unet, path, base="tiny")
+    return path
+
+
+def script(name, *argv):
+    """A script as it starts from a shell, but in this process; its exit status."""
+    before, sys.argv = sys.argv, [name, *map(str, argv)]
+    try:
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    except SystemExit as end:
+        return end.code
+    finally:
+        sys.argv = before
+    return 0
+
+
+def files(folder="."):
+    return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
+
+
+# --------------------------------------------------- generate.py ---------------------------------------------------
+
+SMALL = ["--device", "cpu", "--num-steps", "2"]
+
+
+def make(out, *argv):
+    """generate.py with these flags; {file name: pixels}."""
+    assert script("generate.py", *SMALL, "--out", out, *argv) == 0
+    return {p.name: iio.imread(p) for p in sorted(Path(out).iterdir())}
+
+
+def test_videos_as_mp4_and_gif(capfd):
+    made = make("videos", "--prompt", PROMPT, "--prompt", "Blue stripes, drifting up.", "--gif", "--fps", 5, "--frames", 6,
+                "--height", 32, "--width", 48, "--guidance", 1.5)
+    assert list(made) == ["0000-a-red-circle-moving-left.gif", "0000-a-red-circle-moving-left.mp4",
+                          "0001-blue-stripes-drifting-up.gif", "0001-blue-stripes-drifting-up.mp4"]
+    gif, mp4 = made["0000-a-red-circle-moving-left.gif"], made["0000-a-red-circle-moving-left.mp4"]
+    assert gif.shape == (6, 32, 48, 3) and mp4.shape == (6, 160, 240, 3)  # small videos are enlarged, here five times
+    assert iio.immeta("videos/0000-a-red-circle-moving-left.mp4", plugin="pyav")["fps"] == 5
+    assert iio.immeta("videos/0000-a-red-circle-moving-left.gif")["duration"] == 200
+    # The same video in both, but for each format's own loss.
+    assert np.abs(gif.astype(float) - mp4[:, 2::5, 2::5]).mean() < 12
+    assert "videos/0001-blue-stripes-drifting-up.gif" in capfd.readouterr().out
+
+
+def test_file_names_are_safe_whatever_the_prompt():
+    for prompt, name in [
+            ("../../etc/passwd", "0007-etc-passwd"), ("a/b\\c:*?\"<>|\n\t\0d", "0007-a-b-c-d"), (".hidden ", "0007-hidden"),
+            ("猫が歩く", "0007"), ("Ünïcode é", "0007-n-code"), ("--help", "0007-help"), ("x" * 500, "0007-" + "x" * 60),
+            ("a" * 59 + " b", "0007-" + "a" * 59)]:
+        assert generate.video_name(7, prompt) == name
+
+
+@pytest.mark.filterwarnings("ignore:words this model does not know")
+def test_a_nasty_prompt_stays_in_its_folder():
+    assert list(make("videos", "--prompt", "../../../escape", "--frames", 1)) == ["0000-escape.mp4"]
+    assert files() == ["videos/0000-escape.mp4"]
+
+
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_video_i_is_the_same_in_any_batch(batch_size):
+    base, prompts = load_base("tiny"), [PROMPT, "a blue ring moving up", "red stripes drifting left"]
+    def latents(batch_size):
+        made = generate.generate(base, prompts, [5, 6, 7], num_steps=3, frames=4, batch_size=batch_size)
+        return torch.stack([z_0 for _, z_0 in made])
+    torch.testing.assert_close(latents(batch_size), latents(1), atol=1e-5, rtol=0)
+
+
+def test_generating_is_the_whole_chain_from_the_videos_own_noise():
+    base = load_base("tiny")
+    [(i, z_0)] = generate.generate(base, [PROMPT], [9], num_steps=3, guidance=2., frames=4)
+    noise = torch.randn(z_0.shape, generator=generate.sample_generator(9, "generate"))[None]
+    assert i == 0
+    assert torch.equal(z_0, sample(base.denoiser, noise, base.encode_text([PROMPT]), base.encode_text([""]), 3, 2.)[0])
+
+
+def test_prompts_from_a_file_in_both_forms_and_seeds_in_order():
+    Path("plain.txt").write_text("\ufeffa red ring moving up\n\n  a red cross moving down \n", encoding="utf-8")
+    Path("official.txt").write_text("x/1.mp4|||a red ring moving up|||16\n2.mp4|||a red cross moving down\n")
+    plain = make("plain", "--prompts", "plain.txt", "--frames", 2)
+    assert list(plain) == ["0000-a-red-ring-moving-up.mp4", "0001-a-red-cross-moving-down.mp4"]
+    official = make("official", "--prompts", "official.txt", "--frames", 2, "--batch-size", 1)
+    assert official.keys() == plain.keys()
+    # Video 1 of seed 0 has the noise of video 0 of seed 1.
+    [alone] = make("alone", "--prompt", "a red cross moving down", "--seed", 1, "--frames", 2).values()
+    assert np.array_equal(alone, list(plain.values())[1]) and not np.array_equal(alone, list(plain.values())[0])
+
+
+def test_a_lora_and_its_scale(adapter):
+    def video(*argv):
+        [pixels] = make(f"videos-{len(list(Path().iterdir()))}", "--prompt", PROMPT, "--frames", 4, *argv).values()
+        return pixels
+    base = video()
+    assert np.array_equal(base, video("--lora", adapter, "--lora-scale", 0))
+    whole, half = video("--lora", adapter), video("--lora", adapter, "--lora-scale", .5)
+    assert not np.array_equal(whole, base) and not np.array_equal(half, whole)
+    # The base by its folder and parts, the adapter with the scale that is the default.
+    assert np.array_equal(whole, video("--base", TINY, "--vae", TINY / "vae", "--text-encoder", TINY / "text_encoder",
+                                       "--lora", adapter, "--lora-scale", 1))
+    assert not np.array_equal(base, video("--dtype", "bfloat16"))
+
+
+def test_what_the_text_encoder_does_not_see_is_announced_once(capfd):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make("videos", "--prompt", "a red circle moving left and then right", "--prompt", "a red zebra", "--frames", 1)
+    said = capfd.readouterr().out
+    assert "longer than the text encoder reads, its end is not seen: 'a red circle moving left and then right'" in said
+    assert said.count("longer than") == 1
+    unknown = [str(w.message) for w in caught if "does not know" in str(w.message)]
+    assert len(unknown) == 2  # one for each caption with new words
+    assert unknown[0].startswith("words this model does not know: and, then; it knows: a red")
+    assert unknown[1].startswith("words this model does not know: zebra;")
+
+
+# --------------------------------------------------- evaluate.py ---------------------------------------------------
+
+EVALUATE = ["--device", "cpu", "--num-steps", "2", "--count", "2", "--out", "report"]
+
+
+def test_the_metric_is_the_mean_over_first_frames_without_weights(monkeypatch):
+    base, seen = load_base("tiny"), []
+
+    def score(frames, captions):  # (1, S, 3, H, W) -> (1, S)
+        seen.append((frames, captions))
+        return torch.tensor([[.1, .2, .3, .6]])
+    table, kept = evaluate.evaluate(base, score, [PROMPT, "a blue ring moving up"], seed=3, num_steps=2, keep=1, batch_size=2)
+    assert table["reward"].tolist() == pytest.approx([.3, .3]) and [c for _, c in seen] == [[PROMPT], ["a blue ring moving up"]]
+    # Frames 0, 4, 8, 12 of the video that generate makes from the same prompt and seed.
+    [(_, z_0)] = generate.generate(base, [PROMPT], [3], num_steps=2)
+    frames = evaluate.decode_frames(base.vae, z_0[None])[0]
+    torch.testing.assert_close(seen[0][0][0], frames[[0, 4, 8, 12]], atol=1e-4, rtol=0)
+    torch.testing.assert_close(kept[0], frames, atol=1e-4, rtol=0)
+
+
+def test_differences_are_paired():
+    before, after = ({"reward": torch.tensor(v, dtype=torch.float64)} for v in ([.1, .5, .3], [.2, .4, .9]))
+    # Differences .1, -.1, .6: mean .2, variance ((.1)^2 + (.3)^2 + (.4)^2) / 2 = .13, standard error sqrt(.13 / 3).
+    assert evaluate.paired(before, after) == pytest.approx((.2, (.13 / 3) ** .5))
+    assert evaluate.paired({"reward": torch.tensor([1.])}, {"reward": torch.tensor([3.])}) == (2., 0.)
+    assert evaluate.summary({**after, "noise": torch.tensor([1., 2., 3.])}) == pytest.approx(
+        {"reward_mean": .5, "reward_std": .13 ** .5, "n": 3, "noise": 2.})
+
+
+def test_base_and_fine_tuned_on_two_sets_at_several_d_and_guidance(adapter, capfd):
+    Path("a.txt").write_text(f"{PROMPT}\na blue ring moving up\na green cross moving down\n")
+    Path("b.txt").write_text("1.mp4|||red stripes drifting left|||16\n")
+    assert script("evaluate.py", *EVALUATE, "--lora", adapter, "--prompts", "shapes=a.txt", "--prompts", "stripes=b.txt",
+                  "--num-steps", 2, 3, "--guidance", 1, 3, "--sheet", 1, "--frames", 8, "--segments", 2, "--seed", 4,
+                  "--batch-size", 3, "--lora-scale", .5) == 0
+    said = capfd.readouterr().out
+    assert files("report") == ["sheet.png", "table.json", "table.md"]
+    table = Path("report/table.md").read_text()
+    assert table in said and "written: report/table.md, table.json, sheet.png" in said
+    report = json.loads(Path("report/table.json").read_text())
+    assert report["reward"] == "HPStiny" and report["seed"] == 4 and report["versions"].keys() == {"python", "torch", "machine"}
+    assert "--lora-scale .5" in report["command"] or "--lora-scale 0.5" in report["command"]
+    rows = report["results"]
+    assert [(r["set"], r["num_steps"], r["guidance"], r["model"]) for r in rows] == [
+        (s, d, g, m) for s in ("shapes", "stripes") for d in (2, 3) for g in (1., 3.) for m in ("base", "fine-tuned")]
+    head, _, *lines = table.splitlines()
+    assert head == "| set | D | guidance | model | n | HPStiny mean ± std | paired difference |" and len(lines) == 16
+
+    # One row again, video by video.
+    base, score = load_base("tiny"), reward.load_reward(base_folder=TINY)
+    lora.load(base.unet, adapter)
+    each = {}
+    for model, scale in (("base", 0.), ("fine-tuned", .5)):
+        lora.set_scale(base.unet, scale)
+        each[model] = []
+        for i, prompt in enumerate((PROMPT, "a blue ring moving up")):
+            alone, _ = evaluate.evaluate(base, score, [prompt], seed=4 + i, num_steps=3, guidance=1., segments=2, frames=8)
+            each[model].append(alone["reward"].item())
+    b, a = rows[4], rows[5]
+    for row, model in ((b, "base"), (a, "fine-tuned")):
+        x, y = each[model]
+        by_hand = {"reward_mean": (x + y) / 2, "reward_std": abs(x - y) / 2 ** .5, "n": 2}
+        assert row["measures"] == pytest.approx(by_hand, abs=1e-6)
+    d = [y - x for x, y in zip(each["base"], each["fine-tuned"])]
+    assert a["difference"] == pytest.approx([sum(d) / 2, abs(d[0] - d[1]) / 2], abs=1e-6) and "difference" not in b
+    assert a["differences"]["reward"] == a["difference"]
+    cells = [c.strip() for c in lines[5].split("|")[1:-1]]
+    assert cells == ["shapes", "3", "1", "fine-tuned", "2", "{:.4f} ± {:.4f}".format(*list(a["measures"].values())[:2]),
+                     "{:+.4f} ± {:.4f}".format(*a["difference"])]
+
+    # One strip of two frames for each set and model, so that rows are sets and columns models.
+    sheet = iio.imread("report/sheet.png")
+    strip = evaluate.strip(torch.rand(8, 3, 32, 32))
+    assert sheet.shape == (22 + 2 * (strip.shape[1] + 22), 2 * (strip.shape[2] + 14), 3)
+
+
+def test_the_judge_reports_beside_the_reward_and_the_hpsv2_package_agrees():
+    assert script("evaluate.py", *EVALUATE, "--count", 1, "--official-hps", "--sheet", 0) == 0
+    report = json.loads(Path("report/table.json").read_text())
+    assert [r["set"] for r in report["results"]] == ["in_domain", "new", "other"]
+    for row in report["results"]:
+        assert row["measures"].keys() == {"reward_mean", "reward_std", "n", "watermark", "sharpness", "saturation", "noise",
+                                          "colour", "shape", "direction", "static", "motion"}
+    assert report["official_hps_distance"] < 1e-4
+    table = Path("report/table.md").read_text()
+    assert "The hpsv2 package's own scores differ by at most" in table and "on 3 videos" in table
+    assert files("report") == ["table.json", "table.md"]
+
+
+def test_parts_from_elsewhere_score_the_same(capfd):
+    """Every part by its own path is what `tiny` finds by itself; other sizes than the judge's go without it."""
+    Path("p.txt").write_text(f"{PROMPT}\n")
+    flags = ["--prompts", "p=p.txt", "--count", 0, "--frames", 4, "--height", 32, "--width", 48]
+    assert script("evaluate.py", *EVALUATE, *flags) == 0
+    assert script("evaluate.py", *EVALUATE, *flags, "--out", "second", "--base", TINY, "--vae", TINY / "vae", "--text-encoder",
+                  TINY / "text_encoder", "--reward", "hpsv2.1", "--reward-weights", TINY / "reward", "--dtype", "float32") == 0
+    one, two = (json.loads(Path(f, "table.json").read_text()) for f in ("report", "second"))
+    assert one["results"] == two["results"] and one["reward"] == two["reward"] == "HPStiny"
+    assert script("evaluate.py", *EVALUATE, "--count", 1, "--frames", 4, "--out", "third") == 0
+    assert "watermark" not in Path("third/table.md").read_text()
+    capfd.readouterr()
+
+
+def test_prompts_of_the_tiny_world_are_drawn_once_and_for_all():
+    base = load_base("tiny")
+    sets = evaluate.prompt_sets(base, (), 100)
+    assert list(sets) == ["in_domain", "new", "other"] and all(len(p) == 100 for p in sets.values())
+    assert len(set(sets["new"])) == 24 and sets["new"][:24] == sets["new"][24:48]  # fewer captions than videos: they repeat
+    assert evaluate.prompt_sets(base, (), 5) == {name: p[:5] for name, p in sets.items()}
+    assert not set(sets["in_domain"]) & set(sets["new"])
+
+
+# --------------------------------------------------- Wrong values ---------------------------------------------------
+
+def refused(name, argv, message, capfd):
+    """Status 2, one line that says what is allowed, and not a file or folder more than before."""
+    before = sorted(Path().rglob("*"))
+    assert script(name, *argv) == 2
+    said = capfd.readouterr()
+    if said.err.startswith("╭"):  # tyro's own frame
+        assert re.search(message, said.err)
+    else:
+        [line] = [text for text in said.err.splitlines() if "%|" not in text]
+        assert line.startswith(f"{name}: ") and re.search(message, line), line
+    assert sorted(Path().rglob("*")) == before
+
+
+def bad_files():
+    Path("file").write_text("x")
+    Path("empty.txt").write_text("\n\n")
+    Path("binary.txt").write_bytes(b"\xff\xfe\x00")
+    Path("hole.txt").write_text("1.mp4||||||16\n")
+    Path("list.txt").write_text("no separator in this line\n")
+    Path("clips.txt").write_text("gone.mp4|||a cat\n")
+    Path("run").mkdir()
+    Path("run/config.json").write_text("{}")
+    Path("held").mkdir()
+    Path("held/state.pt").write_text("x")
+
+
+@pytest.mark.parametrize("argv, message", [
+    ("--tau 0", r"tau = 0.0: allowed is above 0 and up to 1"),
+    ("--tau 1.01", "tau = 1.01"), ("--tau -0.5", "tau = -0.5"), ("--tau nan", "tau = nan"), ("--tau inf", "tau = inf"),
+    ("--tau 0.02", r"tau = 0.02 of num_steps = 20 rounds to no step at all"),
+    ("--segments 17", "segments is 17; allowed are 1 to 16"), ("--segments 0", "segments is 0"),
+    ("--grad-steps 13", "grad_steps = 13: allowed is 1 to 12"), ("--grad-steps 0", "grad_steps = 0"),
+    ("--rank 0", "rank = 0: allowed is 1 and above"), ("--rank -4", "rank = -4"),
+    ("--num-steps 1000", "num_steps = 1000: allowed is 1 to 999"), ("--num-steps 0", "num_steps"),
+    ("--lr -1e-5", "lr = -1e-05: allowed is any finite number above 0"), ("--lr 0", "lr = 0.0"), ("--lr nan", "lr = nan"),
+    ("--clip-grad 0", "clip_grad"), ("--offset-noise -0.1", "offset_noise"), ("--max-skip nan", "max_skip"),
+    ("--lambda-tar -1", "lambda_tar is -1"), ("--lambda-tar nan", "lambda_tar is nan"), ("--guidance inf", "guidance = inf"),
+    ("--steps 0", "steps = 0: allowed is 1 and above"), ("--batch-size 0", "batch_size = 0"),
+    ("--batch-size 3 --grad-accum 2", "batch_size = 3: allowed are multiples of 2"), ("--grad-accum 0", "grad_accum"),
+    ("--warmup -1", "warmup = -1: allowed is 0 and above"), ("--max-bad-steps 0", "max_bad_steps"), ("--fps 0", "fps = 0"),
+    ("--eval-every -1", "eval_every"), ("--eval-count -1", "eval_count"), ("--save-every 0", "save_every"), ("--keep 0", "keep"),
+    ("--workers -1", "workers"), ("--decode-chunk -1", "decode_chunk"), ("--frames 0 --data clips.txt", "frames = 0"),
+    ("--frames 8", "frames = 8, size = None: the tiny world draws 16 frames of 32 x 32 pixels; others are allowed with --data"),
+    ("--size 64", "size = 64: the tiny world draws"), ("--size 30 --data clips.txt", "height 30 and width 30: allowed are"),
+    ("--data gone.txt", "data gone.txt: no such file"), ("--data empty.txt", "empty.txt: an empty list"),
+    ("--data list.txt", "list.txt, line 1: 1 field"), ("--data binary.txt", "binary.txt: not a text file"),
+    ("--data clips.txt", "1 of 1 clips cannot be used.*gone.mp4"), ("modelscope", "no clips: allowed is --data LIST"),
+    ("--prompts x", "prompts 'x': allowed is NAME=FILE"), ("--prompts a=gone.txt", "prompts gone.txt: cannot be read"),
+    ("--prompts a=empty.txt", "prompts empty.txt: expected one prompt a line, found none"),
+    ("--prompts a=hole.txt", "found an empty one"), ("--prompts a=binary.txt", "cannot be read"),
+    ("--reward pickscore", "reward 'pickscore': allowed are hpsv2, hpsv2.1"),
+    ("--reward-weights gone.pt", "gone.pt: no such file"),
+    ("--base nowhere --data clips.txt", "base 'nowhere': no such file or folder"), ("--size 0", "size = 0"),
+    ("--base random:7 --data clips.txt", "base 'random:7'"),
+    ("--vae gone", "gone: no such file"), ("--text-encoder file", "file: expected"),
+    ("--device abacus", "device 'abacus': not available here"), ("--device meta", "device 'meta'"),
+    ("--dtype int8", "dtype 'int8': allowed are float32, bfloat16, float16"),
+    ("--out file", "out file: is a file, or inside one"), ("--out file/run", "out file/run: is a file, or inside one"),
+    ("--out run", "out run: holds a run already"), ("--out held", "out held: holds a run already"),
+    ("--resume gone", "resume gone: holds no run"), ("--resume file", "resume file: holds no run"),
+    ("--resume run", "run/config.json: not the settings of this version"),
+    ("tinny", "preset 'tinny': allowed are tiny, modelscope"), ("--preset modelscope", "Unrecognized options"),
+    ("--taus 0.6", "Unrecognized options"), ("--steps many", "invalid"), ("--steps", "expected|Missing"),
+])
+def test_wrong_values_of_train(argv, message, capfd):
+    bad_files()
+    refused("train.py", argv.split(), message, capfd)
+
+
+@pytest.mark.parametrize("argv, message", [
+    ("", "no prompt given: allowed are --prompt TEXT and --prompts FILE"), ("--prompt=", "no prompt given"),
+    ("--prompts gone.txt", "prompts gone.txt: cannot be read"), ("--prompts empty.txt", "found none"),
+    ("--prompt red --num-steps 0", "num_steps"), ("--prompt red --num-steps 1000", "num_steps = 1000: allowed is 1 to 999"),
+    ("--prompt red --frames 0", "frames = 0"), ("--prompt red --fps 0", "fps = 0"), ("--prompt red --batch-size 0", "batch_size"),
+    ("--prompt red --guidance nan", "guidance = nan"), ("--prompt red --lora-scale inf", "lora_scale = inf"),
+    ("--prompt red --height 30", "height 30 and width 30: allowed are positive multiples of"),
+    ("--prompt red --width 0", "width = 0"),
+    ("--prompt red --width -32", "width = -32"), ("--prompt red --lora gone.safetensors", "gone.safetensors: no such file"),
+    ("--prompt red --lora file", "file: expected"), ("--prompt red --base file", "file: no vae found in"),
+    ("--prompt red --out file", "out file: is a file"), ("--prompt red --device meta", "device 'meta'"),
+    ("--prompt red --dtype double", "dtype 'double'"), ("--prompt red --steps 3", "Unrecognized options"),
+])
+def test_wrong_values_of_generate(argv, message, capfd):
+    bad_files()
+    refused("generate.py", argv.split(), message, capfd)
+
+
+@pytest.mark.parametrize("argv, message", [
+    ("--num-steps 0", "num_steps"), ("--num-steps 20 1000", "num_steps = 1000"), ("--num-steps", "one value or more"),
+    ("--guidance nan", "found nan"), ("--lora-scale inf", "found inf"), ("--count -1", "count = -1"), ("--sheet -1", "sheet"),
+    ("--frames 0", "frames = 0"), ("--batch-size 0", "batch_size = 0"), ("--segments 17", "segments is 17"),
+    ("--prompts x", "prompts 'x': allowed is NAME=FILE"), ("--prompts a=gone.txt", "prompts gone.txt"),
+    ("--prompts a=clips.txt --prompts a=clips.txt", "each name once"), ("--height 30", "height 30"), ("--width 0", "width"),
+    ("--lora gone", "gone: no such file"), ("--reward x", "reward 'x'"), ("--out file", "out file: is a file"),
+    ("--base random:32", "no prompts: allowed is --prompts NAME=FILE"),
+])
+def test_wrong_values_of_evaluate(argv, message, capfd):
+    bad_files()
+    refused("evaluate.py", argv.split(), message, capfd)
+
+
+def test_an_adapter_of_another_base_is_refused(adapter, capfd):
+    Path("p.txt").write_text("a cat\n")
+    refused("generate.py", ["--prompt", "red", "--base", "random:32", "--lora", str(adapter)], "lora.safetensors: ", capfd)
+
+
+def test_a_real_process_says_the_same():
+    """In-process is the same thing: one line on stderr, nothing on stdout, status 2."""
+    command = [sys.executable, ROOT / "generate.py", "--prompt", "x", "--frames", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "generate.py: frames = 0: allowed is 1 and above\n")
+
+
+@pytest.mark.parametrize("config", [train.Config, generate.Config, evaluate.Config], ids=lambda c: c.__module__)
+def test_help_lists_every_option_with_its_meaning(config, capfd):
+    assert script(f"{config.__module__}.py", "--help") == 0
+    said = capfd.readouterr().out
+    for field in fields(config):
+        if field.name != "preset":  # a word, not a flag
+            assert f"--{field.name.replace('_', '-')}" in said
