@@ -55,19 +55,31 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(c_out, rank, device=self.weight.device, dtype=torch.float32))
         self.alpha, self.scale = alpha, 1.0
         self.register_buffer("base_weight", None, persistent=False)                       # W, while weight is the merged one
+        self.folded_weight = self.folded_of = None
 
     @property
     def factor(self):
         return self.scale * self.alpha / len(self.lora_A)
 
     def forward(self, x):
-        y = F_.linear(x, self.weight, self.bias)                                          # (..., C_out)
         if self.base_weight is not None:
-            return y
+            return F_.linear(x, self.weight, self.bias)                                   # (..., C_out)
+        if not torch.is_grad_enabled() and self.weight.dtype == torch.float32 and not torch.compiler.is_compiling():
+            return F_.linear(x, self.folded(), self.bias)  # in 16 bits, what is smaller than W's last bit would be lost
+        x, shape = x.flatten(0, -2), x.shape                                              # (n, C_in)
+        y = F_.linear(x, self.weight, self.bias)
         # The product is in the dtype of W x, under autocast too. Casting A and B down costs nothing; casting x up instead would
         # keep a float32 copy of every x for the backward pass. Their gradients come back in float32.
         A, B = self.lora_A.to(y.dtype), self.lora_B.to(y.dtype)
-        return y + F_.linear(F_.linear(x, A) * self.factor, B)                            # the scale on r columns, not on C_out
+        y = y.addmm_(F_.linear(x, A), B.t(), alpha=self.factor)                           # one pass over y instead of three
+        return y.unflatten(0, shape[:-1])
+
+    def folded(self):
+        """W + (alpha / r) B A, made anew when one of them has changed: without a gradient, one product instead of three."""
+        now = (self.factor, *((t.data_ptr(), t._version) for t in (self.weight, self.lora_A, self.lora_B)))
+        if now != self.folded_of:
+            self.folded_weight, self.folded_of = torch.addmm(self.weight, self.lora_B, self.lora_A, alpha=self.factor), now
+        return self.folded_weight
 
     @torch.no_grad()
     def merge(self):

@@ -156,7 +156,11 @@ class TemporalConv(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention. The four projections are what LoRA adapts."""
+    """
+    Multi-head attention along the second axis. The four projections are what LoRA adapts.
+
+    x (n, l, ..., C): whatever lies between l and C attends each for itself. It is one long row of heads, so nothing is moved.
+    """
 
     def __init__(self, dim, heads, head_dim, context_dim=None, bias=False):
         super().__init__()
@@ -166,12 +170,12 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim or dim, heads * head_dim, bias)
         self.to_out = nn.ModuleList([nn.Linear(heads * head_dim, dim)])
 
-    def forward(self, x, context=None):                                     # (n, l, C), (n, N, C)
+    def forward(self, x, context=None):                                     # (n, l, ..., C), (n, N, C)
         context = x if context is None else context
-        q, k, v = (rearrange(y, "n l (h d) -> n h l d", h=self.heads)
+        q, k, v = (rearrange(y, "n l ... (h d) -> n (... h) l d", h=self.heads)
                    for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
         out = F_.scaled_dot_product_attention(q, k, v)
-        return self.to_out[0](rearrange(out, "n h l d -> n l (h d)"))
+        return self.to_out[0](out.transpose(1, 2).reshape(*x.shape[:-1], -1))
 
 
 class GEGLU(nn.Module):
@@ -204,7 +208,7 @@ class TransformerBlock(nn.Module):
         self.norm2, self.attn2 = nn.LayerNorm(dim), Attention(dim, heads, head_dim, context_dim)
         self.norm3, self.ff = nn.LayerNorm(dim), FeedForward(dim)
 
-    def forward(self, x, text=None):                                        # (n, l, C), (B, N, context_dim)
+    def forward(self, x, text=None):                                        # (n, l, ..., C), (B, N, context_dim)
         x = x + self.attn1(self.norm1(x))
         h = self.norm2(x)
         if text is None:
@@ -243,11 +247,10 @@ class TemporalTransformer(nn.Module):
         self.proj_out = nn.Linear(dim, c)
 
     def forward(self, x, num_frames):
-        H = x.shape[-2]
         h = self.norm(rearrange(x, "(b f) c h w -> b c f (h w)", f=num_frames))
-        h = rearrange(h, "b c f p -> (b p) f c")
+        h = rearrange(h, "b c f p -> b f p c")
         h = self.proj_out(self.transformer_blocks[0](self.proj_in(h)))
-        return x + rearrange(h, "(b h w) f c -> (b f) c h w", b=len(x) // num_frames, h=H)
+        return x + rearrange(h, "b f (h w) c -> (b f) c h w", h=x.shape[-2])
 
 
 class Resample(nn.Module):

@@ -116,7 +116,7 @@ class Config:
     """clips a step, over all ranks (paper: 8)"""
     grad_accum: int = 1
     """parts that a rank's share of the batch is computed in, one after the other"""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """step size of AdamW without weight decay (paper: 1e-5, for 20,000 steps)"""
     warmup: int = 10
     """first steps, over which lr rises (official configuration)"""

@@ -30,7 +30,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 import model
 from model import Autoencoder, UNet3D, UNetConfig, VAEConfig, load_text_encoder, load_unet, load_vae
 
-UNET = UNetConfig(channels=(8, 16), blocks_per_level=1, attention_levels=(True, False), context_dim=12, head_dim=4, norm_groups=4)
+UNET = UNetConfig(channels=(8, 16), blocks_per_level=1, attention_levels=(True, False), context_dim=128, head_dim=4,
+                  norm_groups=4)
 VAE = VAEConfig(channels=(8, 16), blocks_per_level=1, norm_groups=4)
 LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint"
 pytestmark = pytest.mark.filterwarnings(  # torch's own remarks on the bad files
@@ -117,7 +118,7 @@ def test_unet_folder_as_diffusers_saves_it(tmp_path, unet, settings):
 
 def test_unet_as_other_versions_of_diffusers_describe_it(tmp_path, unet):
     config = {"_class_name": "UNet3DConditionModel", "_diffusers_version": "0.15.0.dev0", "act_fn": "silu",
-              "attention_head_dim": 4, "block_out_channels": [8, 16], "cross_attention_dim": 12,
+              "attention_head_dim": 4, "block_out_channels": [8, 16], "cross_attention_dim": 128,
               "down_block_types": ["CrossAttnDownBlock3D", "DownBlock3D"], "downsample_padding": 1,
               "in_channels": 4, "layers_per_block": 1, "mid_block_scale_factor": 1, "norm_eps": 1e-05,
               "norm_num_groups": 4, "out_channels": 4, "sample_size": 32, "up_block_types": ["UpBlock3D", "CrossAttnUpBlock3D"]}
@@ -447,6 +448,15 @@ def test_parts_may_come_from_elsewhere(pipeline, tmp_path, vae, clip):
     assert base.text_encoder.token_embedding.weight.equal(clip.token_embedding.weight)
 
 
+def test_parts_that_do_not_fit_together_are_refused(pipeline, tmp_path):
+    narrow = open_clip.CLIP(8, dict(image_size=8, patch_size=4, width=16, layers=1, head_width=8),
+                            dict(context_length=9, vocab_size=40, width=64, heads=1, layers=2))
+    torch.save(narrow.state_dict(), tmp_path / "clip.bin")
+    with pytest.raises(ValueError, match="the UNet takes 4 .* text of width 128; .*clip.bin 64") as error:
+        model.load_base(str(pipeline), text_encoder=tmp_path / "clip.bin")
+    assert error.value.args[0].isprintable()
+
+
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 def test_a_part_that_is_missing_is_named(pipeline, part):
     (pipeline / part).rename(pipeline / "elsewhere")
@@ -708,13 +718,13 @@ BAD = {
                            f"1 tensors not known (module.{ATTN})"),
     "a name of two lines": (unet_file, lambda w: w.torch("u.pth", w.unet | {"a\nb\x1b[31m": torch.ones(1)}), r"a\nb\x1b[31m"),
     "wrong shape": (unet_file, lambda w: w.safetensors("u.safetensors", w.unet | {ATTN: torch.ones(8, 13)}),
-                    f"tensor {ATTN} has shape [8, 13], expected [8, 12]"),
+                    f"tensor {ATTN} has shape [8, 13], expected [8, 128]"),
     "wrong shape, official": (unet_file, lambda w: w.torch("u.pth", w.official | {"time_embed.0.bias": torch.ones(3)}),
                               "tensor time_embedding.linear_1.bias has shape [3], expected [32]"),
-    "whole numbers": (unet_file, lambda w: w.safetensors("u.safetensors", w.unet | {ATTN: torch.ones(8, 12, dtype=torch.int8)}),
+    "whole numbers": (unet_file, lambda w: w.safetensors("u.safetensors", w.unet | {ATTN: torch.ones(8, 128, dtype=torch.int8)}),
                       f"tensor {ATTN} is torch.int8", "expected floating-point numbers"),
-    "tensors without data": (unet_file, lambda w: w.torch("u.pth", w.unet | {ATTN: torch.ones(8, 12, device="meta")}), "on meta"),
-    "sparse": (unet_file, lambda w: w.torch("u.pth", w.unet | {ATTN: torch.ones(8, 12).to_sparse()}), "torch.sparse_coo"),
+    "tensors without data": (unet_file, lambda w: w.torch("u.pth", w.unet | {ATTN: torch.ones(8, 128).to("meta")}), "on meta"),
+    "sparse": (unet_file, lambda w: w.torch("u.pth", w.unet | {ATTN: torch.ones(8, 128).to_sparse()}), "torch.sparse_coo"),
     "autoencoder as UNet": (unet_file, lambda w: w.torch("vae.pth", w.vae), "missing", "not known (decoder."),
     "UNet as autoencoder": (vae_file, lambda w: w.torch("unet.pth", w.official), "missing (decoder.", "not known (input_blocks."),
     "UNet of another size": (load_unet, lambda w: w.torch("unet.pth", w.official), "unet.pth: ", "missing"),
@@ -736,7 +746,7 @@ BAD = {
     "q a number": (load_text_encoder,
         lambda w: w.text(**{f"encoder.layers.1.self_attn.{p}_proj.bias": torch.ones(()) for p in "qkv"}),
         "missing (transformer.resblocks.1.attn.in_proj_bias)"),
-    "with a projection": (load_text_encoder, lambda w: w.text(**{"text_projection.weight": torch.ones(8, 128)}),
+    "with a projection": (load_text_encoder, lambda w: w.text(**{"text_projection.weight": torch.ones(8, 1288)}),
                           "text_projection.weight"),
     "unused in a CLIP": (load_text_encoder, lambda w: w.torch("clip.bin", w.clip.state_dict() | {"extra": torch.ones(2)}),
                          "1 tensors not known (extra)"),
@@ -770,7 +780,7 @@ BAD = {
     "other activation": (load_unet, lambda w: w.component(act_fn="gelu"), "expected act_fn 'silu', found 'gelu'"),
     "other epsilon": (load_unet, lambda w: w.component(norm_eps=1e-6), "expected norm_eps"),
     "config and weights differ": (load_unet, lambda w: w.component(cross_attention_dim=16),
-                                  "has shape [8, 12], expected [8, 16]"),
+                                  "has shape [8, 128], expected [8, 16]"),
     "config is larger": (load_unet, lambda w: w.component(layers_per_block=2), "tensors missing"),
     "scale is text": (load_vae, lambda w: w.component(model.vae_to_diffusers(VAE), scaling_factor="0.18"),
                       "expected a scale above 0"),

@@ -185,8 +185,8 @@ def test_inject_needs_attention_and_only_once():
 def test_merge_and_back(dtype, tolerance):
     unet = trained_unet(alpha=2, dtype=dtype)
     state = {k: v.clone() for k, v in unet.state_dict().items()}
+    apart = run(unet, dtype).detach()  # with gradient: without, float32 layers fold A and B into W anyway
     with torch.no_grad():
-        apart = run(unet, dtype)
         merge(unet)
         merge(unet)
         assert list(unet.state_dict()) == list(state)
@@ -226,7 +226,34 @@ def test_scale():
         assert difference(run(unet), half) < 1e-5
         set_scale(unet, 1)
         merged = run(unet)
-        assert difference(merged, one) < 1e-5 and not torch.equal(merged, one), "stays merged"
+        assert difference(merged, one) < 1e-5 and all(m.base_weight is not None for m in layers(unet).values()), "stays merged"
+
+
+def test_without_gradient_adapters_are_folded_into_the_weights():
+    """One product instead of three, in the chain and when generating. What is folded follows A, B, the scale and W."""
+    unet = trained_unet()
+    def change_nothing():
+        pass
+    def step():
+        optimizer = torch.optim.AdamW(lora.parameters(unet), lr=0.1)
+        run(unet).square().sum().backward()
+        optimizer.step()
+    def half():
+        set_scale(unet, 0.5)
+    def other_weights():
+        for layer in layers(unet).values():
+            layer.weight = nn.Parameter(layer.weight * 2, requires_grad=False)
+    seen = []
+    for change in (change_nothing, step, half, lambda: merge(unet), lambda: unmerge(unet), other_weights, lambda: train(unet, seed=5)):
+        change()
+        with torch.no_grad():
+            seen.append(run(unet))
+        assert 0 < difference(seen[-1], run(unet)) < 1e-5 or layers_merged(unet)
+    assert all(difference(seen[i], seen[i + 1]) > 1e-3 for i in (0, 1, 4, 5)) and torch.equal(seen[2], seen[4])
+
+
+def layers_merged(unet):
+    return next(iter(layers(unet).values())).base_weight is not None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

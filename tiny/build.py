@@ -66,9 +66,9 @@ class Config:
     threads: int = 2
     vae_steps: int = 4000
     clip_steps: int = 2500
-    unet_steps: int = 6000
-    preference_steps: int = 1500
-    judge_steps: int = 1500
+    unet_steps: int = 4500
+    preference_steps: int = 1200
+    judge_steps: int = 1200
     clips: int = 6000
     """training clips of the UNet"""
 

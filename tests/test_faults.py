@@ -1,0 +1,312 @@
+"""
+Runs that are interrupted, killed, starved of disk, or spread over processes. Slow: `pytest -m slow`.
+
+Every run here is the whole script in a process of its own. Most of these are forked from a process that has imported everything
+already, which saves seconds each time; where how a process starts matters, it is started from nothing.
+"""
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio.v3 as iio
+import matplotlib.pyplot  # noqa: F401  imported here, so that forked runs have it
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lora
+import train  # noqa: F401  as above
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parent.parent
+START = multiprocessing.get_context("forkserver")
+START.set_forkserver_preload(["test_faults"])
+PATIENCE = 120  # seconds for anything to happen, on a busy machine
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world(tmp_path_factory):
+    """A folder with five clips of footage, whose latents every run takes from one cache; runs start in it."""
+    folder, before = tmp_path_factory.mktemp("faults"), Path.cwd()
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        texture = rng.integers(0, 255, (32, 48, 3), dtype=np.uint8)
+        frames = np.stack([texture[:, k:k + 32] for k in range(9)])
+        iio.imwrite(folder / f"{i}.mp4", frames, plugin="pyav", codec="libx264", fps=8)
+    directions = ("left", "right", "up", "down", "left")
+    (folder / "clips.txt").write_text("".join(f"{i}.mp4|||a red circle moving {d}\n" for i, d in enumerate(directions)))
+    os.chdir(folder)
+    for name, value in (("OMP_NUM_THREADS", "1"), ("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")):
+        os.environ[name] = value  # for the process that others are forked from, and for those started from nothing
+    yield folder
+    os.chdir(before)
+
+
+SMALL = ["--device", "cpu", "--data", "clips.txt", "--frames", "4", "--workers", "0", "--num-steps", "2", "--tau", "1",
+         "--batch-size", "2", "--eval-count", "2"]
+
+
+def be_train(argv, log):
+    """Become `python train.py argv`, with all it says in a file."""
+    file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(1)
+    sys.argv = ["train.py", *argv]
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+
+def start(*argv, log="log.txt"):
+    Path(log).unlink(missing_ok=True)
+    process = START.Process(target=be_train, args=([*map(str, argv)], log))
+    process.start()
+    return process
+
+
+def finish(*argv, log="log.txt"):
+    """(exit status, what it said but for progress bars) of a whole run."""
+    process = start(*argv, log=log)
+    process.join(PATIENCE)
+    said = [line for line in Path(log).read_text().replace("\r", "\n").splitlines() if line.strip() and "it/s" not in line
+            and "s/it" not in line and "?it" not in line and "video" not in line.split("|")[-1]]
+    return process.exitcode, said
+
+
+def wait_for(happened, what, process=None):
+    end = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < end, f"{what} did not happen"
+        assert process is None or process.is_alive(), f"the run ended before {what}"
+        time.sleep(.002)
+
+
+def lines_of(folder, but=("seconds",)):
+    """metrics.jsonl without the times; the last line may be half written."""
+    path = Path(folder) / "metrics.jsonl"
+    *whole, rest = path.read_text().split("\n") if path.exists() else [""]
+    return [{k: v for k, v in json.loads(line).items() if k not in but} for line in whole]
+
+
+def steps_done(folder):
+    return max((line["step"] for line in lines_of(folder) if "eval" not in line), default=0)
+
+
+def checkpoint(folder):
+    return torch.load(Path(folder) / "state.pt", weights_only=True)
+
+
+def listing(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
+
+
+def assert_same_run(a, b):
+    assert lines_of(a) == lines_of(b)
+    assert listing(a) == listing(b)
+    for name in ("lora.safetensors", "best.safetensors"):
+        if (Path(b) / name).exists():
+            x, y = load_file(Path(a) / name), load_file(Path(b) / name)
+            assert all(torch.equal(x[k], y[k]) for k in x | y), name
+
+
+# ------------------------------------------------ Signals and kill -9 ------------------------------------------------
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_real_process_with_all_saved(number, status):
+    folder = Path(f"signalled-{status}")
+    flags = [*SMALL, "--eval-every", "3", "--save-every", "400"]
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags, "--steps", "500", "--out", folder],
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    wait_for(lambda: steps_done(folder) >= 2, "two steps")
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == status
+    assert said.splitlines()[-1] == f"stopped; continue with: python train.py --resume {folder}"
+    at = steps_done(folder)
+    assert checkpoint(folder)["step"] == at
+    # Continued, it ends as if nothing had happened.
+    assert finish("--resume", folder, "--steps", at + 2)[0] == 0
+    assert finish(*flags, "--steps", at + 2, "--out", f"{folder}-whole")[0] == 0
+    assert_same_run(folder, f"{folder}-whole")
+
+
+def test_a_signal_before_the_first_step_leaves_nothing():
+    process = start(*SMALL, "--no-cache", "--max-skip", "0", "--steps", 5, "--out", "early")
+    wait_for(lambda: Path("log.txt").exists() and "encoding" in Path("log.txt").read_text(), "encoding", process)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(PATIENCE)
+    if process.exitcode == 130 and not Path("early").exists():
+        assert "train.py: interrupted before the first step" in Path("log.txt").read_text()
+    else:  # too late: it had begun, and was saved
+        assert process.exitcode == 130 and "stopped; continue with" in Path("log.txt").read_text()
+
+
+def test_killed_at_twenty_moments_a_run_ends_as_if_nothing_had_happened():
+    flags = [*SMALL, "--eval-every", "8", "--save-every", "1", "--keep", "2"]
+    dice, run, inside, at = random.Random(0), Path("killed"), 0, 0
+    for kill in range(20):
+        process = start(*([*flags, "--steps", 1000, "--out", run] if kill == 0 else ["--resume", run]))
+        wait_for(lambda at=at: steps_done(run) > at, "a step", process)
+        if kill % 2:  # half of them at any moment, the others while a checkpoint is being written
+            wait_for(lambda: any(name.startswith(".") and "state" in name for name in os.listdir(run)), "saving", process)
+        else:
+            time.sleep(dice.uniform(0, .3))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        inside += any(name.startswith(".") for name in os.listdir(run))
+
+        # Whatever was going on, everything in the folder is readable, and at most the step since the last save is lost.
+        state = checkpoint(run)
+        assert at <= state["step"] and steps_done(run) - 1 <= state["step"]
+        assert lora.read_adapter(run / "lora.safetensors").rank == 4
+        assert json.loads((run / "config.json").read_text()) == state["config"]
+        for file in (run / "samples").glob("step_*.json"):
+            json.loads(file.read_text())
+        at = state["step"]
+    assert inside >= 3  # kills that left half a file behind
+    assert finish("--resume", run, "--steps", at + 2)[0] == 0
+    assert finish(*flags, "--steps", at + 2, "--out", "never-killed")[0] == 0
+    assert_same_run(run, "never-killed")
+
+
+# ------------------------------------------------------ A full disk ------------------------------------------------------
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of four megabytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small file system can be mounted by root only")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def fill(disk, leave):
+    """A file that takes all the room but some."""
+    with open(disk / "ballast", "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            file.truncate(max(0, file.tell() - leave))
+
+
+@pytest.fixture(scope="module")
+def enough_room():
+    """The run of the test below, on a disk that never fills."""
+    assert finish(*ON_DISK, "--steps", 4, "--out", "enough-room")[0] == 0
+    return Path("enough-room")
+
+
+ON_DISK = [*SMALL, "--save-every", "1", "--eval-every", "2"]
+
+
+@pytest.mark.parametrize("leave, message", [
+    (250_000, "step 3 cannot be saved"),    # there is room for metrics, not for a checkpoint
+    (60_000, "No space left on device"),    # nor for an evaluation's pictures
+    (0, "No space left on device")])
+def test_a_full_disk_is_a_clear_error_and_the_checkpoint_before_is_whole(small_disk, enough_room, leave, message):
+    run = small_disk / "run"
+    assert finish(*ON_DISK, "--steps", 2, "--out", run)[0] == 0
+    if leave == 60_000:  # stopped before the evaluation of step 2
+        text = (run / "metrics.jsonl").read_text()
+        (run / "metrics.jsonl").write_text(text[:text.rindex('{"step"')])
+    before = {name: (run / name).read_bytes() for name in ("config.json", "state.pt", "lora.safetensors", "best.safetensors")}
+    fill(small_disk, leave)
+    status, said = finish("--resume", run, "--steps", 4)
+    assert status == 1, said
+    [error] = [line for line in said if line.startswith("train.py: ")]
+    assert message in error and not any("Traceback" in line for line in said), said
+    assert {name: (run / name).read_bytes() for name in before} | {"config.json": before["config.json"]} == before
+    assert not [name for name in listing(run) if Path(name).name.startswith(".")]
+
+    # With room again it goes on as if nothing had happened.
+    (small_disk / "ballast").unlink()
+    assert finish("--resume", run, "--steps", 4)[0] == 0
+    assert_same_run(run, enough_room)
+
+
+# -------------------------------------------------------- torchrun --------------------------------------------------------
+
+def torchrun(*argv, options=(), **more):
+    """(exit status, stdout, stderr, seconds) of two ranks, on the CPU."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *options,
+               ROOT / "train.py", *map(str, argv)]
+    began = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3 * PATIENCE, env=os.environ | more)
+    return done.returncode, done.stdout, done.stderr, time.monotonic() - began
+
+
+def assert_nearly_the_same_run(a, b):
+    """To 1e-5: the ranks add up in another order."""
+    x, y = load_file(Path(a) / "lora.safetensors"), load_file(Path(b) / "lora.safetensors")
+    assert x.keys() == y.keys()
+    for name in x:
+        torch.testing.assert_close(x[name], y[name], atol=1e-5, rtol=0)
+    for one, two in zip(lines_of(a), lines_of(b), strict=True):
+        if "eval" in one:
+            for name in one["eval"] | two["eval"]:
+                assert one["eval"][name] == pytest.approx(two["eval"][name], abs=1e-5)
+        else:
+            assert one == pytest.approx(two, abs=1e-5)
+
+
+RANKS = [*SMALL, "--batch-size", "4", "--steps", "2", "--eval-every", "2", "--eval-count", "3"]
+
+
+def test_two_ranks_do_what_one_does():
+    assert finish(*RANKS, "--out", "one-rank")[0] == 0
+    status, said, errors, _ = torchrun(*RANKS, "--cache-dir", "cache-of-two", "--out", "two-ranks")
+    assert status == 0, errors
+    assert_nearly_the_same_run("two-ranks", "one-rank")
+    assert listing("two-ranks") == listing("one-rank")
+    # Only one of them speaks and draws bars.
+    assert said.count("run folder: two-ranks") == 1 and said.count("before and after 2 steps") == 1
+    assert errors.count("encoding clips: 100%") <= 1 and errors.count("evaluating at step 2: 100%") <= 1
+    # Wrong values too.
+    status, said, errors, _ = torchrun(*RANKS, "--batch-size", "3", "--out", "three")
+    assert status != 0 and not Path("three").exists()
+    assert errors.count("train.py: batch_size = 3: allowed are multiples of 2") == 1
+
+
+DYING = '''
+import os, threading, time
+def die():
+    """The second rank dies without a word after the first checkpoint; only the first time."""
+    while not os.path.exists(os.environ["DIE_AFTER"]):
+        time.sleep(.005)
+    os._exit(9)
+if os.environ.get("RANK") == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and "DIE_AFTER" in os.environ:
+    threading.Thread(target=die, daemon=True).start()
+'''
+
+
+def test_a_rank_that_dies_takes_the_run_down_and_a_restart_continues_it(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(DYING)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}"
+    flags = [*SMALL, "--batch-size", "4", "--eval-every", "0", "--save-every", "2"]
+    status, said, errors, seconds = torchrun(*flags, "--steps", 5000, "--out", "dead", PYTHONPATH=path, DIE_AFTER="dead/state.pt")
+    assert status != 0 and seconds < 60 + 30  # a minute, and the start of three processes
+    assert "exitcode" in errors and "9" in errors  # torchrun's own report: which rank, and how
+    reached = steps_done("dead")
+    assert reached < 5000 and checkpoint("dead")["step"] >= 2
+
+    # Started again by torchrun, it goes on from its checkpoint and ends as one that never died.
+    last = 40
+    status, said, errors, _ = torchrun(*flags, "--steps", last, "--out", "reborn", options=["--max-restarts", "1"],
+                                       PYTHONPATH=path, DIE_AFTER="reborn/state.pt")
+    assert status == 0, errors
+    assert said.count("run folder: reborn, from step ") == 1
+    assert finish(*flags, "--steps", last, "--out", "alive")[0] == 0
+    assert [line["step"] for line in lines_of("reborn")] == list(range(1, last + 1))
+    assert_nearly_the_same_run("reborn", "alive")
