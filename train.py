@@ -649,7 +649,10 @@ def join_ranks(cfg):
     cuda = torch.cuda.is_available() and cfg.device != "cpu"
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+    # torchrun keeps its store when it starts dead workers again: under the same names they would meet their former selves.
+    store, rank, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(minutes=30))
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else pick_device(cfg.device or "cpu")
 
 

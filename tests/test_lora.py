@@ -232,28 +232,19 @@ def test_scale():
 def test_without_gradient_adapters_are_folded_into_the_weights():
     """One product instead of three, in the chain and when generating. What is folded follows A, B, the scale and W."""
     unet = trained_unet()
-    def change_nothing():
-        pass
     def step():
-        optimizer = torch.optim.AdamW(lora.parameters(unet), lr=0.1)
         run(unet).square().sum().backward()
-        optimizer.step()
-    def half():
-        set_scale(unet, 0.5)
-    def other_weights():
+        torch.optim.AdamW(lora.parameters(unet), lr=0.1).step()
+    def double():
         for layer in layers(unet).values():
             layer.weight = nn.Parameter(layer.weight * 2, requires_grad=False)
     seen = []
-    for change in (change_nothing, step, half, lambda: merge(unet), lambda: unmerge(unet), other_weights, lambda: train(unet, seed=5)):
+    for change in (lambda: None, step, lambda: train(unet, seed=5), lambda: set_scale(unet, 0.5), double):
         change()
         with torch.no_grad():
             seen.append(run(unet))
-        assert 0 < difference(seen[-1], run(unet)) < 1e-5 or layers_merged(unet)
-    assert all(difference(seen[i], seen[i + 1]) > 1e-3 for i in (0, 1, 4, 5)) and torch.equal(seen[2], seen[4])
-
-
-def layers_merged(unet):
-    return next(iter(layers(unet).values())).base_weight is not None
+        assert 0 < difference(seen[-1], run(unet)) < 1e-5
+    assert all(difference(a, b) > 1e-3 for a, b in zip(seen, seen[1:]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
