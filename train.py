@@ -437,8 +437,9 @@ class Run:
         if not self.eval_due(step) or any(line["step"] == step and "eval" in line for line in self.lines):
             return
         cfg, tables, videos = self.cfg, {}, {}
-        with tqdm(total=sum(map(len, self.sets.values())), desc=f"evaluating at step {step}", unit="video", leave=False,
-                  disable=not self.chief) as bar:
+        rank, size = world()
+        mine = sum(len(prompts[rank::size]) for prompts in self.sets.values())
+        with tqdm(total=mine, desc=f"evaluating at step {step}", unit="video", leave=False, disable=not self.chief) as bar:
             def move_on(n):
                 bar.update(n)
                 if self.stop() and world()[1] == 1:  # with more ranks, leaving alone would keep the others waiting

@@ -209,7 +209,7 @@ def test_a_batch_is_the_same_on_one_rank_and_on_two(parts, monkeypatch):
 def test_a_sample_does_not_depend_on_its_neighbours_but_on_seed_and_step(parts):
     two = batch_of(parts, CFG)
     assert equal([v[:2] for v in batch_of(parts, replace(CFG, batch_size=4))], two)
-    assert equal(batch_of(parts, CFG), two)
+    assert equal(batch_of(parts, CFG), two) and not torch.equal(two[1][0], two[1][1])
     for other in (batch_of(parts, CFG, step=1), batch_of(parts, replace(CFG, seed=1))):
         assert not torch.equal(other[1], two[1])
 
