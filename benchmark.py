@@ -195,7 +195,7 @@ def ours(base, reward, settings, meter):
     if settings.compile:
         base.unet.compile()
     base.denoiser = meter.watch(base.denoiser)
-    base.vae.decoder.register_forward_pre_hook(lambda _, x: meter.announce("decode", len(x[0])))
+    base.vae.post_quant_conv.register_forward_pre_hook(lambda _, x: meter.announce("decode", len(x[0])))
     def rewards(batch):
         return train.edit_rewards(base, reward, uncond, batch, settings)[0]
     return Contender(rewards, parameters, [base.unet, base.vae.decoder, reward])
@@ -232,7 +232,7 @@ def on_diffusers(base, reward, settings, meter, lean):
     unet.requires_grad_(False).eval().to(dtype if lean else torch.float32)
     vae.requires_grad_(False).eval().to(dtype)
     vae.encoder = None  # ours needs no memory for it either
-    vae.decoder.register_forward_pre_hook(lambda _, x: meter.announce("decode", len(x[0])))
+    vae.post_quant_conv.register_forward_pre_hook(lambda _, x: meter.announce("decode", len(x[0])))
 
     # The adapters, with our numbers.
     unet = inject_adapter_in_model(LoraConfig(r=settings.rank, lora_alpha=settings.rank, init_lora_weights=False,

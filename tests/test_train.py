@@ -478,6 +478,22 @@ def test_resuming_something_else_is_refused(whole, tmp_path):
     assert (listing(folder), (folder / "config.json").read_bytes()) == before
 
 
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(monkeypatch):
+    assert run(*SHORT, "--steps", 1, "--eval-every", 0, "--out", "run") == 0
+    before = Path("run/state.pt").read_bytes()
+
+    def full(state, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(RuntimeError, match=r"run: step 2 cannot be saved \(.*No space left.*; the one before it is whole"):
+            run("--resume", "run", "--steps", 2)
+    assert Path("run/state.pt").read_bytes() == before
+    assert listing("run") == ["config.json", "lora.safetensors", "metrics.jsonl", "state.pt"]
+    assert run("--resume", "run", "--steps", 2) == 0 and [line["step"] for line in metrics("run")] == [1, 2]
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(monkeypatch):
     assert run(*SHORT, "--steps", 2, "--eval-every", 0, "--save-every", 1, "--keep", 2, "--out", "run") == 0
     expected = load_file("run/lora.safetensors")

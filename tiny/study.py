@@ -88,7 +88,7 @@ def variants(name, scratch):
 def run(cfg):
     """Measure the base, then every variant of the study against it."""
     base = load_base("tiny")
-    reward, judge = load_reward(base_folder=base.folder), find_judge(base)
+    reward, judge = load_reward(base_folder=base.folder), find_judge(base, world.FRAMES, world.SIZE, world.SIZE)
     sets = prompt_sets(base, (), cfg.count)
     if cfg.study not in ("headline", "guidance"):
         sets = {"in_domain": sets["in_domain"]}
