@@ -61,6 +61,7 @@ from reward import aggregate, load_reward, segment_frames, tar_weights
 from sampler import check_edit, edit_steps
 
 PARTS = ("chain", "last step", "decode", "reward", "backward", "optimizer")
+CAPTION = "a red circle moving left"
 
 
 @dataclass
@@ -321,7 +322,7 @@ def synthetic(base, cfg):
     shape = (cfg.batch_size, base.vae.config.latent_channels, cfg.frames, *latent_size(base, size, size))
     generator = sample_generator(0, "benchmark")
     z, eps = (torch.randn(shape, generator=generator).to(base.device) for _ in range(2))  # (B, C, F, h, w)
-    captions = ["a red circle moving left"] * cfg.batch_size
+    captions = [CAPTION] * cfg.batch_size
     g = segment_frames(cfg.frames, train.Config.segments, cfg.batch_size, generator).to(base.device)
     return z, eps, base.encode_text(captions), g, captions
 
@@ -351,9 +352,11 @@ def count_step(contender, batch, meter):
 
 def count(base, reward, cfg):
     """{contender: (TFLOP of its parts, items of its parts)} of a step, from the shapes of base and reward alone."""
-    base = Base(on_meta(base.unet), on_meta(base.vae), on_meta(base.text_encoder), base.name)
+    texts = {caption: base.encode_text([caption])[0].to("meta", torch.float32) for caption in ("", CAPTION)}
+    base = Base(on_meta(base.unet), on_meta(base.vae), base.text_encoder, base.name)
+    base.texts = texts  # once a caption, not once a step
     reward, meter, cfg, batch = on_meta(reward), Meter(), replace(cfg, compile=False), synthetic(base, cfg)
-    reward.text_features(batch[-1])  # once a caption, not once a step
+    reward.text_features(batch[-1])  # the same
     return {name: count_step(c, batch, meter) for name, c in contenders(base, reward, cfg, meter).items()}
 
 
@@ -391,7 +394,7 @@ def time_step(contender, batch, meter, device):
 
 def matrix_rate(device, dtype):
     """TFLOP/s of a large matrix product, which is what there is to be had."""
-    n = 8192 if device.type == "cuda" else 2048
+    n = 8192 if device.type == "cuda" else 1024
     a, read, times = torch.randn(n, n, device=device).to(dtype), *clock(device)[:1], 4
     a @ a
     start = read()

@@ -233,14 +233,16 @@ def as_markdown(results, reward_name):
     """The rows of table.json as a table: one line a set, D, guidance and model, differences against the base of that line."""
     measures = [k for k in results[0]["measures"] if k not in ("reward_mean", "reward_std", "n")]
     head = ["set", "D", "guidance", "model", "n", f"{reward_name} mean ± std", "paired difference", *measures]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = [head]
     for row in results:
         m = row["measures"]
         difference = "{:+.4f} ± {:.4f}".format(*row["difference"]) if "difference" in row else ""
         cells = [row["set"], row["num_steps"], f"{row['guidance']:g}", row["model"], m["n"],
                  f"{m['reward_mean']:.4f} ± {m['reward_std']:.4f}", difference, *(f"{m[k]:.3f}" for k in measures)]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([str(c) for c in cells])
+    widths = [max(map(len, column)) for column in zip(*rows)]  # aligned, as it is read on the terminal too
+    rows.insert(1, ["-" * w for w in widths])
+    return "".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |\n" for row in rows)
 
 
 def main(cfg):

@@ -186,7 +186,9 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim, 2 * hidden)
 
     def forward(self, x):
-        value, gate = self.proj(x).chunk(2, dim=-1)
+        # Two products of half the width, so that each half lies in one piece for what follows: faster, there and back.
+        halves = zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2))
+        value, gate = (F_.linear(x, weight, bias) for weight, bias in halves)
         return value * F_.gelu(gate)
 
 

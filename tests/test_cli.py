@@ -207,8 +207,9 @@ def test_base_and_fine_tuned_on_two_sets_at_several_d_and_guidance(adapter, capf
     rows = report["results"]
     assert [(r["set"], r["num_steps"], r["guidance"], r["model"]) for r in rows] == [
         (s, d, g, m) for s in ("shapes", "stripes") for d in (2, 3) for g in (1., 3.) for m in ("base", "fine-tuned")]
-    head, _, *lines = table.splitlines()
-    assert head == "| set | D | guidance | model | n | HPStiny mean ± std | paired difference |" and len(lines) == 16
+    head, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+    assert head == ["set", "D", "guidance", "model", "n", "HPStiny mean ± std", "paired difference"] and len(lines) == 16
+    assert len({len(line) for line in table.splitlines()}) == 1  # aligned
 
     # One row again, video by video.
     base, score = load_base("tiny"), reward.load_reward(base_folder=TINY)
@@ -228,8 +229,7 @@ def test_base_and_fine_tuned_on_two_sets_at_several_d_and_guidance(adapter, capf
     d = [y - x for x, y in zip(each["base"], each["fine-tuned"])]
     assert a["difference"] == pytest.approx([sum(d) / 2, abs(d[0] - d[1]) / 2], abs=1e-6) and "difference" not in b
     assert a["differences"]["reward"] == a["difference"]
-    cells = [c.strip() for c in lines[5].split("|")[1:-1]]
-    assert cells == ["shapes", "3", "1", "fine-tuned", "2", "{:.4f} ± {:.4f}".format(*list(a["measures"].values())[:2]),
+    assert lines[5] == ["shapes", "3", "1", "fine-tuned", "2", "{:.4f} ± {:.4f}".format(*list(a["measures"].values())[:2]),
                      "{:+.4f} ± {:.4f}".format(*a["difference"])]
 
     # One strip of two frames for each set and model, so that rows are sets and columns models.

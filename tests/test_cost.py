@@ -131,7 +131,7 @@ def test_counting_the_chain_by_one_of_its_calls():
     """On the meta device one call of the chain stands for all: the sum is that of a count without such haste."""
     base, reward = small()
     work, _ = count(base, reward, replace(SHORT, diffusers=False))["ours"]
-    base, reward = Base(on_meta(base.unet), on_meta(base.vae), on_meta(base.text_encoder), base.name), on_meta(reward)
+    base, reward = Base(*map(on_meta, (base.unet, base.vae, base.text_encoder)), "small"), on_meta(reward)
     batch, uncond = synthetic(base, SHORT), base.encode_text([""])
     lora.inject(base.unet)
     settings = replace(train.Config(), tau=SHORT.tau, num_steps=SHORT.num_steps)
@@ -144,12 +144,12 @@ def test_counting_the_chain_by_one_of_its_calls():
 def test_saving_memory_recomputes():
     """Activations: the UNet's blocks. Low memory: those, the decoder and the reward, each once more."""
     (base, reward), cfg = small(), replace(SHORT, batch_size=1, num_steps=2, tau=1., diffusers=False)
-    (plain, calls), (blocks, _), (low, low_calls) = (
-        count(base, reward, replace(cfg, **flags))["ours"] for flags in ({}, {"checkpoint_activations": True}, {"low_memory": True}))
+    flags = ({}, {"checkpoint_activations": True}, {"low_memory": True})
+    (plain, calls), (blocks, _), (low, low_calls) = (count(base, reward, replace(cfg, **f))["ours"] for f in flags)
     assert calls == low_calls == {"chain": 2, "last step": 2, "decode": 4, "reward": 4}
     for part in PARTS:
         if part != "backward":
-            assert plain[part] == blocks[part] == pytest.approx(low[part])
+            assert plain[part] == blocks[part] == pytest.approx(low[part], rel=1e-3)
     assert 0.6 * plain["last step"] < blocks["backward"] - plain["backward"] < plain["last step"]  # its ends are no blocks
     again = plain["decode"] + plain["reward"]
     assert low["backward"] - blocks["backward"] == pytest.approx(again, rel=0.02)
@@ -203,14 +203,14 @@ def test_the_report(tmp_path, capsys):
 
 
 def test_the_meta_device_counts_and_times_nothing():
-    report = measure(Config(base="random:32", batch_size=1, frames=4, num_steps=5, device="meta", diffusers=False))
+    report = measure(Config(batch_size=1, frames=4, num_steps=5, device="meta", diffusers=False))
     row = report["contenders"]["ours"]
     assert row["tflop"]["step"] > 0 and row["seconds"] is None and report["matrix_tflops"] is None
     assert "TFLOP" in benchmark.table(report)
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    (dict(batch_size=0), "batch_size = 0: allowed is 1"), (dict(steps=0), "steps = 0"), (dict(frames=3), "frames = 3: allowed is"),
+    (dict(batch_size=0), "batch_size = 0: allowed is 1"), (dict(steps=0), "steps = 0"), (dict(frames=3), "frames = 3"),
     (dict(tau=0.), "tau = 0.0"), (dict(num_steps=1000), "num_steps = 1000"), (dict(size=30), "multiples of 4"),
     (dict(device="abacus"), "device 'abacus'"), (dict(dtype="float8"), "dtype 'float8'"), (dict(out="."), "is a folder"),
     (dict(base="random:5"), "multiple of 32"), (dict(out=f"{__file__}/report.json"), "is a file"),
