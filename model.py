@@ -1082,7 +1082,7 @@ def load_base(base, vae=None, text_encoder=None, dtype=None, device="cpu", seed=
     """
     if base == "random" or base.startswith("random:"):
         made = random_base(base, seed, dtype)
-        return Base(made.unet.to(device), made.vae.to(device), made.text_encoder.to(device), base)
+        return Base(place(made.unet, device), place(made.vae, device), place(made.text_encoder, device), base)
     folder = find_base(base)
     paths = {"unet": None, "vae": vae, "text_encoder": text_encoder}
     if folder.is_file():
@@ -1094,13 +1094,29 @@ def load_base(base, vae=None, text_encoder=None, dtype=None, device="cpu", seed=
                              + ("" if part == "unet" else f", or --{part.replace('_', '-')}"))
     words = paths["text_encoder"] / "words.txt"
     tokenizer = read_words(words) if words.is_file() else None
-    made = Base(load_unet(paths["unet"], dtype=dtype).to(device), load_vae(paths["vae"], dtype=dtype).to(device),
-                load_text_encoder(paths["text_encoder"], tokenizer, dtype).to(device), base, folder, paths["unet"])
+    made = Base(place(load_unet(paths["unet"], dtype=dtype), device), place(load_vae(paths["vae"], dtype=dtype), device),
+                place(load_text_encoder(paths["text_encoder"], tokenizer, dtype), device), base, folder, paths["unet"])
     needed, latents, width = made.unet.config, made.vae.config.latent_channels, made.text_encoder.config.width
     if (needed.in_channels, needed.out_channels, needed.context_dim) != (latents, latents, width):
         raise ValueError(f"{base}: the UNet takes {needed.in_channels} and gives {needed.out_channels} latent channels, text of "
                          f"width {needed.context_dim}; {paths['vae']} has {latents}, {paths['text_encoder']} {width}")
     return made
+
+
+def place(module, device):
+    """To its device; on cuda with convolution weights channels-last, as activations are: else every call would copy them."""
+    module.to(device)
+    if torch.device(device).type == "cuda":
+        channels_last(module)
+    return module
+
+
+def channels_last(module):
+    """Convolution weights in channels-last order: other strides, the same numbers."""
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d | nn.Conv3d):
+            m.weight.data = m.weight.data.contiguous(
+                memory_format=torch.channels_last if m.weight.dim() == 4 else torch.channels_last_3d)
 
 
 def find_base(base):

@@ -737,6 +737,10 @@ def main(argv):
     dtype = pick_dtype(cfg.dtype, device)
     base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype, device, cfg.seed)
     sets = prompt_sets(base, cfg.prompts, cfg.eval_count) if cfg.eval_every else {}
+    parameters = lora.load_beside(base.unet, base.unet_file) or \
+        lora.inject(base.unet, cfg.rank, generator=sample_generator(cfg.seed, "lora"))
+    if len(parameters[0]) != cfg.rank:
+        raise ValueError(f"rank = {cfg.rank}: allowed is {len(parameters[0])}, that of the adapters in {base.unet_file}")
     reward = load_reward(cfg.reward, cfg.reward_weights, base.folder, dtype, device)
     dataset = read_clips(cfg, base, dtype) if cfg.data else tiny_clips(base, dtype)
     for prompts in sets.values():
@@ -744,10 +748,6 @@ def main(argv):
     base.encode_text([""])
     base.release_encoders()  # everything they would say is kept
 
-    parameters = lora.load_beside(base.unet, base.unet_file) or \
-        lora.inject(base.unet, cfg.rank, generator=sample_generator(cfg.seed, "lora"))
-    if len(parameters[0]) != cfg.rank:
-        raise ValueError(f"rank = {cfg.rank}: allowed is {len(parameters[0])}, that of the adapters in {base.unet_file}")
     base.unet.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
     if cfg.compile:
         base.unet.compile()

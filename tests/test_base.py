@@ -278,6 +278,7 @@ def hub(tmp_path, monkeypatch):
             servers[-1].shutdown()
             servers.pop().server_close()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # it tries again, with pauses, when there is no network
     yield start
     stop()

@@ -150,7 +150,7 @@ def test_saving_memory_recomputes():
     for part in PARTS:
         if part != "backward":
             assert plain[part] == blocks[part] == pytest.approx(low[part], rel=1e-3)
-    assert 0.6 * plain["last step"] < blocks["backward"] - plain["backward"] < plain["last step"]  # its ends are no blocks
+    assert 0.4 * plain["last step"] < blocks["backward"] - plain["backward"] < plain["last step"]  # its stem is no block
     again = plain["decode"] + plain["reward"]
     assert low["backward"] - blocks["backward"] == pytest.approx(again, rel=0.02)
 

@@ -116,6 +116,21 @@ def test_frame_convolution_is_the_3d_one():
     torch.testing.assert_close(conv(x.flatten(3)).view(2, 5, 5, 4, 6), nn.Conv3d.forward(conv, x), rtol=1e-12, atol=1e-12)
 
 
+def test_channels_last_weights_are_the_same_numbers():
+    """What load_base does on cuda; frame convolutions then hand cuDNN weights in that order too."""
+    for net, data in ((randomised(UNet3D(TWO_LEVELS)), unet_inputs(TWO_LEVELS, 1, 3, 4, 6)),
+                      (randomised(Autoencoder(VAEConfig(channels=(8, 16), blocks_per_level=1, norm_groups=4))).decoder,
+                       (randn(2, 4, 3, 5),))):
+        with torch.no_grad():
+            before, print_before = net(*data), model.fingerprint(net)
+            model.channels_last(net)
+            torch.testing.assert_close(net(*data), before, rtol=1e-10, atol=1e-10)
+        assert model.fingerprint(net) == print_before
+        weights = [m.weight.squeeze(-1) if isinstance(m, model.FrameConv) else m.weight for m in net.modules()
+                   if isinstance(m, nn.Conv2d | nn.Conv3d)]
+        assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+
+
 def test_time_features_by_hand():
     f = model.time_features(torch.tensor([0, 551]), 4)                                            # frequencies 1 and 1/100
     expected = [[1, 1, 0, 0], [math.cos(551), math.cos(5.51), math.sin(551), math.sin(5.51)]]
