@@ -70,7 +70,7 @@ class Config:
     preference_steps: int = 1200
     judge_steps: int = 1200
     clips: int = 6000
-    """training clips of the UNet"""
+    """training clips of the UNet; the other stages draw as many or fewer"""
 
 
 def all_scenes():
@@ -130,7 +130,7 @@ def save_clip(folder, clip):
 
 def build_vae(cfg):
     """The autoencoder: squared and absolute error, and a KL term that is small enough to leave the latents sharp."""
-    clips, _, _ = render(2500, cfg.seed + 1_000_000)
+    clips, _, _ = render(min(2500, cfg.clips), cfg.seed + 1_000_000)
     frames = clips.flatten(0, 1)                                                         # (n, 3, H, W)
     vae = Autoencoder(VAE).to(cfg.device)
 
@@ -151,7 +151,7 @@ def build_vae(cfg):
 
 def build_clip(cfg):
     """A CLIP of open_clip's own class, trained contrastively on single frames and their captions."""
-    clips, scenes, _ = render(4320, cfg.seed + 2_000_000)
+    clips, scenes, _ = render(min(4320, cfg.clips), cfg.seed + 2_000_000)
     captions = [s.caption for s in all_scenes()]
     n = len(captions)
     tokens = world.tokenizer()(captions).to(cfg.device)
@@ -337,7 +337,7 @@ def build_judge(cfg):
     vae, _ = frozen(cfg)
     every, g = all_scenes(), torch.Generator().manual_seed(cfg.seed + 5)
     seen = []  # (clip, scene)
-    for i in tqdm(range(2880), desc="drawing clips"):
+    for i in tqdm(range(min(2880, cfg.clips)), desc="drawing clips"):
         scene, trail = every[i % len(every)], None
         if torch.rand((), generator=g) < .25:
             scene = replace(scene, direction="")
