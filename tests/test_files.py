@@ -507,7 +507,7 @@ def test_hub_ids_without_a_network(tmp_path, monkeypatch, pipeline, unet):
     asked = []
 
     def no_network(*args, **kwargs):
-        raise OSError("cannot resolve huggingface.co\nat all")
+        raise OSError("cannot resolve hub.example\nat all")
 
     def download(repo, allow_patterns, local_files_only=False):
         asked.append((repo, local_files_only))
@@ -518,7 +518,7 @@ def test_hub_ids_without_a_network(tmp_path, monkeypatch, pipeline, unet):
     monkeypatch.setattr(model.huggingface_hub, "snapshot_download", download)
     assert_holds(model.load_base("some/cached").unet, unet)
     assert asked == [("some/cached", True)]
-    for spec, what in (("some/other", "cannot be downloaded .*cannot resolve huggingface.co.*; put the folders unet, vae and"),
+    for spec, what in (("some/other", "cannot be downloaded .*cannot resolve hub.example.*; put the folders unet, vae and"),
                        (str(tmp_path / "absent"), "no such file or folder"), ("no such thing", "no such file or folder")):
         with pytest.raises(ValueError, match=what) as error:
             model.load_base(spec)
