@@ -10,6 +10,7 @@ In the tiny world an independent judge, which nothing optimises, reports next to
 
 Letters: n videos of a prompt set, F frames, S segments, H and W pixels.
 """
+import itertools
 import json
 import platform
 import shlex
@@ -26,14 +27,9 @@ from tqdm import tqdm
 
 import lora
 from generate import check_folder, generate, latent_size, read_prompts
-from model import decode_frames, load_base, pick_device, pick_dtype, write_whole
+from model import decode_frames, join_ranks, load_base, pick_dtype, rank_and_size, run_script, write_whole
 from reward import first_frames, load_reward, official_hps
 from sampler import GUIDANCE, ddpm_step
-
-
-def world():
-    """(rank, world size) of this process: (0, 1) unless torchrun started it and train.py joined the group."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def prompt_sets(base, named_files, count):
@@ -78,7 +74,7 @@ def evaluate(base, reward, prompts, *, seed=0, num_steps=20, guidance=GUIDANCE, 
     Video i has seed + i. "reward" is the mean over the first frame of each segment; `judge` adds its own measures. The
     ranks share the work and all return the whole table; kept videos are complete on rank 0 alone.
     """
-    rank, size = world()
+    rank, size = rank_and_size()
     mine = list(range(rank, len(prompts), size))
     kept = [i for i in mine if i < keep]
     index = first_frames(frames, segments)[None]                                          # (1, S)
@@ -247,8 +243,9 @@ def as_markdown(results, reward_name):
 
 def main(cfg):
     """Every set at every D and guidance, base first, then the same with the adapter."""
+    device = join_ranks(cfg.device)
     check(cfg)
-    device = pick_device(cfg.device)
+    rank, size = rank_and_size()
     base = load_base(cfg.base, cfg.vae, cfg.text_encoder, pick_dtype(cfg.dtype, device), device)
     sets = prompt_sets(base, cfg.prompts, cfg.count)
     height, width = cfg.height or base.default_size, cfg.width or base.default_size
@@ -258,37 +255,37 @@ def main(cfg):
     if cfg.official_hps:  # a CLIP of another kind has its own words
         second = official_hps(reward.clip, reward.clip_config, reward.tokenizer if reward.clip_config else None)
     judge = None if cfg.prompts else find_judge(base, cfg.frames, height, width)  # it knows that world's captions only
-    models = ["base"]
+    scales = {"base": 0.}
     if lora.load_beside(base.unet, base.unet_file) or cfg.lora:
         if cfg.lora:
             lora.load(base.unet, cfg.lora)
-        models.append("fine-tuned")
+        scales["fine-tuned"] = cfg.lora_scale
 
     results, sheets, apart = [], {}, []
-    with tqdm(total=sum(map(len, sets.values())) * len(cfg.num_steps) * len(cfg.guidance) * len(models), unit="video") as bar:
-        for name, prompts in sets.items():
-            for steps in cfg.num_steps:
-                for guidance in cfg.guidance:
-                    first = (steps, guidance) == (cfg.num_steps[0], cfg.guidance[0])  # whose videos are shown
-                    tables = {}
-                    for model in models:
-                        if len(models) > 1:
-                            lora.set_scale(base.unet, cfg.lora_scale if model == "fine-tuned" else 0.)
-                        tables[model], videos = evaluate(
-                            base, reward, prompts, seed=cfg.seed, num_steps=steps, guidance=guidance, segments=cfg.segments,
-                            frames=cfg.frames, height=height, width=width, batch_size=cfg.batch_size, judge=judge,
-                            keep=max(cfg.sheet, cfg.official_hps) if first else 0, bar=bar.update)
-                        if videos is not None:
-                            sheets.setdefault(name, []).append(videos)
-                            if second:
-                                apart += [official_distance(second, reward, v, p, cfg) for v, p in zip(videos, prompts)]
-                        row = {"set": name, "num_steps": steps, "guidance": guidance, "model": model,
-                               "measures": summary(tables[model])}
-                        if model == "fine-tuned":
-                            row["difference"] = paired(tables["base"], tables[model])
-                            row["differences"] = {k: paired(tables["base"], tables[model], k) for k in tables[model]}
-                        results.append(row)
-    save_report(cfg, results, sheets, sets, models, reward.name, apart)
+    mine = sum(len(prompts[rank::size]) for prompts in sets.values())
+    settings = [(steps, guidance) for steps in cfg.num_steps for guidance in cfg.guidance]
+    with tqdm(total=mine * len(settings) * len(scales), unit="video", disable=rank > 0) as bar:
+        for name, (steps, guidance), model in itertools.product(sets, settings, scales):
+            first = (steps, guidance) == settings[0]  # whose videos are shown
+            if len(scales) > 1:
+                lora.set_scale(base.unet, scales[model])
+            table, videos = evaluate(
+                base, reward, sets[name], seed=cfg.seed, num_steps=steps, guidance=guidance, segments=cfg.segments,
+                frames=cfg.frames, height=height, width=width, batch_size=cfg.batch_size, judge=judge,
+                keep=max(cfg.sheet, cfg.official_hps) if first else 0, bar=bar.update)
+            if videos is not None and rank == 0:
+                sheets.setdefault(name, []).append(videos)
+                if second:
+                    apart += [official_distance(second, reward, v, p, cfg) for v, p in zip(videos, sets[name])]
+            row = {"set": name, "num_steps": steps, "guidance": guidance, "model": model, "measures": summary(table)}
+            if model == "base":
+                before = table
+            else:
+                row["difference"] = paired(before, table)
+                row["differences"] = {k: paired(before, table, k) for k in table}
+            results.append(row)
+    if rank == 0:
+        save_report(cfg, results, sheets, sets, list(scales), reward.name, apart)
 
 
 def official_distance(second, reward, video, prompt, cfg):
@@ -319,8 +316,4 @@ def save_report(cfg, results, sheets, sets, models, reward_name, apart):
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except (ValueError, OSError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
+    run_script("evaluate.py", lambda: main(tyro.cli(Config, description=__doc__)))

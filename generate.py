@@ -10,7 +10,6 @@ Noise belongs to the prompt and its seed: video 7 is the same in any batch, on a
 Letters: B videos, C channels, F frames, h and w latent rows and columns, H and W pixels.
 """
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +17,13 @@ from pathlib import Path
 import av
 import imageio.v3 as iio
 import torch
+import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 
 import lora
 from data import sample_generator
-from model import Base, decode_frames, load_base, pick_device, pick_dtype, write_whole
+from model import Base, decode_frames, join_ranks, load_base, pick_dtype, rank_and_size, run_script, write_whole
 from sampler import GUIDANCE, ddpm_step, sample
 
 
@@ -63,9 +63,23 @@ def video_name(index, prompt):
     return f"{index:04d}-{words}" if words else f"{index:04d}"
 
 
-def write_video(path, video, fps):
-    """Save (F, 3, H, W) in [0, 1] as .mp4 or .gif."""
-    pixels = video.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (F, H, W, 3)
+def to_pixels(video):
+    """(F, 3, H, W) in [0, 1] -> (F, H, W, 3) uint8, as files have it."""
+    return video.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def gather(mine):
+    """What every rank has, on rank 0 and in order of rank, without the Nones; nothing on the others."""
+    rank, size = rank_and_size()
+    if size == 1:
+        return [mine]
+    all_of_them = [None] * size if rank == 0 else None
+    dist.gather_object(mine, all_of_them)
+    return [v for v in all_of_them or [] if v is not None]
+
+
+def write_video(path, pixels, fps):
+    """Save pixels (F, H, W, 3), uint8, as .mp4 or .gif."""
     with write_whole(path) as hidden:
         if path.suffix == ".gif":
             iio.imwrite(hidden, pixels, extension=".gif", duration=round(1000 / fps), loop=0)
@@ -164,7 +178,8 @@ def check(cfg):
 
 def main(cfg):
     """Load, generate, write."""
-    prompts, device = check(cfg), pick_device(cfg.device)
+    device = join_ranks(cfg.device)
+    prompts, (rank, size) = check(cfg), rank_and_size()
     base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype=pick_dtype(cfg.dtype, device), device=device)
     own = lora.load_beside(base.unet, base.unet_file)  # a fine-tuned official file brings its adapters along
     if cfg.lora:
@@ -173,24 +188,24 @@ def main(cfg):
         lora.set_scale(base.unet, cfg.lora_scale)
     height = cfg.height or base.default_size
     width = cfg.width or height
-    for prompt in base.cut_captions(prompts):
-        print(f"longer than the text encoder reads, its end is not seen: {prompt!r}")
     latent_size(base, height, width)
-    cfg.out.mkdir(parents=True, exist_ok=True)
-    seeds = [cfg.seed + i for i in range(len(prompts))]
-    with tqdm(total=len(prompts), desc="generating", unit="video") as bar:
-        for i, z_0 in generate(base, prompts, seeds, cfg.num_steps, cfg.guidance, cfg.frames, height, width,
-                               cfg.batch_size, bar.update):
-            video = decode_frames(base.vae, z_0[None])[0]                                 # (F, 3, H, W)
-            for suffix in (".mp4", ".gif") if cfg.gif else (".mp4",):
-                path = cfg.out / (video_name(i, prompts[i]) + suffix)
-                write_video(path, video, cfg.fps)
-                tqdm.write(str(path))
+    if rank == 0:
+        for prompt in base.cut_captions(prompts):
+            print(f"longer than the text encoder reads, its end is not seen: {prompt!r}")
+        cfg.out.mkdir(parents=True, exist_ok=True)
+    own = range(rank, len(prompts), size)
+    with tqdm(total=len(own), desc="generating", unit="video", disable=rank > 0) as bar:
+        made = generate(base, [prompts[i] for i in own], [cfg.seed + i for i in own], cfg.num_steps, cfg.guidance, cfg.frames,
+                        height, width, cfg.batch_size, bar.update)
+        for start in range(0, len(prompts), size):  # one video of every rank at a time, which rank 0 writes
+            z_0 = next((z_0 for _, z_0 in made), None)                                    # (C, F, h, w)
+            mine = None if z_0 is None else to_pixels(decode_frames(base.vae, z_0[None])[0])
+            for i, pixels in enumerate(gather(mine), start):
+                for suffix in (".mp4", ".gif") if cfg.gif else (".mp4",):
+                    path = cfg.out / (video_name(i, prompts[i]) + suffix)
+                    write_video(path, pixels, cfg.fps)
+                    tqdm.write(str(path))
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except (ValueError, OSError) as error:
-        print(f"generate.py: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
+    run_script("generate.py", lambda: main(tyro.cli(Config, description=__doc__)))

@@ -18,15 +18,18 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import warnings
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import huggingface_hub
 import open_clip
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F_
 from einops import rearrange
 from safetensors.torch import load_file
@@ -997,6 +1000,51 @@ def pick_device(name=None):
     if device is None or device.type not in ("cuda", "mps", "cpu"):
         raise ValueError(f"device {name!r}: not available here; allowed are cuda, mps, cpu, where torch has them")
     return device
+
+
+def rank_and_size():
+    """(rank, world size) of this process: (0, 1) unless it has joined a group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join_ranks(name=None):
+    """This process's device, as pick_device's; under torchrun it joins the group first (nccl on cuda, gloo elsewhere)."""
+    if "RANK" not in os.environ:
+        return pick_device(name)
+    cuda = torch.cuda.is_available() and name != "cpu"
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # torchrun keeps its store when it starts dead workers again: under the same names they would meet their former selves.
+    store, rank, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(minutes=30))
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else pick_device(name or "cpu")
+
+
+def run_script(script, main, refused=(OSError,)):
+    """
+    Call main() and end the process with the status it returns; None is 0.
+
+    Bad input (ValueError) becomes one line and status 2, what the machine refused one line and 1, an interruption 130. All
+    ranks find the same bad input and rank 0 says so; what went wrong on one rank, that rank says.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        status = main() or 0
+    except ValueError as error:
+        status, line = 2, str(error) if rank == 0 else ""
+    except KeyboardInterrupt:
+        status, line = 130, "interrupted" if rank == 0 else ""
+    except refused as error:
+        status, line = 1, f"rank {rank}: {error}" if rank else str(error)
+    else:
+        line = ""
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if line:
+        print(f"{script}: {line}", file=sys.stderr)
+    sys.exit(status)
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

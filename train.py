@@ -24,7 +24,6 @@ import time
 import types
 import typing
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -37,18 +36,20 @@ from tqdm import tqdm
 
 import lora
 from data import ClipConfig, LatentDataset, batch_indices, encode_clips, read_list, sample_generator, sample_posterior
-from evaluate import contact_sheet, evaluate, find_judge, paired, prompt_sets, summary, world, write_png
-from generate import check_folder, latent_size, video_name, write_video
+from evaluate import contact_sheet, evaluate, find_judge, paired, prompt_sets, summary, write_png
+from generate import check_folder, latent_size, to_pixels, video_name, write_video
 from model import (
     HUB_BASE,
     check_tensors,
     decode_frames,
     fingerprint,
     first_line,
+    join_ranks,
     load_base,
-    pick_device,
     pick_dtype,
+    rank_and_size,
     read_json,
+    run_script,
     write_whole,
 )
 from reward import aggregate, load_reward, segment_edges, segment_frames, tar_weights
@@ -184,7 +185,7 @@ def check(cfg):
     check_edit(1., cfg.num_steps, 1)  # the whole chain, which evaluation runs
     segment_edges(cfg.frames, cfg.segments)
     tar_weights(torch.zeros(1, 1), cfg.frames, cfg.lambda_tar)
-    size = world()[1]
+    size = rank_and_size()[1]
     if cfg.batch_size % (size * cfg.grad_accum):
         raise ValueError(f"batch_size = {cfg.batch_size}: allowed are multiples of {size * cfg.grad_accum}, "
                          "the ranks times grad_accum")
@@ -208,7 +209,7 @@ def draw_batch(dataset, step, cfg, scale, device):
 
     A sample's window, noises and frames come from its own generator: the batch is the same on any number of ranks.
     """
-    rank, size = world()
+    rank, size = rank_and_size()
     z, eps, text, g, captions = [], [], [], [], []
     for position, clip in batch_indices(step, cfg.batch_size, len(dataset), cfg.seed, rank, size):
         generator = sample_generator(cfg.seed, step, position)
@@ -258,7 +259,7 @@ def add_over_ranks(parameters, numbers):
     forward pass for each backward one, and a chain has many; the adapters are small enough to send at once.
     """
     flat = torch.cat([*(p.grad.flatten() for p in parameters), torch.tensor(numbers, device=parameters[0].device)])
-    if world()[1] > 1:
+    if rank_and_size()[1] > 1:
         dist.all_reduce(flat)
     *grads, numbers = flat.split([*(p.numel() for p in parameters), len(numbers)])
     for p, g in zip(parameters, grads):
@@ -330,7 +331,7 @@ class Run:
         size = cfg.size or base.default_size
         self.judge = None if cfg.prompts else find_judge(base, cfg.frames, size, size)  # it knows that world's captions only
         self.step, self.best, self.optimizer_state, self.lines, self.stop = 0, -math.inf, None, [], stop
-        self.bar, self.chief = None, world()[0] == 0
+        self.bar, self.chief = None, rank_and_size()[0] == 0
         if resumed:
             self.read_state()
         if self.chief:
@@ -437,12 +438,12 @@ class Run:
         if not self.eval_due(step) or any(line["step"] == step and "eval" in line for line in self.lines):
             return
         cfg, tables, videos = self.cfg, {}, {}
-        rank, size = world()
+        rank, size = rank_and_size()
         mine = sum(len(prompts[rank::size]) for prompts in self.sets.values())
         with tqdm(total=mine, desc=f"evaluating at step {step}", unit="video", leave=False, disable=not self.chief) as bar:
             def move_on(n):
                 bar.update(n)
-                if self.stop() and world()[1] == 1:  # with more ranks, leaving alone would keep the others waiting
+                if self.stop() and rank_and_size()[1] == 1:  # with more ranks, leaving alone would keep the others waiting
                     raise Stopped
             for name, prompts in self.sets.items():
                 tables[name], videos[name] = evaluate(
@@ -466,7 +467,8 @@ class Run:
         shown = torch.cat(list(videos.values()))
         write_png(stem.with_suffix(".png"), contact_sheet([shown], captions, [f"step {step}"]))
         for i, (video, caption) in enumerate(zip(shown, captions)):
-            write_video(self.folder / "samples" / f"step_{step:06d}_{video_name(i, caption)}.mp4", video, self.cfg.fps)
+            write_video(self.folder / "samples" / f"step_{step:06d}_{video_name(i, caption)}.mp4",
+                        to_pixels(video), self.cfg.fps)
         self.write_text(f"samples/step_{step:06d}.json",
                         json.dumps({name: {k: v.tolist() for k, v in t.items()} for name, t in tables.items()}) + "\n")
 
@@ -643,20 +645,6 @@ def parse(argv):
     return replace(saved, steps=given.steps, resume=Path(folder))
 
 
-def join_ranks(cfg):
-    """This process's device; under torchrun it joins the group first (nccl on cuda, gloo elsewhere)."""
-    if "RANK" not in os.environ:
-        return pick_device(cfg.device)
-    cuda = torch.cuda.is_available() and cfg.device != "cpu"
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # torchrun keeps its store when it starts dead workers again: under the same names they would meet their former selves.
-    store, rank, size = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(minutes=30))
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else pick_device(cfg.device or "cpu")
-
-
 def choose_folder(cfg):
     """
     (run folder, whether to continue what it holds). A fresh one unless asked; what it holds of another run is never lost unasked.
@@ -702,14 +690,14 @@ def tiny_clips(base, dtype, count=192):
     clips = [make_clip(every[i % len(every)], 2_000_000 + i)[0] for i in range(count)]    # each (F, 3, H, W) in [0, 1]
     with torch.no_grad():
         moments = [base.vae.encode(c.to(base.device, dtype) * 2 - 1).float().transpose(0, 1).cpu()[None]  # (1, 2C, F, h, w)
-                   for c in tqdm(clips, "encoding clips", disable=world()[0] != 0)]
+                   for c in tqdm(clips, "encoding clips", disable=rank_and_size()[0] != 0)]
     captions = [every[i % len(every)].caption for i in range(count)]
     return LatentDataset(moments, list(base.encode_text(captions).cpu()), captions)
 
 
 def read_clips(cfg, base, dtype):
     """The dataset of --data: latents and text of its clips, from the cache or computed now."""
-    rank, size = world()
+    rank, size = rank_and_size()
     pixels = cfg.size or base.default_size
     latent_size(base, pixels, pixels)
     clips = ClipConfig(num_frames=cfg.frames, fps=cfg.fps, height=pixels, width=pixels)
@@ -727,11 +715,11 @@ def read_clips(cfg, base, dtype):
 def main(argv):
     """Everything from the command line to the last line printed; returns the exit status."""
     cfg = parse(argv)
-    device = join_ranks(cfg)
+    device = join_ranks(cfg.device)
     check(cfg)
-    chief = world()[0] == 0
+    chief = rank_and_size()[0] == 0
     chosen = [choose_folder(cfg) if chief else None]
-    if world()[1] > 1:
+    if rank_and_size()[1] > 1:
         dist.broadcast_object_list(chosen)
     folder, resumed = chosen[0]
     dtype = pick_dtype(cfg.dtype, device)
@@ -774,13 +762,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        status = main(sys.argv[1:])
-    except (ValueError, RuntimeError, OSError, SafetensorError, KeyboardInterrupt) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train.py: {str(error) or 'interrupted before the first step'}", file=sys.stderr)
-        status = 2 if isinstance(error, ValueError) else 130 if isinstance(error, KeyboardInterrupt) else 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    sys.exit(status)
+    run_script("train.py", lambda: main(sys.argv[1:]), refused=(RuntimeError, OSError, SafetensorError))

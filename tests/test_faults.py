@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 import lora
 import train  # noqa: F401  as above
+from model import load_base
 
 pytestmark = pytest.mark.slow
 
@@ -238,10 +239,10 @@ def test_a_full_disk_is_a_clear_error_and_the_checkpoint_before_is_whole(small_d
 
 # -------------------------------------------------------- torchrun --------------------------------------------------------
 
-def torchrun(*argv, options=(), **more):
+def torchrun(*argv, script="train.py", options=(), **more):
     """(exit status, stdout, stderr, seconds) of two ranks, on the CPU."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *options,
-               ROOT / "train.py", *map(str, argv)]
+               ROOT / script, *map(str, argv)]
     began = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, timeout=3 * PATIENCE, env=os.environ | more)
     return done.returncode, done.stdout, done.stderr, time.monotonic() - began
@@ -262,6 +263,53 @@ def assert_nearly_the_same_run(a, b):
 
 
 RANKS = [*SMALL, "--batch-size", "4", "--steps", "2", "--eval-every", "2", "--eval-count", "3"]
+
+
+def test_two_ranks_generate_and_evaluate_what_one_does(world):
+    adapter = lora_of_the_tiny_base()
+    prompts = ["a red circle moving left", "green stripes drifting up", "a blue ring moving down"]  # not a multiple of two
+    asked = ["--device", "cpu", "--lora", adapter, "--num-steps", "2", "--batch-size", "2"]
+    generating = [*asked, *(word for p in prompts for word in ("--prompt", p)), "--out"]
+    evaluating = [*asked, "--count", "3", "--sheet", "2", "--out"]
+
+    status, said, errors, _ = torchrun(*generating, "made-by-two", script="generate.py")
+    assert status == 0, errors
+    assert len(said.splitlines()) == 3 and "generating" in errors
+    status, said, errors, _ = torchrun(*evaluating, "judged-by-two", script="evaluate.py")
+    assert status == 0, errors
+    assert said.count("written:") == 1
+    for script, argv in (("generate.py", [*generating, "made-by-one"]), ("evaluate.py", [*evaluating, "judged-by-one"])):
+        subprocess.run([sys.executable, ROOT / script, *map(str, argv)], check=True, capture_output=True, timeout=PATIENCE)
+
+    one, two = (sorted(Path(f"made-by-{n}").iterdir()) for n in ("one", "two"))
+    assert [p.name for p in one] == [p.name for p in two] and len(one) == 3
+    for a, b in zip(one, two):
+        assert np.abs(iio.imread(a).astype(int) - iio.imread(b)).mean() < .5  # rounding, and what the codec makes of it
+    one, two = (json.loads(Path(f"judged-by-{n}/table.json").read_text())["results"] for n in ("one", "two"))
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two):
+        assert a["measures"] == pytest.approx(b["measures"], abs=1e-5)
+        assert a.get("difference") == (pytest.approx(b["difference"], abs=1e-5) if "difference" in b else None)
+    sheets = [iio.imread(f"judged-by-{n}/sheet.png").astype(int) for n in ("one", "two")]
+    assert np.abs(sheets[0] - sheets[1]).max() <= 1
+
+
+def test_bad_input_under_torchrun_is_said_once():
+    for script, argv in (("evaluate.py", ["--count", "-1"]), ("generate.py", [])):
+        status, said, errors, _ = torchrun("--device", "cpu", *argv, script=script)
+        assert status != 0 and not said
+        assert sum(line.startswith(f"{script}: ") for line in errors.splitlines()) == 1
+
+
+def lora_of_the_tiny_base():
+    """A file with adapters that change what the tiny base generates."""
+    base, g = load_base("tiny"), torch.Generator().manual_seed(0)
+    lora.inject(base.unet, 4, generator=g)
+    with torch.no_grad():
+        for layer in lora.layers(base.unet).values():
+            layer.lora_B.normal_(std=.1, generator=g)
+    lora.save(base.unet, Path("some.safetensors"), base="tiny")
+    return "some.safetensors"
 
 
 def test_two_ranks_do_what_one_does():
