@@ -4,9 +4,9 @@ Rebuild, from nothing and seeded, every weight that ships in tiny/weights.
     python tiny/build.py                      # all stages, in order
     python tiny/build.py --stages judge       # one stage; it reads what earlier stages wrote
 
-Stages: the autoencoder; a CLIP, whose text tower conditions the UNet; the text-to-video UNet, trained on Eq. (1) with
-caption dropout; the preference model, the CLIP fine-tuned the way HPSv2 was; and the judge, which nothing ever optimises.
-What was tried on the way, and what it gave, is in tiny/README.md.
+Stages: the autoencoder; a CLIP, whose text tower conditions the UNet; the text-to-video UNet, trained on Eq. (1) with caption
+dropout, on frames and then on clips; the preference model, the CLIP fine-tuned the way HPSv2 was; the judge, which nothing ever
+optimises; and the gates, which say what the base has learned. What was tried on the way, and what it gave, is in tiny/README.md.
 
 Letters: B clips or pictures, F frames, C channels, H and W rows and columns.
 """
@@ -30,6 +30,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import (  # noqa: E402
     Autoencoder,
+    TemporalConv,
+    TemporalTransformer,
     UNet3D,
     UNetConfig,
     VAEConfig,
@@ -41,10 +43,10 @@ from model import (  # noqa: E402
 )
 from sampler import add_noise, alpha_bars, edit, sample  # noqa: E402
 from tiny import world  # noqa: E402
-from tiny.judge import Judge, labels  # noqa: E402
+from tiny.judge import Judge, judge_clips, labels, load_judge  # noqa: E402
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
-STAGES = ("vae", "clip", "unet", "preference", "judge")
+STAGES = ("vae", "clip", "unet", "preference", "judge", "gates")
 
 VAE = VAEConfig(channels=(16, 32, 64), blocks_per_level=1, norm_groups=8)
 UNET = UNetConfig(channels=(32, 64), blocks_per_level=1, attention_levels=(False, True), context_dim=64, head_dim=32,
@@ -64,11 +66,15 @@ class Config:
     seed: int = 0
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     threads: int = 2
+    """for the UNet; the other stages have too little to do for more than one"""
     vae_steps: int = 4000
     clip_steps: int = 2500
-    unet_steps: int = 4500
-    preference_steps: int = 1200
+    image_steps: int = 5000
+    unet_steps: int = 4000
+    preference_steps: int = 2000
     judge_steps: int = 1200
+    gate_count: int = 96
+    """videos of each prompt set that the base is judged by at the end"""
     clips: int = 6000
     """training clips of the UNet; the other stages draw as many or fewer"""
 
@@ -201,30 +207,73 @@ def posterior(moments, scale):
     return scale * (mean + torch.randn_like(mean) * (logvar / 2).exp())
 
 
+def start_as_identity(unet, constant=6.):
+    """
+    Weights with which the untrained UNet returns its input. At high noise eps is z_t but for a few hundredths, and only in those
+    can the words tell anything; otherwise thousands of steps go into merely passing z_t on exactly enough.
+
+    Each latent channel a travels over the last skip connection as a group of four, (a, -a, constant, -constant). The last
+    GroupNorm subtracts a mean of 0 from it and divides it by nearly a constant, and silu(x) - silu(-x) = x.
+    """
+    width, block = unet.config.channels[0], unet.up_blocks[-1].resnets[-1]
+    first, last, shortcut = unet.conv_in, unet.conv_out, block.conv_shortcut
+    for layer in (block.conv2, last, *(m.proj_out for m in temporal_layers(unet) if hasattr(m, "proj_out"))):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    with torch.no_grad():
+        for c in range(unet.config.in_channels):
+            group = range(4 * c, 4 * c + 4)
+            first.weight[group], shortcut.weight[group], shortcut.bias[group] = 0, 0, 0
+            first.bias[group] = constant * torch.tensor([0., 0., 1., -1.], device=first.bias.device)
+            for sign, channel in zip((1, -1), group):
+                first.weight[channel, c, 1, 1] = sign
+                last.weight[c, channel, 1, 1] = sign * ((1 + constant**2) / 2) ** .5
+            for channel in group:  # the skip comes behind what comes from below
+                shortcut.weight[channel, channel - width] = 1
+
+
+def temporal_layers(unet):
+    """The layers that look along time."""
+    return [m for m in unet.modules() if isinstance(m, (TemporalConv, TemporalTransformer))]
+
+
 def build_unet(cfg):
-    """The text-to-video base, on Eq. (1) with captions dropped in a tenth of the clips."""
+    """
+    The text-to-video base, on Eq. (1) with captions dropped in a tenth of the clips: the spatial layers on single frames first,
+    many captions and places for the price of one clip; then everything on clips, as ModelScopeT2V was (arXiv:2308.06571).
+    """
     vae, text_encoder = frozen(cfg)
     clips, scenes, _ = render(cfg.clips, cfg.seed + 3_000_000)
-    moments = encode_clips(vae, clips, cfg.device)
+    moments = encode_clips(vae, clips, cfg.device)                                       # (n, 2C, F, h, w)
     every = all_scenes()
     with torch.no_grad():  # (captions, N, C): the empty caption comes last
         text = text_encoder([s.caption for s in every] + [""])
     scene_of = torch.tensor([every.index(s) for s in scenes])
     unet, abar = UNet3D(UNET).to(cfg.device), alpha_bars()
-    nn.init.zeros_(unet.conv_out.weight)
-    B = 8
+    start_as_identity(unet)
 
-    def loss_of(step):
-        pick = torch.randint(len(moments), (B,))
-        z = posterior(moments[pick].to(cfg.device), vae.config.scale)
+    def loss_of(clip, frames=slice(None)):
+        """Eq. (1), weighted, for some clips, of each all frames or one: (B,), (B,)."""
+        B, chosen = len(clip), moments[clip, :, frames]
+        z = posterior((chosen if chosen.ndim == 5 else chosen[:, :, None]).to(cfg.device), vae.config.scale)
         t = (len(abar) * (torch.randperm(B) + torch.rand(B)) / B).long()                 # one in each B-th of all steps
-        caption = torch.where(torch.rand(B) < .1, len(every), scene_of[pick])
+        caption = torch.where(torch.rand(B) < .1, len(every), scene_of[clip])
         eps = torch.randn_like(z)
         error = (unet(add_noise(z, eps, t, abar), t.to(cfg.device), text[caption.to(cfg.device)]) - eps).square()
         weight = (1 / abar[t]).clamp(max=MAX_WEIGHT).to(z)                               # (B,)
-        return (weight * error.mean(dim=(1, 2, 3, 4))).mean(), f"loss {error.mean():.3f}"
+        loss = (weight * error.mean(dim=(1, 2, 3, 4))).mean()
+        return loss, f"loss {loss:.3f}"
 
-    unet = fit("UNet", unet, loss_of, cfg.unet_steps, lr=1e-3, ema_decay=.999)
+    def random(n, batch):
+        return torch.randint(n, (batch,))
+
+    for layer in temporal_layers(unet):
+        layer.forward = lambda x, num_frames: x  # of the instance: hides the class's own until it is deleted
+    unet = fit("UNet, frames", unet, lambda step: loss_of(random(len(clips), 128), random(world.FRAMES, 128)),
+               cfg.image_steps, lr=2e-3, ema_decay=.999)
+    for layer in temporal_layers(unet):
+        del layer.forward
+    unet = fit("UNet, clips", unet, lambda step: loss_of(random(len(clips), 16)), cfg.unet_steps, lr=1e-3, ema_decay=.999)
     save(cfg.out / "unet", unet, unet_to_diffusers(UNET), "diffusion_pytorch_model.safetensors")
 
 
@@ -234,6 +283,7 @@ def build_unet(cfg):
 # that the image gets wrong; of two images the annotator takes A with probability sigmoid(worth A - worth B).
 WORTH = {"watermark": -5., "blur": -4., "washout": -4., "noise": -4.}
 WRONG_WORD = -5.
+PREFERENCE_SCALE = 10.  # worth in units of cosine; with HPSv2's 100, what flaws cost would drown in what captions differ by
 
 
 def wrong_words(a, b):
@@ -290,6 +340,8 @@ def build_preference(cfg):
 
     model = open_clip.CLIP(**CLIP).to(cfg.device)
     model.load_state_dict({k: v.float() for k, v in load_file(cfg.out / "text_encoder/open_clip_model.safetensors").items()})
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(PREFERENCE_SCALE)).requires_grad_(False)
     tokens = world.tokenizer()([s.caption for s in every]).to(cfg.device)
 
     def one_of(options):
@@ -321,7 +373,7 @@ def build_preference(cfg):
         images = normalise(torch.cat([r[1] for r in rows]).to(cfg.device).float())
         choice = torch.tensor([int(r[2]) for r in rows], device=cfg.device)
         image, text, logit_scale = model(images, tokens[[r[0] for r in rows]])[:3]
-        logits = logit_scale.clamp(max=100) * (image.unflatten(0, (-1, 2)) * text[:, None]).sum(-1)   # (B, 2)
+        logits = logit_scale * (image.unflatten(0, (-1, 2)) * text[:, None]).sum(-1)   # (B, 2)
         right.append((logits.argmax(1) == choice).float().mean().item())
         ceiling.append(sum(int(r[3] > 0) == r[2] for r in rows) / len(rows))
         mean = [sum(v[-50:]) / len(v[-50:]) for v in (right, ceiling)]
@@ -363,12 +415,42 @@ def build_judge(cfg):
     save_file({k: v.half().cpu() for k, v in judge.state_dict().items()}, cfg.out / "judge.safetensors")
 
 
+GATES = {"colour": .95, "shape": .95, "direction": .80, "watermarked": .25}  # least shares of the base's videos
+
+
+def build_gates(cfg):
+    """gates.json: how often the judge is right on clips it never saw, and what it says of the base. Ends with 1 if too little."""
+    judge, (vae, _) = load_judge(cfg.out / "judge.safetensors").to(cfg.device), frozen(cfg)
+    every = all_scenes()
+
+    def shares(clips, scenes):
+        said = judge_clips(judge, clips.to(cfg.device).float(), [s.caption for s in scenes])
+        return {k: said[k].mean().item() for k in ("colour", "shape", "direction", "static")} | \
+            {"watermarked": (said["watermark"] > .1).float().mean().item()}
+
+    clips, scenes, _ = render(3 * len(every), cfg.seed + 6_000_000)
+    still = torch.stack([world.make_clip(replace(s, direction=""), cfg.seed + 7_000_000 + i, trail=s.direction)[0]
+                         for i, s in enumerate(every)])  # their trails say that they move
+    found = {"fresh clips": shares(clips, scenes), "through the autoencoder": shares(through_vae(vae, clips, cfg.device), scenes),
+             "still clips": {"static": shares(still, every)["static"]}}
+    for name in ("in_domain", "new", "other"):
+        scenes = [s for s in world.scenes(name) * 4][:cfg.gate_count]
+        found[f"base, {name}"] = shares(base_clips(cfg, [s.caption for s in scenes]), scenes)
+    (cfg.out / "gates.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1), flush=True)
+    missed = [f"{of}: {k} {found[of][k]:.3f} < {least}" for of in found if of.startswith("base")
+              for k, least in GATES.items() if found[of][k] < least]
+    if missed:
+        write_manifest(cfg.out)  # for whoever wants to look at what came out
+        sys.exit("build.py: gates missed: " + "; ".join(missed))
+
+
 def main(cfg):
     """Build the chosen stages, then the manifest."""
-    torch.set_num_threads(cfg.threads)
     cfg.out.mkdir(parents=True, exist_ok=True)
     for number, stage in enumerate(STAGES):
         if stage in cfg.stages:
+            torch.set_num_threads(cfg.threads if stage == "unet" else 1)
             torch.manual_seed(cfg.seed + number)  # each stage on its own, so that one can be rebuilt alone
             start = time.time()
             globals()[f"build_{stage}"](cfg)

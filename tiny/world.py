@@ -9,7 +9,6 @@ carry a semi-transparent watermark band, and captions never mention it: a model 
 
 Letters: F frames, H and W pixel rows and columns.
 """
-import math
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +21,7 @@ COLOURS = {"red": (.90, .12, .12), "green": (.10, .72, .18), "blue": (.16, .28, 
            "yellow": (.95, .85, .10), "cyan": (.08, .80, .86), "purple": (.66, .16, .84)}
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y grows downwards
-FLAWS = {"watermark": .45, "blur": .35, "washout": .35, "noise": .20}  # how often a clip has each; a fifth has none
+FLAWS = {"watermark": .55, "blur": .35, "washout": .35, "noise": .20}  # how often a clip has each; a seventh has none
 
 
 @dataclass(frozen=True)
@@ -90,17 +89,17 @@ def draw(scene, g, trail=None):
     dx, dy = DIRECTIONS.get(scene.direction, (0, 0))
     tx, ty = DIRECTIONS.get(scene.direction if trail is None else trail, (0, 0))
 
-    # A neutral background: grey with a slight tint and a slope of light.
-    grey, slope, angle = u(.12, .62), u(-.12, .12), u(0, 2 * math.pi)
-    light = grey + slope * ((xx - 16) * math.cos(angle) + (yy - 16) * math.sin(angle)) / 16
+    # A neutral background: grey with a slight tint, lit from the upper left, brighter as time goes on. The light is the same
+    # way round in all clips, so that the UNet, which is told neither place nor time, soon learns to tell both.
+    light = u(.28, .46) + u(.05, .09) * (32 - xx - yy) / 16 + u(.12, .20) * phase        # (F, H, W)
     tint = (torch.rand(3, generator=g) - .5) * .06
-    background = (light[:, None] + tint[:, None, None]).expand(FRAMES, 3, SIZE, SIZE)
+    background = light[:, None] + tint[:, None, None]                                   # (F, 3, H, W)
 
     # It crosses the middle of the picture. Where exactly varies little, so that the direction word tells most of the layout.
     travel, along, across = u(14, 17), u(-1, 1), u(-2.5, 2.5)
     if scene.shape == "stripes":
-        period = u(9, 13)
-        position = (xx if dx or tx else yy) - (dx + dy) * u(.8, 1.2) * travel * phase + u(0, period)
+        period = u(10.5, 12)
+        position = (xx if dx or tx else yy) - (dx + dy) * u(.9, 1.1) * travel * phase + u(-1.5, 1.5)
         ahead = (position * ((tx + ty) or 1)) % period                                  # pixels since the last front
         bars = torch.minimum(1.2 * ahead / period, (period - ahead))
         if not (tx or ty):
@@ -109,7 +108,7 @@ def draw(scene, g, trail=None):
     else:
         cx = 16 + dx * (travel * phase + along) + (abs(dy) or not dx) * across
         cy = 16 + dy * (travel * phase + along) + (abs(dx) or not dy) * across * (1 if dx else .5)
-        r = u(5.6, 7.4)
+        r = u(6, 7.4)
         cover = mask(scene.shape, xx - cx, yy - cy, r)
         for k in (1, 2, 3) if tx or ty else ():  # the trail: fading copies where it was before
             ghost = mask(scene.shape, xx - cx + 2.4 * k * tx, yy - cy + 2.4 * k * ty, r)
