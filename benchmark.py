@@ -378,6 +378,7 @@ def clock(device):
 
 
 def synchronize(device):
+    """Wait until the device has done what it was given."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
 
@@ -406,6 +407,7 @@ def matrix_rate(device, dtype):
 
 
 def spread(values):
+    """Least, median and greatest of some numbers."""
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
@@ -524,6 +526,7 @@ def table(report):
 
 
 def main(cfg, argv):
+    """Measure, write the JSON, print the table."""
     report = measure(cfg, shlex.join(["python", "benchmark.py", *argv]))
     with write_whole(cfg.out) as hidden:
         hidden.write_text(json.dumps(report, indent=1) + "\n")

@@ -45,6 +45,7 @@ FORMS = {
 
 @dataclass(frozen=True)
 class Clip:
+    """One line of a list: a file of footage, what it shows, and what the list says of its length."""
     path: Path
     caption: str
     num_frames: int | None = None

@@ -392,6 +392,7 @@ def export(adapter, to, out, base=None, config=None):
 
 
 def write_folder(folder, settings_name, settings, weights_name, tensors):
+    """A folder of weights with their settings beside them, whole or not at all."""
     with model.write_whole(folder) as hidden:
         hidden.mkdir()
         (hidden / settings_name).write_text(json.dumps(settings, indent=2) + "\n")
@@ -399,6 +400,7 @@ def write_folder(folder, settings_name, settings, weights_name, tensors):
 
 
 def main():
+    """python lora.py export: one line and status 2 where the adapter or the folder is no good."""
     options = tyro.extras.subcommand_cli_from_dict({"export": Export}, description=__doc__)
     try:
         export(options.adapter, options.to, options.out, options.base)

@@ -196,6 +196,8 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Four times as wide in between, gated: (..., C) -> (..., C)."""
+
     def __init__(self, dim):
         super().__init__()
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))  # Identity: their dropout
@@ -396,6 +398,8 @@ class PixelAttention(Attention):
 
 
 class Middle(nn.Module):
+    """The autoencoder's lowest resolution, with attention over the pixels of a picture."""
+
     def __init__(self, c, groups):
         super().__init__()
         self.resnets = nn.ModuleList([ResBlock(c, c, groups, 1e-6), ResBlock(c, c, groups, 1e-6)])
@@ -423,6 +427,8 @@ class PictureLevel(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Pictures (n, 3, H, W) in [-1, 1] -> mean and log-variance (n, 2C, h, w), before the last 1x1 convolution."""
+
     def __init__(self, config):
         super().__init__()
         ch, g = config.channels, config.norm_groups
@@ -442,6 +448,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Latents (n, C, h, w), after the first 1x1 convolution -> pictures (n, 3, H, W)."""
+
     def __init__(self, config):
         super().__init__()
         ch, g = config.channels[::-1], config.norm_groups
