@@ -322,7 +322,7 @@ def draw_curves(reports, path):
         rows = reports["too_long"]["rows"]
         x = [row["step"] for row in rows]
         right.plot(x, [row["measures"]["reward_mean"] for row in rows], "k", lw=2, label="reward")
-        for k, style in (("colour", "-."), ("shape", "--"), ("direction", ":"), ("watermark", "-")):
+        for k, style in (("colour", "-."), ("shape", "--"), ("direction", ":"), ("motion", "-"), ("watermark", "-")):
             right.plot(x, [row["measures"][k] for row in rows], style, label=f"judge: {k}")
         right.set(title="a run taken too far", xlabel="step", ylim=(-.02, 1.02))
         right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, .5))
