@@ -199,7 +199,7 @@ def test_a_batch_is_the_same_on_one_rank_and_on_two(parts, monkeypatch):
     whole = batch_of(parts, cfg, step=3)
     shares = []
     for rank in (0, 1):
-        monkeypatch.setattr(train, "world", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(train, "rank_and_size", lambda rank=rank: (rank, 2))
         shares.append(batch_of(parts, cfg, step=3))
     assert all(len(share[4]) == 2 for share in shares)
     joined = [torch.cat(v) if isinstance(v[0], torch.Tensor) else sum(v, []) for v in zip(*shares)]
