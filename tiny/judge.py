@@ -51,7 +51,7 @@ def pixel_measures(clips):
     watermark   contrast of the band's dashes in the time average of the clip; 0.00 without a band, 0.25 to 0.4 with one
     sharpness   steepest hundredth of differences between neighbours, off the band; blur and wash-out both lower it
     saturation  of the most saturated tenth of the pixels, largest minus smallest colour channel
-    noise       quartile of changes of a pixel between frames: the background's, where nothing should change
+    noise       quartile of changes of a pixel between frames: the background's, where only the light changes, slowly
     motion      change of saturation over four frames, relative to all saturation; near 0 when nothing moves
     """
     grey = clips.mean(dim=2)                                                              # (B, F, H, W)
