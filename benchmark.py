@@ -44,21 +44,14 @@ from tqdm import tqdm
 
 import lora
 import train
-from data import sample_generator
-from generate import check_folder, latent_size
-from model import (
-    DTYPES,
-    Base,
-    UNet3D,
-    load_base,
-    pick_device,
-    pick_dtype,
-    unet_to_diffusers,
-    vae_to_diffusers,
-    write_whole,
-)
+from model import Base, UNet3D, load_base
 from reward import aggregate, load_reward, segment_frames, tar_weights
 from sampler import check_edit, edit_steps
+from support.files import check_folder, write_text
+from support.names import unet_to_diffusers, vae_to_diffusers
+from support.processes import DTYPES, pick_device, pick_dtype, run_script
+from support.seeds import sample_generator
+from support.settings import check_at_least
 
 PARTS = ("chain", "last step", "decode", "reward", "backward", "optimizer")
 CAPTION = "a red circle moving left"
@@ -72,13 +65,13 @@ class Config:
     reward_weights: str | None = None
     """as train.py's; default the base's own, else random ones: a ViT-H/14 for a full-size base, a small CLIP for random:W"""
     batch_size: int = 2
-    """clips a step (paper, Sec. 4.1: 8 on 4 GPUs)"""
+    """clips a step (paper, Sec. 3.3: 8 on 4 GPUs)"""
     tau: float = 0.6
-    """how far clips are noised, as a share of the chain (paper, Sec. 3.2.1)"""
+    """how far clips are noised, as a share of the chain (paper, Sec. 4.2)"""
     num_steps: int = 20
-    """D, DDIM steps of the whole chain (paper, Sec. 4.1)"""
+    """D, DDIM steps of the whole chain (paper, Sec. 3.3)"""
     frames: int = 16
-    """F (paper, Sec. 4.1)"""
+    """F (paper, Sec. 3.3)"""
     size: int | None = None
     """pixel rows and columns; default what the base was trained on"""
     steps: int = 5
@@ -101,13 +94,11 @@ class Config:
 
 def check(cfg):
     """All that can be known before anything is loaded."""
-    for name, least in {"batch_size": 1, "steps": 1, "frames": train.Config.segments}.items():
-        if getattr(cfg, name) < least:
-            raise ValueError(f"{name} = {getattr(cfg, name)}: allowed is {least} and above")
+    check_at_least(cfg, batch_size=1, steps=1, frames=train.Config.segments)
     check_edit(cfg.tau, cfg.num_steps, train.Config.grad_steps)
     check_folder(cfg.out.parent)
     if cfg.out.is_dir():
-        raise ValueError(f"out {cfg.out}: is a folder; allowed is a file, there or not")
+        raise ValueError(f"out {cfg.out}: is a folder; it must be a file, there or not")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,7 +310,7 @@ def on_meta(module):
 def synthetic(base, cfg):
     """A batch as train.draw_batch gives it, of noise: what the numbers are costs nothing."""
     size = cfg.size or base.default_size
-    shape = (cfg.batch_size, base.vae.config.latent_channels, cfg.frames, *latent_size(base, size, size))
+    shape = (cfg.batch_size, base.vae.config.latent_channels, cfg.frames, *base.latent_size(size, size))
     generator = sample_generator(0, "benchmark")
     z, eps = (torch.randn(shape, generator=generator).to(base.device) for _ in range(2))  # (B, C, F, h, w)
     captions = [CAPTION] * cfg.batch_size
@@ -528,15 +519,10 @@ def table(report):
 def main(cfg, argv):
     """Measure, write the JSON, print the table."""
     report = measure(cfg, shlex.join(["python", "benchmark.py", *argv]))
-    with write_whole(cfg.out) as hidden:
-        hidden.write_text(json.dumps(report, indent=1) + "\n")
+    write_text(cfg.out, json.dumps(report, indent=1) + "\n")
     print(table(report))
     print(f"report: {cfg.out}")
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__), sys.argv[1:])
-    except (ValueError, OSError) as error:
-        print(f"benchmark.py: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
+    run_script("benchmark.py", lambda: main(tyro.cli(Config, description=__doc__), sys.argv[1:]))

@@ -1,143 +1,211 @@
 """
-The diffusion schedule, tau-noising, and DDIM chains: from pure noise, or from a real clip with a truncated gradient.
+Noise a clip part of the way, denoise it back, and let the gradient through the last step only.
 
-Paper: InstructVideo (arXiv:2312.12490), Secs. 3.1, 3.2.1 and 3.3, Eqs. (3)-(5).
+Paper: InstructVideo (arXiv:2312.12490), Secs. 3.1 and 3.2.1, Eqs. (3)-(5).
 
-| symbol    | here           | meaning                                                                 |
-|-----------|----------------|-------------------------------------------------------------------------|
-| T         | len(alpha_bar) | steps of the training process, 1000                                     |
-| D         | num_steps      | steps of the DDIM chain, 20                                             |
-| d(i)      | ddpm_step      | the training step that chain step i = D..1 starts from, Eq. (3)         |
-| tau       | tau            | how much of the chain an edit runs through, 0.6                         |
-| t_noi     | noise_step     | d(tau D), where a real clip is noised to, Eq. (4)                       |
-| abar_t    | alpha_bar[t]   | share of signal power left at step t; t is a 0-based index              |
-| K         | grad_steps     | last steps of the chain that carry gradient, 1                          |
+Sampling a video from pure noise takes D network calls, and a reward's gradient through all of
+them would take D times the memory. InstructVideo makes two cuts. It starts from a real clip that is
+noised to t_noi = d(tau D), so only tau D steps are left to run and the result is near real video
+from the start ("reward fine-tuning as editing"). And only the last K of these steps build a graph,
+so memory does not grow with D.
 
-Ours differs from the official code: (1) tau D is rounded, not truncated (0.57 x 100 is 56.99999 in floating point); (2) the
-steps before the last K build no graph, so memory does not grow with D; (3) nothing here switches a model to training mode:
-the official chain runs with dropout on. Knows nothing of the model but eps_model(z_t, t, text) -> eps.
+The symbols of the whole repository:
 
-Letters: B clips, C latent channels, F frames, H and W latent rows and columns, N text tokens.
+| symbol | in the code          | meaning                                            | paper      |
+|--------|----------------------|----------------------------------------------------|------------|
+| x, x^i | video, frames        | a video, and its i-th frame, in pixels             | Sec. 3.1   |
+| z, z_t | z, z_t               | its latents, scaled; the same at noise level t   | Sec. 3.1   |
+| c      | caption, text        | the caption, and its features                      | Sec. 3.1   |
+| eps    | eps                  | Gaussian noise, or the network's guess of it       | Eq. (1)    |
+| T      | num_train_steps      | noise levels that the base knows, 1000             | Sec. 3.1   |
+| abar_t | alpha_bar[t]         | signal power left at level t = 0..T-1              | Eq. (5)    |
+| D      | num_steps            | steps of the DDIM chain, 20                        | Sec. 3.3   |
+| d(i)   | ddpm_step            | noise level that chain step i = D..1 starts from   | Eq. (3)    |
+| tau    | tau                  | share of the chain that an edit runs through, 0.6  | Sec. 4.2   |
+| t_noi  | noise_step           | d(tau D), the step that a clip is noised to        | Eq. (4)    |
+| K      | grad_steps           | last steps of the chain that carry gradient, 1     | Sec. 3.3   |
+| w      | guidance             | scale of classifier-free guidance, 3               | -          |
+| F, S   | num_frames, segments | frames of a clip, 16; segments of it, 4            | Sec. 3.3   |
+| g(i)   | g, index             | the frame drawn from segment i                     | Sec. 3.2.2 |
+| r      | frame_scores         | the image reward of a frame                        | Eq. (2)    |
+| f_i    | tar_weights          | its weight: the nearer to the centre, the larger   | Eq. (7)    |
+| lambda | lambda_tar           | how fast that weight falls, 1                      | Eq. (7)    |
+| R      | R                    | the video's reward; the loss is -R, Eq. (9)        | Eq. (8)    |
+
+Ours differs from the official code: (1) tau D is rounded, not truncated (0.57 x 100 is 56.99999 in
+floating point); (2) the steps before the last K build no graph; (3) nothing here switches a model
+to training mode: the official chain runs with dropout on. This file knows nothing of the model but
+eps_model(z_t, t, text) -> eps.
+
+Letters: B clips, C latent channels, F frames, H and W latent rows and columns, N text tokens, E
+their width.
 """
 import math
 
 import torch
 
-GUIDANCE = 3.0  # what the official code trains and evaluates with (modules/config.py:74); ModelScopeT2V's own demo uses 9.0
+GUIDANCE = 3.0  # what the official code trains and evaluates with (modules/config.py:74)
 
+
+# ----------------------------------------------------------------------------------------------
+# Which noise level is which
 
 def alpha_bars(num_train_steps=1000, beta_start=0.00085, beta_end=0.012):
     """
-    The "scaled linear" schedule: betas are squares of evenly spaced roots. Returns abar (T,) in float64, on the CPU.
+    The noise schedule that the base was trained with: abar (T,), float64, on the CPU.
 
-    Source: Stable Diffusion's schedule, as in diffusion_ddim.py and the published scheduler_config.json.
+    "Scaled linear": the betas are squares of evenly spaced roots (diffusion_ddim.py, and the
+    published scheduler_config.json).
     """
-    betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_steps, dtype=torch.float64) ** 2
-    return torch.cumprod(1 - betas, dim=0)
+    roots = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_steps, dtype=torch.float64)
+    return torch.cumprod(1 - roots**2, dim=0)                                 # (T,)
 
 
 def ddpm_step(i, num_steps, num_train_steps=1000):
     """
-    Eq. (3): d(i) = (T / D)(i - 1) + 1, the training step of chain step i in 1..D; floor(T / D) if D does not divide T.
+    Eq. (3): d(i) = (T / D)(i - 1) + 1, the noise level of chain step i in 1..D.
 
-    Raises ValueError outside 1..D, and for D >= T: d(D) would reach T, or all steps would be one.
+    The network knows T = 1000 noise levels, the chain visits D of them, evenly spaced: 1, 51, ...,
+    951 for D = 20. Where D does not divide T the spacing is floor(T / D).
+    ValueError for i outside 1..D, and for D >= T, where all steps would be one.
     """
     if not 1 <= num_steps < num_train_steps:
-        raise ValueError(f"num_steps = {num_steps}: allowed is 1 to {num_train_steps - 1}")
+        raise ValueError(f"num_steps = {num_steps}: must be from 1 to {num_train_steps - 1}")
     if not 1 <= i <= num_steps:
-        raise ValueError(f"chain step i = {i}: allowed is 1 to num_steps = {num_steps}")
+        raise ValueError(f"chain step i = {i}: must be from 1 to num_steps = {num_steps}")
     return num_train_steps // num_steps * (i - 1) + 1
 
 
 def edit_steps(tau, num_steps):
-    """tau D, rounded: how many chain steps an edit runs. tau in (0, 1], at least one step, else ValueError."""
+    """tau D, rounded: the steps of an edit. ValueError unless 0 < tau <= 1, and for no step."""
     if not (math.isfinite(tau) and 0 < tau <= 1):
-        raise ValueError(f"tau = {tau}: allowed is above 0 and up to 1")
-    n = round(tau * num_steps)
-    if n < 1:
-        raise ValueError(f"tau = {tau} of num_steps = {num_steps} rounds to no step at all: allowed is tau * num_steps > 0.5")
-    return n
+        raise ValueError(f"tau = {tau}: must be above 0 and at most 1")
+    steps = round(tau * num_steps)
+    if steps < 1:
+        raise ValueError(f"tau = {tau} of num_steps = {num_steps} rounds to no step at all: "
+                         "tau * num_steps must be above 0.5")
+    return steps
 
 
 def noise_step(tau, num_steps, num_train_steps=1000):
-    """Eq. (4): t_noi = d(tau D). tau = 0.6, D = 20: d(12) = 551. Same errors as edit_steps and ddpm_step."""
+    """
+    Eq. (4): t_noi = d(tau D), where a real clip is noised to. 551 for tau = 0.6, D = 20.
+
+    A small tau leaves most of the clip, so there is little for the model to improve. A large one
+    makes the model invent most of it, which costs more steps. Errors as edit_steps and ddpm_step.
+    """
     return ddpm_step(edit_steps(tau, num_steps), num_steps, num_train_steps)
 
 
 def check_edit(tau, num_steps, grad_steps, num_train_steps=1000):
-    """(tau D, t_noi) of an edit. ValueError as noise_step, or if the K = grad_steps steps with gradient are not 1..tau D."""
-    first, t_noi = edit_steps(tau, num_steps), noise_step(tau, num_steps, num_train_steps)
-    if not 1 <= grad_steps <= first:
-        raise ValueError(f"grad_steps = {grad_steps}: allowed is 1 to {first}, the steps that tau = {tau} leaves of {num_steps}")
-    return first, t_noi
+    """ValueError unless such an edit is possible: as noise_step, and K must be in 1..tau D."""
+    noise_step(tau, num_steps, num_train_steps)
+    steps = edit_steps(tau, num_steps)
+    if not 1 <= grad_steps <= steps:
+        raise ValueError(f"grad_steps = {grad_steps}: must be from 1 to {steps}, the steps that "
+                         f"tau = {tau} leaves of {num_steps}")
 
+
+# ----------------------------------------------------------------------------------------------
+# One step there, one step back
 
 def add_noise(z, eps, t, alpha_bar):
     """
-    Eq. (5): z_t = sqrt(abar_t) z + sqrt(1 - abar_t) eps.
+    Eq. (5): z_t = sqrt(abar_t) z + sqrt(1 - abar_t) eps, a clip as it looks at noise level t.
 
-    z and eps (B, ...), t an int or (B,). The roots are taken in float64 on the CPU; the result has z's dtype and device.
+    z and eps (B, ...), t an int or (B,). The result has z's dtype and device.
     """
-    a = alpha_bar[torch.as_tensor(t, device="cpu")].reshape(-1, *[1] * (z.dim() - 1))     # (B or 1, 1, 1, 1, 1)
-    return a.sqrt().to(z) * z + (1 - a).sqrt().to(z) * eps.to(z)
+    # The roots are taken in float64 on the CPU, since some devices have no float64.
+    a = alpha_bar[torch.as_tensor(t, device="cpu")]
+    a = a.reshape(-1, *[1] * (z.dim() - 1))                                   # (B or 1, 1, ..., 1)
+    return a.sqrt().to(z) * z + (1 - a).sqrt().to(z) * eps.to(z)              # (B, ...)
 
 
 def guided_eps(eps_model, z_t, t, text, uncond, guidance):
     """
-    Classifier-free guidance (arXiv:2207.12598): eps_u + w (eps_c - eps_u), both branches in one call on a doubled batch.
+    Classifier-free guidance (arXiv:2207.12598): eps_u + w (eps_c - eps_u), the noise in z_t.
 
-    z_t (B,C,F,H,W), t int, text (B,N,E), uncond (1,N,E) or (B,N,E) -> (B,C,F,H,W).
+    Both guesses come from the same weights, in one call on a doubled batch. Videos are sampled with
+    guidance, so the gradient of a sampled video goes through both; with one branch detached it
+    would be the gradient of something else.
+
+    z_t (B,C,F,H,W), t an int, text (B,N,E), uncond (1,N,E) or (B,N,E): the empty caption's.
     """
     B = len(z_t)
-    steps = torch.full((2 * B,), t, device=z_t.device)
-    eps_c, eps_u = eps_model(torch.cat([z_t, z_t]), steps, torch.cat([text, uncond.expand(B, -1, -1)])).chunk(2)
-    return eps_u + guidance * (eps_c - eps_u)                                             # (B, C, F, H, W)
+    t_batch = torch.full((2 * B,), t, device=z_t.device)                      # (2B,)
+    both = torch.cat([text, uncond.expand(B, -1, -1)])                        # (2B, N, E)
+    eps_c, eps_u = eps_model(torch.cat([z_t, z_t]), t_batch, both).chunk(2)
+    return eps_u + guidance * (eps_c - eps_u)                                 # (B, C, F, H, W)
 
 
 def ddim_step(z_t, eps, t, t_prev, alpha_bar):
     """
-    One deterministic DDIM step, z_t -> z_{t_prev}. DDIM (arXiv:2010.02502), Eq. (12) with sigma = 0.
+    One deterministic DDIM step, z_t -> z_{t_prev} (arXiv:2010.02502, Eq. (12) with sigma = 0).
 
-    The last step goes to abar[0], not to 1: t_prev is clamped at 0 (diffusion_ddim.py:583).
+    Take out the noise to see z_0, then put back as much as belongs to t_prev. The last step goes to
+    abar[0], not to 1, in the official code and in diffusers alike (diffusion_ddim.py:583).
     """
-    a, a_prev = (float(alpha_bar[max(s, 0)]) for s in (t, t_prev))  # Python floats: float64 arithmetic on any device
+    # Python floats keep float64 arithmetic on any device.
+    a, a_prev = float(alpha_bar[t]), float(alpha_bar[max(t_prev, 0)])
     z_0 = (z_t - (1 - a) ** 0.5 * eps) / a**0.5
-    return a_prev**0.5 * z_0 + (1 - a_prev) ** 0.5 * eps                                  # (B, C, F, H, W)
+    return a_prev**0.5 * z_0 + (1 - a_prev) ** 0.5 * eps                      # (B, C, F, H, W)
 
+
+# ----------------------------------------------------------------------------------------------
+# The chain: from pure noise, or from a noised clip
 
 def chain(eps_model, z, text, uncond, first, num_steps, guidance, alpha_bar, grad_steps):
-    """Chain steps i = first..1 from z at training step d(first) down to z_0; gradient through the last grad_steps only."""
+    """
+    Chain steps i = first..1, from z at noise level d(first) to z_0. Only i <= K carry gradient.
+
+    Why truncate (Sec. 3.3)? Each step with gradient keeps all activations of a network call, and
+    gradients through long chains explode (DRaFT, arXiv:2309.17400). The last step alone moves z_0
+    little (dz_0 / deps is about -0.012 there), yet its gradient trains weights that all steps
+    share, so what is learned there changes the earlier steps too.
+    """
     stride = len(alpha_bar) // num_steps
     with_grad = torch.is_grad_enabled()
+
     for i in range(first, 0, -1):
-        t = ddpm_step(i, num_steps, len(alpha_bar))
+        t = ddpm_step(i, num_steps, len(alpha_bar))                           # Eq. (3)
         with torch.set_grad_enabled(with_grad and i <= grad_steps):
             eps = guided_eps(eps_model, z, t, text, uncond, guidance)
-            z = ddim_step(z, eps, t, t - stride, alpha_bar)
+            z = ddim_step(z, eps, t, t - stride, alpha_bar)                   # (B, C, F, H, W)
     return z
 
 
 @torch.no_grad()
 def sample(eps_model, noise, text, uncond, num_steps=20, guidance=GUIDANCE, alpha_bar=None):
     """
-    Text to video: all D steps from pure noise, no gradient.
+    Text to video: all D steps from pure noise, without gradient. This is how a model is used.
 
     noise (B,C,F,H,W), text (B,N,E), uncond (1,N,E) or (B,N,E) -> z_0 (B,C,F,H,W), scaled latents.
     """
     alpha_bar = alpha_bars() if alpha_bar is None else alpha_bar
-    ddpm_step(num_steps, num_steps, len(alpha_bar))  # refuse a D that is too large before any work
-    return chain(eps_model, noise, text, uncond, num_steps, num_steps, guidance, alpha_bar, grad_steps=0)
+    ddpm_step(num_steps, num_steps, len(alpha_bar))  # refuses a D that is too large before any work
+
+    return chain(eps_model, noise, text, uncond, num_steps, num_steps, guidance, alpha_bar, 0)
 
 
-def edit(eps_model, z, eps, text, uncond, tau=0.6, num_steps=20, guidance=GUIDANCE, grad_steps=1, alpha_bar=None):
+def edit(eps_model, z, eps, text, uncond, tau=0.6, num_steps=20, guidance=GUIDANCE, grad_steps=1,
+         alpha_bar=None):
     """
-    The paper's reward fine-tuning as editing (Sec. 3.2.1): noise a clip to t_noi, denoise it back in tau D steps.
+    Reward fine-tuning as editing (Sec. 3.2.1): noise a real clip to t_noi, and denoise it.
 
-    z (B,C,F,H,W) scaled latents of real clips, eps (B,C,F,H,W) noise, text (B,N,E), uncond (1,N,E) or (B,N,E) -> z_0.
-    The last K = grad_steps steps carry gradient, in both guidance branches (Sec. 3.3); the others build no graph.
-    Raises ValueError for tau or num_steps as noise_step does, and for K outside 1..tau D.
+    Why edit? It takes tau D steps instead of D, and the result is near real video from the start,
+    also while the model is still poor. This is how a model is trained.
+
+    z (B,C,F,H,W) scaled latents of real clips, eps (B,C,F,H,W) noise, text (B,N,E), uncond (1,N,E)
+    or (B,N,E) -> z_0 (B,C,F,H,W), with gradient through the last K = grad_steps steps.
+    ValueError as check_edit.
     """
     alpha_bar = alpha_bars() if alpha_bar is None else alpha_bar
-    first, t_noi = check_edit(tau, num_steps, grad_steps, len(alpha_bar))
-    z_noi = add_noise(z, eps, t_noi, alpha_bar)                                           # Eq. (5)
+    check_edit(tau, num_steps, grad_steps, len(alpha_bar))
+
+    # 1. Noise the clip part of the way.
+    t_noi = noise_step(tau, num_steps, len(alpha_bar))                        # Eq. (4)
+    z_noi = add_noise(z, eps, t_noi, alpha_bar)                               # Eq. (5)
+
+    # 2. Denoise it back, in the tau D steps that are left.
+    first = edit_steps(tau, num_steps)
     return chain(eps_model, z_noi, text, uncond, first, num_steps, guidance, alpha_bar, grad_steps)

@@ -30,6 +30,8 @@ import model
 import reward
 import train
 from model import Autoencoder, Base, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig, decode_frames, load_base
+from support import adapters, clip_configs, names, processes, published, run_folder, weights, words
+from tiny import clips
 
 ROOT = Path(__file__).resolve().parents[1]
 UNET = UNetConfig(channels=(8, 16), blocks_per_level=1, attention_levels=(True, False), context_dim=64, head_dim=4, norm_groups=4,
@@ -37,7 +39,7 @@ UNET = UNetConfig(channels=(8, 16), blocks_per_level=1, attention_levels=(True, 
 VAE = VAEConfig(channels=(8, 16), blocks_per_level=1, norm_groups=4)
 TEXT = TextConfig(width=64, heads=1, layers=2)
 TUNED = "instructvideo-finetuned/ddim20_1102-18-52_non_ema_0620000.pth"
-CLIP = reward.SMALL_CLIP
+CLIP = clip_configs.SMALL_CLIP
 TOKENIZER = cache(open_clip.SimpleTokenizer)
 
 
@@ -83,16 +85,16 @@ def write(path, content):
 def diffusers_folder(parts, tmp_path_factory):
     """unet, vae and text_encoder, the last under open_clip's names; beside them what a download should leave alone."""
     folder, (unet, vae, text, _) = tmp_path_factory.mktemp("base"), parts
-    write(folder / "unet/config.json", model.unet_to_diffusers(UNET))
-    write(folder / "vae/config.json", model.vae_to_diffusers(VAE))
+    write(folder / "unet/config.json", names.unet_to_diffusers(UNET))
+    write(folder / "vae/config.json", names.vae_to_diffusers(VAE))
     write(folder / "text_encoder/config.json", {"quick_gelu": False})
     for name, tensors in (("unet", without_lora(unet)), ("vae", vae.state_dict())):
         write(folder / name / "diffusion_pytorch_model.safetensors", tensors)
         for other in ("bin", "fp16.bin", "fp16.safetensors"):
             (folder / name / f"diffusion_pytorch_model.{other}").write_text("not to be downloaded")
     (folder / "unet/openvino_model.bin").write_text("not to be downloaded")
-    names = sorted(text.state_dict())
-    shards = {name: f"pytorch_model-0000{1 + (name > names[9])}-of-00002.bin" for name in names}
+    tower = sorted(text.state_dict())
+    shards = {name: f"pytorch_model-0000{1 + (name > tower[9])}-of-00002.bin" for name in tower}
     for shard in set(shards.values()):
         write(folder / "text_encoder" / shard, {k: v for k, v in text.state_dict().items() if shards[k] == shard})
     write(folder / "text_encoder/pytorch_model.bin.index.json", {"weight_map": shards})
@@ -112,17 +114,16 @@ def small(monkeypatch):
 def instructvideo(parts, tmp_path_factory):
     """A folder with the files of InstructVideo's own, as its README has them laid out."""
     folder, (unet, vae, text, clip) = tmp_path_factory.mktemp("InstructVideo"), parts
-    base = model.unet_to_official(without_lora(unet), UNET)
-    names = lora.official_names(UNET)
-    adapters = {names[k]: v for k, v in lora.adapter_state(unet).items()}
+    base = names.unet_to_official(without_lora(unet), UNET)
+    tuned = {adapters.to_official_name(k, UNET): v for k, v in lora.adapter_state(unet).items()}
     write(folder / "model_scope_v1-4_0600000.pth", base)
-    state = {f"module.{k}": v for k, v in (base | adapters).items()}
+    state = {f"module.{k}": v for k, v in (base | tuned).items()}
     write(folder / TUNED, {"state_dict": state, "optimizer": {"lr": 1e-5}, "scaler": {}, "step": 620000})
-    ldm = {f"first_stage_model.{k}": v for k, v in model.vae_to_official(vae.state_dict(), VAE).items()}
+    ldm = {f"first_stage_model.{k}": v for k, v in names.vae_to_official(vae.state_dict(), VAE).items()}
     write(folder / "v2-1_512-ema-pruned.ckpt", {"state_dict": ldm | {"model_ema.decay": torch.tensor(.9)}})
     write(folder / "stable-diffusion-v/open_clip_pytorch_model.bin", text.state_dict() | {"visual.proj": torch.zeros(2, 2)})
     write(folder / "HPS_v2.pt", {"iterations": np.float64(4000), "state_dict": clip.state_dict(), "optimizer": {"lr": 1.}})
-    write(folder / "alone/adapters.pth", adapters)
+    write(folder / "alone/adapters.pth", tuned)
     return folder
 
 
@@ -181,11 +182,11 @@ def test_training_goes_on_from_the_adapters_of_the_file(small, instructvideo):
     flags = ["--base", instructvideo / TUNED, "--data", "clips.txt", "--frames", 2, "--segments", 1, "--size", 8, "--steps", 1,
              "--batch-size", 1, "--num-steps", 2, "--tau", 1, "--eval-every", 0, "--device", "cpu", "--workers", 0, "--lr", 1e-9,
              "--out", "run"]
-    with pytest.raises(ValueError, match="rank = 4: allowed is 3, that of the adapters in .*0620000.pth") as error:
+    with pytest.raises(ValueError, match="rank = 4: must be 3, that of the adapters in .*0620000.pth") as error:
         train.main([*map(str, flags)])
     assert one_line(error) and not Path("run").exists()
     assert train.main([*map(str, flags), "--rank", "3"]) == 0
-    ours, theirs = (lora.read_adapter(path, UNET).tensors for path in ("run/lora.safetensors", instructvideo / TUNED))
+    ours, theirs = (adapters.read_adapter(path, UNET).tensors for path in ("run/lora.safetensors", instructvideo / TUNED))
     for name, t in ours.items():
         torch.testing.assert_close(t, theirs[name], rtol=0, atol=1e-8)
 
@@ -196,7 +197,7 @@ def test_parts_that_do_not_belong_together(diffusers_folder, parts, tmp_path):
         load_base(str(diffusers_folder), text_encoder="wide.bin")
     assert one_line(error)
     config = replace(VAE, latent_channels=8)
-    write(tmp_path / "vae/config.json", model.vae_to_diffusers(config))
+    write(tmp_path / "vae/config.json", names.vae_to_diffusers(config))
     write(tmp_path / "vae/diffusion_pytorch_model.safetensors", seeded(lambda: Autoencoder(config)).state_dict())
     with pytest.raises(ValueError, match="the UNet takes 4 and gives 4 latent channels, .*vae has 8"):
         load_base(str(diffusers_folder), vae="vae")
@@ -207,11 +208,11 @@ def test_a_word_list_must_fit_its_text_tower():
                        ("7\n" + "\n".join("abcdef"), "makes 7 tokens from 0 to 9")):
         Path("words.txt").write_text(text)
         with pytest.raises(ValueError, match=what) as error:
-            model.read_words("words.txt").check_fit(Path("text_encoder"), 9, 7)
+            words.read_words("words.txt").check_fit(Path("text_encoder"), 9, 7)
         assert one_line(error).startswith("text_encoder: words.txt")
     Path("words.txt").write_bytes(b"7\n\xff\xfe")
     with pytest.raises(ValueError, match="words.txt: not a text file in UTF-8"):
-        model.read_words("words.txt")
+        words.read_words("words.txt")
 
 
 # --------------------------------------------------------- The hub ---------------------------------------------------------
@@ -326,7 +327,7 @@ def test_modelscopes_files_on_the_hub(hub, small, instructvideo, parts):
     (["text2video_pytorch_model.pth", "unet/config.json", "model_scope_v1-4_0600000.pth"], [0]),
     (["unet/config.json", "unet/README.md", "x/unet/diffusion_pytorch_model.bin"], [])])
 def test_which_files_of_a_repository_are_needed(files, unet):
-    assert model.hub_files(files) == {"unet": [files[i] for i in unet], "vae": [], "text_encoder": []}
+    assert weights.hub_files(files) == {"unet": [files[i] for i in unet], "vae": [], "text_encoder": []}
 
 
 def test_hf_hub_offline(hub, diffusers_folder, tmp_path):
@@ -383,34 +384,35 @@ def test_frames_are_picked_before_they_are_decoded(base, monkeypatch):
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:9999", "meta", "hpu", "privateuseone", "xla", "", "cpu "])
 def test_devices_that_are_not_there(name):
-    with pytest.raises(ValueError, match="allowed are cuda, mps, cpu, where torch has them") as error:
-        model.pick_device(name)
+    with pytest.raises(ValueError, match="it must be cuda, mps or cpu, where torch has them") as error:
+        processes.pick_device(name)
     assert one_line(error).startswith(f"device {name!r}: not available here")
 
 
 def test_device_and_precision(monkeypatch):
-    assert model.pick_device("cpu") == torch.device("cpu")
+    assert processes.pick_device("cpu") == torch.device("cpu")
     for cuda, mps, kind in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=cuda: there)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=mps: there)
-        assert model.pick_device().type == kind
+        assert processes.pick_device().type == kind
     for name, kind, dtype in ((None, "cuda", torch.bfloat16), (None, "mps", torch.float32), (None, "cpu", torch.float32),
                               ("float16", "cpu", torch.float16), ("float32", "cuda", torch.float32)):
-        assert model.pick_dtype(name, torch.device(kind)) == dtype
-    with pytest.raises(ValueError, match="dtype 'int8': allowed are float32, bfloat16, float16"):
-        model.pick_dtype("int8", torch.device("cpu"))
+        assert processes.pick_dtype(name, torch.device(kind)) == dtype
+    with pytest.raises(ValueError, match="dtype 'int8': must be one of float32, bfloat16, float16"):
+        processes.pick_dtype("int8", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_weights_have_one_fingerprint_in_every_precision(base, dtype):
     tiny = base.unet.conv_in.weight.data
     tiny[0] = torch.tensor([1e-30, -1e-30, 0.]).repeat(12).view_as(tiny[0])  # what fp16 rounds to zero; 1.4 B weights have such
-    name = model.fingerprint(base.unet)
-    assert model.fingerprint(base.unet.to(dtype)) == model.fingerprint(base.unet.float()) == name
+    name = published.fingerprint(base.unet.state_dict())
+    assert published.fingerprint(base.unet.to(dtype).state_dict()) == name
+    assert published.fingerprint(base.unet.float().state_dict()) == name
     lora.inject(base.unet)
-    assert model.fingerprint(base.unet) == name
+    assert published.fingerprint(base.unet.state_dict()) == lora.base_fingerprint(base.unet) == name
     base.unet.conv_out.weight.data[0, 0, 0, 0] *= -1
-    assert model.fingerprint(base.unet) != name
+    assert published.fingerprint(base.unet.state_dict()) != name
 
 
 def test_cached_latents_and_text_belong_to_weights_and_precision(base, monkeypatch, tmp_path):
@@ -479,7 +481,7 @@ def test_rewards_from_the_base_the_hub_or_nowhere(small, parts, monkeypatch, tmp
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
     with pytest.raises(ValueError, match=r"reward hpsv2: cannot be downloaded \(OSError: cannot resolve the host\); get HPS_v2"):
         reward.load_reward("hpsv2", None, tmp_path)
-    with pytest.raises(ValueError, match="reward 'hps': allowed are hpsv2, hpsv2.1"):
+    with pytest.raises(ValueError, match="reward 'hps': must be one of hpsv2, hpsv2.1"):
         reward.load_reward("hps")
 
 
@@ -531,7 +533,7 @@ def finished(tmp_path_factory):
     """A run folder of one step in the tiny world."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "tiny_clips", partial(train.tiny_clips, count=2))
+        patch.setattr(clips, "tiny_clips", partial(clips.tiny_clips, count=2))
         flags = "--steps 1 --batch-size 1 --num-steps 1 --tau 1 --eval-every 0 --device cpu --out"
         assert train.main([*flags.split(), str(folder)]) == 0
     return folder
@@ -539,15 +541,15 @@ def finished(tmp_path_factory):
 
 def adapters_of(folder):
     state = torch.load(folder / "state.pt", weights_only=True)
-    return state, state["adapters"], [torch.nn.Parameter(v) for v in state["adapters"].values()]
+    return state, state["adapters"]
 
 
 def test_what_was_saved_is_read(finished):
-    state, adapters, parameters = adapters_of(finished)
-    assert state["optimizer"]["state"].keys() == set(range(len(parameters)))
-    assert train.read_checkpoint(finished / "state.pt", adapters, parameters)["step"] == 1
+    state, tensors = adapters_of(finished)
+    assert state["optimizer"]["state"].keys() == set(range(len(tensors)))
+    assert run_folder.read_checkpoint(finished / "state.pt", tensors)["step"] == 1
     torch.save(state | {"optimizer": {"state": {}}}, "state.pt")  # every step so far was skipped
-    train.read_checkpoint(Path("state.pt"), adapters, parameters)
+    run_folder.read_checkpoint(Path("state.pt"), tensors)
 
 
 class Hostile:
@@ -597,10 +599,10 @@ HOSTILE_STATES = {
 
 @pytest.mark.parametrize("what", HOSTILE_STATES)
 def test_a_checkpoint_is_data(finished, what):
-    state, adapters, parameters = adapters_of(finished)
+    state, tensors = adapters_of(finished)
     torch.save(HOSTILE_STATES[what](state), "state.pt")
     with pytest.raises(ValueError) as error:
-        train.read_checkpoint(Path("state.pt"), adapters, parameters)
+        run_folder.read_checkpoint(Path("state.pt"), tensors)
     assert one_line(error).startswith("state.pt: ") and not Path("created").exists()
 
 
@@ -618,14 +620,14 @@ def contents(folder):
     ("metrics.jsonl", lambda b: b'{"step": 1, "eval": {}}\n' + b, "metrics.jsonl, line 1"),
     ("metrics.jsonl", lambda b: b'{"step": 1, "eval": {"a": {"reward_mean": null}}}\n' + b, "metrics.jsonl, line 1"),
     ("metrics.jsonl", lambda b: b"\xff\n" + b"[" * 9999 + b"\n" + b, "metrics.jsonl, line 1"),
-    ("config.json", lambda b: b.replace(b'"steps": 1', b'"steps": "1"'), "config.json: steps is '1'; allowed is int"),
-    ("config.json", lambda b: re.sub(b'"lr": [^,]+', b'"lr": null', b), "config.json: lr is 'None'; allowed is float"),
-    ("config.json", lambda b: b.replace(b'"prompts": []', b'"prompts": [1]'), r"prompts is '\[1\]'; allowed is tuple"),
-    ("config.json", lambda b: b.replace(b'"cache": true', b'"cache": 1'), "cache is '1'; allowed is bool"),
-    ("config.json", lambda b: b.replace(b'"data": null', b'"data": 5'), "data is '5'; allowed is Path or NoneType"),
+    ("config.json", lambda b: b.replace(b'"steps": 1', b'"steps": "1"'), "config.json: steps is '1'; must be int"),
+    ("config.json", lambda b: re.sub(b'"lr": [^,]+', b'"lr": null', b), "config.json: lr is 'None'; must be float"),
+    ("config.json", lambda b: b.replace(b'"prompts": []', b'"prompts": [1]'), r"prompts is '\[1\]'; must be tuple"),
+    ("config.json", lambda b: b.replace(b'"cache": true', b'"cache": 1'), "cache is '1'; must be bool"),
+    ("config.json", lambda b: b.replace(b'"data": null', b'"data": 5'), "data is '5'; must be Path or NoneType"),
     ("config.json", lambda b: b[:-9], "config.json: expected JSON"), ("config.json", lambda b: b"[]", "expected a JSON object")])
 def test_resuming_from_damage_changes_nothing(finished, monkeypatch, name, damage, message):
-    monkeypatch.setattr(train, "tiny_clips", partial(train.tiny_clips, count=2))
+    monkeypatch.setattr(clips, "tiny_clips", partial(clips.tiny_clips, count=2))
     folder = Path("run")
     for file, content in contents(finished).items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -641,7 +643,7 @@ def test_resuming_from_damage_changes_nothing(finished, monkeypatch, name, damag
 
 
 def test_a_run_may_be_moved(finished, monkeypatch):
-    monkeypatch.setattr(train, "tiny_clips", partial(train.tiny_clips, count=2))
+    monkeypatch.setattr(clips, "tiny_clips", partial(clips.tiny_clips, count=2))
     Path("far/away").mkdir(parents=True)
     for file, content in contents(finished).items():
         Path("far/away", file).parent.mkdir(exist_ok=True)

@@ -8,7 +8,6 @@ import re
 import runpy
 import subprocess
 import sys
-import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -22,8 +21,10 @@ import generate
 import lora
 import reward
 import train
-from model import TINY, load_base
+from model import load_base
 from sampler import sample
+from support import pictures, tables, videos
+from support.weights import TINY
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "a red circle moving left"
@@ -97,10 +98,9 @@ def test_file_names_are_safe_whatever_the_prompt():
             ("../../etc/passwd", "0007-etc-passwd"), ("a/b\\c:*?\"<>|\n\t\0d", "0007-a-b-c-d"), (".hidden ", "0007-hidden"),
             ("猫が歩く", "0007"), ("Ünïcode é", "0007-n-code"), ("--help", "0007-help"), ("x" * 500, "0007-" + "x" * 60),
             ("a" * 59 + " b", "0007-" + "a" * 59)]:
-        assert generate.video_name(7, prompt) == name
+        assert videos.video_name(7, prompt) == name
 
 
-@pytest.mark.filterwarnings("ignore:words this model does not know")
 def test_a_nasty_prompt_stays_in_its_folder():
     assert list(make("videos", "--prompt", "../../../escape", "--frames", 1)) == ["0000-escape.mp4"]
     assert files() == ["videos/0000-escape.mp4"]
@@ -150,14 +150,12 @@ def test_a_lora_and_its_scale(adapter):
 
 
 def test_what_the_text_encoder_does_not_see_is_announced_once(capfd):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        make("videos", "--prompt", "a red circle moving left and then right", "--prompt", "a red zebra", "--frames", 1)
-    said = capfd.readouterr().out
+    make("videos", "--prompt", "a red circle moving left and then right", "--prompt", "a red zebra", "--frames", 1)
+    said, told = capfd.readouterr()
     assert "longer than the text encoder reads, its end is not seen: 'a red circle moving left and then right'" in said
     assert said.count("longer than") == 1
-    unknown = [str(w.message) for w in caught if "does not know" in str(w.message)]
-    assert len(unknown) == 2  # one for each caption with new words
+    unknown = [line for line in told.splitlines() if "does not know" in line]
+    assert len(unknown) == 2  # one for each caption with new words, plain lines of their own
     assert unknown[0].startswith("words this model does not know: and, then; it knows: a red")
     assert unknown[1].startswith("words this model does not know: zebra;")
 
@@ -185,9 +183,9 @@ def test_the_metric_is_the_mean_over_first_frames_without_weights(monkeypatch):
 def test_differences_are_paired():
     before, after = ({"reward": torch.tensor(v, dtype=torch.float64)} for v in ([.1, .5, .3], [.2, .4, .9]))
     # Differences .1, -.1, .6: mean .2, variance ((.1)^2 + (.3)^2 + (.4)^2) / 2 = .13, standard error sqrt(.13 / 3).
-    assert evaluate.paired(before, after) == pytest.approx((.2, (.13 / 3) ** .5))
-    assert evaluate.paired({"reward": torch.tensor([1.])}, {"reward": torch.tensor([3.])}) == (2., 0.)
-    assert evaluate.summary({**after, "noise": torch.tensor([1., 2., 3.])}) == pytest.approx(
+    assert tables.paired(before, after) == pytest.approx((.2, (.13 / 3) ** .5))
+    assert tables.paired({"reward": torch.tensor([1.])}, {"reward": torch.tensor([3.])}) == (2., 0.)
+    assert tables.summary({**after, "noise": torch.tensor([1., 2., 3.])}) == pytest.approx(
         {"reward_mean": .5, "reward_std": .13 ** .5, "n": 3, "noise": 2.})
 
 
@@ -234,7 +232,7 @@ def test_base_and_fine_tuned_on_two_sets_at_several_d_and_guidance(adapter, capf
 
     # One strip of two frames for each set and model, so that rows are sets and columns models.
     sheet = iio.imread("report/sheet.png")
-    strip = evaluate.strip(torch.rand(8, 3, 32, 32))
+    strip = pictures.strip(torch.rand(8, 3, 32, 32))
     assert sheet.shape == (22 + 2 * (strip.shape[1] + 22), 2 * (strip.shape[2] + 14), 3)
 
 
@@ -303,41 +301,42 @@ def bad_files():
 
 
 @pytest.mark.parametrize("argv, message", [
-    ("--tau 0", r"tau = 0.0: allowed is above 0 and up to 1"),
+    ("--tau 0", r"tau = 0.0: must be above 0 and at most 1"),
     ("--tau 1.01", "tau = 1.01"), ("--tau -0.5", "tau = -0.5"), ("--tau nan", "tau = nan"), ("--tau inf", "tau = inf"),
     ("--tau 0.02", r"tau = 0.02 of num_steps = 20 rounds to no step at all"),
-    ("--segments 17", "segments is 17; allowed are 1 to 16"), ("--segments 0", "segments is 0"),
-    ("--grad-steps 13", "grad_steps = 13: allowed is 1 to 12"), ("--grad-steps 0", "grad_steps = 0"),
-    ("--rank 0", "rank = 0: allowed is 1 and above"), ("--rank -4", "rank = -4"),
-    ("--num-steps 1000", "num_steps = 1000: allowed is 1 to 999"), ("--num-steps 0", "num_steps"),
-    ("--lr -1e-5", "lr = -1e-05: allowed is any finite number above 0"), ("--lr 0", "lr = 0.0"), ("--lr nan", "lr = nan"),
+    ("--segments 17", "segments = 17: must be from 1 to 16"), ("--segments 0", "segments = 0"),
+    ("--grad-steps 13", "grad_steps = 13: must be from 1 to 12"), ("--grad-steps 0", "grad_steps = 0"),
+    ("--rank 0", "rank = 0: must be at least 1"), ("--rank -4", "rank = -4"),
+    ("--num-steps 1000", "num_steps = 1000: must be from 1 to 999"), ("--num-steps 0", "num_steps"),
+    ("--lr -1e-5", "lr = -1e-05: must be a finite number above 0"), ("--lr 0", "lr = 0.0"), ("--lr nan", "lr = nan"),
     ("--clip-grad 0", "clip_grad"), ("--offset-noise -0.1", "offset_noise"), ("--max-skip nan", "max_skip"),
-    ("--lambda-tar -1", "lambda_tar is -1"), ("--lambda-tar nan", "lambda_tar is nan"), ("--guidance inf", "guidance = inf"),
-    ("--steps 0", "steps = 0: allowed is 1 and above"), ("--batch-size 0", "batch_size = 0"),
-    ("--batch-size 3 --grad-accum 2", "batch_size = 3: allowed are multiples of 2"), ("--grad-accum 0", "grad_accum"),
-    ("--warmup -1", "warmup = -1: allowed is 0 and above"), ("--max-bad-steps 0", "max_bad_steps"), ("--fps 0", "fps = 0"),
+    ("--lambda-tar -1", "lambda_tar = -1"), ("--lambda-tar nan", "lambda_tar = nan"), ("--guidance inf", "guidance = inf"),
+    ("--steps 0", "steps = 0: must be at least 1"), ("--batch-size 0", "batch_size = 0"),
+    ("--batch-size 3 --grad-accum 2", "batch_size = 3: must be a multiple of 2"), ("--grad-accum 0", "grad_accum"),
+    ("--warmup -1", "warmup = -1: must be at least 0"), ("--max-bad-steps 0", "max_bad_steps"), ("--fps 0", "fps = 0"),
     ("--eval-every -1", "eval_every"), ("--eval-count -1", "eval_count"), ("--save-every 0", "save_every"), ("--keep 0", "keep"),
     ("--workers -1", "workers"), ("--decode-chunk -1", "decode_chunk"), ("--frames 0 --data clips.txt", "frames = 0"),
-    ("--frames 8", "frames = 8, size = None: the tiny world draws 16 frames of 32 x 32 pixels; others are allowed with --data"),
-    ("--size 64", "size = 64: the tiny world draws"), ("--size 30 --data clips.txt", "height 30 and width 30: allowed are"),
+    ("--frames 8", "frames = 8, size = None: the tiny world draws 16 frames of 32 x 32 pixels; --data is needed for others"),
+    ("--size 64", "size = 64: the tiny world draws"),
+    ("--size 30 --data clips.txt", "height 30 and width 30: must be multiples of"),
     ("--data gone.txt", "data gone.txt: no such file"), ("--data empty.txt", "empty.txt: an empty list"),
     ("--data list.txt", "list.txt, line 1: 1 field"), ("--data binary.txt", "binary.txt: not a text file"),
-    ("--data clips.txt", "1 of 1 clips cannot be used.*gone.mp4"), ("modelscope", "no clips: allowed is --data LIST"),
-    ("--prompts x", "prompts 'x': allowed is NAME=FILE"), ("--prompts a=gone.txt", "prompts gone.txt: cannot be read"),
+    ("--data clips.txt", "1 of 1 clips cannot be used.*gone.mp4"), ("modelscope", "no clips: --data LIST must name some"),
+    ("--prompts x", "prompts 'x': must be NAME=FILE"), ("--prompts a=gone.txt", "prompts gone.txt: cannot be read"),
     ("--prompts a=empty.txt", "prompts empty.txt: expected one prompt a line, found none"),
-    ("--prompts a=hole.txt", "found an empty one"), ("--prompts a=binary.txt", "cannot be read"),
-    ("--reward pickscore", "reward 'pickscore': allowed are hpsv2, hpsv2.1"),
+    ("--prompts a=hole.txt", "found an empty one"), ("--prompts a=binary.txt", "binary.txt: not a text file in UTF-8"),
+    ("--reward pickscore", "reward 'pickscore': must be one of hpsv2, hpsv2.1"),
     ("--reward-weights gone.pt", "gone.pt: no such file"),
     ("--base nowhere --data clips.txt", "base 'nowhere': no such file or folder"), ("--size 0", "size = 0"),
     ("--base random:7 --data clips.txt", "base 'random:7'"),
     ("--vae gone", "gone: no such file"), ("--text-encoder file", "file: expected"),
     ("--device abacus", "device 'abacus': not available here"), ("--device meta", "device 'meta'"),
-    ("--dtype int8", "dtype 'int8': allowed are float32, bfloat16, float16"),
+    ("--dtype int8", "dtype 'int8': must be one of float32, bfloat16, float16"),
     ("--out file", "out file: is a file, or inside one"), ("--out file/run", "out file/run: is a file, or inside one"),
     ("--out run", "out run: holds a run already"), ("--out held", "out held: holds a run already"),
     ("--resume gone", "resume gone: holds no run"), ("--resume file", "resume file: holds no run"),
     ("--resume run", "run/config.json: not the settings of this version"),
-    ("tinny", "preset 'tinny': allowed are tiny, modelscope"), ("--preset modelscope", "Unrecognized options"),
+    ("tinny", "preset 'tinny': must be one of tiny, modelscope"), ("--preset modelscope", "Unrecognized options"),
     ("--taus 0.6", "Unrecognized options"), ("--steps many", "invalid"), ("--steps", "expected|Missing"),
 ])
 def test_wrong_values_of_train(argv, message, capfd):
@@ -346,12 +345,12 @@ def test_wrong_values_of_train(argv, message, capfd):
 
 
 @pytest.mark.parametrize("argv, message", [
-    ("", "no prompt given: allowed are --prompt TEXT and --prompts FILE"), ("--prompt=", "no prompt given"),
+    ("", "no prompt given: --prompt TEXT or --prompts FILE must name some"), ("--prompt=", "no prompt given"),
     ("--prompts gone.txt", "prompts gone.txt: cannot be read"), ("--prompts empty.txt", "found none"),
-    ("--prompt red --num-steps 0", "num_steps"), ("--prompt red --num-steps 1000", "num_steps = 1000: allowed is 1 to 999"),
+    ("--prompt red --num-steps 0", "num_steps"), ("--prompt red --num-steps 1000", "num_steps = 1000: must be from 1 to 999"),
     ("--prompt red --frames 0", "frames = 0"), ("--prompt red --fps 0", "fps = 0"), ("--prompt red --batch-size 0", "batch_size"),
     ("--prompt red --guidance nan", "guidance = nan"), ("--prompt red --lora-scale inf", "lora_scale = inf"),
-    ("--prompt red --height 30", "height 30 and width 30: allowed are positive multiples of"),
+    ("--prompt red --height 30", "height 30 and width 30: must be multiples of"),
     ("--prompt red --width 0", "width = 0"),
     ("--prompt red --width -32", "width = -32"), ("--prompt red --lora gone.safetensors", "gone.safetensors: no such file"),
     ("--prompt red --lora file", "file: expected"), ("--prompt red --base file", "file: no vae found in"),
@@ -364,13 +363,14 @@ def test_wrong_values_of_generate(argv, message, capfd):
 
 
 @pytest.mark.parametrize("argv, message", [
-    ("--num-steps 0", "num_steps"), ("--num-steps 20 1000", "num_steps = 1000"), ("--num-steps", "one value or more"),
-    ("--guidance nan", "found nan"), ("--lora-scale inf", "found inf"), ("--count -1", "count = -1"), ("--sheet -1", "sheet"),
-    ("--frames 0", "frames = 0"), ("--batch-size 0", "batch_size = 0"), ("--segments 17", "segments is 17"),
-    ("--prompts x", "prompts 'x': allowed is NAME=FILE"), ("--prompts a=gone.txt", "prompts gone.txt"),
+    ("--num-steps 0", "num_steps"), ("--num-steps 20 1000", "num_steps = 1000"),
+    ("--num-steps", "must have at least one value"), ("--guidance nan", "guidance = nan: must be a finite number"),
+    ("--lora-scale inf", "lora_scale = inf: must be a finite number"), ("--count -1", "count = -1"), ("--sheet -1", "sheet"),
+    ("--frames 0", "frames = 0"), ("--batch-size 0", "batch_size = 0"), ("--segments 17", "segments = 17"),
+    ("--prompts x", "prompts 'x': must be NAME=FILE"), ("--prompts a=gone.txt", "prompts gone.txt"),
     ("--prompts a=clips.txt --prompts a=clips.txt", "each name once"), ("--height 30", "height 30"), ("--width 0", "width"),
     ("--lora gone", "gone: no such file"), ("--reward x", "reward 'x'"), ("--out file", "out file: is a file"),
-    ("--base random:32", "no prompts: allowed is --prompts NAME=FILE"),
+    ("--base random:32", "no prompts: --prompts NAME=FILE must name some"),
 ])
 def test_wrong_values_of_evaluate(argv, message, capfd):
     bad_files()
@@ -386,7 +386,7 @@ def test_a_real_process_says_the_same():
     """In-process is the same thing: one line on stderr, nothing on stdout, status 2."""
     command = [sys.executable, ROOT / "generate.py", "--prompt", "x", "--frames", "0"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "generate.py: frames = 0: allowed is 1 and above\n")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "generate.py: frames = 0: must be at least 1\n")
 
 
 @pytest.mark.parametrize("config", [train.Config, generate.Config, evaluate.Config], ids=lambda c: c.__module__)

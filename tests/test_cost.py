@@ -210,7 +210,7 @@ def test_the_meta_device_counts_and_times_nothing():
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    (dict(batch_size=0), "batch_size = 0: allowed is 1"), (dict(steps=0), "steps = 0"), (dict(frames=3), "frames = 3"),
+    (dict(batch_size=0), "batch_size = 0: must be at least 1"), (dict(steps=0), "steps = 0"), (dict(frames=3), "frames = 3"),
     (dict(tau=0.), "tau = 0.0"), (dict(num_steps=1000), "num_steps = 1000"), (dict(size=30), "multiples of 4"),
     (dict(device="abacus"), "device 'abacus'"), (dict(dtype="float8"), "dtype 'float8'"), (dict(out="."), "is a folder"),
     (dict(base="random:5"), "multiple of 32"), (dict(out=f"{__file__}/report.json"), "is a file"),

@@ -8,27 +8,20 @@ import struct
 import time
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 import data
-from data import (
-    Clip,
-    ClipConfig,
-    LatentDataset,
-    batch_indices,
-    encode_captions,
-    encode_clips,
-    epoch_order,
-    read_clip,
-    read_list,
-    sample_generator,
-    sample_posterior,
-    usable_clips,
-)
+from data import ClipConfig, LatentDataset, batch_indices, encode_captions, encode_clips, epoch_order, sample_posterior
+from support import cache, processes, videos
+from support.clip_lists import Clip, read_list, usable_clips
+from support.seeds import sample_generator
+from support.videos import read_clip
 
 SMALL = ClipConfig(num_frames=4, height=16, width=16, starts=3)
 
@@ -75,7 +68,7 @@ def test_the_official_form(tmp_path):
     assert read_list(path) == [
         Clip(tmp_path / "a/1.mp4", "a cat walking"),
         Clip(tmp_path / "2.mp4", "snail", 16),
-        Clip(data.Path("/abs/3.mp4"), 'a, "quoted" | bar'),
+        Clip(Path("/abs/3.mp4"), 'a, "quoted" | bar'),
     ]
     assert read_list(path, root=tmp_path / "videos")[0].path == tmp_path / "videos/a/1.mp4"
 
@@ -153,7 +146,7 @@ def test_eight_frames_a_second_by_stride(tmp_path, fps, stride):
     last = 49 - 3 * stride
     assert indices(read_clip(path, SMALL, start=last))[-1] == 49  # the very last frame is within reach
     for start in (-1, last + 1):
-        with pytest.raises(ValueError, match=rf"a\.mp4: no start at {start}; allowed: 0 to {last}"):
+        with pytest.raises(ValueError, match=rf"a\.mp4: no start at {start}; must be from 0 to {last}"):
             read_clip(path, SMALL, start=start)
 
 
@@ -285,7 +278,7 @@ def test_a_truncated_clip_is_as_long_as_what_is_left(tmp_path):
     whole = noisy(tmp_path / "whole.avi", n=40).read_bytes()
     cut = tmp_path / "cut.avi"
     cut.write_bytes(whole[:len(whole) // 2])
-    last, stride = data._measure(cut, SMALL)
+    last, stride = videos.measure(cut, SMALL)
     assert stride == 1 and 10 < last < 30
     assert read_clip(cut, SMALL, start=last).shape[0] == 4
     with pytest.raises(ValueError, match="too short: .* found"):
@@ -294,8 +287,8 @@ def test_a_truncated_clip_is_as_long_as_what_is_left(tmp_path):
 
 def test_packets_that_show_nothing_are_not_counted_on(tmp_path, monkeypatch):
     """Two-pass VP8 has such packets. Stand-in: a first count that is too high by three."""
-    path, measure = grey(tmp_path / "a.mp4", n=10), data._measure
-    monkeypatch.setattr(data, "_measure", lambda path, config, count=None: measure(path, config, count or 13))
+    path, measure = grey(tmp_path / "a.mp4", n=10), videos.measure
+    monkeypatch.setattr(videos, "measure", lambda path, config, count=None: measure(path, config, count or 13))
     generator = torch.Generator().manual_seed(0)
     starts = {indices(read_clip(path, SMALL, generator=generator))[0] for _ in range(40)}
     assert starts == set(range(7))
@@ -309,7 +302,7 @@ def test_usable_clips_names_what_it_leaves_out(tmp_path, capsys):
     assert usable_clips(mixed, SMALL, max_skip=0.2) == clips
     out = capsys.readouterr().out
     assert "garbage.mp4: cannot be read" in out and "short.mp4: too short" in out and "8 of 10 clips can be used" in out
-    with pytest.raises(ValueError, match=r"2 of 10 clips cannot be used; allowed: 10%.*--max-skip.*garbage\.mp4"):
+    with pytest.raises(ValueError, match=r"2 of 10 clips cannot be used; at most 10% may, and not all.*--max-skip.*garbage\.mp4"):
         usable_clips(mixed, SMALL)
     with pytest.raises(ValueError, match="2 of 2 clips cannot be used"):
         usable_clips(bad, SMALL, max_skip=1.0)  # whatever the share, nothing is not enough
@@ -317,7 +310,7 @@ def test_usable_clips_names_what_it_leaves_out(tmp_path, capsys):
 
 def test_settings_must_be_above_zero():
     for wrong in ({"num_frames": 0}, {"fps": float("nan")}, {"height": -1}, {"starts": 0}):
-        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .*allowed: above 0"):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} = .*: must be above 0"):
             ClipConfig(**wrong)
 
 
@@ -346,7 +339,7 @@ def test_an_epoch_meets_every_clip_once_and_batches_run_on_into_the_next():
         assert tuple(stream[epoch * 21:(epoch + 1) * 21]) == epoch_order(21, 3, epoch)
     assert len(batch_indices(0, 8, 3, 0)) == 8  # even where a batch is longer than an epoch
     for batch_size, ranks in ((3, 2), (0, 1), (1, 2)):
-        with pytest.raises(ValueError, match="allowed: a multiple of the number of ranks"):
+        with pytest.raises(ValueError, match="must be a multiple of the number of ranks"):
             batch_indices(0, batch_size, 21, 3, 0, ranks)
 
 
@@ -467,7 +460,7 @@ def test_a_cache_file_is_whole_or_not_there(tmp_path, clips, monkeypatch, fails)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(data if fails == "save" else os, fails, full)
+        patch.setattr(cache if fails == "save" else os, fails, full)
         with pytest.raises(OSError, match="No space left"):
             make(clips, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
@@ -478,7 +471,7 @@ def test_files_are_complete_before_they_get_their_name(tmp_path, clips, monkeypa
     rename, seen = os.replace, []
 
     def watch(source, target):
-        seen.append((os.path.basename(source)[0], len(data.Stored(source)), os.path.exists(target)))
+        seen.append((os.path.basename(source)[0], len(cache.Stored(source)), os.path.exists(target)))
         rename(source, target)
 
     monkeypatch.setattr(os, "replace", watch)
@@ -501,7 +494,7 @@ def test_a_damaged_cache_file_is_made_anew(tmp_path, clips, capsys):
 
 def test_cache_files_say_what_they_were_made_from(tmp_path, clips):
     dataset, _ = make(clips, tmp_path / "cache")
-    with data.safe_open(dataset.moments[0].path, "pt") as file:
+    with safe_open(dataset.moments[0].path, "pt") as file:
         made_from = json.loads(file.metadata()["made_from"])
     assert "vae" in made_from and str(clips[0].path) in made_from[-1]
 
@@ -534,19 +527,26 @@ def test_damage_inside_is_found_when_decoding_and_counts_too(tmp_path, clips, ca
         make([*mixed, Clip(tmp_path / "nowhere.mp4", "x")], None, max_skip=0.2)  # the share counts both kinds together
 
 
-def test_ranks_encode_disjoint_shares_and_see_the_same(tmp_path, clips, capsys):
+def test_ranks_encode_disjoint_shares_and_see_the_same(tmp_path, clips, capsys, monkeypatch):
     """Two ranks, one after the other; at the barrier of the first, the second does its part."""
     whole = noisy(tmp_path / "hole.mp4").read_bytes()
     (tmp_path / "hole.mp4").write_bytes(whole[:5000] + bytes(4000) + whole[9000:])
     clips = [*clips, Clip(tmp_path / "hole.mp4", "noise"), Clip(noisy(tmp_path / "n.mp4"), "noise")]
     shares = []
 
+    def as_rank(rank, barrier):
+        with monkeypatch.context() as patch:
+            for room in (data, processes):
+                patch.setattr(room, "rank_and_size", lambda: (rank, 2))
+            patch.setattr(data, "barrier", barrier)
+            return make(clips, tmp_path / "cache", max_skip=0.5)
+
     def second():
         if not shares:
-            shares.append(make(clips, tmp_path / "cache", rank=1, world_size=2, max_skip=0.5))
+            shares.append(as_rank(1, lambda: None))
 
     capsys.readouterr()
-    first, encoders = make(clips, tmp_path / "cache", rank=0, world_size=2, max_skip=0.5, barrier=second)
+    first, encoders = as_rank(0, second)
     assert encoders.frames == 2 * 12 and shares[0][1].frames == 3 * 12, "disjoint, and each clip by one of them"
     assert len(first) == 5 and same(contents(first), contents(make(clips, None, max_skip=0.5)[0]))
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 5 + 3

@@ -15,9 +15,12 @@ import sys
 import time
 from pathlib import Path
 
+import av  # noqa: F401  this, matplotlib, open_clip and PIL: imported here, so that forked runs have them
 import imageio.v3 as iio
-import matplotlib.pyplot  # noqa: F401  imported here, so that forked runs have it
+import matplotlib.figure  # noqa: F401  as above
 import numpy as np
+import open_clip  # noqa: F401  as above
+import PIL.ImageFont  # noqa: F401  as above
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -25,6 +28,7 @@ from safetensors.torch import load_file
 import lora
 import train  # noqa: F401  as above
 from model import load_base
+from support import adapters
 
 pytestmark = pytest.mark.slow
 
@@ -168,7 +172,7 @@ def test_killed_at_twenty_moments_a_run_ends_as_if_nothing_had_happened():
         # Whatever was going on, everything in the folder is readable, and at most the step since the last save is lost.
         state = checkpoint(run)
         assert at <= state["step"] and steps_done(run) - 1 <= state["step"]
-        assert lora.read_adapter(run / "lora.safetensors").rank == 4
+        assert adapters.read_adapter(run / "lora.safetensors").rank == 4
         assert json.loads((run / "config.json").read_text()) == state["config"]
         for file in (run / "samples").glob("step_*.json"):
             json.loads(file.read_text())
@@ -325,7 +329,7 @@ def test_two_ranks_do_what_one_does():
     # Wrong values too.
     status, said, errors, _ = torchrun(*RANKS, "--batch-size", "3", "--out", "three")
     assert status != 0 and not Path("three").exists()
-    assert errors.count("train.py: batch_size = 3: allowed are multiples of 2") == 1
+    assert errors.count("train.py: batch_size = 3: must be a multiple of 2") == 1
 
 
 DYING = '''

@@ -19,6 +19,7 @@ from collections import OrderedDict
 from pathlib import Path
 from unittest import mock
 
+import huggingface_hub
 import numpy as np
 import open_clip
 import pytest
@@ -29,6 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import model
 from model import Autoencoder, UNet3D, UNetConfig, VAEConfig, load_text_encoder, load_unet, load_vae
+from support import files, names, published
 
 UNET = UNetConfig(channels=(8, 16), blocks_per_level=1, attention_levels=(True, False), context_dim=128, head_dim=4,
                   norm_groups=4)
@@ -62,7 +64,7 @@ def unet():
 @pytest.fixture(scope="module")
 def official(unet):
     """The same tensors under ModelScope's names."""
-    return model.unet_to_official(unet, UNET)
+    return names.unet_to_official(unet, UNET)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +107,7 @@ def saved(path, content, **settings):
     {}, {"safe_serialization": False}, {"variant": "fp16"},
     {"max_shard_size": "40KB"}, {"max_shard_size": "40KB", "safe_serialization": False}])
 def test_unet_folder_as_diffusers_saves_it(tmp_path, unet, settings):
-    theirs = UNet3DConditionModel.from_config(model.unet_to_diffusers(UNET))
+    theirs = UNet3DConditionModel.from_config(names.unet_to_diffusers(UNET))
     theirs.load_state_dict(unet)
     theirs.save_pretrained(tmp_path / "unet", **settings)
     files = sorted(p.name for p in (tmp_path / "unet").iterdir())
@@ -165,7 +167,7 @@ def test_unet_as_one_safetensors_file_in_either_naming(tmp_path, unet, official)
 
 
 def test_lora_tensors_are_split_off(official):
-    base, lora = model.split_lora(with_lora(official))
+    base, lora = names.split_lora(with_lora(official))
     assert base.keys() == official.keys() and len(lora) > 0
     assert all(k.endswith(("down_linear.weight", "up_linear.weight")) for k in lora)
 
@@ -205,7 +207,7 @@ def lightning(monkeypatch):
 
 def stable_diffusion(vae, callback):
     """A Stable Diffusion .ckpt: the whole model under state_dict, and what Lightning saves beside it."""
-    parts = {f"first_stage_model.{k}": v for k, v in model.vae_to_official(vae, VAE).items()}
+    parts = {f"first_stage_model.{k}": v for k, v in names.vae_to_official(vae, VAE).items()}
     parts |= {"model.diffusion_model.out.2.weight": torch.ones(3), "cond_stage_model.model.ln_final.weight": torch.ones(3),
               "betas": torch.ones(4), "model_ema.num_updates": torch.tensor(4)}
     state = callback()
@@ -228,7 +230,7 @@ def test_autoencoder_of_a_stable_diffusion_ckpt(tmp_path, vae, lightning, zipped
 
 
 def test_inert_stand_ins_forget_what_they_are_given():
-    inert = model.Inert("a", 1)
+    inert = published.Ignored("a", 1)
     inert.__setstate__((3, "<", None))
     assert vars(inert) == {}
 
@@ -239,7 +241,7 @@ def test_inert_stand_ins_forget_what_they_are_given():
     ("vae.ckpt", lambda x: {"state_dict": {f"first_stage_model.{k}": v for k, v in x.items()}}),
     ("vae.safetensors", None)])
 def test_autoencoder_under_ldm_names(tmp_path, vae, name, wrap):
-    tensors = model.vae_to_official(vae, VAE)
+    tensors = names.vae_to_official(vae, VAE)
     if wrap:
         torch.save(wrap(tensors), tmp_path / name)
     else:
@@ -249,7 +251,7 @@ def test_autoencoder_under_ldm_names(tmp_path, vae, name, wrap):
 
 @pytest.mark.parametrize("settings", [{}, {"safe_serialization": False}, {"max_shard_size": "40KB"}])
 def test_autoencoder_folder_as_diffusers_saves_it(tmp_path, vae, settings):
-    theirs = AutoencoderKL.from_config(model.vae_to_diffusers(VAEConfig((8, 16), 1, scale=0.25, norm_groups=4)))
+    theirs = AutoencoderKL.from_config(names.vae_to_diffusers(VAEConfig((8, 16), 1, scale=0.25, norm_groups=4)))
     theirs.load_state_dict(vae)
     theirs.save_pretrained(tmp_path / "vae", **settings)
     ours = load_vae(tmp_path / "vae")
@@ -258,7 +260,7 @@ def test_autoencoder_folder_as_diffusers_saves_it(tmp_path, vae, settings):
 
 
 def test_autoencoder_with_old_attention_names(tmp_path, vae):
-    config = model.vae_to_diffusers(VAE)
+    config = names.vae_to_diffusers(VAE)
     del config["scaling_factor"]                              # as old as those names
     (tmp_path / "config.json").write_text(json.dumps(config))
     torch.save(old_diffusers(vae), tmp_path / "diffusion_pytorch_model.bin")
@@ -321,7 +323,7 @@ def test_half_precision_files_load_as_float32_or_as_asked(tmp_path, unet, offici
     path = saved(tmp_path / "unet.pth", {k: v.half() for k, v in official.items()})
     assert_holds(load_unet(path, UNET), unet)
     assert_holds(load_unet(path, UNET, dtype=dtype), unet, dtype)
-    path = saved(tmp_path / "vae.pth", {k: v.to(torch.bfloat16) for k, v in model.vae_to_official(vae, VAE).items()})
+    path = saved(tmp_path / "vae.pth", {k: v.to(torch.bfloat16) for k, v in names.vae_to_official(vae, VAE).items()})
     assert_holds(load_vae(path, VAE, dtype=dtype), {k: v.to(torch.bfloat16) for k, v in vae.items()}, dtype)
     text = load_text_encoder(saved(tmp_path / "clip.bin", clip.state_dict()), letters, dtype)
     assert {p.dtype for p in text.parameters()} == {dtype}
@@ -380,7 +382,7 @@ def test_loading_needs_no_second_copy(tmp_path):
         shapes = {k: v.shape for k, v in UNet3D(config).state_dict().items()}
     tensors = {k: torch.full(shape, 0.5, dtype=torch.float16) for k, shape in shapes.items()}
     save_file(tensors, tmp_path / "unet.safetensors")
-    torch.save(training_state(model.unet_to_official(tensors, config)), tmp_path / "unet.pth")
+    torch.save(training_state(names.unet_to_official(tensors, config)), tmp_path / "unet.pth")
     del tensors
     root = Path(model.__file__).parent
     done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path / "unet.safetensors"), str(tmp_path / "unet.pth")],
@@ -397,8 +399,8 @@ def test_loading_needs_no_second_copy(tmp_path):
 @pytest.fixture
 def pipeline(tmp_path, unet, vae, text_model):
     """A diffusers pipeline's folder, less the scheduler and tokenizer that are not needed."""
-    for cls, tensors, config in ((UNet3DConditionModel, unet, model.unet_to_diffusers(UNET)),
-                                 (AutoencoderKL, vae, model.vae_to_diffusers(VAE))):
+    for cls, tensors, config in ((UNet3DConditionModel, unet, names.unet_to_diffusers(UNET)),
+                                 (AutoencoderKL, vae, names.vae_to_diffusers(VAE))):
         theirs = cls.from_config(config)
         theirs.load_state_dict(tensors)
         theirs.save_pretrained(tmp_path / "base" / ("unet" if cls is UNet3DConditionModel else "vae"))
@@ -416,25 +418,25 @@ def test_base_of_diffusers(pipeline, unet, vae, text_model, given):
         p for name, p in text_model.named_parameters() if name.endswith("final_layer_norm.weight")).tolist()
 
 
-@pytest.mark.parametrize("names", [  # the two ModelScope hub folders
+@pytest.mark.parametrize("called", [  # the two ModelScope hub folders
     ("text2video_pytorch_model.pth", "VQGAN_autoencoder.pth", "open_clip_pytorch_model.bin"),
     ("model_scope_v1-4_0600000.pth", "v2-1_512-ema-pruned.ckpt", "open_clip_pytorch_model.bin")])
 @pytest.mark.parametrize("given", ["folder", "file", "other file"])
-def test_base_of_modelscope(tmp_path, monkeypatch, official, unet, vae, clip, names, given):
+def test_base_of_modelscope(tmp_path, monkeypatch, official, unet, vae, clip, called, given):
     monkeypatch.setattr(model, "UNetConfig", lambda: UNET)  # such files bring no config: they are full size
     monkeypatch.setattr(model, "VAEConfig", lambda: VAE)
-    torch.save(official, tmp_path / names[0])
-    in_ckpt = {f"first_stage_model.{k}": v for k, v in model.vae_to_official(vae, VAE).items()}
-    torch.save({"state_dict": in_ckpt}, tmp_path / names[1])
-    torch.save(clip.state_dict(), tmp_path / names[2])
-    path = {"folder": tmp_path, "file": tmp_path / names[0], "other file": tmp_path / "tuned/my_non_ema_0620000.pth"}[given]
+    torch.save(official, tmp_path / called[0])
+    in_ckpt = {f"first_stage_model.{k}": v for k, v in names.vae_to_official(vae, VAE).items()}
+    torch.save({"state_dict": in_ckpt}, tmp_path / called[1])
+    torch.save(clip.state_dict(), tmp_path / called[2])
+    path = {"folder": tmp_path, "file": tmp_path / called[0], "other file": tmp_path / "tuned/my_non_ema_0620000.pth"}[given]
     if given == "other file":  # a fine-tuned UNet in a folder of its own, as in instructvideo-finetuned/
         path.parent.mkdir()
         torch.save(training_state(with_lora(official)), path)
     base = model.load_base(str(path), dtype=torch.bfloat16)
     assert_holds(base.unet, unet, torch.bfloat16)
     assert_holds(base.vae, vae, torch.bfloat16)
-    assert base.text_encoder.config.layers == 2 and base.unet_file == (tmp_path / names[0] if given == "folder" else path)
+    assert base.text_encoder.config.layers == 2 and base.unet_file == (tmp_path / called[0] if given == "folder" else path)
 
 
 def test_parts_may_come_from_elsewhere(pipeline, tmp_path, vae, clip):
@@ -493,13 +495,14 @@ def test_random_base_is_seeded(spec, channels):
     state = torch.random.get_rng_state()
     one, same, other = (model.load_base(spec, seed=seed) for seed in (1, 1, 2))
     assert one.unet.config.channels == channels and one.unet.config.context_dim == one.text_encoder.config.width
-    assert model.fingerprint(one.unet) == model.fingerprint(same.unet) != model.fingerprint(other.unet)
+    first, again, another = (published.fingerprint(base.unet.state_dict()) for base in (one, same, other))
+    assert first == again != another
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("spec", ["random:0", "random:33", "random:-32", "random:big", "random:99999999968"])
 def test_random_bases_that_cannot_be_built(spec):
-    with pytest.raises(ValueError, match="allowed are random|expected whole numbers"):
+    with pytest.raises(ValueError, match="must be random, or random:W|expected whole numbers"):
         model.load_base(spec)
 
 
@@ -514,8 +517,8 @@ def test_hub_ids_without_a_network(tmp_path, monkeypatch, pipeline, unet):
         if not local_files_only or repo != "some/cached":
             raise OSError("not there")
         return str(pipeline)
-    monkeypatch.setattr(model.huggingface_hub.HfApi, "list_repo_files", no_network)
-    monkeypatch.setattr(model.huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", no_network)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert_holds(model.load_base("some/cached").unet, unet)
     assert asked == [("some/cached", True)]
     for spec, what in (("some/other", "cannot be downloaded .*cannot resolve hub.example.*; put the folders unet, vae and"),
@@ -527,8 +530,8 @@ def test_hub_ids_without_a_network(tmp_path, monkeypatch, pipeline, unet):
 
 def test_a_hub_id_of_nothing_is_said_to_be_so(monkeypatch):
     def absent(self, repo):
-        raise model.huggingface_hub.errors.RepositoryNotFoundError("404\nnot found", response=mock.Mock())
-    monkeypatch.setattr(model.huggingface_hub.HfApi, "list_repo_files", absent)
+        raise huggingface_hub.errors.RepositoryNotFoundError("404\nnot found", response=mock.Mock())
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", absent)
     with pytest.raises(ValueError, match="'some/typo': no such hub repository, nor a file or folder of that name"):
         model.load_base("some/typo")
 
@@ -542,8 +545,8 @@ def test_one_weight_file_of_each_part_is_downloaded(monkeypatch, pipeline):
     def download(repo, allow_patterns):
         asked.extend(allow_patterns)
         return str(pipeline)
-    monkeypatch.setattr(model.huggingface_hub.HfApi, "list_repo_files", lambda self, repo: files)
-    monkeypatch.setattr(model.huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo: files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     model.load_base("some/repo")
     assert sorted(asked) == ["text_encoder/config.json", "text_encoder/diffusion_pytorch_model.bin", "unet/config.json",
                              "unet/diffusion_pytorch_model.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.bin"]
@@ -608,7 +611,7 @@ class Write:
 
     def component(self, config=None, files=(), **changes):
         """A component folder: diffusers' config with changes, and files (name, content)."""
-        config = model.unet_to_diffusers(UNET) if config is None else config
+        config = names.unet_to_diffusers(UNET) if config is None else config
         content = config if isinstance(config, str) else json.dumps(config | changes)
         (self.folder / "config.json").write_text(content)
         self.safetensors("diffusion_pytorch_model.safetensors", self.unet)
@@ -763,7 +766,7 @@ BAD = {
     "config is a list": (load_unet, lambda w: w.component("[1]"), "config.json: expected a JSON object, found list"),
     "config of nothing": (load_unet, lambda w: w.component("{}"), "config.json", "KeyError: 'in_channels'"),
     "config of another class": (load_unet, lambda w: w.component(_class_name="UNet2DConditionModel"), "UNet3DConditionModel"),
-    "config of an autoencoder": (load_unet, lambda w: w.component(model.vae_to_diffusers(VAE)), "found 'AutoencoderKL'"),
+    "config of an autoencoder": (load_unet, lambda w: w.component(names.vae_to_diffusers(VAE)), "found 'AutoencoderKL'"),
     "config of a UNet": (load_vae, lambda w: w.component(), "expected _class_name 'AutoencoderKL', found 'UNet3DConditionModel'"),
     "channels are text": (load_unet, lambda w: w.component(block_out_channels="abc"), "config.json", "expected whole numbers"),
     "channels are negative": (load_unet, lambda w: w.component(block_out_channels=[8, -16]), "expected whole numbers"),
@@ -782,11 +785,11 @@ BAD = {
     "config and weights differ": (load_unet, lambda w: w.component(cross_attention_dim=16),
                                   "has shape [8, 128], expected [8, 16]"),
     "config is larger": (load_unet, lambda w: w.component(layers_per_block=2), "tensors missing"),
-    "scale is text": (load_vae, lambda w: w.component(model.vae_to_diffusers(VAE), scaling_factor="0.18"),
+    "scale is text": (load_vae, lambda w: w.component(names.vae_to_diffusers(VAE), scaling_factor="0.18"),
                       "expected a scale above 0"),
-    "scale is infinite": (load_vae, lambda w: w.component(model.vae_to_diffusers(VAE), scaling_factor=float("inf")),
+    "scale is infinite": (load_vae, lambda w: w.component(names.vae_to_diffusers(VAE), scaling_factor=float("inf")),
                           "a scale above 0"),
-    "autoencoder of other channels": (load_vae, lambda w: w.component(model.vae_to_diffusers(VAE), in_channels=1),
+    "autoencoder of other channels": (load_vae, lambda w: w.component(names.vae_to_diffusers(VAE), in_channels=1),
                                       "expected in_channels 3"),
     # shards
     "shard outside": (unet_file, lambda w: w.index({"a": "../x.safetensors"}), INDEX, "files beside it", "../x.safetensors"),
@@ -886,13 +889,13 @@ def test_unreadable_files_are_named(tmp_path, unet, name):
 
 def test_reading_an_unreadable_config_names_it(tmp_path):
     with pytest.raises(ValueError, match="absent.json: expected JSON, found something else .FileNotFoundError"):
-        model.read_json(tmp_path / "absent.json")
+        files.read_json(tmp_path / "absent.json")
 
 
 def test_a_few_names_stand_for_many():
-    assert model.some({"b", "a"}) == "a, b"
-    assert model.some("abcde") == "a, b, c and 2 more"
-    assert len(model.some(["x" * 10**6])) == 100
+    assert files.first_names({"b", "a"}) == "a, b"
+    assert files.first_names("abcde") == "a, b, c and 2 more"
+    assert len(files.first_names(["x" * 10**6])) == 100
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -900,21 +903,21 @@ def test_a_few_names_stand_for_many():
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new/config.json"
-    with model.write_whole(path) as hidden:
+    with files.write_whole(path) as hidden:
         hidden.write_text("first")
         assert not path.exists() and hidden.parent == path.parent and hidden.name.startswith(".") and hidden.suffix == ".json"
-    with pytest.raises(KeyboardInterrupt), model.write_whole(path) as hidden:
+    with pytest.raises(KeyboardInterrupt), files.write_whole(path) as hidden:
         hidden.write_text("half of the sec")
         raise KeyboardInterrupt
     assert contents(tmp_path) == {path: b"first"}             # nothing hidden is left
-    with model.write_whole(path) as hidden:
+    with files.write_whole(path) as hidden:
         hidden.write_text("second")
     assert contents(tmp_path) == {path: b"second"}
 
 
 def test_a_folder_is_written_whole_and_replaces_none(tmp_path):
     def write():
-        with model.write_whole(tmp_path / "unet") as hidden:
+        with files.write_whole(tmp_path / "unet") as hidden:
             hidden.mkdir()
             (hidden / "config.json").write_text("{}")
     write()

@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora
 import model
 from lora import LoRALinear, adapter_state, inject, layers, load, merge, save, set_scale, unmerge
+from support import adapters, names
+from support.processes import run_script
+from support.published import fingerprint
 
 # ModelScopeT2V's structure, small. Eight heads in the first temporal transformer, as diffusers has them.
 CONFIG = model.UNetConfig(channels=(32, 64), blocks_per_level=1, attention_levels=(True, False), context_dim=32, head_dim=8,
@@ -77,20 +81,21 @@ def full_size():
 def test_the_papers_counts():
     unet = full_size()
     base = sum(p.numel() for p in unet.parameters())
-    adapters = sum(p.numel() for p in inject(unet, rank=4))
-    assert base == 1_411_233_860 and adapters == 1_661_440 and len(layers(unet)) == 264
+    added = sum(p.numel() for p in inject(unet, rank=4))
+    assert base == 1_411_233_860 and added == 1_661_440 and len(layers(unet)) == 264
     # The paper's Table of parameters counts in units of 2^20.
-    assert round((base + adapters) / 2**20, 2) == 1347.44
-    assert round(adapters / 2**20, 2) == 1.58
+    assert round((base + added) / 2**20, 2) == 1347.44
+    assert round(added / 2**20, 2) == 1.58
 
 
 def test_official_names_and_shapes():
     """The SHA-256 is of json.dumps(sorted([name, shape] of every LoRA tensor)) in the published InstructVideo weights."""
     unet = full_size()
     inject(unet, rank=4)
-    names = lora.official_names(unet.config)
-    listed = sorted([names[k], list(t.shape)] for k, t in adapter_state(unet).items())
-    assert len(listed) == len(names) == 528
+    official = {k: adapters.to_official_name(k, unet.config) for k in adapter_state(unet)}
+    listed = sorted([official[k], list(t.shape)] for k, t in adapter_state(unet).items())
+    assert len(listed) == len(set(official.values())) == 528
+    assert all(adapters.from_official_name(theirs, unet.config) == ours for ours, theirs in official.items())
     assert hashlib.sha256(json.dumps(listed).encode()).hexdigest() == OFFICIAL_SHA256
 
 
@@ -103,7 +108,7 @@ OFFICIAL_SHA256 = "1f9f567444ed9feed6acb5a823c3cb92a009821bbe77f98b89be419be348e
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_formula(bias):
     linear = nn.Linear(7, 5, bias=bias, dtype=torch.float64)
-    layer = LoRALinear(linear, rank=2, alpha=6.0, generator=seeded())
+    layer = LoRALinear(linear, lora_rank=2, alpha=6.0, generator=seeded())
     with torch.no_grad():
         layer.lora_B.normal_(generator=seeded(1))
     x = torch.randn(3, 4, 7, generator=seeded(2), dtype=torch.float64)
@@ -120,13 +125,13 @@ def test_fresh_adapters_change_nothing():
 
 def test_what_is_trained():
     unet = tiny_unet()
-    names = list(unet.state_dict())
+    before = list(unet.state_dict())
     parameters = inject(unet)
     assert [id(p) for p in unet.parameters() if p.requires_grad] == [id(p) for p in parameters]
     adapted = {name.rsplit(".", 1)[0] for name, p in unet.named_parameters() if p.requires_grad}
     attentions = [name for name, m in unet.named_modules() if type(m) is model.Attention]
     assert adapted == {f"{name}.{part}" for name in attentions for part in ("to_q", "to_k", "to_v", "to_out.0")}
-    assert [name for name in unet.state_dict() if ".lora_" not in name] == names
+    assert [name for name in unet.state_dict() if ".lora_" not in name] == before
 
     # The first step moves B alone: A's gradient passes through B, which is zero.
     run(unet).square().sum().backward()
@@ -317,8 +322,8 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("rank", "alpha", "message"), [
-    (2, 4, "has rank 4 and alpha 4, the model's adapters have rank 2 and alpha 4"),
-    (4, 8, "has rank 4 and alpha 4, the model's adapters have rank 4 and alpha 8"),
+    (2, 4, "has rank 4 and alpha 4, the model's adapters have 2 and 4"),
+    (4, 8, "has rank 4 and alpha 4, the model's adapters have 4 and 8"),
 ])
 def test_rank_and_alpha_are_compared(tmp_path, rank, alpha, message):
     save(trained_unet(), tmp_path / "lora.safetensors")
@@ -329,7 +334,7 @@ def test_rank_and_alpha_are_compared(tmp_path, rank, alpha, message):
 def test_the_base_is_compared(tmp_path):
     merge(unet := trained_unet())
     save(unet, tmp_path / "lora.safetensors", base="tiny")
-    assert lora.fingerprint(unet) == lora.fingerprint(tiny_unet())
+    assert lora.base_fingerprint(unet) == lora.base_fingerprint(tiny_unet()) == fingerprint(tiny_unet().state_dict())
     assert all(layer.base_weight is not None for layer in layers(unet).values()), "still merged"
     load(tiny_unet(torch.bfloat16), tmp_path / "lora.safetensors")  # the same weights in another precision
     other = tiny_unet()
@@ -342,8 +347,8 @@ def test_the_base_is_compared(tmp_path):
 def official_state(unet, prefix=""):
     """As the official trainer saves it: every tensor of the model, B A with a scale of 1."""
     own = {k: v for k, v in unet.state_dict().items() if ".lora_" not in k}
-    names = lora.official_names(CONFIG)
-    state = model.unet_to_official(own, CONFIG) | {names[k]: v for k, v in adapter_state(unet).items()}
+    added = {adapters.to_official_name(k, CONFIG): v for k, v in adapter_state(unet).items()}
+    state = names.unet_to_official(own, CONFIG) | added
     return {prefix + k: v for k, v in state.items()}
 
 
@@ -354,7 +359,7 @@ def test_official_files(tmp_path, form):
         rest = {"optimizer": {"step": 3}, "scaler": None, "step": 620000}
         torch.save({"state_dict": official_state(unet, "module.")} | rest, path)
     else:
-        alone = model.split_lora(official_state(unet))[1]
+        alone = names.split_lora(official_state(unet))[1]
         save_file(alone, path) if form.endswith("safetensors") else torch.save(alone, path)
     base = model.load_unet(path, CONFIG) if form == "fine-tuned.pth" else tiny_unet()
     assert torch.equal(run(base), run(tiny_unet()))
@@ -396,7 +401,7 @@ def test_malformed_files(tmp_path, wrong):
     tensors, recorded, message = MALFORMED[wrong]
     path = tmp_path / "lora.safetensors"
     save(trained_unet(), path)
-    with lora.safe_open(path, "pt") as file:
+    with safe_open(path, "pt") as file:
         recorded = file.metadata() | recorded
     tensors = {k: v.clone() for k, v in load_file(path).items()} | tensors
     save_file({k: v for k, v in tensors.items() if v is not None}, path, {k: v for k, v in recorded.items() if v is not None})
@@ -448,7 +453,7 @@ def test_unreadable_files(tmp_path):
 def diffusers_unet(unet):
     """diffusers' own class with the base weights of ours."""
     from diffusers import UNet3DConditionModel
-    config = {k: v for k, v in model.unet_to_diffusers(CONFIG).items() if k not in ("_class_name", "stem_heads")}
+    config = {k: v for k, v in names.unet_to_diffusers(CONFIG).items() if k not in ("_class_name", "stem_heads")}
     theirs = UNet3DConditionModel(**config)
     theirs.load_state_dict({k: v for k, v in unet.state_dict().items() if ".lora_" not in k})
     return theirs.to(next(unet.parameters()).dtype).eval()
@@ -459,7 +464,7 @@ def base_folder(folder, unet=None):
     unet = unet or tiny_unet()
     folder.mkdir()
     save_file(unet.state_dict(), folder / "diffusion_pytorch_model.safetensors")
-    (folder / "config.json").write_text(json.dumps(model.unet_to_diffusers(unet.config)))
+    (folder / "config.json").write_text(json.dumps(names.unet_to_diffusers(unet.config)))
     return folder
 
 
@@ -481,10 +486,10 @@ def test_export_to_peft(tmp_path, source):
     unet = trained_unet(alpha=alpha)
     if source == "ours":  # peft needs no base
         save(unet, adapter := tmp_path / "lora.safetensors", base="tiny")
-        lora.export(adapter, "peft", tmp_path / "peft")
+        adapters.export(adapter, "peft", tmp_path / "peft")
     else:
         torch.save(official_state(unet), adapter := tmp_path / "fine-tuned.pth")
-        lora.export(adapter, "peft", tmp_path / "peft", config=CONFIG)
+        adapters.export(adapter, "peft", tmp_path / "peft", config=CONFIG)
     theirs = PeftModel.from_pretrained(diffusers_unet(unet), tmp_path / "peft")
     assert theirs.peft_config["default"].r == 4 and theirs.peft_config["default"].lora_alpha == alpha
     assert difference(run(theirs), run(tiny_unet())) > 0.1
@@ -520,7 +525,7 @@ def test_export_to_diffusers(tmp_path):
     unet = trained_unet(alpha=6)
     save(unet, tmp_path / "lora.safetensors")
     base_folder(tmp_path / "unet")  # a part of tmp_path, as the whole model's folder
-    lora.export(tmp_path / "lora.safetensors", "diffusers", tmp_path / "merged", base=tmp_path)
+    adapters.export(tmp_path / "lora.safetensors", "diffusers", tmp_path / "merged", base=tmp_path)
     theirs, info = UNet3DConditionModel.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(info.values()), info
     assert difference(run(theirs.eval()), run(unet)) < 1e-5
@@ -531,7 +536,7 @@ def test_export_to_diffusers(tmp_path):
 def test_export_to_the_official_code(tmp_path):
     unet = trained_unet(alpha=6)
     save(unet, tmp_path / "lora.safetensors")
-    lora.export(tmp_path / "lora.safetensors", "official", path := tmp_path / "full.pth", base=base_folder(tmp_path / "base"))
+    adapters.export(tmp_path / "lora.safetensors", "official", path := tmp_path / "full.pth", base=base_folder(tmp_path / "base"))
     state = torch.load(path, weights_only=True)["state_dict"]
     # strict=True there: exactly the tensors of a model with use_lora.
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in official_state(unet).items()}
@@ -547,13 +552,13 @@ def test_export_to_the_official_code(tmp_path):
     # The file splits into base and adapters, here and in `export`.
     load(both := model.load_unet(path, CONFIG), path)
     assert difference(run(both), run(unet)) < 1e-5
-    lora.export(path, "diffusers", tmp_path / "merged", config=CONFIG)
+    adapters.export(path, "diffusers", tmp_path / "merged", config=CONFIG)
     assert difference(run(model.load_unet(tmp_path / "merged")), run(unet)) < 1e-5
 
     # Without a base: the adapters alone.
-    lora.export(tmp_path / "lora.safetensors", "official", tmp_path / "alone.pth", config=CONFIG)
+    adapters.export(tmp_path / "lora.safetensors", "official", tmp_path / "alone.pth", config=CONFIG)
     alone = torch.load(tmp_path / "alone.pth", weights_only=True)["state_dict"]
-    assert all(model.LORA_TENSOR.search(k) for k in alone) and len(alone) == len(adapter_state(unet))
+    assert all(names.LORA_TENSOR.search(k) for k in alone) and len(alone) == len(adapter_state(unet))
     load(fresh := tiny_unet(), tmp_path / "alone.pth")
     assert difference(run(fresh), run(unet)) < 1e-5
 
@@ -565,12 +570,12 @@ EXPORT_ERRORS = [  # arguments, part of the message
     ("lora.safetensors --to peft --out base", "base: is there already"),
     ("none.safetensors --to peft --out out", "none.safetensors: no such file"),
     ("base --to peft --out out", "adapter_config.json: expected JSON"),
-    ("lora.safetensors --to diffusers --out out", "allowed is with --base"),
+    ("lora.safetensors --to diffusers --out out", "--base must name its weights"),
     ("lora.safetensors --to diffusers --out out --base none", "base 'none': no such file"),
     ("lora.safetensors --to diffusers --out out --base lora.safetensors", "not known"),
     ("lora.safetensors --to official --out out.pth", "tensors missing"),  # no base tells that it is not of full size
     ("lora.safetensors --to official --out out.safetensors --base base", "a name like lora.pth"),
-    ("two.safetensors --to diffusers --out out --base two", "has 2 heads; diffusers' UNet3DConditionModel allows only 8"),
+    ("two.safetensors --to diffusers --out out --base two", "has 2 heads; diffusers' UNet3DConditionModel has 8 there"),
     ("two.safetensors --to official --out out.pth --base base", r"has shape \[4, 16\], expected \[4, 64\]"),
 ]
 
@@ -598,16 +603,16 @@ def test_export_errors(workplace, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(sys, "argv", ["lora.py", "export", *arguments.split()])
     before = listing(workplace)
     with pytest.raises(SystemExit) as exit:
-        lora.main()
+        run_script("lora.py", lora.main)
     error = capsys.readouterr().err
     assert exit.value.code == 2 and listing(workplace) == before
     assert re.fullmatch(f"lora.py: .*{message}.*\n", error), error
 
 
 def test_a_failed_export_leaves_nothing(workplace, monkeypatch, tmp_path):
-    monkeypatch.setattr(lora, "save_file", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("safetensors.torch.save_file", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        lora.export(workplace / "lora.safetensors", "peft", tmp_path / "peft")
+        adapters.export(workplace / "lora.safetensors", "peft", tmp_path / "peft")
     assert not os.listdir(tmp_path)
 
 

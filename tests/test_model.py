@@ -2,7 +2,6 @@
 import hashlib
 import json
 import math
-import warnings
 
 import open_clip
 import pytest
@@ -12,7 +11,9 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import model
-from model import Autoencoder, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig, WordTokenizer
+from model import Autoencoder, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig
+from support import names, processes, published
+from support.words import WordTokenizer, cut_captions
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,7 @@ ONLY_DEEP = UNetConfig(in_channels=3, out_channels=5, channels=(4, 8, 8), blocks
 
 def unet_pair(config):
     ours = randomised(UNet3D(config))
-    theirs = UNet3DConditionModel.from_config(model.unet_to_diffusers(config)).double().eval()
+    theirs = UNet3DConditionModel.from_config(names.unet_to_diffusers(config)).double().eval()
     theirs.load_state_dict(ours.state_dict())  # strict: the names and shapes are theirs
     return ours, theirs
 
@@ -116,16 +117,17 @@ def test_frame_convolution_is_the_3d_one():
     torch.testing.assert_close(conv(x.flatten(3)).view(2, 5, 5, 4, 6), nn.Conv3d.forward(conv, x), rtol=1e-12, atol=1e-12)
 
 
-def test_channels_last_weights_are_the_same_numbers():
+def test_channels_last_weights_are_the_same_numbers(monkeypatch):
     """What load_base does on cuda; frame convolutions then hand cuDNN weights in that order too."""
+    monkeypatch.setattr(nn.Module, "to", lambda self, device: self)  # wherever the weights lie, their order is what matters
     for net, data in ((randomised(UNet3D(TWO_LEVELS)), unet_inputs(TWO_LEVELS, 1, 3, 4, 6)),
                       (randomised(Autoencoder(VAEConfig(channels=(8, 16), blocks_per_level=1, norm_groups=4))).decoder,
                        (randn(2, 4, 3, 5),))):
         with torch.no_grad():
-            before, print_before = net(*data), model.fingerprint(net)
-            model.channels_last(net)
+            before, print_before = net(*data), published.fingerprint(net.state_dict())
+            processes.move_to(net, "cuda")
             torch.testing.assert_close(net(*data), before, rtol=1e-10, atol=1e-10)
-        assert model.fingerprint(net) == print_before
+        assert published.fingerprint(net.state_dict()) == print_before
         weights = [m.weight.squeeze(-1) if isinstance(m, model.FrameConv) else m.weight for m in net.modules()
                    if isinstance(m, nn.Conv2d | nn.Conv3d)]
         assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
@@ -174,7 +176,7 @@ def test_unet_runs_in_the_dtype_of_its_weights(dtype):
 ])
 def test_autoencoder_matches_diffusers(config, N, H, W):
     ours = randomised(Autoencoder(config))
-    theirs = AutoencoderKL.from_config(model.vae_to_diffusers(config)).double().eval()
+    theirs = AutoencoderKL.from_config(names.vae_to_diffusers(config)).double().eval()
     theirs.load_state_dict(ours.state_dict())
     x = randn(N, 3, H, W).requires_grad_()
     moments, expected = ours.encode(x), theirs.encode(x).latent_dist
@@ -220,22 +222,22 @@ def transformers_tower(layers, heads=2):
 def tower(tensors, layers, heads=2):
     with torch.device("meta"):
         ours = TextEncoder(TextConfig(vocab_size=40, context_length=9, width=16, heads=heads, layers=layers), letters)
-    return model.load_strict(ours, tensors, "test")
+    return published.load_strict(ours, tensors, "test")
 
 
 @pytest.mark.parametrize("prefix", ["", "text_model."])
 def test_text_matches_transformers(prefix):
     whole = transformers_tower(layers=4)
     tensors = {prefix + k.removeprefix("text_model."): v.detach() for k, v in whole.state_dict().items()}
-    names = model.text_from_transformers(tensors)
+    renamed = names.text_from_transformers(tensors)
     tokens = letters(CAPTIONS)
     with torch.no_grad():
         out = whole(tokens, output_hidden_states=True)
         # As it is, the last layer is the last.
-        assert_same(tower(names, 4)(CAPTIONS), out.last_hidden_state)
+        assert_same(tower(renamed, 4)(CAPTIONS), out.last_hidden_state)
         # The published text_encoder has one layer less than CLIP: its last is the penultimate, and the final norm follows.
         final = next(m for name, m in whole.named_modules() if name.endswith("final_layer_norm"))
-        shorter = {k: v for k, v in names.items() if not k.startswith("transformer.resblocks.3.")}
+        shorter = {k: v for k, v in renamed.items() if not k.startswith("transformer.resblocks.3.")}
         ours = tower(shorter, 3)(CAPTIONS)
         assert ours.shape == (3, 9, 16)
         assert_same(ours, final(out.hidden_states[-2]))
@@ -269,24 +271,22 @@ def test_the_default_tokenizer_is_open_clips():
     assert text(("a panda",)).shape == (1, 77, 8)
 
 
-def test_words_as_tokens():
+def test_words_as_tokens(capsys):
     words = WordTokenizer(["a", "red", "circle"], context_length=6)
     assert words.vocab_size == 7                                      # padding, start, unknown, three words, end
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        tokens = words(["a red circle", "", "A Circle.", "a red a red circle a circle"])
+    tokens = words(["a red circle", "", "A Circle.", "a red a red circle a circle"])
+    assert capsys.readouterr().err == ""
     assert tokens.tolist() == [[1, 3, 4, 5, 6, 0], [1, 6, 0, 0, 0, 0], [1, 3, 5, 6, 0, 0], [1, 3, 4, 3, 4, 6]]
     assert tokens.dtype == torch.int64
     assert (tokens.argmax(1) == torch.tensor([4, 1, 3, 5])).all()     # CLIP pools where the number is largest: at the end
 
 
-def test_unknown_words_share_a_token_and_are_announced_once():
+def test_unknown_words_share_a_token_and_are_announced_once(capsys):
     words = WordTokenizer(["a", "red"], context_length=6)
-    with pytest.warns(UserWarning, match="does not know: panda, bicycle; it knows: a red"):
-        assert words(["a panda, a bicycle"]).tolist() == [[1, 3, 2, 3, 2, 5]]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        words(["a bicycle"])
+    assert words(["a panda, a bicycle"]).tolist() == [[1, 3, 2, 3, 2, 5]]
+    assert capsys.readouterr().err == "words this model does not know: panda, bicycle; it knows: a red\n"
+    words(["a bicycle"])
+    assert capsys.readouterr().err == ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,19 +325,19 @@ def test_a_caption_is_encoded_once_and_alone():
     assert features.shape == (3, 9, 12) and calls == [["a bear"], ["a"]] and not features.requires_grad
     base.release_encoders()
     assert torch.equal(base.encode_text(["a"])[0], features[1]) and len(calls) == 2
-    assert base.cut_captions(["a bear", "a a a a a a a", "a a a a a a a bear"]) == ["a a a a a a a bear"]
+    assert cut_captions(base.text_encoder, ["a bear", "a a a a a a a", "a a a a a a a bear"]) == ["a a a a a a a bear"]
 
 
 def test_devices_and_precisions_by_name():
-    cpu = model.pick_device("cpu")
-    assert cpu == torch.device("cpu") and isinstance(model.pick_device(), torch.device)
-    assert model.pick_dtype(None, cpu) == torch.float32 and model.pick_dtype(None, torch.device("cuda")) == torch.bfloat16
-    assert model.pick_dtype("float16", cpu) == torch.float16
+    cpu = processes.pick_device("cpu")
+    assert cpu == torch.device("cpu") and isinstance(processes.pick_device(), torch.device)
+    assert processes.pick_dtype(None, cpu) == torch.float32 and processes.pick_dtype(None, torch.device("cuda")) == torch.bfloat16
+    assert processes.pick_dtype("float16", cpu) == torch.float16
     for name in ("gpu", "cuda:99", "meta", ""):
         with pytest.raises(ValueError, match=f"device {name!r}: not available here"):
-            model.pick_device(name)
-    with pytest.raises(ValueError, match="dtype 'int8': allowed are float32, bfloat16, float16"):
-        model.pick_dtype("int8", cpu)
+            processes.pick_device(name)
+    with pytest.raises(ValueError, match="dtype 'int8': must be one of float32, bfloat16, float16"):
+        processes.pick_dtype("int8", cpu)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -370,24 +370,24 @@ def test_full_size_unet_is_the_published_one():
     tensors = meta(UNet3D)
     assert len(tensors) == 1480 and sum(t.numel() for t in tensors.values()) == 1_411_233_860
     assert fingerprint(shapes(tensors)) == PUBLISHED["diffusers unet"]
-    official = model.unet_to_official(tensors, UNetConfig())
+    official = names.unet_to_official(tensors, UNetConfig())
     assert len(official) == 1480 and fingerprint(shapes(official)) == PUBLISHED["official unet"]
-    assert shapes(model.unet_from_official(official, UNetConfig())) == shapes(tensors)
+    assert shapes(names.unet_from_official(official, UNetConfig())) == shapes(tensors)
 
 
 def test_full_size_autoencoder_is_stable_diffusions():
     tensors = meta(Autoencoder)
     assert len(tensors) == 248 and sum(t.numel() for t in tensors.values()) == 83_653_863
     assert fingerprint(shapes(tensors)) == PUBLISHED["diffusers vae"]
-    official = model.vae_to_official(tensors, VAEConfig())
+    official = names.vae_to_official(tensors, VAEConfig())
     in_ckpt = {f"first_stage_model.{name}": t.shape for name, t in official.items()}
     assert len(official) == 248 and fingerprint(in_ckpt) == PUBLISHED["stable diffusion vae"]
-    assert shapes(model.vae_from_official(official, VAEConfig())) == shapes(tensors)
+    assert shapes(names.vae_from_official(official, VAEConfig(), tensors)) == shapes(tensors)
 
 
 def test_full_size_structures_are_diffusers_classes():
     with torch.device("meta"):
-        unet, vae = UNet3DConditionModel(), AutoencoderKL.from_config(model.vae_to_diffusers(VAEConfig()))
+        unet, vae = UNet3DConditionModel(), AutoencoderKL.from_config(names.vae_to_diffusers(VAEConfig()))
     assert shapes(unet.state_dict()) == shapes(meta(UNet3D))
     assert shapes(vae.state_dict()) == shapes(meta(Autoencoder))
 
@@ -407,13 +407,12 @@ def test_full_size_text_tower_is_vit_h_14_less_a_block():
 @pytest.mark.parametrize("config", [TWO_LEVELS, FOUR_LEVELS, ONLY_DEEP])
 def test_official_unet_names_there_and_back(config):
     tensors = randomised(UNet3D(config)).state_dict()
-    official = model.unet_to_official(tensors, config)
+    official = names.unet_to_official(tensors, config)
     assert len(official) == len(tensors) and not official.keys() & tensors.keys()
-    back = model.unet_from_official(official, config)
+    back = names.unet_from_official(official, config)
     assert back.keys() == tensors.keys() and all(torch.equal(back[k], tensors[k]) for k in tensors)
     # The temporal projections are one-dimensional convolutions there, the spatial ones matrices as here.
-    names = model.official_unet_names(config)
-    for ours, theirs in names.items():
+    for ours, theirs in names.official_unet_names(config, tensors).items():
         conv1d = ours.endswith(("proj_in.weight", "proj_out.weight")) and ("temp_attentions" in ours or "transformer_in" in ours)
         assert official[theirs].shape == tensors[ours].shape + ((1,) if conv1d else ()), ours
 
@@ -424,30 +423,30 @@ def test_official_unet_names_there_and_back(config):
 @pytest.mark.parametrize("prefix", ["", "first_stage_model."])
 def test_ldm_autoencoder_names_there_and_back(config, prefix):
     tensors = randomised(Autoencoder(config)).state_dict()
-    official = {prefix + k: v for k, v in model.vae_to_official(tensors, config).items()}
+    official = {prefix + k: v for k, v in names.vae_to_official(tensors, config).items()}
     assert len(official) == len(tensors)
     assert all(v.dim() == 4 for k, v in official.items() if "attn_1" in k and k.endswith("weight") and "norm" not in k)
-    back = model.vae_from_official(official, config)
+    back = names.vae_from_official(official, config, tensors)
     assert back.keys() == tensors.keys() and all(torch.equal(back[k], tensors[k]) for k in tensors)
 
 
 @pytest.mark.parametrize("config", [UNetConfig(), TWO_LEVELS, FOUR_LEVELS, ONLY_DEEP, UNetConfig(stem_heads=4)])
 def test_unet_config_there_and_back(config):
-    assert model.unet_from_diffusers(json.loads(json.dumps(model.unet_to_diffusers(config)))) == config
+    assert names.unet_from_diffusers(json.loads(json.dumps(names.unet_to_diffusers(config))), UNetConfig) == config
 
 
 def test_unet_config_of_diffusers_own_class():
     with torch.device("meta"):
         theirs = UNet3DConditionModel()
-    assert model.unet_from_diffusers(json.loads(theirs.to_json_string())) == UNetConfig()
+    assert names.unet_from_diffusers(json.loads(theirs.to_json_string()), UNetConfig) == UNetConfig()
 
 
 @pytest.mark.parametrize("config", [VAEConfig(), VAEConfig(channels=(8, 16), blocks_per_level=1, scale=0.5, norm_groups=4)])
 def test_autoencoder_config_there_and_back(config):
-    assert model.vae_from_diffusers(json.loads(json.dumps(model.vae_to_diffusers(config)))) == config
+    assert names.vae_from_diffusers(json.loads(json.dumps(names.vae_to_diffusers(config))), VAEConfig) == config
     with torch.device("meta"):
-        theirs = AutoencoderKL.from_config(model.vae_to_diffusers(config))
-    assert model.vae_from_diffusers(json.loads(theirs.to_json_string())) == config
+        theirs = AutoencoderKL.from_config(names.vae_to_diffusers(config))
+    assert names.vae_from_diffusers(json.loads(theirs.to_json_string()), VAEConfig) == config
 
 
 def test_pixels_per_latent_column():

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import reward
 from reward import HPSv2, aggregate, first_frames, load_hpsv2, segment_frames, tar_weights
+from support import hps_package
+from support.frames import clip_normalize, letterbox, limit, stretch
 
 # ViT-H-14's structure, small: 28 x 28 pictures in patches of 7, the real vocabulary.
 CONFIG = {
@@ -86,7 +87,7 @@ def test_randomness_belongs_to_the_generator():
 @pytest.mark.parametrize("S", [0, -1, 17])
 def test_segments_outside_1_to_F(S):
     for pick in (lambda: segment_frames(16, S, batch=1), lambda: first_frames(16, S)):
-        with pytest.raises(ValueError, match=rf"segments is {S}; allowed are 1 to 16"):
+        with pytest.raises(ValueError, match=rf"segments = {S}: must be from 1 to 16"):
             pick()
 
 
@@ -117,7 +118,7 @@ def test_lambda_zero_is_the_plain_mean():
 
 @pytest.mark.parametrize("lambda_tar", [-1.0, math.nan, math.inf])
 def test_lambda_must_be_finite_and_not_negative(lambda_tar):
-    with pytest.raises(ValueError, match=f"lambda_tar is {lambda_tar}; allowed"):
+    with pytest.raises(ValueError, match=f"lambda_tar = {lambda_tar}: must be"):
         tar_weights(torch.tensor([[0]]), 16, lambda_tar)
 
 
@@ -146,7 +147,7 @@ def test_aggregate_is_eq_8():
 ])
 def test_letterbox_geometry(H, W, inside):
     top, bottom, left, right = inside
-    x = reward.letterbox(torch.ones(1, 3, H, W), 28)
+    x = letterbox(torch.ones(1, 3, H, W), 28)
     assert x.shape == (1, 3, 28, 28)
     torch.testing.assert_close(x[..., top:bottom, left:right], torch.ones(1, 3, bottom - top, right - left))
     x[..., top:bottom, left:right] = 0
@@ -156,19 +157,19 @@ def test_letterbox_geometry(H, W, inside):
 def test_letterbox_keeps_bicubic_overshoot():
     edge = torch.zeros(1, 3, 56, 56)
     edge[..., 27:] = 1
-    x = reward.letterbox(edge, 28)
+    x = letterbox(edge, 28)
     assert x.min() < -0.01 and x.max() > 1.01
 
 
 def test_official_code_resizes_without_antialiasing():
     from torchvision.transforms import Resize
     x = random_frames(1, 2, 50, 50)[0]
-    torch.testing.assert_close(reward.stretch(x, 28), Resize(28, antialias=False)(x), rtol=0, atol=1e-6)
-    assert reward.stretch(random_frames(1, 2, 30, 50)[0], 28).shape == (2, 3, 28, 28)
+    torch.testing.assert_close(stretch(x, 28), Resize(28, antialias=False)(x), rtol=0, atol=1e-6)
+    assert stretch(random_frames(1, 2, 30, 50)[0], 28).shape == (2, 3, 28, 28)
     # The option reaches the score.
     frames, clip = random_frames(), tiny_clip()
     scores = HPSv2(clip, preprocess="instructvideo")(frames, CAPTIONS)
-    image = clip.encode_image(reward.clip_normalize(reward.stretch(frames.flatten(0, 1), 28)), normalize=True)
+    image = clip.encode_image(clip_normalize(stretch(frames.flatten(0, 1), 28)), normalize=True)
     text = clip.encode_text(open_clip.tokenize(CAPTIONS), normalize=True)
     torch.testing.assert_close(scores, torch.einsum("bsd,bd->bs", image.unflatten(0, (2, 3)), text))
     assert (scores - HPSv2(clip)(frames, CAPTIONS)).abs().max() > 1e-4
@@ -176,7 +177,7 @@ def test_official_code_resizes_without_antialiasing():
 
 def test_limit_stops_only_pixels_outside():
     x = torch.tensor([-0.1, 0.0, 0.5, 1.0, 1.1], requires_grad=True)
-    y = reward.limit(x)
+    y = limit(x)
     y.sum().backward()
     assert y.tolist() == [0, 0, 0.5, 1, 1] and x.grad.tolist() == [0, 1, 1, 1, 0]
 
@@ -188,7 +189,7 @@ def test_limit_stops_only_pixels_outside():
 def package():
     """The hpsv2 package: its scoring module and its fork of open_clip."""
     filters = list(warnings.filters)
-    img_score, fork = reward.import_hpsv2()
+    img_score, fork = hps_package.import_hpsv2()
     assert warnings.filters == filters  # it mutes every UserWarning when imported; not ours
     assert getattr(sys.modules.get("turtle"), "forward", True)  # the stand-in is gone
     return img_score, fork
@@ -206,7 +207,7 @@ def test_package_preprocesses_alike(package, H, W):
     _, preprocess = package_clip(package[1], tiny_clip())
     pixels = torch.randint(256, (3, H, W), generator=seeded(), dtype=torch.uint8)
     theirs = preprocess(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
-    ours = reward.clip_normalize(reward.letterbox(pixels[None] / 255, 28))[0]
+    ours = clip_normalize(letterbox(pixels[None] / 255, 28))[0]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
@@ -239,7 +240,7 @@ def test_official_score_through_the_bridge(package, monkeypatch, tmp_path):
     frames = torch.randint(256, (3, 3, 30, 44), generator=seeded(), dtype=torch.uint8)
     ours = hps((frames / 255)[None], CAPTIONS[:1])[0].tolist()
 
-    score = reward.official_hps(hps.clip, CONFIG)
+    score = hps_package.official_hps(hps.clip, CONFIG)
     assert score(frames, CAPTIONS[0]) == pytest.approx(ours, abs=1e-4)
     pictures = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in frames]
     assert score(pictures, CAPTIONS[0]) == pytest.approx(ours, abs=1e-4)
@@ -257,8 +258,8 @@ def test_official_score_through_the_bridge(package, monkeypatch, tmp_path):
 
 def test_the_bridge_refuses_what_would_not_be_official():
     with pytest.raises(ValueError, match="float32"):
-        reward.official_hps(tiny_clip().bfloat16(), CONFIG)
-    score = reward.official_hps(tiny_clip(), CONFIG)
+        hps_package.official_hps(tiny_clip().bfloat16(), CONFIG)
+    score = hps_package.official_hps(tiny_clip(), CONFIG)
     with pytest.raises(ValueError, match=r"torch.float32; the hpsv2 package scores 8-bit"):
         score(random_frames()[0], "a cat")
 
@@ -326,7 +327,7 @@ def test_any_clip_any_precision():
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough, exact, rtol=0, atol=0.02)
     # The tower's own rounding is all that is lost: its features are normalised and multiplied in float32.
-    x = reward.clip_normalize(reward.letterbox(random_frames().bfloat16().float().flatten(0, 1), 28)).bfloat16()
+    x = clip_normalize(letterbox(random_frames().bfloat16().float().flatten(0, 1), 28)).bfloat16()
     image = clip.encode_image(x).double().unflatten(0, (2, 3))
     text = clip.encode_text(open_clip.tokenize(CAPTIONS)).double()
     cosine = torch.einsum("bsd,bd->bs", image, text) / image.norm(dim=-1) / text.norm(dim=-1)[:, None]
@@ -338,8 +339,8 @@ def test_version_is_in_the_name():
 
 
 @pytest.mark.parametrize(("what", "call"), [
-    ("unknown HPS version 'v3'", lambda: HPSv2(tiny_clip(), version="v3")),
-    ("unknown preprocess 'crop'", lambda: HPSv2(tiny_clip(), preprocess="crop")),
+    ("HPS version 'v3': must be one of v2.0, v2.1, tiny, random", lambda: HPSv2(tiny_clip(), version="v3")),
+    ("preprocess 'crop': must be one of hpsv2, instructvideo", lambda: HPSv2(tiny_clip(), preprocess="crop")),
     ("28 x 35 pictures", lambda: HPSv2(tiny_clip(image_size=(28, 35)))),
     (r"frames are torch.float32 \(2, 3, 40, 40\)", lambda: HPSv2(tiny_clip())(random_frames()[0, :2], CAPTIONS)),
     ("frames are torch.uint8", lambda: HPSv2(tiny_clip())(random_frames().byte(), CAPTIONS)),

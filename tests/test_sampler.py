@@ -71,7 +71,7 @@ def test_ddpm_steps_of_another_training_length():
 @pytest.mark.parametrize(("i", "D"), [
     (0, 20), (-1, 20), (21, 20), (1, 0), (1, -5), (1, 1000), (999, 1000), (1000, 1000), (1, 2000)])
 def test_ddpm_step_outside_the_chain_is_refused(i, D):
-    with pytest.raises(ValueError, match="allowed is 1 to"):
+    with pytest.raises(ValueError, match="must be from 1 to"):
         ddpm_step(i, D)
 
 
@@ -93,14 +93,14 @@ def test_noise_step_by_hand(tau, D, n, t_noi):
 
 
 @pytest.mark.parametrize(("tau", "D", "what"), [
-    (0, 20, "tau = 0: allowed is above 0 and up to 1"),
-    (-0.5, 20, "allowed is above 0"),
-    (1.01, 20, "up to 1"),
+    (0, 20, "tau = 0: must be above 0 and at most 1"),
+    (-0.5, 20, "must be above 0"),
+    (1.01, 20, "at most 1"),
     (math.nan, 20, "tau = nan"),
     (math.inf, 20, "tau = inf"),
     (0.02, 20, "rounds to no step"),                   # 0.4 of a step
     (0.6, 0, "rounds to no step"),
-    (0.6, 1000, "num_steps = 1000: allowed is 1 to 999"),
+    (0.6, 1000, "num_steps = 1000: must be from 1 to 999"),
     (0.6, 5000, "num_steps = 5000"),
 ])
 def test_noise_step_out_of_range_is_refused(tau, D, what):
@@ -344,13 +344,17 @@ def test_both_guidance_branches_carry_gradient():
 @pytest.mark.parametrize("K", [0, -1, 4, 20])
 def test_K_outside_the_edit_is_refused(K):
     for call in (lambda: check_edit(0.6, 5, K), lambda: edit(None, *inputs(), tau=0.6, num_steps=5, grad_steps=K)):
-        with pytest.raises(ValueError, match=f"grad_steps = {K}: allowed is 1 to 3"):
+        with pytest.raises(ValueError, match=f"grad_steps = {K}: must be from 1 to 3"):
             call()
 
 
-def test_an_edit_in_numbers():
-    assert check_edit(0.6, 20, grad_steps=1) == (12, 551)             # the paper's: 12 steps, from t_noi = 551
-    assert check_edit(0.6, 20, grad_steps=12) == (12, 551)
+@pytest.mark.parametrize("K", [1, 12])
+def test_an_edit_in_numbers(K):
+    check_edit(0.6, 20, grad_steps=K)
+    assert (edit_steps(0.6, 20), noise_step(0.6, 20)) == (12, 551)    # the paper's: 12 steps, from t_noi = 551
+    model = Denoiser()
+    edit(model, *inputs(), tau=0.6, num_steps=20, grad_steps=K)
+    assert len(model.calls) == 12 and (model.calls[0][1] == 551).all()
 
 
 def saved_tensors(run, *args, **settings):

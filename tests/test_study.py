@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import train
+from support import run_folder
 from tiny import study
 
 
@@ -45,7 +46,7 @@ def test_tau_is_compared_at_equal_steps_and_at_equal_time(short, monkeypatch):
     base, few, longer, default = short("tau")["rows"]
     assert [r["label"] for r in (few, longer, default)] == ["tau = 0.1", "tau = 0.1, equal time: 4 steps", "tau = 0.6"]
     assert few["seconds_per_step"] == .25
-    lines = train.read_metrics(study.Config("tau").work / "tau-0.1-steps-4" / "metrics.jsonl")
+    lines = run_folder.read_metrics(study.Config("tau").work / "tau-0.1-steps-4" / "metrics.jsonl")
     assert len(lines) == 4
 
 

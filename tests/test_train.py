@@ -25,8 +25,11 @@ import lora
 import train
 from data import LatentDataset
 from evaluate import evaluate
-from model import TINY, decode_frames, load_base
+from model import decode_frames, load_base
 from reward import load_reward
+from support import adapters, run_folder, settings, videos
+from support.weights import TINY
+from tiny import clips
 
 SHORT = ["--device", "cpu", "--batch-size", "2", "--num-steps", "2", "--tau", "1", "--eval-count", "1"]
 CPU = torch.device("cpu")
@@ -34,28 +37,32 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def aside(tmp_path, monkeypatch):
-    """Every test in a folder of its own, on one thread; a run's signal handlers end with it."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Every test in a folder of its own, on one thread; a run's signal handlers must have ended with it."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
     yield
     torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 @pytest.fixture(autouse=True, scope="module")
 def few_clips():
     """Six clips of the tiny world are enough here, and quickly encoded."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "tiny_clips", partial(train.tiny_clips, count=6))
+        patch.setattr(clips, "tiny_clips", partial(clips.tiny_clips, count=6))
         yield
 
 
 def run(*argv):
     """One run in this process; its exit status."""
     return train.main([*map(str, argv)])
+
+
+def parse(argv):
+    """The settings of a command line."""
+    return settings.parse(argv, train.PRESETS, train.__doc__)
 
 
 def metrics(folder):
@@ -84,7 +91,7 @@ def parts():
     """(base with adapters that do something, reward, clips of four frames): one setting for all tests of a single step."""
     base = load_base("tiny")
     reward = load_reward(base_folder=base.folder)
-    full = train.tiny_clips(base, torch.float32)
+    full = clips.tiny_clips(base, torch.float32)
     dataset = LatentDataset([m[:, :, :4] for m in full.moments], full.text, full.captions)
     g = torch.Generator().manual_seed(0)
     lora.inject(base.unet, 4, generator=g)
@@ -102,34 +109,34 @@ def batch_of(parts, cfg, step=0):
 
 
 class Recorder:
-    """Stands in for train.Run: remembers what the loop tells it."""
-    step = 0
-    progress_from = staticmethod(range)
+    """Stands in for run_folder.Run: remembers what the loop tells it."""
 
-    def __init__(self, parameters):
-        self.parameters, self.lines, self.gradients, self.rates = parameters, [], [], []
+    def __init__(self, parameters, number):
+        self.parameters, self.number, self.lines, self.gradients, self.rates = parameters, number, [], [], []
 
-    def load_optimizer(self, optimizer):
+    def steps(self, optimizer):
         self.optimizer = optimizer
+        return range(self.number)
 
-    def evaluate_if_due(self, step):
-        pass
-
-    def save_due(self, step):
+    def stop(self):
         return False
 
-    def log_step(self, step, reward, loss, norm, seconds, finite):
-        self.lines.append({"step": step, "reward": reward, "loss": loss, "grad_norm": norm, "finite": finite})
+    def finish_step(self, step, numbers, finite, stopping):
+        assert numbers.keys() == {"reward", "loss", "grad_norm"} and not stopping
+        self.lines.append({"step": step, "finite": finite} | numbers)
         self.gradients.append(torch.cat([p.grad.flatten() for p in self.parameters]))
         self.rates.append(self.optimizer.param_groups[0]["lr"])
+        return True
 
 
 def loop(parts, cfg):
     """train.train for cfg.steps steps; afterwards the adapters are as they were."""
-    base, reward, dataset = parts
-    recorder = Recorder(lora.parameters(base.unet))
+    base, reward, _ = parts
+    recorder, uncond = Recorder(lora.parameters(base.unet), cfg.steps), base.encode_text([""])
     before = [p.detach().clone() for p in recorder.parameters]
-    assert train.train(cfg, recorder, base, reward, dataset)
+    assert train.train(cfg, recorder.parameters, lambda step: batch_of(parts, cfg, step),
+                       lambda batch: train.edit_rewards(base, reward, uncond, batch, cfg), recorder)
+    assert [line["step"] for line in recorder.lines] == list(range(1, cfg.steps + 1))
     recorder.change = [p.detach() - b for p, b in zip(recorder.parameters, before)]
     with torch.no_grad():
         for p, b in zip(recorder.parameters, before):
@@ -329,11 +336,8 @@ def whole(tmp_path_factory, few_clips):
     folder, said = tmp_path_factory.mktemp("whole") / "run", io.StringIO()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with contextlib.redirect_stdout(said):
         assert run(*SHORT, *WHOLE, "--out", folder) == 0
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     torch.set_num_threads(threads)
     return folder, said.getvalue()
 
@@ -341,8 +345,8 @@ def whole(tmp_path_factory, few_clips):
 def test_the_run_folder_holds_what_the_readme_lists(whole):
     folder, said = whole
     files = listing(folder)
-    assert [f for f in files if "/" not in f] == ["before_after.png", "best.safetensors", "config.json", "curves.png",
-                                                  "lora.safetensors", "metrics.jsonl", "state.pt"]
+    assert [f for f in files if "/" not in f] == ["before_after.gif", "before_after.png", "best.safetensors", "config.json",
+                                                  "curves.png", "lora.safetensors", "metrics.jsonl", "state.pt"]
     for step in ("000000", "000002", "000004"):
         of_step = [f for f in files if f.startswith(f"samples/step_{step}")]
         assert of_step[:2] == [f"samples/step_{step}.json", f"samples/step_{step}.png"]
@@ -350,18 +354,20 @@ def test_the_run_folder_holds_what_the_readme_lists(whole):
         assert len(clips) == 3 and all(f.endswith(".mp4") for f in clips)  # a video of each prompt set
     video, about = iio.imread(folder / clips[0]), iio.immeta(folder / clips[0], plugin="pyav")
     assert video.shape == (16, 256, 256, 3) and about["fps"] == 8
-    assert len(files) == 7 + 3 * 5
+    assert len(files) == 8 + 3 * 5
     strips, pair = iio.imread(folder / "samples/step_000004.png"), iio.imread(folder / "before_after.png")
     assert pair.shape == (strips.shape[0], 2 * strips.shape[1], 3)
+    moving = iio.imread(folder / "before_after.gif")
+    assert moving.shape[0] == 16 and moving.shape[1] > 2 * 112 and moving.shape[2] > 3 * 112  # three videos, before and after
 
     config = json.loads((folder / "config.json").read_text())
-    assert train.from_json(config, "config.json") == train.parse([*SHORT, *WHOLE, "--out", str(folder)])
+    assert settings.from_json(config, train.Config, "config.json") == parse([*SHORT, *WHOLE, "--out", str(folder)])
     state = saved(folder / "state.pt")
     assert state.keys() == {"version", "step", "config", "adapters", "optimizer"}
     assert state["step"] == 4 and state["config"] == config
     on_file = load_file(folder / "lora.safetensors")
     assert all(torch.equal(v, on_file[k]) for k, v in state["adapters"].items()) and any(v.any() for v in on_file.values())
-    assert lora.read_adapter(folder / "lora.safetensors").base == "tiny"
+    assert adapters.read_adapter(folder / "lora.safetensors").base == "tiny"
 
 
 JUDGED = {"watermark", "sharpness", "saturation", "noise", "colour", "shape", "direction", "static", "motion"}
@@ -404,19 +410,21 @@ def test_evaluation_during_training_is_the_metric_of_evaluate(whole):
 @pytest.fixture
 def plain(monkeypatch):
     """Without curves and clips, which take half of a short run's time."""
-    monkeypatch.setattr(train, "draw_curves", lambda lines, name, path: path.touch())
-    monkeypatch.setattr(train, "write_video", lambda path, video, fps: path.touch())
+    monkeypatch.setattr(run_folder, "draw_curves", lambda lines, name, path: path.touch())
+    monkeypatch.setattr(run_folder, "write_video", lambda path, video, fps: path.touch())
+    monkeypatch.setattr(run_folder, "read_video", lambda path: path.stat())  # must be there
+    monkeypatch.setattr(run_folder, "write_comparison_gif", lambda path, *args: path.touch())
 
 
 def stop_after(monkeypatch, step, number):
     """Sends this process a signal as soon as the metrics of a step are written."""
-    real = train.Run.log_step
+    real = run_folder.Run.log_step
 
     def log_step(self, at, *args):
         real(self, at, *args)
         if at == step:
             os.kill(os.getpid(), number)
-    monkeypatch.setattr(train.Run, "log_step", log_step)
+    monkeypatch.setattr(run_folder.Run, "log_step", log_step)
 
 
 @pytest.mark.parametrize("step, number, status", [(1, signal.SIGINT, 130), (2, signal.SIGTERM, 143)])
@@ -454,7 +462,7 @@ def test_a_run_may_be_made_longer_and_stopped_in_an_evaluation(whole, plain, mon
 
 def test_stopped_before_the_first_checkpoint_it_starts_again_from_zero(whole, plain, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "save", lambda *args: sys.exit("killed"))
+        patch.setattr(run_folder.Run, "save", lambda *args: sys.exit("killed"))
         with pytest.raises(SystemExit):
             run(*SHORT, *WHOLE, "--out", "run")
     assert "state.pt" not in listing("run")
@@ -466,9 +474,9 @@ def test_resuming_something_else_is_refused(whole, tmp_path):
     folder = whole[0]
     before = listing(folder), (folder / "config.json").read_bytes()
     for argv, message in [
-            (["--tau", "0.3"], "tau would make it another run; allowed to change is steps"),
-            (["--lr=1", "--prompts", "a=b"], "lr, prompts would make it another run"),
-            (["--steps", "3"], r"steps = 3: allowed is 4, where this run stands, and above")]:
+            (["--tau", "0.3"], "tau would make it another run; only steps may change"),
+            (["--lr=1", "--prompts", "a=b"], "prompts, lr would make it another run"),
+            (["--steps", "3"], "steps = 3: must be at least 4, where this run stands")]:
         with pytest.raises(ValueError, match=message):
             run("--resume", folder, *argv)
     with pytest.raises(ValueError, match="preset would make it another run"):
@@ -524,9 +532,9 @@ def test_a_checkpoint_of_another_version_or_settings_is_refused(whole, tmp_path)
 def test_another_run_is_not_overwritten_unasked_and_then_only_what_is_its_own(whole):
     Path("run/samples").mkdir(parents=True)
     for name in ("config.json", "state.pt", "state_000001.pt", "lora.safetensors", "best.safetensors", "metrics.jsonl",
-                 "samples/step_000000.png", "notes.txt", "mine.png"):
+                 "before_after.png", "before_after.gif", "curves.png", "samples/step_000000.png", "notes.txt", "mine.png"):
         Path("run", name).write_text("an earlier run's")
-    with pytest.raises(ValueError, match="out run: holds a run already; allowed are another folder, --resume run, or --over"):
+    with pytest.raises(ValueError, match="out run: holds a run already; choose another folder, --resume run, or --over"):
         run(*SHORT, *WHOLE, "--out", "run")
     assert run(*SHORT, *WHOLE, "--steps", 1, "--eval-every", 0, "--out", "run", "--overwrite") == 0
     assert listing("run") == ["config.json", "lora.safetensors", "metrics.jsonl", "mine.png", "notes.txt", "state.pt"]
@@ -535,24 +543,24 @@ def test_another_run_is_not_overwritten_unasked_and_then_only_what_is_its_own(wh
 
 def test_every_run_without_out_gets_a_folder_of_its_own():
     cfg = train.Config()
-    assert train.choose_folder(cfg) == (Path("out/tiny"), False)
+    assert run_folder.choose_folder(cfg) == (Path("out/tiny"), False)
     Path("out/tiny").mkdir(parents=True)
-    assert train.choose_folder(cfg) == (Path("out/tiny-2"), False)
-    assert train.choose_folder(train.PRESETS["modelscope"]) == (Path("out/modelscope"), False)
+    assert run_folder.choose_folder(cfg) == (Path("out/tiny-2"), False)
+    assert run_folder.choose_folder(train.PRESETS["modelscope"]) == (Path("out/modelscope"), False)
 
 
 def test_workers_that_torchrun_started_again_continue_their_run(monkeypatch):
     cfg = train.Config(out=Path("run"), prompts=("a=b",))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert train.choose_folder(cfg) == (Path("run"), False)  # the crash came before the run began
+    assert run_folder.choose_folder(cfg) == (Path("run"), False)  # the crash came before the run began
     for folder in ("run", "out/tiny-3"):
         Path(folder).mkdir(parents=True)
-        Path(folder, "config.json").write_text(json.dumps(train.to_json(cfg if folder == "run" else replace(cfg, out=None))))
-    assert train.choose_folder(cfg) == (Path("run"), True)
-    assert train.choose_folder(replace(cfg, out=None)) == (Path("out/tiny-3"), True)
+        Path(folder, "config.json").write_text(json.dumps(settings.to_json(cfg if folder == "run" else replace(cfg, out=None))))
+    assert run_folder.choose_folder(cfg) == (Path("run"), True)
+    assert run_folder.choose_folder(replace(cfg, out=None)) == (Path("out/tiny-3"), True)
     with pytest.raises(ValueError, match="holds a run already"):  # but another's is another's
-        train.choose_folder(replace(cfg, tau=.5))
-    assert train.choose_folder(replace(cfg, overwrite=True)) == (Path("run"), False)
+        run_folder.choose_folder(replace(cfg, tau=.5))
+    assert run_folder.choose_folder(replace(cfg, overwrite=True)) == (Path("run"), False)
 
 
 # ------------------------------------------------- Settings of a whole run -------------------------------------------------
@@ -617,7 +625,7 @@ def test_real_clips_another_autoencoder_text_encoder_and_reward(plain, capsys, m
     assert run(*flags, "--out", "one") == 0
     said = capsys.readouterr().out
     assert "left out: videos/gone.mp4: cannot be read: no such file" in said and "3 of 4 clips can be used" in said
-    assert lora.read_adapter("one/lora.safetensors").rank == 2
+    assert adapters.read_adapter("one/lora.safetensors").rank == 2
     lines = metrics("one")
     assert lines[0]["eval"]["a"].keys() == {"reward_mean", "reward_std", "n"}  # the judge knows the tiny world's captions only
     assert lines[0]["eval"].keys() == {"a", "b"} and lines[0]["eval"]["b"]["n"] == 2
@@ -627,7 +635,7 @@ def test_real_clips_another_autoencoder_text_encoder_and_reward(plain, capsys, m
 
     # The same from the cache, where no clip is decoded, and without one.
     with monkeypatch.context() as patch:
-        patch.setattr("data._windows", lambda *args: pytest.fail("a cached clip was decoded"))
+        patch.setattr(videos, "read_windows", lambda *args: pytest.fail("a cached clip was decoded"))
         assert run(*flags, "--workers", 0, "--out", "two") == 0
     assert_same_run("one", "two")
     assert run(*flags, "--workers", 0, "--no-cache", "--out", "three") == 0
@@ -636,7 +644,7 @@ def test_real_clips_another_autoencoder_text_encoder_and_reward(plain, capsys, m
 
     with pytest.raises(ValueError, match=r"too short: 4 frames at 1 a second need 25 at its 8 a second, found 9"):
         run(*flags, "--fps", 1, "--no-cache", "--out", "four")
-    with pytest.raises(ValueError, match=r"1 of 4 clips cannot be used; allowed: 10%"):
+    with pytest.raises(ValueError, match=r"1 of 4 clips cannot be used; at most 10% may, and not all"):
         run(*flags, "--max-skip", 0.1, "--out", "four")
     assert not Path("four").exists()
 
@@ -651,7 +659,7 @@ def test_the_modelscope_preset_on_a_reduced_structure(plain, capsys):
     assert "HPSrandom" in capsys.readouterr().out  # never to be taken for a score
     config = json.loads(Path("run/config.json").read_text())
     assert (config["preset"], config["lr"], config["offset_noise"], config["guidance"]) == ("modelscope", 1e-5, .1, 3.)
-    adapter = lora.read_adapter("run/lora.safetensors")
+    adapter = adapters.read_adapter("run/lora.safetensors")
     assert len(adapter.tensors) == 2 * 264 and adapter.rank == 4 and adapter.base == "random:32"  # the paper's 264 projections
     assert all(v.any() for k, v in adapter.tensors.items() if "lora_B" in k)
     assert [("eval" in line, line["step"]) for line in metrics("run")] == [(True, 0), (False, 1), (True, 1)]
@@ -664,5 +672,5 @@ def test_the_presets_have_the_papers_numbers():
     real = train.PRESETS["modelscope"]
     assert (real.base, real.lr, real.steps, real.batch_size) == ("ali-vilab/text-to-video-ms-1.7b", 1e-5, 20_000, 8)
     assert (real.guidance, real.offset_noise) == (3., .1)  # the official code's
-    assert train.parse([]) == train.parse(["tiny"]) == train.Config()
-    assert train.parse(["modelscope", "--lr", "1e-4"]) == replace(real, lr=1e-4)
+    assert parse([]) == parse(["tiny"]) == train.Config()
+    assert parse(["modelscope", "--lr", "1e-4"]) == replace(real, lr=1e-4)

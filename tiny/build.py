@@ -38,10 +38,9 @@ from model import (  # noqa: E402
     load_text_encoder,
     load_unet,
     load_vae,
-    unet_to_diffusers,
-    vae_to_diffusers,
 )
 from sampler import add_noise, alpha_bars, edit, sample  # noqa: E402
+from support.names import unet_to_diffusers, vae_to_diffusers  # noqa: E402
 from tiny import world  # noqa: E402
 from tiny.judge import Judge, judge_clips, labels, load_judge  # noqa: E402
 

@@ -10,7 +10,7 @@ Letters: B clips, F frames, H and W pixel rows and columns.
 import torch
 from torch import nn
 
-from model import load_strict, read_tensors
+from support.published import load_strict, read_tensors
 from tiny import world
 
 SHAPES = (*world.SHAPES, "stripes")
@@ -35,6 +35,15 @@ class Judge(nn.Module):
 def load_judge(path):
     """The shipped judge from a safetensors file, frozen. ValueError if it is another file, or damaged."""
     return load_strict(Judge(), read_tensors(path), path, torch.float32)
+
+
+def find_judge(base, frames, height, width):
+    """judge(clips, captions) if this base has one beside it and makes clips of this world's size, else None."""
+    file = base.folder and base.folder / "judge.safetensors"
+    if not file or not file.is_file() or (frames, height, width) != (world.FRAMES, world.SIZE, world.SIZE):
+        return None
+    judge = load_judge(file).to(base.device)
+    return lambda clips, captions: judge_clips(judge, clips, captions)
 
 
 def labels(scenes):

@@ -28,12 +28,19 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import lora  # noqa: E402
 import train  # noqa: E402
-from evaluate import evaluate, find_judge, paired, prompt_sets, summary, versions, write_png  # noqa: E402
-from generate import to_pixels, write_video  # noqa: E402
-from model import load_base, read_json, write_whole  # noqa: E402
+from evaluate import EVAL_SEED, evaluate, prompt_sets  # noqa: E402
+from model import load_base  # noqa: E402
 from reward import load_reward  # noqa: E402
 from sampler import GUIDANCE  # noqa: E402
+from support.files import read_json, write_whole  # noqa: E402
+from support.pictures import write_png  # noqa: E402
+from support.reports import versions  # noqa: E402
+from support.run_folder import SHOWN, read_metrics  # noqa: E402
+from support.settings import to_json  # noqa: E402
+from support.tables import paired, summary  # noqa: E402
+from support.videos import to_pixels, write_video  # noqa: E402
 from tiny import world  # noqa: E402
+from tiny.judge import find_judge  # noqa: E402
 
 SETS = ("in_domain", "new", "other")
 TAUS, SEEDS, GUIDANCES = (0.1, 0.3, 0.6, 0.9, 1.0), (0, 1, 2), (1., 2., GUIDANCE, 4.5, 6.)
@@ -92,8 +99,8 @@ class Lab:
                 if run:
                     lora.load(self.models[run].unet, run / "lora.safetensors")
             with tqdm(total=self.cfg.count, desc=f"{file.parent.name}, {file.stem}", leave=False, mininterval=5) as bar:
-                table, _ = evaluate(self.models[run], self.reward, self.prompts[name], seed=train.EVAL_SEED,
-                                    num_steps=num_steps, guidance=guidance, judge=self.judge, bar=bar.update)
+                table, _ = evaluate(self.models[run], self.reward, self.prompts[name], seed=EVAL_SEED,
+                                    num_steps=num_steps, guidance=guidance, judge=self.judge, move_on=bar.update)
             with write_whole(file) as hidden:
                 hidden.write_text(json.dumps({k: v.tolist() for k, v in table.items()}) + "\n")
         return {k: torch.tensor(v, dtype=torch.float64) for k, v in read_json(file).items()}
@@ -112,13 +119,13 @@ class Lab:
 def tidy(flags):
     """Flags without those that say what holds by default: runs that are the same get the same name."""
     pairs = [(f, v) for f, v in zip(flags[::2], flags[1::2])]
-    default = train.to_json(train.PRESETS["tiny"])
+    default = to_json(train.PRESETS["tiny"])
     return tuple(x for f, v in pairs if str(default[f.strip("-").replace("-", "_")]) != v for x in (f, v))
 
 
 def seconds_per_step(run):
     """The median, as the first steps are slower."""
-    seconds = [line["seconds"] for line in train.read_metrics(run / "metrics.jsonl") if "seconds" in line]
+    seconds = [line["seconds"] for line in read_metrics(run / "metrics.jsonl") if "seconds" in line]
     return sorted(seconds)[len(seconds) // 2]
 
 
@@ -238,7 +245,7 @@ def evolution(lab):
 def strips(run, steps):
     """The upper half of a run's strips at several steps side by side: (H, W, 3)."""
     pictures = [torch.from_numpy(iio.imread(run / "samples" / f"step_{s:06d}.png")) for s in steps]
-    title, rows = 22, len(SETS) * train.SHOWN
+    title, rows = 22, len(SETS) * SHOWN
     return torch.cat(pictures, dim=1)[:title + (len(pictures[0]) - title) // rows * (rows // 2)].numpy()
 
 
@@ -251,7 +258,7 @@ def run(cfg):
     lab = Lab(cfg)
     rows = STUDIES[cfg.study](lab)
     report = {"command": shlex.join(["python", "tiny/study.py", *sys.argv[1:]]), "reward": lab.reward.name, "count": cfg.count,
-              "evaluation_seed": train.EVAL_SEED, "training": train.to_json(train.PRESETS["tiny"]), "versions": versions(),
+              "evaluation_seed": EVAL_SEED, "training": to_json(train.PRESETS["tiny"]), "versions": versions(),
               "rows": rows}
     if rows:
         with write_whole(cfg.out / f"{cfg.study}.json") as hidden:

@@ -1,0 +1,266 @@
+"""
+Adapter files: ours, PEFT's and the official code's, read into one form, checked against a UNet, and exported.
+
+Ours is a safetensors file under PEFT's tensor names, with rank, alpha, base and the base's fingerprint as metadata. All of
+this works on dicts of tensors, so that a merged UNet can be written without building one.
+
+Letters: r rank, C_in and C_out widths of a projection; A (r, C_in) and B (C_out, r) are the two halves of an adapter.
+"""
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import torch
+import tyro
+from safetensors import safe_open
+
+from support.files import first_names, read_json, write_folder, write_whole
+from support.names import (
+    MODELSCOPE_UNET,
+    UNET_RESNET,
+    official_unet_blocks,
+    our_unet_blocks,
+    rename,
+    split_lora,
+    unet_from_diffusers,
+    unet_from_official,
+    unet_to_diffusers,
+    unet_to_official,
+)
+from support.published import check_tensors, component_config, fingerprint, read_tensors
+from support.weights import find_base, find_part
+
+PREFIX = "base_model.model."  # what PEFT's wrapper puts before the path of a layer
+NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+OFFICIAL_NAME = re.compile(r"(.+\.to_)([qkv]|out)_lora\.(down|up)_linear\.weight")
+PROJECTION = re.compile(r"(^|\.)(to_[qkv]|to_out\.0)$")  # which layers are adapted: those of every attention
+VERSION = "1"
+
+
+def adapter_name(path, half):
+    """The name of half "A" or "B" of the adapter of the layer at `path`."""
+    return f"{PREFIX}{path}.lora_{half}.weight"
+
+
+def to_official_name(name, config):
+    """Our name of half an adapter -> the official one. A is called down_linear there, B up_linear, to_out.0 to_out."""
+    path, half = NAME.fullmatch(name).groups()
+    path = rename(path + ".weight", official_unet_blocks(config), UNET_RESNET).removesuffix(".weight")
+    return f"{path.removesuffix('.0')}_lora.{'down' if half == 'A' else 'up'}_linear.weight"
+
+
+def from_official_name(name, config):
+    """Inverse of to_official_name; a name that is none of an adapter's, or of a block that `config` has not, is kept as it is."""
+    match = OFFICIAL_NAME.fullmatch(name)
+    path = match and rename(f"{match[1]}{match[2]}.weight", our_unet_blocks(config), {}).removesuffix(".weight")
+    if not match or path == match[1] + match[2]:
+        return name
+    return adapter_name(path + ".0" if match[2] == "out" else path, "A" if match[3] == "down" else "B")
+
+
+@dataclass
+class Adapter:
+    """What an adapter file holds: tensors under our names and, if it says, which base it was trained on."""
+    tensors: dict
+    rank: int
+    alpha: float
+    base: str | None
+    fingerprint: str | None
+    with_base: bool
+    """a fine-tuned official file, with the base's tensors beside"""
+
+
+def read_adapter(path, config=None):
+    """
+    Adapters of any form: our file, PEFT's folder, the official tensors alone or in a fine-tuned .pth (rank as found, scale 1).
+
+    config: the structure by which official names are translated, default ModelScope's. ValueError naming the file if it cannot
+    be read; has tensors that are no adapters, lack the other half, are not finite or not of the recorded rank; or if it records
+    no rank and alpha, or more than plain LoRA.
+    """
+    path, with_base = Path(path), False
+    if path.is_dir():
+        tensors, recorded = read_peft(path)
+    else:
+        tensors, recorded = read_tensors(path), {}
+        rest, official = split_lora(tensors)
+        if official:
+            config = config or modelscope_structure()
+            tensors, with_base = {from_official_name(k, config): v for k, v in official.items()}, bool(rest)
+            rank = next((len(t) for k, t in tensors.items() if ".lora_A." in k and t.dim()), 0)
+            recorded = {"rank": rank, "alpha": rank}
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                recorded = file.metadata() or {}
+
+    check_halves(tensors, path)
+    if recorded.get("version", VERSION) != VERSION:
+        raise ValueError(f"{path}: has format version {recorded['version']!r}, this code reads {VERSION}")
+    try:
+        rank, alpha = int(recorded.get("rank")), float(recorded.get("alpha"))
+    except (TypeError, ValueError):
+        rank, alpha = 0, 0
+    if not (rank > 0 and 0 < alpha < math.inf):
+        raise ValueError(f"{path}: records rank {recorded.get('rank')!r} and alpha {recorded.get('alpha')!r}; expected two above "
+                         "0, without which the scale of its adapters is not known")
+    check_numbers(tensors, rank, path)
+    return Adapter(tensors, rank, alpha, recorded.get("base"), recorded.get("base_fingerprint"), with_base)
+
+
+def read_peft(folder):
+    """The tensors of a PEFT folder and what its settings record of rank and alpha. ValueError for more than plain LoRA."""
+    settings = read_json(folder / "adapter_config.json")
+    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        if settings.get(key):
+            raise ValueError(f"{folder}: adapter_config.json sets {key}; must be plain LoRA, one rank and alpha for all")
+    files = [folder / f"adapter_model.{suffix}" for suffix in ("safetensors", "bin")]
+    tensors = read_tensors(next((f for f in files if f.is_file()), files[0]))
+    return tensors, {"rank": settings.get("r"), "alpha": settings.get("lora_alpha")}
+
+
+def check_halves(tensors, path):
+    """ValueError if a tensor is no half of an adapter, or the other half is missing."""
+    halves = {k: NAME.fullmatch(k) for k in tensors}
+    paths = Counter(m[1] for m in halves.values() if m)
+    bad = [k for k, m in halves.items() if not m or paths[m[1]] != 2]
+    if bad:
+        raise ValueError(f"{path}: {len(bad)} of {len(tensors)} tensors are not half of an adapter ({first_names(bad)}); "
+                         f"expected {PREFIX}(...).lora_A.weight and lora_B.weight, or (...)_lora.down_linear.weight and "
+                         "up_linear.weight")
+
+
+def check_numbers(tensors, rank, path):
+    """ValueError unless every tensor is a finite matrix of this rank: A (r, C_in), B (C_out, r)."""
+    for k, t in tensors.items():
+        numbers = t.is_floating_point() and t.layout == torch.strided and not t.is_meta
+        side = 1 if ".lora_B." in k else 0
+        if not numbers or t.dim() != 2 or t.shape[side] != rank or not t.float().isfinite().all():
+            raise ValueError(f"{path}: tensor {k}: expected a matrix of rank {rank}, finite; found {t.dtype} {list(t.shape)}")
+
+
+def check_adapter(adapter, shapes, base_fingerprint, what):
+    """
+    ValueError unless an Adapter fits projections {path: (C_out, C_in)} and, where both are known, the base's fingerprint.
+
+    what: the adapter's source, for messages.
+    """
+    expected = {}
+    for path, (c_out, c_in) in shapes.items():
+        expected[adapter_name(path, "A")] = torch.empty(adapter.rank, c_in, device="meta")
+        expected[adapter_name(path, "B")] = torch.empty(c_out, adapter.rank, device="meta")
+    check_tensors(expected, adapter.tensors, what)
+    if base_fingerprint and adapter.fingerprint and base_fingerprint != adapter.fingerprint:
+        raise ValueError(f"{what}: was trained on {adapter.base or 'weights'!r} of fingerprint {adapter.fingerprint!r}, "
+                         f"the model's is {base_fingerprint!r}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Export
+
+@dataclass(frozen=True)
+class Export:
+    """Write trained adapters in a form that another program reads."""
+    adapter: tyro.conf.Positional[Path]
+    """lora.safetensors of a run, a PEFT folder, or a fine-tuned official .pth"""
+    to: Literal["peft", "official", "diffusers"]
+    """peft: an adapter folder. official: a .pth, with --base the whole state dict that the official inference loads, else the
+    adapters alone. diffusers: a UNet folder, the adapters merged into its weights"""
+    out: Path
+    """file (official) or folder to write; nothing may be there yet"""
+    base: str | None = None
+    """where the UNet is, as train.py's --base: a folder, a file, a hub id. A fine-tuned .pth has its own; peft needs none"""
+
+
+def modelscope_structure():
+    """The structure of ModelScope's own UNet, for files that bring no config."""
+    return unet_from_diffusers(MODELSCOPE_UNET, SimpleNamespace)
+
+
+def export(adapter, to, out, base=None, config=None):
+    """
+    Write trained adapters in a form that another program reads: to "peft" (a folder), "official" (a .pth) or "diffusers" (a UNet
+    folder, the adapters merged into its weights).
+
+    base: where the UNet is, as train.py's --base; a fine-tuned .pth has its own; peft needs none. config: the structure of bare
+    files, default ModelScope's. ValueError if something cannot be read or does not fit, or if `out` exists; nothing is written.
+    """
+    out = Path(out)
+    if out.exists():
+        raise ValueError(f"{out}: is there already; choose another --out")
+    if to == "official" and out.suffix == ".safetensors":
+        raise ValueError(f"{out}: the official code reads torch files; expected a name like lora.pth")
+
+    weights, config = read_unet(base, config) if base else ({}, config or modelscope_structure())
+    found = read_adapter(adapter, config)
+    if not weights and found.with_base:
+        weights = unet_from_official(split_lora(read_tensors(adapter))[0], config)
+    if weights:
+        shapes = {}
+        for name, t in weights.items():
+            path = name.removesuffix(".weight")
+            if path != name and PROJECTION.search(path):
+                shapes[path] = t.shape
+        check_adapter(found, shapes, fingerprint(weights), adapter)
+
+    if to == "peft":
+        export_peft(found, out, base)
+    elif to == "official":
+        export_official(found, weights, out, config, adapter)
+    else:
+        export_diffusers(found, weights, out, config, base or adapter)
+
+
+def read_unet(base, config):
+    """A UNet's tensors under our names, and its structure: its own config.json's, or `config`, default ModelScope's."""
+    path = find_base(base)
+    alone = path.is_file() or (path / "config.json").is_file()  # the UNet itself, or the whole model with the UNet in it
+    path = path if alone else find_part(path, "unet") or path
+    described = component_config(path, lambda content: unet_from_diffusers(content, SimpleNamespace))
+    config = described or config or modelscope_structure()
+    return unet_from_official(split_lora(read_tensors(path))[0], config), config
+
+
+def export_peft(found, out, base):
+    """An adapter folder that peft loads."""
+    settings = {"peft_type": "LORA", "r": found.rank, "lora_alpha": found.alpha, "lora_dropout": 0.0, "bias": "none",
+                "target_modules": ["to_q", "to_k", "to_v", "to_out.0"], "inference_mode": True,
+                "base_model_name_or_path": str(base) if base else found.base}
+    write_folder(out, "adapter_config.json", settings, "adapter_model.safetensors", found.tensors)
+
+
+def export_official(found, weights, out, config, source):
+    """A .pth: with the base's weights the whole state dict that the official inference loads, else the adapters alone."""
+    # Official inference adds B A as they are (inference_instructvideo_entrance.py), so our scale goes into B.
+    scale = found.alpha / found.rank
+    tensors = {}
+    for name, t in found.tensors.items():
+        theirs = to_official_name(name, config)
+        if from_official_name(theirs, config) != name:
+            raise ValueError(f"{source}: tensor {name} has no official name; expected adapters of ModelScope's UNet, or --base")
+        tensors[theirs] = t.float() * (scale if ".lora_B." in name else 1)
+    base = {k: t.float() for k, t in unet_to_official(weights, config).items()}
+    with write_whole(out) as file:
+        torch.save({"state_dict": tensors | base}, file)
+
+
+def export_diffusers(found, weights, out, config, source):
+    """A UNet folder for diffusers: W + (alpha / r) B A in place of every adapted W."""
+    if not weights:
+        raise ValueError("--to diffusers writes the whole UNet: --base must name its weights")
+    if config.stem_heads != 8:
+        raise ValueError(f"{source}: the first temporal transformer has {config.stem_heads} heads; "
+                         "diffusers' UNet3DConditionModel has 8 there")
+    merged = {k: t.float() for k, t in weights.items()}
+    for name, A in found.tensors.items():
+        match = NAME.fullmatch(name)
+        if match[2] == "A":
+            B = found.tensors[adapter_name(match[1], "B")]
+            W = merged[f"{match[1]}.weight"]
+            merged[f"{match[1]}.weight"] = W + found.alpha / found.rank * (B.float() @ A.float())
+    settings = unet_to_diffusers(config)
+    del settings["stem_heads"]  # diffusers has no such field
+    write_folder(out, "config.json", settings, "diffusion_pytorch_model.safetensors", merged)

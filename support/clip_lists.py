@@ -1,0 +1,161 @@
+"""Lists of clips with their captions, and lists of prompts: text files that other people made, so every line is checked."""
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from support.files import read_text
+from support.videos import measure
+
+SUFFIXES = (".mp4", ".webm", ".avi", ".mov", ".mkv", ".gif")
+FORMS = {
+    ".csv": "a first line naming the columns, path and caption among them; one clip per line; captions with commas in quotes",
+    ".jsonl": 'one {"path": "...", "caption": "..."} per line',
+    "": "one relative/path.mp4|||caption per line, or relative/path.mp4|||caption|||frame count",
+}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One line of a list: a file of footage, what it shows, and what the list says of its length."""
+    path: Path
+    caption: str
+    num_frames: int | None = None
+    """what the list claims. Kept, not used: official prompt lists say 16, the length of the video to generate, beside the name
+    of a far longer clip, and the official code drops it (inference_instructvideo_entrance.py). Files are counted instead"""
+
+
+def read_list(path, root=None) -> list[Clip]:
+    """
+    The clips of a list, in its order. Videos are not looked at, so prompt lists without any can be read too.
+
+    path: a .csv, a .jsonl or else a list in the official form (see FORMS; the first two may have a num_frames column too); or a
+    folder, searched through for videos with a caption each, in a .txt file of the same name.
+    root: the folder that paths in a file start from (default: the list's own).
+    ValueError: an empty or malformed list; it names file and line, or the clip, and says what is allowed.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return read_clip_folder(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such list of clips, nor a folder of them")
+    form = path.suffix.lower() if path.suffix.lower() in FORMS else ""
+    clips, columns = [], None
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        try:
+            if form == ".csv" and columns is None:
+                columns = [name.strip() for name in next(csv.reader([line]), [])]
+            elif line.strip():
+                row = parse_line(line.strip(), form, columns)
+                clips.append(make_clip(Path(root or path.parent), row.get("path"), row.get("caption"), row.get("num_frames")))
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{path}, line {number}: {getattr(error, 'msg', error)}. Allowed: {FORMS[form]}") from None
+    if not clips:
+        raise ValueError(f"{path}: an empty list. Allowed: {FORMS[form]}")
+    return clips
+
+
+def parse_line(line, form, columns):
+    """{column: text} of one line. columns: a .csv's; the official form has a fixed order. ValueError: not of this form."""
+    if form == ".jsonl":
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise ValueError(f"no path and caption in {line[:80]!r}")
+        return row
+    fields = next(csv.reader([line], strict=True)) if form == ".csv" else line.split("|||")
+    columns = columns or ["path", "caption", "num_frames"][: max(2, len(fields))]
+    if len(fields) != len(columns):
+        raise ValueError(f"{len(fields)} field(s) in {line[:80]!r}")
+    return dict(zip(columns, fields, strict=True))
+
+
+def make_clip(root, path, caption, num_frames=None):
+    """A Clip of what a list says; ValueError if that is not a path and a caption."""
+    for value in (path, caption):
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"clip {path!r} has caption {caption!r}, and neither may be empty")
+    if num_frames not in (None, "") and not (str(num_frames).strip().isdecimal() and int(num_frames)):
+        raise ValueError(f"clip {path!r} has frame count {num_frames!r}, which is no whole number above 0")
+    return Clip(root / path.strip(), caption.strip(), int(num_frames) if num_frames else None)
+
+
+def read_clip_folder(folder):
+    """A Clip for every video below a folder, in order of their names, each with the caption in the .txt file beside it."""
+    clips = []
+    for path in sorted(folder.rglob("*")):
+        name, caption = path.relative_to(folder), path.with_suffix(".txt")
+        if path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in name.parts):  # macOS: ._clip.mp4
+            if not caption.is_file():
+                raise ValueError(f"{path}: no caption. Allowed: a text file {caption.name} beside it")
+            clips.append(make_clip(folder, str(name), read_text(caption)))
+    if not clips:
+        raise ValueError(f"{folder}: no clips in this folder. Allowed: {' '.join(SUFFIXES)}, each with a .txt caption")
+    return clips
+
+
+def read_prompts(path):
+    """
+    Prompts from a text file: one a line, or the official list form `video|||caption|||frames`, whose caption is taken.
+
+    Blank lines are left out. ValueError: no such file, not text, or no prompts.
+    """
+    try:
+        lines = read_text(Path(path)).splitlines()
+    except OSError as error:
+        raise ValueError(f"prompts {path}: cannot be read ({error})") from None
+    prompts = [(line.split("|||")[1] if "|||" in line else line).strip() for line in lines if line.strip()]
+    if not prompts or not all(prompts):
+        raise ValueError(f"prompts {path}: expected one prompt a line, found {'an empty one' if prompts else 'none'}")
+    return prompts
+
+
+def read_prompt_sets(named_files):
+    """{name: prompts} of NAME=FILE arguments. ValueError for a malformed one."""
+    sets = {}
+    for argument in named_files:
+        name, equals, path = argument.partition("=")
+        if not (name and equals and path) or name in sets:
+            raise ValueError(f"prompts {argument!r}: must be NAME=FILE, each name once")
+        sets[name] = read_prompts(path)
+    return sets
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clips that cannot be used are named and left out
+
+def usable_clips(clips, config, max_skip=0.1) -> list[Clip]:
+    """
+    The clips that open and are long enough for config's num_frames at its fps. Names the others, with the reason.
+
+    Packets are counted and nothing is decoded: damage inside a file shows when its frames are read.
+    max_skip: the share of the list, 0 to 1, that may be left out. 0.1 forgives a few bad downloads, not a wrong folder.
+    ValueError: more than that, or all.
+    """
+    problems = find_problems(dict.fromkeys(clip.path for clip in clips), config, tqdm.write)
+    return leave_out(clips, problems, max_skip, tqdm.write)
+
+
+def find_problems(paths, config, say):
+    """{path: why it cannot be used} of those that cannot; each is said."""
+    problems = {}
+    for path in paths:
+        try:
+            measure(path, config)
+        except ValueError as error:
+            problems[path] = str(error)
+            say(f"left out: {error}")
+    return problems
+
+
+def leave_out(clips, problems, max_skip, say):
+    """The clips without a problem. ValueError if too many have one."""
+    good = [clip for clip in clips if clip.path not in problems]
+    bad = len(clips) - len(good)
+    if not good or not bad <= max_skip * len(clips):
+        first = next(iter(problems.values()), "none given")
+        raise ValueError(f"{bad} of {len(clips)} clips cannot be used; at most {max_skip:.0%} may, and not all (--max-skip). "
+                         f"The first: {first}")
+    say(f"{len(good)} of {len(clips)} clips can be used")
+    return good

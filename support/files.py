@@ -1,0 +1,89 @@
+"""
+Files: written whole or not at all, and read as data.
+
+A run may be killed at any moment and a disk may fill up. So every file is written under a hidden name first and renamed
+when it is complete: whoever finds a file under its own name finds all of it.
+"""
+import json
+import os
+import re
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def write_whole(path):
+    """
+    Yields a hidden path beside `path` to fill, as a file or as a folder of files; it is flushed and renamed at the end.
+
+    Replaces a file of that name, never a folder that holds anything (OSError). After an error nothing is left.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hidden = path.with_name(f".{os.urandom(4).hex()}.{path.name}")  # some writers choose the format by the suffix
+    try:
+        yield hidden
+
+        for file in hidden.iterdir() if hidden.is_dir() else [hidden]:
+            with open(file, "rb+") as f:
+                os.fsync(f.fileno())
+        os.replace(hidden, path)
+    finally:
+        if hidden.is_dir():
+            shutil.rmtree(hidden)
+        else:
+            hidden.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """A text file, whole or not at all."""
+    with write_whole(path) as hidden:
+        hidden.write_text(text)
+
+
+def write_folder(folder, settings_name, settings, weights_name, tensors):
+    """A folder of weights {name: tensor} with their settings (a dict) beside them as JSON, whole or not at all."""
+    from safetensors.torch import save_file
+    with write_whole(folder) as hidden:
+        hidden.mkdir()
+        (hidden / settings_name).write_text(json.dumps(settings, indent=2) + "\n")
+        save_file({k: v.contiguous() for k, v in tensors.items()}, hidden / weights_name, {"format": "pt"})
+
+
+def read_json(path):
+    """A JSON object from a file; ValueError naming the file if it is none."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, found something else ({first_line(error)})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def read_text(path):
+    """A text file in UTF-8; ValueError naming it if it is none. A byte order mark, which some editors write, is dropped."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text file in UTF-8") from None
+
+
+def check_folder(path):
+    """ValueError if files cannot go into this folder, there or not yet, because it or one above it is a file."""
+    if not next(p for p in (path, *path.absolute().parents) if p.exists()).is_dir():
+        raise ValueError(f"out {path}: is a file, or inside one; it must be a folder, there or not")
+
+
+def first_line(error):
+    """The kind of an exception and its first sentence, short enough for one line."""
+    message = str(error).split("WeightsUnpickler error: ")[-1].strip()  # torch puts its own advice before the cause
+    sentence = re.split(r"\. |\n", message)[0][:160]
+    return f"{type(error).__name__}: {sentence}" if sentence else type(error).__name__
+
+
+def first_names(names, n=3):
+    """The first few of some names, and how many more there are, for a message."""
+    shown = [name[:100] if name.isprintable() else repr(name[:100]) for name in sorted(names)[:n]]
+    return ", ".join(shown) + (f" and {len(names) - n} more" if len(names) > n else "")

@@ -1,0 +1,267 @@
+"""
+What published files call the same tensors, and how they describe the same structure: tables and rules, no modules.
+
+Our modules carry the names of the diffusers checkpoints, so those need no translation. ModelScope's UNet, LDM's autoencoder
+and transformers' text tower have other names; each tensor is renamed on its own, so none can be dropped or mixed up.
+A structure (`config`) is anything with the fields of model.UNetConfig or model.VAEConfig.
+"""
+import re
+
+import torch
+
+LORA_TENSOR = re.compile(r"_lora\.(down|up)_linear\.weight$")
+UNET_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+               "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+
+MODELSCOPE_UNET = {  # the config.json of ali-vilab/text-to-video-ms-1.7b/unet, for files of the same weights that have none
+    "_class_name": "UNet3DConditionModel", "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2, "cross_attention_dim": 1024, "attention_head_dim": 64, "sample_size": 32,
+    "down_block_types": ["CrossAttnDownBlock3D", "CrossAttnDownBlock3D", "CrossAttnDownBlock3D", "DownBlock3D"],
+    "up_block_types": ["UpBlock3D", "CrossAttnUpBlock3D", "CrossAttnUpBlock3D", "CrossAttnUpBlock3D"]}
+
+
+def expect(found, expected):
+    """ValueError unless every field that a published config states is what we build: another activation is another model."""
+    for key, value in expected.items():
+        if key in found and found[key] != value:
+            raise ValueError(f"expected {key} {value!r}, found {found[key]!r}")
+
+
+def add_renamed(tensors, name, t):
+    """Put t under its new name. If a file holds a tensor twice, the second gets an unknown name, so loading fails."""
+    tensors[f"{name} (a second one)" if name in tensors else name] = t
+
+
+# -- UNet ------------------------------------------------------------------------------------------------------------
+
+def official_unet_blocks(config):
+    """{our block: ModelScope's}, the longest names first (official tools/modules/unet/unet_t2v.py)."""
+    n, levels = config.blocks_per_level, len(config.attention_levels)
+    blocks = {"conv_in": "input_blocks.0.0", "transformer_in": "input_blocks.0.1", "conv_norm_out": "out.0", "conv_out": "out.2",
+              "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+
+    def add_block(ours, j, theirs, attention):
+        """Block j of a level: its ResBlock, temporal convolution and attentions are one official block's parts 0, 1, 2."""
+        blocks[f"{ours}.resnets.{j}"] = f"{theirs}.0"
+        blocks[f"{ours}.temp_convs.{j}"] = f"{theirs}.0.temopral_conv"  # their spelling
+        if attention:
+            blocks[f"{ours}.attentions.{j}"], blocks[f"{ours}.temp_attentions.{j}"] = f"{theirs}.1", f"{theirs}.2"
+
+    number = 1
+    for i, attention in enumerate(config.attention_levels):
+        for j in range(n):
+            add_block(f"down_blocks.{i}", j, f"input_blocks.{number}", attention)
+            number += 1
+        if i < levels - 1:
+            blocks[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{number}.op"
+            number += 1
+    add_block("mid_block", 0, "middle_block", True)
+    blocks["mid_block.resnets.1"], blocks["mid_block.temp_convs.1"] = "middle_block.3", "middle_block.3.temopral_conv"
+    number = 0
+    for i, attention in enumerate(reversed(config.attention_levels)):
+        for j in range(n + 1):
+            add_block(f"up_blocks.{i}", j, f"output_blocks.{number}", attention)
+            number += 1
+        if i < levels - 1:
+            part = 3 if attention else 1  # the upsampler follows the last block's other parts
+            blocks[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{number - 1}.{part}.conv"
+    return dict(sorted(blocks.items(), key=lambda pair: -len(pair[0])))
+
+
+def our_unet_blocks(config):
+    """Inverse of official_unet_blocks, the longest names first too."""
+    blocks = {theirs: ours for ours, theirs in official_unet_blocks(config).items()}
+    return dict(sorted(blocks.items(), key=lambda pair: -len(pair[0])))
+
+
+def rename(name, blocks, parts):
+    """A tensor's name with its block and its part of a block translated; unchanged if its block is not in the table."""
+    for block, other in blocks.items():
+        if name.startswith(block + "."):
+            part, dot, leaf = name[len(block) + 1:].rpartition(".")
+            return f"{other}.{parts.get(part, part)}{dot}{leaf}"
+    return name
+
+
+def official_unet_names(config, names):
+    """{our tensor name: ModelScope's} of some of our names."""
+    blocks = official_unet_blocks(config)
+    return {name: rename(name, blocks, UNET_RESNET) for name in names}
+
+
+def is_conv1d(name):
+    """Whether the official code has a Conv1d here, (out, in, 1), where we and diffusers have a Linear, (out, in)."""
+    return bool(re.search(r"(temp_attentions\.\d+|transformer_in)\.proj_(in|out)\.weight$", name))
+
+
+def unet_to_official(tensors, config):
+    """Tensors under our (diffusers') names -> the same under the official names and shapes."""
+    names = official_unet_names(config, tensors)
+    return {names[ours]: t.unsqueeze(-1) if is_conv1d(ours) else t for ours, t in tensors.items()}
+
+
+def unet_from_official(tensors, config):
+    """Inverse of unet_to_official. Unknown names, and diffusers' own, are kept as they are."""
+    blocks = our_unet_blocks(config)
+    parts = {theirs: ours for ours, theirs in UNET_RESNET.items()}
+    renamed = {}
+    for name, t in tensors.items():
+        ours = rename(name, blocks, parts)
+        # In every transformer here the official code may have 1x1 convolutions where we have a Linear.
+        flat = ours != name and ours.endswith(("proj_in.weight", "proj_out.weight")) and t.dim() == 3 and t.shape[-1] == 1
+        add_renamed(renamed, ours, t.squeeze(-1) if flat else t)
+    return renamed
+
+
+def split_lora(tensors):
+    """A fine-tuned official file holds both: -> (base tensors, LoRA tensors)."""
+    lora = {k: v for k, v in tensors.items() if LORA_TENSOR.search(k)}
+    return {k: v for k, v in tensors.items() if k not in lora}, lora
+
+
+def unet_to_diffusers(config):
+    """A structure -> the config.json that diffusers' UNet3DConditionModel reads, with the one field it has no name for."""
+    def kinds(attention, direction):
+        return [f"CrossAttn{direction}Block3D" if a else f"{direction}Block3D" for a in attention]
+    return {"_class_name": "UNet3DConditionModel", "in_channels": config.in_channels, "out_channels": config.out_channels,
+            "block_out_channels": list(config.channels), "layers_per_block": config.blocks_per_level,
+            "down_block_types": kinds(config.attention_levels, "Down"),
+            "up_block_types": kinds(config.attention_levels[::-1], "Up"),
+            "cross_attention_dim": config.context_dim, "attention_head_dim": config.head_dim,
+            "norm_num_groups": config.norm_groups, "norm_eps": 1e-5, "act_fn": "silu",
+            "downsample_padding": 1, "mid_block_scale_factor": 1, "sample_size": config.sample_size,
+            "stem_heads": config.stem_heads}
+
+
+def unet_from_diffusers(content, config_class):
+    """Inverse of unet_to_diffusers: a config.json (a dict) -> config_class(...). An exception for another structure."""
+    expect(content, {"_class_name": "UNet3DConditionModel", "num_attention_heads": None, "time_cond_proj_dim": None})
+    config = config_class(
+        in_channels=content["in_channels"], out_channels=content["out_channels"],
+        channels=tuple(content["block_out_channels"]), blocks_per_level=content["layers_per_block"],
+        attention_levels=tuple(kind.startswith("CrossAttn") for kind in content["down_block_types"]),
+        context_dim=content["cross_attention_dim"], head_dim=content["attention_head_dim"],
+        stem_heads=content.get("stem_heads", 8), norm_groups=content.get("norm_num_groups", 32),
+        sample_size=content.get("sample_size") or 32)
+    expect(content, unet_to_diffusers(config) | {"sample_size": content.get("sample_size")})
+    return config
+
+
+# -- Autoencoder -----------------------------------------------------------------------------------------------------
+
+OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.17
+
+
+def official_vae_names(config, names):
+    """{our tensor name: LDM's} of some of our names (Stable Diffusion's first_stage_model)."""
+    top = len(config.channels) - 1
+    rules = [(r"(encoder)\.down_blocks\.(\d+)\.resnets\.(\d+)", r"\1.down.\2.block.\3"),
+             (r"(encoder)\.down_blocks\.(\d+)\.downsamplers\.0", r"\1.down.\2.downsample"),
+             (r"(decoder)\.up_blocks\.(\d+)\.resnets\.(\d+)", lambda m: f"decoder.up.{top - int(m[2])}.block.{m[3]}"),
+             (r"(decoder)\.up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"decoder.up.{top - int(m[2])}.upsample"),
+             (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
+             (r"mid_block\.attentions\.0", "mid.attn_1"), (r"group_norm", "norm"), (r"to_out\.0", "proj_out"),
+             (r"to_([qkv])", r"\1"), (r"conv_shortcut", "nin_shortcut"), (r"conv_norm_out", "norm_out")]
+    table = {name: name for name in names}
+    for ours in table:
+        for pattern, replacement in rules:
+            table[ours] = re.sub(pattern, replacement, table[ours])
+    return table
+
+
+def vae_to_official(tensors, config):
+    """Tensors under our (diffusers') names -> LDM's, where the attention's projections are 1x1 convolutions."""
+    return {theirs: tensors[ours][:, :, None, None] if re.search(r"attn_1\.(q|k|v|proj_out)\.weight$", theirs) else tensors[ours]
+            for ours, theirs in official_vae_names(config, tensors).items()}
+
+
+def vae_from_official(tensors, config, names):
+    """
+    LDM's names, with or without first_stage_model., or diffusers' old ones -> ours. names: all of ours.
+
+    The other parts of a Stable Diffusion file, and the training loss in VQGAN_autoencoder.pth, are left out.
+    """
+    prefix = "first_stage_model."
+    if any(k.startswith(prefix) for k in tensors):
+        tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    tensors = {k: v for k, v in tensors.items() if not k.startswith("loss.")}
+    ours_of = {theirs: ours for ours, theirs in official_vae_names(config, names).items()}
+    renamed = {}
+    for name, t in tensors.items():
+        ours = ours_of.get(name, name)
+        ours = re.sub(r"(attentions\.0\.)(query|key|value|proj_attn)", lambda m: m[1] + OLD_VAE_ATTENTION[m[2]], ours)
+        flat = ".attentions." in ours and t.dim() == 4 and t.shape[2:] == (1, 1)
+        add_renamed(renamed, ours, t[:, :, 0, 0] if flat else t)
+    return renamed
+
+
+def vae_to_diffusers(config):
+    """A structure -> the config.json that diffusers' AutoencoderKL reads."""
+    n = len(config.channels)
+    return {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "block_out_channels": list(config.channels),
+            "layers_per_block": config.blocks_per_level, "latent_channels": config.latent_channels,
+            "down_block_types": ["DownEncoderBlock2D"] * n, "up_block_types": ["UpDecoderBlock2D"] * n,
+            "norm_num_groups": config.norm_groups, "act_fn": "silu", "scaling_factor": config.scale}
+
+
+def vae_from_diffusers(content, config_class):
+    """Inverse of vae_to_diffusers: a config.json (a dict) -> config_class(...). An exception for another structure."""
+    expect(content, {"_class_name": "AutoencoderKL"})
+    config = config_class(channels=tuple(content["block_out_channels"]), blocks_per_level=content["layers_per_block"],
+                          latent_channels=content["latent_channels"], scale=content.get("scaling_factor", config_class.scale),
+                          norm_groups=content.get("norm_num_groups", 32))
+    expect(content, vae_to_diffusers(config))
+    return config
+
+
+# -- Text tower ------------------------------------------------------------------------------------------------------
+
+def text_from_transformers(tensors):
+    """transformers' CLIPTextModel, with or without its `text_model.` prefix -> OpenCLIP's names (its qkv are one matrix)."""
+    renames = {"embeddings.token_embedding": "token_embedding", "embeddings.position_embedding.weight": "positional_embedding",
+               "final_layer_norm": "ln_final", "encoder.layers": "transformer.resblocks",
+               "layer_norm1": "ln_1", "layer_norm2": "ln_2",
+               "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj"}
+    renamed = {}
+    for full, t in tensors.items():
+        name = full.removeprefix("text_model.")
+        if name == "embeddings.position_ids":  # a buffer that old versions saved
+            continue
+        if match := re.fullmatch(r"(.*encoder\.layers\.(\d+)\.self_attn\.)([qkv])_proj\.(weight|bias)", full):
+            parts = [tensors.get(f"{match[1]}{p}_proj.{match[4]}") for p in "qkv"]
+            if t.dim() and all(p is not None and p.shape == t.shape for p in parts):
+                if match[3] == "q":
+                    renamed[f"transformer.resblocks.{match[2]}.attn.in_proj_{match[4]}"] = torch.cat(parts)
+                continue
+        for theirs, ours in renames.items():
+            name = name.replace(theirs, ours)
+        add_renamed(renamed, name, t)
+    return renamed
+
+
+def text_tower(tensors, path):
+    """
+    The tensors of a text tower up to its penultimate block, under OpenCLIP's names, and the number of blocks that is.
+
+    tensors: open_clip's (its last block, image tower and head are left out) or transformers' text_encoder, whose 23 layers end at
+    the penultimate one already. ValueError, naming `path`, for anything else.
+    """
+    if any("self_attn.q_proj" in k for k in tensors):
+        tensors, left_out = text_from_transformers(tensors), 0
+    else:
+        others = re.compile(r"visual\.|text_projection|logit_scale|logit_bias")  # the rest of a whole CLIP
+        tensors, left_out = {k: v for k, v in tensors.items() if not others.match(k)}, 1
+
+    blocks = {int(m[1]) for k in tensors if (m := re.match(r"transformer\.resblocks\.(\d{1,4})\.", k))}
+    layers = len(blocks) - left_out
+    tables = [tensors.get(name, torch.empty(0)) for name in ("token_embedding.weight", "positional_embedding")]
+    if layers < 1 or blocks != set(range(len(blocks))) or any(t.dim() != 2 for t in tables):
+        found = ", ".join(sorted(tensors)[:3])
+        raise ValueError(f"{path}: expected the text tower of open_clip or transformers' CLIPTextModel, found {found[:200]}")
+    return {k: v for k, v in tensors.items() if not k.startswith(f"transformer.resblocks.{layers}.")}, layers
+
+
+def expect_text_config(content, heads, layers):
+    """ValueError if a text tower's config.json (transformers', or open_clip's) says anything that we do not build."""
+    expect(content, {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "num_attention_heads": heads, "num_hidden_layers": layers,
+                     "quick_gelu": False})

@@ -1,0 +1,134 @@
+"""
+What a person looks at: strips of frames, contact sheets, a moving before/after, curves, tables.
+
+Letters: n videos, F frames, H and W pixel rows and columns.
+"""
+import torch
+import torch.nn.functional as F_
+
+from support.files import write_whole
+
+
+def strip(video, segments=4, zoom=None):
+    """The middle frame of each segment of a video side by side, enlarged if small: (F, 3, H, W) -> (3, H', W')."""
+    F = len(video)
+    picked = video[[(2 * i + 1) * F // (2 * segments) for i in range(segments)]]
+    zoom = zoom or max(1, 96 // picked.shape[-1])
+    picked = picked.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
+    return torch.cat(list(F_.pad(picked, (0, 2, 0, 2), value=1.)), dim=-1)  # a white line between frames
+
+
+def contact_sheet(columns, captions, titles):
+    """
+    Strips in a grid with words on it: columns [k] of videos (n, F, 3, H, W), captions [n], titles [k] -> uint8 (H', W', 3).
+    """
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+    strips = [[strip(v.clamp(0, 1)) for v in column] for column in columns]
+    h, w = strips[0][0].shape[1:]
+    font, line = ImageFont.load_default(15), 22
+    sheet = Image.new("RGB", (len(columns) * (w + 14), line + len(captions) * (h + line)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for x, title in enumerate(titles):
+        draw.text((x * (w + 14) + 2, 2), title, fill="black", font=font)
+        for y, picture in enumerate(strips[x]):
+            top = line + y * (h + line)
+            pixels = Image.fromarray(picture.mul(255).round().byte().permute(1, 2, 0).numpy())
+            sheet.paste(pixels, (x * (w + 14), top))
+            if x == 0:
+                draw.text((2, top + h), captions[y], fill="#444444", font=font)
+    return np.asarray(sheet)
+
+
+def write_png(path, pixels):
+    """Save (H, W, 3) uint8, whole or not at all."""
+    import imageio.v3 as iio
+    with write_whole(path) as hidden:
+        iio.imwrite(hidden, pixels, extension=".png")
+
+
+def write_comparison_gif(path, rows, captions, titles, fps, tile=112):
+    """
+    Videos that play side by side: rows [k] of videos [n], each (F, H, W, 3) uint8, captions [n] below, titles [k] beside.
+
+    tile: side of each video in pixels. Colours are reduced to 128, without dithering, which keeps the file small.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+    font, margin, line, gap = ImageFont.load_default(13), 54, 36, 4
+    frames = []
+    for f in range(min(len(video) for row in rows for video in row)):
+        picture = Image.new("RGB", (margin + len(captions) * (tile + gap), len(rows) * (tile + gap) + line), "white")
+        draw = ImageDraw.Draw(picture)
+        for y, row in enumerate(rows):
+            draw.text((2, y * (tile + gap) + tile // 2 - 8), titles[y], fill="black", font=font)
+            for x, video in enumerate(row):
+                shown = Image.fromarray(video[f]).resize((tile, tile), Image.Resampling.NEAREST)
+                picture.paste(shown, (margin + x * (tile + gap), y * (tile + gap)))
+        for x, caption in enumerate(captions):
+            words = two_lines(caption, font, tile)
+            draw.text((margin + x * (tile + gap), len(rows) * (tile + gap)), words, fill="#444444", font=font, spacing=1)
+        frames.append(picture.quantize(128, dither=Image.Dither.NONE))
+    with write_whole(path) as hidden:
+        frames[0].save(hidden, format="GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
+
+
+def two_lines(text, font, width):
+    """As many words as fit on a line of `width` pixels, the rest below, cut off where that is full too."""
+    lines, words = [""], text.split()
+    for word in words:
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) > width and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines[:2])
+
+
+def markdown(rows):
+    """A table whose first row is its head, with columns aligned, as it is read on a terminal too."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * w for w in widths])
+    return "".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |\n" for row in rows)
+
+
+def draw_curves(lines, reward_name, path):
+    """
+    curves.png from the lines of metrics.jsonl: the reward of the edits, step by step, and of videos from pure noise, with the
+    judge's measures if there are any.
+    """
+    from matplotlib.figure import Figure  # not pyplot: no window system is wanted
+    steps = [line for line in lines if line.get("reward") is not None]
+    evals = [line for line in lines if "eval" in line]
+    first = next(iter(evals[0]["eval"].values()))
+    judged = [k for k in ("watermark", "colour", "shape", "direction") if k in first]
+
+    panels = 3 if judged else 2
+    figure = Figure(figsize=(5 * panels, 3.6))
+    axes = figure.subplots(1, panels)
+    axes[0].plot([s["step"] for s in steps], [s["reward"] for s in steps], lw=1)
+    axes[0].set(title="edits of real clips", ylabel=reward_name)
+    x = [e["step"] for e in evals]
+    for name in evals[0]["eval"]:
+        axes[1].plot(x, [e["eval"][name]["reward_mean"] for e in evals], marker="o", label=name)
+    axes[1].set(title="videos from pure noise", ylabel=reward_name)
+    if judged:
+        draw_judge(axes[2], x, [e["eval"] for e in evals], judged)
+    for a in axes:
+        a.set_xlabel("step")
+        a.xaxis.get_major_locator().set_params(integer=True)
+        if a.get_legend_handles_labels()[1]:
+            a.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, .5))  # beside, where it hides nothing
+    figure.tight_layout()
+    with write_whole(path) as hidden:
+        figure.savefig(hidden, dpi=110, format="png")
+
+
+def draw_judge(axis, x, evals, judged):
+    """The judge's first measure for each prompt set, the others (shares of right answers) over all sets."""
+    for name in evals[0]:
+        axis.plot(x, [sets[name][judged[0]] for sets in evals], marker="o", label=f"{judged[0]}, {name}")
+    for k in judged[1:]:
+        mean = [sum(m[k] for m in sets.values()) / len(sets) for sets in evals]
+        axis.plot(x, mean, ls="--", label=f"{k} right, all sets")
+    axis.set(title="the same videos, by the judge", ylim=(-.02, 1.02), ylabel="judge")

@@ -1,0 +1,161 @@
+"""Devices, precisions, the processes ("ranks") that torchrun starts, and how a script ends."""
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name=None):
+    """The named device, or the first there is of cuda, mps, cpu. ValueError for one that torch does not have here."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, ImportError):  # each kind of device has its own way to be absent
+        device = None
+    if device is None or device.type not in ("cuda", "mps", "cpu"):
+        raise ValueError(f"device {name!r}: not available here; it must be cuda, mps or cpu, where torch has them")
+    return device
+
+
+def pick_dtype(name, device):
+    """Precision of the frozen weights: the named one, or bfloat16 on cuda and float32 elsewhere."""
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"dtype {name!r}: must be one of {', '.join(DTYPES)}")
+    return DTYPES[name or ("bfloat16" if device.type == "cuda" else "float32")]
+
+
+def move_to(module, device):
+    """
+    A module to its device; on cuda with convolution weights in channels-last order, as activations are.
+
+    These are other strides and the same numbers; without, every call would copy the weights.
+    """
+    module.to(device)
+    if torch.device(device).type == "cuda":
+        for m in module.modules():
+            if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d):
+                order = torch.channels_last if m.weight.dim() == 4 else torch.channels_last_3d
+                m.weight.data = m.weight.data.contiguous(memory_format=order)
+    return module
+
+
+def rank_and_size():
+    """(rank, world size) of this process: (0, 1) unless it has joined a group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def is_main_process():
+    """Whether this process is the one that writes and prints."""
+    return rank_and_size()[0] == 0
+
+
+def join_ranks(name=None):
+    """This process's device, as pick_device's; under torchrun it joins the group first (nccl on cuda, gloo elsewhere)."""
+    if "RANK" not in os.environ:
+        return pick_device(name)
+    cuda = torch.cuda.is_available() and name != "cpu"
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+    # torchrun keeps its store across restarts, so each attempt needs its own prefix.
+    store, rank, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(minutes=30))
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else pick_device(name or "cpu")
+
+
+def barrier():
+    """Wait for the other ranks, if there are any."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def from_rank_0(value):
+    """The value that rank 0 has, on every rank."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def gather(value):
+    """What every rank has, on rank 0 and in order of rank, without the Nones; nothing on the others."""
+    rank, size = rank_and_size()
+    if size == 1:
+        return [value]
+    values = [None] * size if rank == 0 else None
+    dist.gather_object(value, values)
+    return [v for v in values or [] if v is not None]
+
+
+def all_gather(value):
+    """What every rank has, on every rank, in order of rank."""
+    size = rank_and_size()[1]
+    if size == 1:
+        return [value]
+    values = [None] * size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def add_over_ranks(parameters, numbers):
+    """
+    Sum the parameters' gradients, in place, and a list of numbers over the ranks, in one message; returns the numbers.
+
+    DDP does the same for the gradients, but expects one forward pass for each backward one, and a sampling chain has
+    many. The adapters are small enough to be sent at once.
+    """
+    flat = torch.cat([*(p.grad.flatten() for p in parameters), torch.tensor(numbers, device=parameters[0].device)])
+    if rank_and_size()[1] > 1:
+        dist.all_reduce(flat)
+    *grads, numbers = flat.split([*(p.numel() for p in parameters), len(numbers)])
+    for p, g in zip(parameters, grads):
+        p.grad.copy_(g.view_as(p))
+    return numbers.tolist()
+
+
+@contextmanager
+def catch_signals():
+    """
+    Yields a list that Ctrl-C and SIGTERM add their numbers to, instead of ending the process; afterwards they end it again.
+    """
+    caught = []
+    before = {number: signal.signal(number, lambda number, frame: caught.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_script(script, main, refused=(OSError,)):
+    """
+    Call main() and end the process with the status it returns; None is 0.
+
+    Bad input (ValueError) becomes one line and status 2, what the machine refused one line and 1, an interruption 130. Bad
+    input is the same on all ranks, so rank 0 prints it; other errors are printed by the rank they occur on.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    line = ""
+    try:
+        status = main() or 0
+    except ValueError as error:
+        status, line = 2, str(error) if rank == 0 else ""
+    except KeyboardInterrupt:
+        status, line = 130, "interrupted" if rank == 0 else ""
+    except refused as error:
+        status, line = 1, f"rank {rank}: {error}" if rank else str(error)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if line:
+        print(f"{script}: {line}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,370 @@
+"""
+The run folder: what a run leaves behind, and how it goes on after an interruption.
+
+config.json, metrics.jsonl, curves.png, samples/, lora.safetensors, best.safetensors, and state.pt, from which training
+continues exactly. The loop that trains knows only Run.steps and Run.finish_step; how to save an adapter and how to evaluate
+are two functions that the Run is given, so any method that trains adapters can use it.
+"""
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from support.files import check_folder, first_line, read_json, write_text, write_whole
+from support.pictures import contact_sheet, draw_curves, write_comparison_gif, write_png
+from support.processes import is_main_process, rank_and_size
+from support.published import check_tensors
+from support.settings import to_json
+from support.tables import paired, summary
+from support.videos import read_video, to_pixels, video_name, write_video
+
+VERSION = 1  # of the run folder's files
+SHOWN, MOVING = 4, 2  # videos of each prompt set on the strips, and in before_after.gif
+
+
+class Stopped(Exception):
+    """An evaluation was cut short by a signal; the checkpoint of its step is already on disk."""
+
+
+class Run:
+    """
+    One training run and its folder. Only rank 0 writes and prints; every file appears whole or not at all.
+
+    cfg: the settings (steps, save_every, eval_every, keep, fps, max_bad_steps, tensorboard are used here, all are recorded).
+    adapters: {name: tensor}, sharing memory with what is trained. save_adapter(path): writes them as a file.
+    prompts: {set: its prompts}. evaluate(prompts, keep, move_on) -> ({measure: (n,)}, videos (keep, F, 3, H, W)) of one set,
+    calling move_on(number of videos) as it goes. reward_name: stands beside every score. stop(): whether a signal has come.
+    resumed: read the newest checkpoint and drop the lines of metrics.jsonl past its step.
+    """
+
+    def __init__(self, cfg, folder, *, adapters, save_adapter, prompts, evaluate, reward_name, stop=lambda: False, resumed=False):
+        self.cfg, self.folder, self.adapters, self.save_adapter = cfg, folder, adapters, save_adapter
+        self.prompts, self.evaluate, self.reward_name, self.stop = prompts, evaluate, reward_name, stop
+        self.step, self.best, self.bad_steps = 0, -math.inf, 0
+        self.lines, self.optimizer, self.optimizer_state, self.bar, self.board = [], None, None, None, None
+        self.writes = is_main_process()
+        if resumed:
+            self.read_state()
+        if self.writes:
+            (folder / "samples").mkdir(parents=True, exist_ok=True)
+            for half_written in [*folder.glob(".????????.*"), *folder.glob("samples/.????????.*")]:
+                half_written.unlink()  # by a killed run
+            if cfg.tensorboard:
+                self.board = tensorboard_writer()(folder / "tensorboard")
+            write_text(folder / "config.json", json.dumps(to_json(cfg), indent=1) + "\n")
+            write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
+
+    # -- what the loop calls
+
+    def steps(self, optimizer):
+        """The steps still to do, with a progress bar; before the first, an evaluation if one is due."""
+        self.optimizer = optimizer
+        if self.optimizer_state:  # its moments; what else an optimizer saves follows from the settings
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": self.optimizer_state})
+        self.evaluate_if_due(self.step)
+        self.bar = tqdm(range(self.step, self.cfg.steps), initial=self.step, total=self.cfg.steps, desc="fine-tuning",
+                        disable=not self.writes)
+        for step in self.bar:
+            self.started = time.perf_counter()
+            yield step
+
+    def finish_step(self, step, numbers, finite, stopping):
+        """
+        All that follows a step: log, save, evaluate. Returns whether to go on, which is not so when `stopping`.
+
+        step: counted from 1. numbers: reward, loss, grad_norm. RuntimeError after cfg.max_bad_steps steps in a row that were
+        not finite.
+        """
+        self.log_step(step, numbers, time.perf_counter() - self.started, finite)
+        self.bad_steps = 0 if finite else self.bad_steps + 1
+        if self.bad_steps == self.cfg.max_bad_steps:
+            raise RuntimeError(f"{self.bad_steps} steps in a row without a finite reward or gradient; "
+                               "the last checkpoint is good")
+        if stopping or self.save_due(step):
+            self.save(step)
+        if not stopping:
+            self.evaluate_if_due(step)
+        return not stopping
+
+    # -- metrics
+
+    def log(self, line):
+        """Add a line to metrics.jsonl, on disk at once."""
+        self.lines.append(line)
+        if self.writes:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        if self.board:
+            scalars = {f"eval/{name}/{k}": v for name, m in line.get("eval", {}).items() for k, v in m.items()}
+            for k, v in (scalars or line).items():
+                self.board.add_scalar(k, float("nan") if v is None else v, line["step"])
+
+    def log_step(self, step, numbers, seconds, finite):
+        """A training line; numbers that are not finite become null, since JSON cannot hold them."""
+        line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in numbers.items()} | {"seconds": seconds}
+        if not finite:
+            line["skipped"] = sum("skipped" in other for other in self.lines) + 1
+            if self.writes:
+                tqdm.write(f"step {step}: reward or gradient is not finite, skipped ({line['skipped']} so far)")
+        self.log(line)
+        self.bar.set_postfix_str(f"{self.reward_name} {numbers['reward']:.4f}, {seconds:.2f} s/step")
+
+    # -- checkpoints
+
+    def save_due(self, step):
+        return step % self.cfg.save_every == 0 or step == self.cfg.steps or self.eval_due(step)
+
+    def save(self, step):
+        """state.pt, from which training continues exactly, and the adapter alone. An earlier state stays until this is whole."""
+        self.step = step
+        if not self.writes:
+            return
+        state = {"version": VERSION, "step": step, "config": to_json(self.cfg),
+                 "adapters": self.adapters, "optimizer": self.optimizer.state_dict()}
+        newest = self.folder / "state.pt"
+        try:
+            if self.cfg.keep > 1 and newest.exists():  # the one before stays under its step's number: a link until it is replaced
+                before = self.folder / f"state_{self.saved_step:06d}.pt"
+                before.unlink(missing_ok=True)
+                os.link(newest, before)
+            with write_whole(newest) as hidden:
+                torch.save(state, hidden)
+            self.save_adapter(self.folder / "lora.safetensors")
+        except (OSError, RuntimeError, SafetensorError) as error:  # each writer raises its own error for a full disk
+            raise RuntimeError(f"{self.folder}: step {step} cannot be saved ({error}); the one before it is whole") from None
+        self.saved_step = step
+        for old in sorted(self.folder.glob("state_*.pt"))[:-(self.cfg.keep - 1) or None]:
+            old.unlink()
+
+    def read_state(self):
+        """Take up the newest checkpoint, if there is one, and the metrics up to it."""
+        files = [*sorted(self.folder.glob("state_*.pt")), *self.folder.glob("state.pt")]
+        if files:
+            state = read_checkpoint(files[-1], self.adapters)
+            if state["step"] > self.cfg.steps:
+                raise ValueError(f"steps = {self.cfg.steps}: must be at least {state['step']}, where this run stands")
+            self.step, self.optimizer_state = state["step"], state["optimizer"]["state"]
+        self.saved_step = self.step
+        if (self.folder / "metrics.jsonl").is_file():
+            self.lines = [line for line in read_metrics(self.folder / "metrics.jsonl") if line["step"] <= self.step]
+        self.best = max((mean_reward(line["eval"]) for line in self.lines if "eval" in line), default=-math.inf)
+        for name in self.adapters if files else ():
+            self.adapters[name].copy_(state["adapters"][name])
+
+    def close(self):
+        """Let TensorBoard write what it still holds back."""
+        if self.board:
+            self.board.close()
+
+    # -- evaluation
+
+    def eval_due(self, step):
+        every = self.cfg.eval_every
+        return bool(every) and (step % every == 0 or step == self.cfg.steps)
+
+    def evaluate_if_due(self, step):
+        """Videos from pure noise for the held-out prompts, the same noise every time: metrics, strips and clips."""
+        if not self.eval_due(step) or any(line["step"] == step and "eval" in line for line in self.lines):
+            return
+        rank, size = rank_and_size()
+        mine = sum(len(prompts[rank::size]) for prompts in self.prompts.values())
+        tables, videos = {}, {}
+        with tqdm(total=mine, desc=f"evaluating at step {step}", unit="video", leave=False, disable=not self.writes) as bar:
+            def move_on(number):
+                bar.update(number)
+                if self.stop() and size == 1:  # with more ranks, leaving alone would keep the others waiting
+                    raise Stopped
+            for name, prompts in self.prompts.items():
+                tables[name], videos[name] = self.evaluate(prompts, SHOWN, move_on)
+
+        measures = {name: summary(table) for name, table in tables.items()}
+        if self.writes:
+            self.show(step, tables, videos)
+            if mean_reward(measures) > self.best:
+                self.save_adapter(self.folder / "best.safetensors")
+        self.best = max(mean_reward(measures), self.best)
+        self.log({"step": step, "eval": measures})
+        if self.writes:
+            draw_curves(self.lines, self.reward_name, self.folder / "curves.png")
+
+    def sample_file(self, step, ending):
+        return self.folder / "samples" / f"step_{step:06d}{ending}"
+
+    def show(self, step, tables, videos):
+        """samples/step_000100.png with its clips as mp4, and .json with every video's numbers, for paired comparisons."""
+        captions = [p for name in videos for p in self.prompts[name][:SHOWN]]
+        shown = torch.cat(list(videos.values()))
+        write_png(self.sample_file(step, ".png"), contact_sheet([shown], captions, [f"step {step}"]))
+        for i, (video, caption) in enumerate(zip(shown, captions)):
+            write_video(self.sample_file(step, f"_{video_name(i, caption)}.mp4"), to_pixels(video), self.cfg.fps)
+        numbers = {name: {k: v.tolist() for k, v in t.items()} for name, t in tables.items()}
+        write_text(self.sample_file(step, ".json"), json.dumps(numbers) + "\n")
+
+    def compare(self):
+        """Before and after, paired over the same prompts and noise: text, before_after.png and before_after.gif."""
+        steps = [line["step"] for line in self.lines if "eval" in line]
+        if not self.writes or len(steps) < 2:
+            return
+        first, last = steps[0], steps[-1]
+        self.draw_comparison(first, last)
+        before, after = read_tables(self.sample_file(first, ".json")), read_tables(self.sample_file(last, ".json"))
+        print(f"\n{self.reward_name} of videos from pure noise, before and after {last} steps "
+              "(mean, paired difference and its standard error):")
+        for name in before:
+            b, a = before[name], after[name]
+            gain, error = paired(b, a)
+            line = f"  {name:10s} {b['reward'].mean():.4f} -> {a['reward'].mean():.4f}   {gain:+.4f} ± {error:.4f}"
+            if "watermark" in b:
+                line += f"   watermark {b['watermark'].mean():.3f} -> {a['watermark'].mean():.3f}"
+            print(line)
+        print(f"picture: {self.folder / 'before_after.png'}")
+
+    def draw_comparison(self, first, last):
+        """The strips of two evaluations side by side, and a few of their videos as one moving picture."""
+        import imageio.v3 as iio
+        strips = [torch.from_numpy(iio.imread(self.sample_file(step, ".png"))) for step in (first, last)]
+        write_png(self.folder / "before_after.png", torch.cat(strips, dim=1).numpy())
+
+        chosen, number = {}, 0  # {number of the video: caption}
+        for prompts in self.prompts.values():
+            for i, caption in enumerate(prompts[:SHOWN]):
+                if i < MOVING:
+                    chosen[number] = caption
+                number += 1
+        rows = [[read_video(self.sample_file(step, f"_{video_name(i, caption)}.mp4")) for i, caption in chosen.items()]
+                for step in (first, last)]
+        write_comparison_gif(self.folder / "before_after.gif", rows, list(chosen.values()), ["before", "after"], self.cfg.fps)
+
+
+def train_and_report(run, train, caught, script="train.py"):
+    """
+    Train to the end, or until a signal: what is then printed, and the exit status.
+
+    train() -> whether it came to the end. caught: the signals that have come (support.processes.catch_signals).
+    """
+    if run.writes:
+        print(f"run folder: {run.folder}" + (f", from step {run.step}" if run.step else ""))
+    try:
+        finished = train()
+    except Stopped:
+        finished = False
+    finally:
+        run.close()
+    if finished:
+        run.compare()
+        return 0
+    if run.writes:
+        print(f"stopped; continue with: python {script} --resume {run.folder}")
+    return 128 + caught[0] if caught else 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading what a run has written
+
+def read_checkpoint(path, adapters):
+    """What Run.save wrote, for these adapters {name: tensor}; ValueError for anything else, as files are data."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle or the reader itself
+        raise ValueError(f"{path}: cannot be read ({first_line(error)}); without it, --resume takes the one before, "
+                         "or starts again") from None
+    version = state.get("version") if isinstance(state, dict) else None
+    if type(version) is not int or version != VERSION:
+        raise ValueError(f"{path}: version {version if type(version) is int else type(version).__name__}, expected {VERSION}")
+    try:
+        moments = {f"{k} of parameter {i}": v for i, kept in state["optimizer"]["state"].items() for k, v in kept.items()}
+        expected = {f"{k} of parameter {i}": torch.zeros(()) if k == "step" else p
+                    for i, p in enumerate(adapters.values()) for k in ("step", "exp_avg", "exp_avg_sq") if moments}
+        check_tensors(adapters | expected, state["adapters"] | moments, path)
+        if type(state["step"]) is not int or state["step"] < 1:
+            raise TypeError(f"step {state['step']!r}")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a checkpoint of a run ({first_line(error)})") from None
+    return state
+
+
+def read_metrics(path):
+    """The lines of a metrics.jsonl. ValueError names a bad one; a half-written last line is dropped."""
+    lines, texts = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+            if type(line["step"]) is not int:
+                raise TypeError(f"step {line['step']!r}")
+            if "eval" in line:
+                float(mean_reward(line["eval"]))
+            lines.append(line)
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+            if number < len(texts):
+                raise ValueError(f"{path}, line {number}: not what a run logs ({first_line(error)})") from None
+    return lines
+
+
+def read_tables(path):
+    """{set: {measure: (n,)}} of a samples/step_000100.json."""
+    return {name: {k: torch.tensor(v, dtype=torch.float64) for k, v in table.items()} for name, table in read_json(path).items()}
+
+
+def mean_reward(measures):
+    """Mean reward over the prompt sets of an evaluation, by which the best one is chosen."""
+    return sum(m["reward_mean"] for m in measures.values()) / len(measures)
+
+
+def tensorboard_writer():
+    """TensorBoard's class of writers; ValueError where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("tensorboard is not installed: `pip install tensorboard`, or leave --tensorboard out") from None
+    return SummaryWriter
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which folder
+
+def choose_folder(cfg):
+    """
+    (run folder, whether to continue what it holds). A fresh one unless asked; what it holds of another run is never lost unasked.
+
+    When torchrun restarts its workers after a crash, they continue: --out's run, or the newest with the same settings.
+    """
+    if cfg.resume:
+        return cfg.resume, True
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if cfg.out is None:
+        runs = [Path("out") / f"{cfg.preset}{f'-{n}' if n > 1 else ''}" for n in range(1, 10_000)]
+        same = [r for r in runs if restarted and holds_same_run(r, cfg)]
+        if same:
+            return max(same, key=lambda r: (r / "config.json").stat().st_mtime), True
+        return next(r for r in runs if not r.exists()), False
+    check_folder(cfg.out)
+    same = restarted and holds_same_run(cfg.out, cfg)
+    if holds_run(cfg.out) and not (same or cfg.overwrite):
+        raise ValueError(f"out {cfg.out}: holds a run already; choose another folder, --resume {cfg.out}, or --overwrite")
+    return cfg.out, same
+
+
+def holds_same_run(folder, cfg):
+    """Whether the folder has a run of exactly these settings."""
+    return (folder / "config.json").is_file() and read_json(folder / "config.json") == to_json(cfg)
+
+
+def holds_run(folder):
+    """Whether the folder holds a run, which a new one would overwrite."""
+    return any((folder / name).exists() for name in ("config.json", "state.pt"))
+
+
+def clear(folder):
+    """Remove an earlier run's files, and nothing else; config.json goes last, so an interrupted clear still counts as a run."""
+    for name in ("samples", "tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for pattern in ("state.pt", "state_*.pt", "lora.safetensors", "best.safetensors", "metrics.jsonl", "curves.png",
+                    "before_after.png", "before_after.gif", "config.json"):
+        for file in folder.glob(pattern):
+            file.unlink()

@@ -1,0 +1,138 @@
+"""
+Where weights lie: the tiny world's folder, any folder or file, or a repository of the Hugging Face hub.
+
+A model is found by its parts. A folder may be laid out as diffusers does (unet, vae, text_encoder) or as ModelScope's hub
+folders damo/text-to-video-synthesis and iic/InstructVideo; which one it is shows in the names of its files.
+"""
+import hashlib
+import re
+from pathlib import Path
+
+from support.files import first_line, read_json
+from support.published import WEIGHT_FILES
+
+TINY = Path(__file__).resolve().parents[1] / "tiny" / "weights"
+HUB_BASE = "ali-vilab/text-to-video-ms-1.7b"
+PARTS = {  # what a folder may call each part: diffusers' components, then the files of the two ModelScope hub folders
+    "unet": ("unet", "text2video_pytorch_model.pth", "model_scope_v1-4_0600000.pth"),
+    "vae": ("vae", "VQGAN_autoencoder.pth", "v2-1_512-ema-pruned.ckpt"),
+    "text_encoder": ("text_encoder", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.safetensors",
+                     "stable-diffusion-v/open_clip_pytorch_model.bin")}
+REWARD_REPO = "xswu/HPSv2"
+REWARD_FILES = {  # of that repository; the first is downloaded, any may lie in the base's folder
+    "hpsv2": ("HPS_v2_compressed.pt", "HPS_v2.pt"), "hpsv2.1": ("HPS_v2.1_compressed.pt",)}
+
+
+def find_base(base):
+    """Folder or file of a base: "tiny", a path, or a hub id, which is downloaded. ValueError: there is none or it is damaged."""
+    path = TINY if str(base) == "tiny" else Path(base)
+    path = path if path.exists() else from_hub(str(base))
+    check_manifest(path)
+    return path
+
+
+def find_parts(base, given):
+    """
+    (folder, {part: its file or folder}) of a base. given: {part: a path to take instead, or None}.
+
+    A base that is a file is a UNet, and its other parts lie beside it. ValueError names a part that is not there.
+    """
+    folder = find_base(base)
+    paths = {part: Path(given[part]) if given.get(part) else None for part in PARTS}
+    if folder.is_file():
+        paths["unet"], folder = folder, folder.parent
+    for part in PARTS:
+        paths[part] = paths[part] or find_part(folder, part)
+        if paths[part] is None:
+            flag = "" if part == "unet" else f", or --{part.replace('_', '-')}"
+            raise ValueError(f"{base}: no {part} found in {folder}; expected one of {', '.join(PARTS[part])}{flag}")
+    return folder, paths
+
+
+def find_part(folder, part):
+    """Where a part of the model lies: in the folder, or beside it if the folder is itself a part. None if nowhere."""
+    return next((d / name for d in (folder, folder.absolute().parent) for name in PARTS[part] if (d / name).exists()), None)
+
+
+def find_reward(kind, base_folder=None):
+    """
+    A reward's weights: those in the base's folder (the tiny world's, or InstructVideo's HPS_v2.pt) or beside it, else the hub's.
+
+    kind: hpsv2 or hpsv2.1. ValueError if they are nowhere and cannot be downloaded.
+    """
+    names = REWARD_FILES[kind]
+    if base_folder:
+        if (base_folder / "reward" / "words.txt").is_file():
+            return base_folder / "reward"
+        for path in [folder / name for folder in (base_folder, base_folder.absolute().parent) for name in names]:
+            if path.is_file():
+                return path
+    import huggingface_hub
+    try:
+        return Path(huggingface_hub.hf_hub_download(REWARD_REPO, names[0]))
+    except Exception as error:  # no network: httpx, OSError or a hub error, by version
+        raise ValueError(f"reward {kind}: cannot be downloaded ({first_line(error)}); get {names[0]} from the hub repository "
+                         f"{REWARD_REPO} and give its path as --reward-weights") from None
+
+
+def check_manifest(folder):
+    """If a folder has a manifest.json of SHA-256 digests, every file in it must be there and as it was built."""
+    if not (folder / "manifest.json").is_file():
+        return
+    for name, digest in read_json(folder / "manifest.json").items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: missing, though manifest.json lists it")
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
+            raise ValueError(f"{folder / name}: not the file that manifest.json lists (its SHA-256 differs)")
+
+
+def hub_files(files):
+    """
+    Of a hub repository's files, those of a base's parts: {part: names}, no names for a part that it lacks.
+
+    Of several weight files of a part, the first of WEIGHT_FILES, whole or in shards: safetensors before .bin, full precision.
+    """
+    chosen = {}
+    for part, names in PARTS.items():
+        weights = next((n for n in WEIGHT_FILES if f"{part}/{n}" in files or f"{part}/{n}.index.json" in files), None)
+        chosen[part] = [f for f in names if f in files][:1]
+        if weights:
+            stem, _, suffix = weights.rpartition(".")
+            name = re.compile(rf"{part}/(config\.json|{re.escape(stem)}(-\d+-of-\d+)?\.{suffix}(\.index\.json)?)")
+            chosen[part] = [f for f in files if name.fullmatch(f)]
+    return chosen
+
+
+def from_hub(repo):
+    """Folder of a hub repository's three parts, downloaded once by huggingface_hub, or from its cache without a network."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise ValueError(f"base {repo!r}: no such file or folder; must be tiny, random, a path, or a hub id like {HUB_BASE}")
+    import huggingface_hub
+    try:
+        chosen = hub_files(huggingface_hub.HfApi().list_repo_files(repo))
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=sum(chosen.values(), [])))
+    except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.GatedRepoError):
+        raise ValueError(f"base {repo!r}: no such hub repository, nor a file or folder of that name") from None
+    except Exception as error:  # no network, by version httpx, OSError or a hub error; or no space for the files
+        folder = cached_from_hub(repo)
+        if folder:
+            return folder
+        raise ValueError(f"base {repo!r}: no file or folder of that name here, and the hub's cannot be downloaded "
+                         f"({first_line(error)}); put the folders unet, vae and text_encoder of that repository, with "
+                         "config.json and a .safetensors or .bin in each, into one folder and give that as --base") from None
+
+
+def cached_from_hub(repo):
+    """
+    The folder that the hub's cache has of a repository, if all parts are in it; else None.
+
+    The hub itself calls a cache incomplete that lacks files we never asked for, so we look for the parts ourselves.
+    """
+    import huggingface_hub
+    try:
+        folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=[f"{part}/config.json" for part in PARTS],
+                                                        local_files_only=True))
+    except Exception:  # not cached
+        return None
+    files = [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()]
+    return folder if all(hub_files(files).values()) else None

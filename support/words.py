@@ -1,0 +1,63 @@
+"""A tokenizer of whole words, for small text towers such as the tiny world's, whose table of tokens must stay small."""
+import re
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from support.files import read_text
+
+PADDING, START, UNKNOWN = 0, 1, 2  # token numbers; words follow, the end token comes last
+REPORTED = set()  # unknown words that were named already, by any tokenizer
+
+
+class WordTokenizer:
+    """
+    Called like open_clip's tokenizers: captions [B] -> (B, context_length) int64: start, words, end, then padding.
+
+    The end token has the largest number, which is where CLIP pools. All unknown words share one token; each is named
+    once on standard error, since a caption with a typing mistake would otherwise give a different video, silently.
+    """
+
+    def __init__(self, words, context_length):
+        self.words, self.context_length = list(words), context_length
+        self.ids = {word: i + UNKNOWN + 1 for i, word in enumerate(self.words)}
+        self.end = len(self.words) + UNKNOWN + 1
+        self.vocab_size = self.end + 1
+
+    def check_fit(self, path, vocab_size, context_length):
+        """ValueError unless a text tower with tables of these sizes can read these tokens. path: named in the message."""
+        if self.context_length != context_length or self.vocab_size > vocab_size:
+            raise ValueError(f"{path}: words.txt makes {self.context_length} tokens from 0 to {self.end}, the weights beside it "
+                             f"read {context_length} from 0 to {vocab_size - 1}")
+
+    def encode(self, caption):
+        """Token numbers of the caption's words, without start and end."""
+        words = caption.lower().replace(",", " ").replace(".", " ").split()
+        unknown = [w for w in words if w not in self.ids and w not in REPORTED]
+        if unknown:
+            REPORTED.update(unknown)
+            tqdm.write(f"words this model does not know: {', '.join(unknown)}; it knows: {' '.join(self.words)}", file=sys.stderr)
+        return [self.ids.get(w, UNKNOWN) for w in words]
+
+    def __call__(self, captions):
+        out = torch.full((len(captions), self.context_length), PADDING)
+        for row, caption in zip(out, captions):
+            tokens = [START, *self.encode(caption)[:self.context_length - 2], self.end]
+            row[:len(tokens)] = torch.tensor(tokens)
+        return out                                                                        # (B, context_length)
+
+
+def read_words(path):
+    """The WordTokenizer of a words.txt: the context length on its first line, then one word a line."""
+    length, *words = read_text(Path(path)).split() or [""]
+    if not re.fullmatch("[1-9][0-9]{0,4}", length) or not words:
+        raise ValueError(f"{path}: expected a context length, then words, found {length[:20]!r}")
+    return WordTokenizer(words, int(length))
+
+
+def cut_captions(text_encoder, captions):
+    """Those captions whose ends the text encoder would not see, because they are too long."""
+    longest = text_encoder.config.context_length - 2  # less the start and the end token
+    return [c for c in captions if len(text_encoder.tokenizer.encode(c)) > longest]
