@@ -28,15 +28,9 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from support import names
+from support import names, structures
 from support.processes import move_to
 from support.published import component_config, load_strict, read_tensors
-from support.structures import (
-    check_parts,
-    check_unet_structure,
-    check_vae_structure,
-    random_structures,
-)
 from support.weights import find_parts
 from support.words import WordTokenizer, read_words
 
@@ -56,7 +50,7 @@ class UNetConfig:
     sample_size: int = 32                                           # latent rows it was trained on
 
     def __post_init__(self):
-        check_unet_structure(self)
+        structures.check_unet(self)
 
 
 @dataclass(frozen=True)
@@ -69,7 +63,7 @@ class VAEConfig:
     norm_groups: int = 32
 
     def __post_init__(self):
-        check_vae_structure(self)
+        structures.check_vae(self)
 
     @property
     def downscale(self):
@@ -699,13 +693,13 @@ def load_base(base, vae=None, text_encoder=None, dtype=None, device="cpu", seed=
         autoencoder = move_to(load_vae(paths["vae"], dtype=dtype), device)
         text = load_text_encoder(paths["text_encoder"], tokenizer, dtype)
         made = Base(unet, autoencoder, move_to(text, device), base, folder, paths["unet"])
-        check_parts(base, unet.config, autoencoder.config, text.config, paths)
+        structures.check_parts(base, unet.config, autoencoder.config, text.config, paths)
     return made
 
 
 def random_base(spec, seed=0, dtype=None, device="cpu"):
     """Seeded random weights, to time and try the pipeline without a download. See load_base."""
-    unet, vae, text = random_structures(spec)
+    unet, vae, text = structures.random_sizes(spec)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         parts = [UNet3D(UNetConfig(**unet)), Autoencoder(VAEConfig(**vae)),

@@ -32,6 +32,7 @@ from support.names import (
     unet_to_official,
 )
 from support.published import check_tensors, component_config, fingerprint, read_tensors
+from support.structures import check_unet
 from support.weights import find_base, find_part
 
 PREFIX = "base_model.model."  # what PEFT's wrapper puts before the path of a layer
@@ -175,9 +176,35 @@ class Export:
     """where the UNet is, as train.py's --base: a folder, a file, a hub id. A fine-tuned .pth has its own; peft needs none"""
 
 
+def read_structure(content):
+    """The structure that a UNet's config.json describes; ValueError for one that cannot be built."""
+    config = unet_from_diffusers(content, SimpleNamespace)
+    check_unet(config)
+    return config
+
+
 def modelscope_structure():
     """The structure of ModelScope's own UNet, for files that bring no config."""
     return unet_from_diffusers(MODELSCOPE_UNET, SimpleNamespace)
+
+
+def projection_shapes(config):
+    """{path: (C_out, C_in)} of the projections of every attention in a UNet of this structure."""
+    widths = {"down_blocks": config.channels, "mid_block": config.channels[-1:], "up_blocks": config.channels[::-1]}
+    layers = [f"attn{i}.{layer}" for i in (1, 2) for layer in ("to_q", "to_k", "to_v", "to_out.0")]
+    shapes = {}
+    for block in official_unet_blocks(config):
+        if block == "transformer_in":
+            c = config.stem_heads * config.head_dim
+        elif re.search(r"attentions\.\d+$", block):
+            part, level = re.match(r"([a-z_]+)(?:\.(\d+))?", block).groups()
+            c = widths[part][int(level or 0)]
+        else:
+            continue
+        for layer in layers:
+            text = ".attentions." in block and layer in ("attn2.to_k", "attn2.to_v")
+            shapes[f"{block}.transformer_blocks.0.{layer}"] = (c, config.context_dim if text else c)
+    return shapes
 
 
 def export(adapter, to, out, base=None, config=None):
@@ -205,11 +232,13 @@ def export(adapter, to, out, base=None, config=None):
             if path != name and PROJECTION.search(path):
                 shapes[path] = t.shape
         check_adapter(found, shapes, fingerprint(weights), adapter)
+    elif to == "official":  # nothing else tells that the adapters are another model's
+        check_adapter(found, projection_shapes(config), None, adapter)
 
     if to == "peft":
         export_peft(found, out, base)
     elif to == "official":
-        export_official(found, weights, out, config, adapter)
+        export_official(found, weights, out, config)
     else:
         export_diffusers(found, weights, out, config, base or adapter)
 
@@ -219,7 +248,7 @@ def read_unet(base, config):
     path = find_base(base)
     alone = path.is_file() or (path / "config.json").is_file()  # the UNet itself, or the whole model with the UNet in it
     path = path if alone else find_part(path, "unet") or path
-    described = component_config(path, lambda content: unet_from_diffusers(content, SimpleNamespace))
+    described = component_config(path, read_structure)
     config = described or config or modelscope_structure()
     return unet_from_official(split_lora(read_tensors(path))[0], config), config
 
@@ -232,16 +261,13 @@ def export_peft(found, out, base):
     write_folder(out, "adapter_config.json", settings, "adapter_model.safetensors", found.tensors)
 
 
-def export_official(found, weights, out, config, source):
+def export_official(found, weights, out, config):
     """A .pth: with the base's weights the whole state dict that the official inference loads, else the adapters alone."""
     # Official inference adds B A as they are (inference_instructvideo_entrance.py), so our scale goes into B.
     scale = found.alpha / found.rank
     tensors = {}
     for name, t in found.tensors.items():
-        theirs = to_official_name(name, config)
-        if from_official_name(theirs, config) != name:
-            raise ValueError(f"{source}: tensor {name} has no official name; expected adapters of ModelScope's UNet, or --base")
-        tensors[theirs] = t.float() * (scale if ".lora_B." in name else 1)
+        tensors[to_official_name(name, config)] = t.float() * (scale if ".lora_B." in name else 1)
     base = {k: t.float() for k, t in unet_to_official(weights, config).items()}
     with write_whole(out) as file:
         torch.save({"state_dict": tensors | base}, file)

@@ -6,7 +6,7 @@ A structure is anything with the fields of model.UNetConfig, model.VAEConfig or 
 import math
 
 
-def check_unet_structure(config):
+def check_unet(config):
     """ValueError for a UNet that cannot be built."""
     check_numbers(config, (*config.channels, config.in_channels, config.out_channels, config.context_dim, config.head_dim,
                            config.stem_heads, config.sample_size))
@@ -15,7 +15,7 @@ def check_unet_structure(config):
         raise ValueError(f"expected one attention_levels entry per level, and head_dim to divide channels there: {config}")
 
 
-def check_vae_structure(config):
+def check_vae(config):
     """ValueError for an autoencoder that cannot be built."""
     check_numbers(config, (*config.channels, config.latent_channels))
     if not (isinstance(config.scale, (int, float)) and 0 < config.scale < math.inf):
@@ -39,7 +39,7 @@ def check_parts(name, unet, vae, text, paths):
                          f"{text.width}")
 
 
-def random_structures(spec):
+def random_sizes(spec):
     """Settings of UNet, autoencoder and text tower for "random" (none: full size) or "random:W" (multiples of W channels)."""
     width = spec.partition(":")[2] or "320"
     if not width.isdigit() or int(width) % 32 or int(width) < 32:

@@ -577,6 +577,7 @@ EXPORT_ERRORS = [  # arguments, part of the message
     ("lora.safetensors --to official --out out.safetensors --base base", "a name like lora.pth"),
     ("two.safetensors --to diffusers --out out --base two", "has 2 heads; diffusers' UNet3DConditionModel has 8 there"),
     ("two.safetensors --to official --out out.pth --base base", r"has shape \[4, 16\], expected \[4, 64\]"),
+    ("lora.safetensors --to official --out out.pth --base endless", "at most 256 blocks"),
 ]
 
 
@@ -589,6 +590,9 @@ def workplace(tmp_path_factory):
     base_folder(folder / "two", two_heads)
     inject(two_heads)
     save(two_heads, folder / "two.safetensors")
+    base_folder(folder / "endless")
+    config = json.loads((folder / "endless" / "config.json").read_text())
+    (folder / "endless" / "config.json").write_text(json.dumps(config | {"layers_per_block": 10**9}))
     return folder
 
 
