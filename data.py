@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from support import cache
 from support.clip_lists import (  # noqa: F401  read_list, usable_clips: offered from here
+    describe_clips,
     find_problems,
     leave_out,
     read_list,
@@ -91,11 +92,12 @@ class LatentDataset:
     read when asked for); captions: list of str. ValueError unless equally many.
     """
 
-    def __init__(self, moments, text, captions):
+    def __init__(self, moments, text, captions, names=()):
         if not len(moments) == len(text) == len(captions) > 0:
             raise ValueError(f"{len(moments)} moments, {len(text)} texts, {len(captions)} "
                              "captions: must be equally many, and not 0")
         self.moments, self.text, self.captions = moments, text, captions
+        self.description = describe_clips(names, captions)  # to tell these clips from others
 
     def __len__(self):
         return len(self.captions)
@@ -182,7 +184,8 @@ def encode_clips(clips, config, encode, encode_text, vae_name, text_name, cache_
     clips = leave_out(clips, problems, max_skip, say)
     captions = [clip.caption for clip in clips]
     text = encode_captions(captions, encode_text, text_name, cache_dir)
-    return LatentDataset([found[clip.path] for clip in clips], text, captions)
+    names = [clip.path.name for clip in clips]
+    return LatentDataset([found[clip.path] for clip in clips], text, captions, names)
 
 
 def describe_clip(path, vae_name, config):

@@ -36,9 +36,9 @@ from support import settings
 from support.processes import (
     add_over_ranks,
     catch_signals,
-    from_rank_0,
     is_main_process,
     join_ranks,
+    on_rank_0,
     pick_dtype,
     rank_and_size,
     run_script,
@@ -115,7 +115,7 @@ def train(cfg, parameters, draw, score, run):
         batch = draw(step)
         total_loss, total_reward = 0., 0.
         optimizer.zero_grad(set_to_none=False)
-        for part in split_batch(batch, cfg.grad_accum):
+        for part in split_batch(batch, cfg.clips_at_once):
             R, mean_scores = score(part)                                      # (B,), (B,)
             loss = -R.sum() / cfg.batch_size                                  # Eq. (9), its share
             loss.backward()
@@ -141,11 +141,11 @@ def train(cfg, parameters, draw, score, run):
     return True
 
 
-def split_batch(batch, parts):
-    """A batch in equal parts, one after the other."""
-    part_size = len(batch[0]) // parts
+def split_batch(batch, part_size):
+    """A batch in parts of so many videos, or fewer at its end; 0 is all of them."""
+    part_size = part_size or len(batch[0])
     split = []
-    for start in range(0, parts * part_size, part_size):
+    for start in range(0, len(batch[0]), part_size):
         split.append([item[start:start + part_size] for item in batch])
     return split
 
@@ -228,7 +228,7 @@ PRESETS = {
     "tiny": Config(),
     "modelscope": Config(
         preset="modelscope", base=HUB_BASE, offset_noise=0.1, steps=20_000, batch_size=8, lr=1e-5,
-        eval_every=1000, eval_count=0, save_every=500)}
+        eval_every=1000, eval_count=0, save_every=500, clips_at_once=1)}
 
 
 def check(cfg):
@@ -269,6 +269,7 @@ def instruct_video(cfg, base, reward):
     def score(batch):
         return edit_rewards(base, reward, uncond, batch, cfg)
 
+    draw.data = dataset.description  # continued, a run must have the same clips
     return draw, score
 
 
@@ -299,7 +300,7 @@ def read_clips(cfg, base):
                         vae_name, text_name, cache_dir, cfg.workers, cfg.max_skip)
 
 
-def open_run(cfg, folder, resumed, base, reward, prompts, stop):
+def open_run(cfg, folder, resumed, base, reward, prompts, draw, stop):
     """The run folder's Run, with functions that save the adapters and evaluate them."""
     image_size = cfg.size or base.default_size
     judge = tiny_judge(cfg, base, image_size, image_size)
@@ -315,7 +316,7 @@ def open_run(cfg, folder, resumed, base, reward, prompts, stop):
 
     return Run(cfg, folder, adapters=lora.adapter_state(base.unet), save_adapter=save_adapter,
                prompts=prompts, evaluate=evaluate_prompts, reward_name=reward.name, stop=stop,
-               resumed=resumed)
+               resumed=resumed, data=getattr(draw, "data", None))
 
 
 def main(argv, presets=PRESETS, description=__doc__, check=check, method=instruct_video):
@@ -327,7 +328,7 @@ def main(argv, presets=PRESETS, description=__doc__, check=check, method=instruc
     cfg = settings.parse(argv, presets, description)
     device = join_ranks(cfg.device)
     check(cfg)
-    folder, resumed = from_rank_0(choose_folder(cfg) if is_main_process() else None)
+    folder, resumed = on_rank_0(lambda: choose_folder(cfg))
 
     # 1. What is frozen, and the adapters.
     dtype = pick_dtype(cfg.dtype, device)
@@ -350,7 +351,7 @@ def main(argv, presets=PRESETS, description=__doc__, check=check, method=instruc
     if is_main_process() and holds_run(folder) and not resumed:  # only with --overwrite
         clear(folder)
     with catch_signals() as caught:
-        run = open_run(cfg, folder, resumed, base, reward, prompts, lambda: bool(caught))
+        run = open_run(cfg, folder, resumed, base, reward, prompts, draw, lambda: bool(caught))
         return train_and_report(run, lambda: train(cfg, parameters, draw, score, run), caught)
 
 

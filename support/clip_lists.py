@@ -1,5 +1,6 @@
 """Lists of clips with their captions, and lists of prompts: text files that other people made, so every line is checked."""
 import csv
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,12 @@ def read_list(path, root=None) -> list[Clip]:
     if not clips:
         raise ValueError(f"{path}: an empty list. Allowed: {FORMS[form]}")
     return clips
+
+
+def describe_clips(names, captions):
+    """What clips a run has, in a few letters: how many, and a hash of their names and captions in order."""
+    digest = hashlib.sha256(json.dumps([list(names), list(captions)]).encode()).hexdigest()
+    return {"clips": len(captions), "fingerprint": digest[:16]}
 
 
 def parse_line(line, form, columns):

@@ -1,13 +1,16 @@
 """Devices, precisions, the processes ("ranks") that torchrun starts, and how a script ends."""
+import hashlib
 import os
 import signal
 import sys
+import traceback
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+LONG_WAIT = timedelta(hours=24)  # for a rank that still encodes or evaluates, or for rank 0, which writes files
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -68,21 +71,43 @@ def join_ranks(name=None):
     store, rank, size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(minutes=30))
+    GROUPS["patient"] = dist.new_group(backend="gloo", timeout=LONG_WAIT)
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else pick_device(name or "cpu")
+
+
+# The group for all but the sum of gradients: these waits may take longer than the half hour after which a step counts as hung.
+GROUPS = {"patient": None}
 
 
 def barrier():
     """Wait for the other ranks, if there are any."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=GROUPS["patient"])
 
 
-def from_rank_0(value):
-    """The value that rank 0 has, on every rank."""
-    values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values)
-    return values[0]
+def on_rank_0(function):
+    """What function() returns on rank 0, where alone it is called; every rank gets that, or the same ValueError."""
+    result, error = None, None
+    if is_main_process():
+        try:
+            result = function()
+        except ValueError as caught:
+            error = caught
+    if rank_and_size()[1] > 1:
+        values = [result, error]
+        dist.broadcast_object_list(values, group=GROUPS["patient"])
+        result, error = values
+    if error:
+        raise error
+    return result
+
+
+def check_alike(what, value):
+    """ValueError, on every rank, unless all ranks have the same value."""
+    values = all_gather(value)
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise ValueError(f"{what}: rank {rank} has {other}, rank 0 has {values[0]}; they must be the same on every node")
 
 
 def gather(value):
@@ -91,7 +116,7 @@ def gather(value):
     if size == 1:
         return [value]
     values = [None] * size if rank == 0 else None
-    dist.gather_object(value, values)
+    dist.gather_object(value, values, group=GROUPS["patient"])
     return [v for v in values or [] if v is not None]
 
 
@@ -101,7 +126,7 @@ def all_gather(value):
     if size == 1:
         return [value]
     values = [None] * size
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=GROUPS["patient"])
     return values
 
 
@@ -140,22 +165,60 @@ def run_script(script, main, refused=(OSError,)):
     """
     Call main() and end the process with the status it returns; None is 0.
 
-    Bad input (ValueError) becomes one line and status 2, what the machine refused one line and 1, an interruption 130. Bad
-    input is the same on all ranks, so rank 0 prints it; other errors are printed by the rank they occur on.
+    Bad input (ValueError) becomes one line and status 2, what the machine refused one line and 1, an interruption 130. What all
+    ranks find is printed by rank 0, what one of them finds by that one. An error is printed first and ends the process at once:
+    to leave the group in good order takes all ranks, and the others may be waiting for this one in another call.
     """
-    rank = int(os.environ.get("RANK", 0))
-    line = ""
+    rank, failed, line = int(os.environ.get("RANK", 0)), True, ""
     try:
-        status = main() or 0
+        status, failed = main() or 0, False
     except ValueError as error:
-        status, line = 2, str(error) if rank == 0 else ""
+        status, line = 2, line_to_print(str(error), rank)
     except KeyboardInterrupt:
         status, line = 130, "interrupted" if rank == 0 else ""
     except refused as error:
         status, line = 1, f"rank {rank}: {error}" if rank else str(error)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except Exception:
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        leave(1)
     if line:
         print(f"{script}: {line}", file=sys.stderr)
+    if dist.is_initialized():
+        if failed:
+            leave(status)
+        dist.destroy_process_group()
     sys.exit(status)
+
+
+def leave(status):
+    """End this process now, without a word to the other ranks; torchrun then ends them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def line_to_print(message, rank, patience=5):
+    """
+    What this rank should print of an error in the input: nothing, if rank 0 or a rank before prints the same.
+
+    Most such errors are found by every rank. Rank 0 leaves a note in torchrun's store, which needs no other rank's help; a rank
+    that waits for it in vain is alone with what it found, as where one node lacks a file.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return f"rank {rank}: {message}" if rank else message
+    key = hashlib.sha256(message.encode()).hexdigest()
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=patience)))
+        store = dist.PrefixStore(f"errors-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        if rank == 0:
+            store.set(key, "printed by rank 0")
+            return message
+        try:
+            store.wait([key], timedelta(seconds=patience))
+            return ""
+        except RuntimeError:
+            return f"rank {rank}: {message}" if store.add(f"{key} without rank 0", 1) == 1 else ""
+    except RuntimeError:  # no store any more
+        return f"rank {rank}: {message}" if rank else message

@@ -1,14 +1,15 @@
 """
 The run folder: what a run leaves behind, and how it goes on after an interruption.
 
-config.json, metrics.jsonl, curves.png, samples/, lora.safetensors, best.safetensors, and state.pt, from which training
-continues exactly. The loop that trains knows only Run.steps and Run.finish_step; how to save an adapter and how to evaluate
-are two functions that the Run is given, so any method that trains adapters can use it.
+config.json, run.json, metrics.jsonl, curves.png, samples/, lora.safetensors, best.safetensors, and state.pt, from which
+training continues exactly. The loop that trains knows only Run.steps and Run.finish_step; how to save an adapter and how to
+evaluate are two functions that the Run is given, so any method that trains adapters can use it.
 """
 import json
 import math
 import os
 import shutil
+import socket
 import time
 from pathlib import Path
 
@@ -18,9 +19,9 @@ from tqdm import tqdm
 
 from support.files import check_folder, first_line, read_json, write_text, write_whole
 from support.pictures import contact_sheet, draw_curves, write_comparison_gif, write_png
-from support.processes import is_main_process, rank_and_size
+from support.processes import check_alike, is_main_process, on_rank_0, rank_and_size
 from support.published import check_tensors
-from support.settings import to_json
+from support.settings import to_record, translate
 from support.tables import paired, summary
 from support.videos import read_video, to_pixels, video_name, write_video
 
@@ -41,23 +42,28 @@ class Run:
     prompts: {set: its prompts}. evaluate(prompts, keep, move_on) -> ({measure: (n,)}, videos (keep, F, 3, H, W)) of one set,
     calling move_on(number of videos) as it goes. reward_name: stands beside every score. stop(): whether a signal has come.
     resumed: read the newest checkpoint and drop the lines of metrics.jsonl past its step.
+    data: what the clips are, as LatentDataset.describe has it, or None; it must be the same on all ranks and when continued.
     """
 
-    def __init__(self, cfg, folder, *, adapters, save_adapter, prompts, evaluate, reward_name, stop=lambda: False, resumed=False):
+    def __init__(self, cfg, folder, *, adapters, save_adapter, prompts, evaluate, reward_name, stop=lambda: False, resumed=False,
+                 data=None):
         self.cfg, self.folder, self.adapters, self.save_adapter = cfg, folder, adapters, save_adapter
         self.prompts, self.evaluate, self.reward_name, self.stop = prompts, evaluate, reward_name, stop
         self.step, self.best, self.bad_steps = 0, -math.inf, 0
         self.lines, self.optimizer, self.optimizer_state, self.bar, self.board = [], None, None, None, None
         self.writes = is_main_process()
+        check_alike("clips", data)
+        self.record = {"launch": launch(), "data": data, "changes": []}
         if resumed:
-            self.read_state()
+            self.take_up(on_rank_0(self.read_folder))
         if self.writes:
             (folder / "samples").mkdir(parents=True, exist_ok=True)
             for half_written in [*folder.glob(".????????.*"), *folder.glob("samples/.????????.*")]:
                 half_written.unlink()  # by a killed run
             if cfg.tensorboard:
                 self.board = tensorboard_writer()(folder / "tensorboard")
-            write_text(folder / "config.json", json.dumps(to_json(cfg), indent=1) + "\n")
+            write_text(folder / "run.json", json.dumps(self.record, indent=1) + "\n")
+            write_text(folder / "config.json", json.dumps(to_record(cfg), indent=1) + "\n")
             write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
 
     # -- what the loop calls
@@ -125,7 +131,7 @@ class Run:
         self.step = step
         if not self.writes:
             return
-        state = {"version": VERSION, "step": step, "config": to_json(self.cfg),
+        state = {"version": VERSION, "step": step, "config": to_record(self.cfg),
                  "adapters": self.adapters, "optimizer": self.optimizer.state_dict()}
         newest = self.folder / "state.pt"
         try:
@@ -142,20 +148,30 @@ class Run:
         for old in sorted(self.folder.glob("state_*.pt"))[:-(self.cfg.keep - 1) or None]:
             old.unlink()
 
-    def read_state(self):
-        """Take up the newest checkpoint, if there is one, and the metrics up to it."""
+    def read_folder(self):
+        """The newest checkpoint, {} if there is none; the metrics up to it; run.json with what was changed since. For rank 0."""
         files = [*sorted(self.folder.glob("state_*.pt")), *self.folder.glob("state.pt")]
-        if files:
-            state = read_checkpoint(files[-1], self.adapters)
-            if state["step"] > self.cfg.steps:
-                raise ValueError(f"steps = {self.cfg.steps}: must be at least {state['step']}, where this run stands")
-            self.step, self.optimizer_state = state["step"], state["optimizer"]["state"]
-        self.saved_step = self.step
+        state = read_checkpoint(files[-1], self.adapters) if files else {}
+        step = state.get("step", 0)
+        if step > self.cfg.steps:
+            raise ValueError(f"steps = {self.cfg.steps}: must be at least {step}, where this run stands")
+
+        lines = []
         if (self.folder / "metrics.jsonl").is_file():
-            self.lines = [line for line in read_metrics(self.folder / "metrics.jsonl") if line["step"] <= self.step]
-        self.best = max((mean_reward(line["eval"]) for line in self.lines if "eval" in line), default=-math.inf)
-        for name in self.adapters if files else ():
+            lines = [line for line in read_metrics(self.folder / "metrics.jsonl") if line["step"] <= step]
+        record = self.record | {"changes": read_changes(self.folder, step, to_record(self.cfg))}
+        check_data(self.folder, record["data"])
+        return state, lines, record
+
+    def take_up(self, found):
+        """Go on from what rank 0 has found: on other nodes, with disks of their own, there is no such folder."""
+        state, self.lines, self.record = found
+        if state:
+            self.step, self.optimizer_state = state["step"], state["optimizer"]["state"]
+        for name in self.adapters if state else ():
             self.adapters[name].copy_(state["adapters"][name])
+        self.saved_step = self.step
+        self.best = max((mean_reward(line["eval"]) for line in self.lines if "eval" in line), default=-math.inf)
 
     def close(self):
         """Let TensorBoard write what it still holds back."""
@@ -260,12 +276,43 @@ def train_and_report(run, train, caught, script="train.py"):
         run.compare()
         return 0
     if run.writes:
-        print(f"stopped; continue with: python {script} --resume {run.folder}")
+        print(f"stopped; continue with: {command(script)} --resume {run.folder}")
     return 128 + caught[0] if caught else 1
+
+
+def command(script):
+    """How this script was started, for a hint: torchrun's number of processes is what a plain `python` would lose."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE")
+    if "RANK" not in os.environ or not processes:
+        return f"python {script}"
+    nodes = int(os.environ["WORLD_SIZE"]) // int(processes)
+    more = f" --nnodes={nodes} (and the rendezvous as before)" if nodes > 1 else ""
+    return f"torchrun --nproc_per_node={processes}{more} {script}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading what a run has written
+
+def read_record(folder):
+    """What run.json says: the launch, the data and the changes; {} of a run from before there was such a file."""
+    return read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+
+
+def read_changes(folder, step, settings):
+    """The changes that run.json lists, and one more if `settings` (as JSON) differ from those that config.json has."""
+    changes = list(read_record(folder).get("changes", []))
+    before = translate(read_json(folder / "config.json"))
+    changed = {name: [before[name], value] for name, value in settings.items() if before.get(name, value) != value}
+    return [*changes, {"step": step} | changed] if changed else changes
+
+
+def check_data(folder, data):
+    """ValueError if the clips are not those that the run began with: which of them a step takes follows from their order."""
+    recorded = read_record(folder).get("data")
+    if recorded and data and recorded != data:
+        raise ValueError(f"clips: must be those that {folder} began with, {recorded}, found {data}; which clips a step takes "
+                         "follows from the list, so another list is another run")
+
 
 def read_checkpoint(path, adapters):
     """What Run.save wrote, for these adapters {name: tensor}; ValueError for anything else, as files are data."""
@@ -332,16 +379,17 @@ def choose_folder(cfg):
     """
     (run folder, whether to continue what it holds). A fresh one unless asked; what it holds of another run is never lost unasked.
 
-    When torchrun restarts its workers after a crash, they continue: --out's run, or the newest with the same settings.
+    When torchrun restarts its workers after a crash, they continue the run that the same start of torchrun has begun, if it had
+    come that far. An older run of the same settings is another one.
     """
     if cfg.resume:
         return cfg.resume, True
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if cfg.out is None:
         runs = [Path("out") / f"{cfg.preset}{f'-{n}' if n > 1 else ''}" for n in range(1, 10_000)]
-        same = [r for r in runs if restarted and holds_same_run(r, cfg)]
-        if same:
-            return max(same, key=lambda r: (r / "config.json").stat().st_mtime), True
+        for run in runs if restarted else ():
+            if holds_same_run(run, cfg):
+                return run, True
         return next(r for r in runs if not r.exists()), False
     check_folder(cfg.out)
     same = restarted and holds_same_run(cfg.out, cfg)
@@ -351,8 +399,24 @@ def choose_folder(cfg):
 
 
 def holds_same_run(folder, cfg):
-    """Whether the folder has a run of exactly these settings."""
-    return (folder / "config.json").is_file() and read_json(folder / "config.json") == to_json(cfg)
+    """Whether the folder has a run of this launch and of exactly these settings."""
+    if not (folder / "config.json").is_file() or read_record(folder).get("launch") != launch():
+        return False
+    return read_json(folder / "config.json") == to_record(cfg)
+
+
+def launch():
+    """
+    What tells one start of torchrun from another, the same for all its restarts; None without torchrun.
+
+    Its run id is "none" unless one is given, and may be given twice; so the process that runs torchrun counts, too, where there
+    is but one node. With more, rank 0 may move from one to another.
+    """
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    if name is None:
+        return None
+    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return f"{name} {socket.gethostname()} {os.getppid()}" if one_node or name == "none" else name
 
 
 def holds_run(folder):
@@ -365,6 +429,6 @@ def clear(folder):
     for name in ("samples", "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for pattern in ("state.pt", "state_*.pt", "lora.safetensors", "best.safetensors", "metrics.jsonl", "curves.png",
-                    "before_after.png", "before_after.gif", "config.json"):
+                    "before_after.png", "before_after.gif", "run.json", "config.json"):
         for file in folder.glob(pattern):
             file.unlink()

@@ -4,9 +4,10 @@ Settings: the fields that several scripts share, checks that read as one line, a
 Every script has one frozen dataclass, from which tyro makes its command line; a field's docstring is its help.
 """
 import math
+import os
 import types
 import typing
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -74,12 +75,14 @@ class TrainingSettings(RewardSettings):
     overwrite: bool = False
     """replace the run that --out holds"""
     resume: Path | None = None
-    """continue the run of this folder, with its own settings; only --steps may be given anew"""
+    """continue the run of this folder, with its own settings; --steps may be given anew, and what changes numbers by rounding
+    at most: device, memory, workers, and what is saved and shown how often"""
     tensorboard: bool = False
     """also write the metrics for TensorBoard, if it is installed"""
 
-    grad_accum: int = 1
-    """parts that a rank's share of the batch is computed in, one after the other"""
+    clips_at_once: int = 0
+    """clips of a rank's share of the batch that are computed at once, which sets the memory; the gradient is the same for any
+    number; 0 is all of them"""
     checkpoint_activations: bool = False
     """recompute the UNet's blocks in the backward pass: less memory, more time, the same gradient"""
     decode_chunk: int = 0
@@ -117,12 +120,11 @@ def check_positive(cfg, *names):
 
 def check_training(cfg, world_size):
     """What TrainingSettings and the steps and batches of every method must be."""
-    check_at_least(cfg, steps=1, batch_size=1, grad_accum=1, max_bad_steps=1, eval_every=0, eval_count=0, save_every=1, keep=1,
+    check_at_least(cfg, steps=1, batch_size=1, clips_at_once=0, max_bad_steps=1, eval_every=0, eval_count=0, save_every=1, keep=1,
                    workers=0, decode_chunk=0, max_skip=0)
     check_finite(cfg, "max_skip")
-    parts = world_size * cfg.grad_accum
-    if cfg.batch_size % parts:
-        raise ValueError(f"batch_size = {cfg.batch_size}: must be a multiple of {parts}, the ranks times grad_accum")
+    if cfg.batch_size % world_size:
+        raise ValueError(f"batch_size = {cfg.batch_size}: must be a multiple of {world_size}, the number of ranks")
     if cfg.data is not None and not cfg.data.exists():
         raise ValueError(f"data {cfg.data}: no such file or folder")
 
@@ -137,11 +139,28 @@ def to_json(cfg):
 
 
 def from_json(content, config_class, source):
-    """The settings that a run's config.json holds (`content`, of file `source`); ValueError if they are not of this class."""
-    known = typing.get_type_hints(config_class)
-    if set(content) != set(known):
-        raise ValueError(f"{source}: not the settings of this version; differing: {', '.join(sorted(set(content) ^ set(known)))}")
-    return config_class(**{name: from_plain(name, content[name], kind, source) for name, kind in known.items()})
+    """
+    The settings that a run's config.json holds (`content`, of file `source`); ValueError if they are not of this class.
+
+    A run of an earlier version may lack settings that came later; they take the class's default, which does what was done then.
+    """
+    content, known = translate(content), typing.get_type_hints(config_class)
+    unknown = set(content) - set(known)
+    if unknown or "steps" not in content:
+        wrong = f"not known: {', '.join(sorted(unknown))}" if unknown else "steps is missing"
+        raise ValueError(f"{source}: not the settings of this version; {wrong}")
+    found = {name: kind for name, kind in known.items() if name in content}
+    return config_class(**{name: from_plain(name, content[name], kind, source) for name, kind in found.items()})
+
+
+def translate(content):
+    """Settings of an earlier version, in the present one's terms."""
+    content = dict(content)
+    parts, batch_size = content.pop("grad_accum", 1), content.get("batch_size")
+    if type(parts) is int and type(batch_size) is int and parts > 1:  # into how many parts a rank's share was divided
+        share = batch_size // int(os.environ.get("WORLD_SIZE", 1))
+        content["clips_at_once"] = max(1, share // parts)
+    return content
 
 
 def from_plain(name, value, kind, source):
@@ -158,6 +177,11 @@ def from_plain(name, value, kind, source):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line of a script that trains
+
+# What a continued run may have otherwise than it began with: these change its numbers by rounding at most.
+MAY_CHANGE = {"steps", "device", "clips_at_once", "low_memory", "checkpoint_activations", "decode_chunk", "compile", "workers",
+              "cache", "cache_dir", "keep", "save_every", "eval_every", "tensorboard"}
+
 
 def parse(argv, presets, description):
     """
@@ -179,13 +203,33 @@ def parse(argv, presets, description):
         raise ValueError(f"resume {folder}: holds no run (no config.json)")
     saved = from_json(read_json(Path(folder) / "config.json"), config_class, f"{folder}/config.json")
     given = tyro.cli(config_class, args=argv, default=saved, description=description)
-    changed = [f.name for f in fields(config_class)
-               if getattr(given, f.name) != getattr(saved, f.name) and f.name not in ("steps", "resume")]
+    changed = changes(saved, given)
     if named not in (None, saved.preset):
-        changed.append("preset")
-    if changed:
-        raise ValueError(f"resume {folder}: {', '.join(changed)} would make it another run; only steps may change")
-    return replace(saved, steps=given.steps, resume=Path(folder))
+        changed["preset"] = [saved.preset, named]
+    if set(changed) - MAY_CHANGE:
+        wrong = ", ".join(k for k in changed if k not in MAY_CHANGE)
+        raise ValueError(f"resume {folder}: {wrong} would make it another run; only {', '.join(sorted(MAY_CHANGE))} may change")
+    return replace(given, resume=Path(folder))
+
+
+def to_record(cfg):
+    """The settings as a run's config.json has them: with absolute paths to what is there, so it can be continued anywhere."""
+    def whole(value):
+        return type(value)(Path(value).absolute()) if value is not None and Path(value).exists() else value
+
+    paths = {name: whole(getattr(cfg, name)) for name in ("data", "data_root", "vae", "text_encoder", "reward_weights", "base")
+             if str(getattr(cfg, name)).partition(":")[0] not in ("tiny", "random")}
+    prompts = []
+    for argument in cfg.prompts:
+        name, equals, path = argument.partition("=")
+        prompts.append(f"{name}{equals}{whole(path)}" if path else argument)
+    return to_json(replace(cfg, prompts=tuple(prompts), **paths))
+
+
+def changes(before, after):
+    """{name: [value before, value after]}, as JSON has them, of the settings in which two runs differ."""
+    before, after = to_record(before), to_record(after)
+    return {name: [before[name], after[name]] for name in before if before[name] != after[name]}
 
 
 def resume_folder(argv):

@@ -312,7 +312,7 @@ def bad_files():
     ("--clip-grad 0", "clip_grad"), ("--offset-noise -0.1", "offset_noise"), ("--max-skip nan", "max_skip"),
     ("--lambda-tar -1", "lambda_tar = -1"), ("--lambda-tar nan", "lambda_tar = nan"), ("--guidance inf", "guidance = inf"),
     ("--steps 0", "steps = 0: must be at least 1"), ("--batch-size 0", "batch_size = 0"),
-    ("--batch-size 3 --grad-accum 2", "batch_size = 3: must be a multiple of 2"), ("--grad-accum 0", "grad_accum"),
+    ("--clips-at-once -1", "clips_at_once = -1: must be at least 0"), ("--grad-accum 2", "Unrecognized options"),
     ("--warmup -1", "warmup = -1: must be at least 0"), ("--max-bad-steps 0", "max_bad_steps"), ("--fps 0", "fps = 0"),
     ("--eval-every -1", "eval_every"), ("--eval-count -1", "eval_count"), ("--save-every 0", "save_every"), ("--keep 0", "keep"),
     ("--workers -1", "workers"), ("--decode-chunk -1", "decode_chunk"), ("--frames 0 --data clips.txt", "frames = 0"),

@@ -236,7 +236,7 @@ def test_as_many_segments_as_frames_is_dense_scoring(parts):
 # ------------------------------------------- Memory: same gradient, fewer tensors -------------------------------------------
 
 @pytest.mark.parametrize("setting", [
-    dict(grad_accum=2), dict(checkpoint_activations=True), dict(decode_chunk=1), dict(low_memory=True)], ids=str)
+    dict(clips_at_once=1), dict(checkpoint_activations=True), dict(decode_chunk=1), dict(low_memory=True)], ids=str)
 def test_saving_memory_leaves_the_gradient(parts, setting):
     reference, cfg = loop(parts, CFG), replace(CFG, **setting)
     parts[0].unet.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)  # as main does
@@ -247,6 +247,18 @@ def test_saving_memory_leaves_the_gradient(parts, setting):
     apart = (frugal.gradients[0] - reference.gradients[0]).norm() / reference.gradients[0].norm()
     assert apart <= (0 if setting == dict(checkpoint_activations=True) else 5e-6)  # the others add up in another order
     assert frugal.lines[0]["reward"] == pytest.approx(reference.lines[0]["reward"], abs=1e-6)
+
+
+def test_any_number_of_clips_at_once_gives_the_same_gradient(parts):
+    """Three clips in parts of two: the last part is smaller."""
+    whole = loop(parts, replace(CFG, batch_size=3))
+    for number in (1, 2, 3, 4):
+        divided = loop(parts, replace(CFG, batch_size=3, clips_at_once=number))
+        apart = (divided.gradients[0] - whole.gradients[0]).norm() / whole.gradients[0].norm()
+        assert apart <= (0 if number >= 3 else 5e-6), number
+        assert divided.lines[0] == pytest.approx(whole.lines[0], abs=1e-5)
+    sizes = [len(part[0]) for part in train.split_batch([list("abc")], 2)]
+    assert sizes == [2, 1] and train.PRESETS["modelscope"].clips_at_once == 1 and train.Config().clips_at_once == 0
 
 
 def kept_for_backward(parts, cfg, checkpointed=False):
@@ -346,7 +358,7 @@ def test_the_run_folder_holds_what_the_readme_lists(whole):
     folder, said = whole
     files = listing(folder)
     assert [f for f in files if "/" not in f] == ["before_after.gif", "before_after.png", "best.safetensors", "config.json",
-                                                  "curves.png", "lora.safetensors", "metrics.jsonl", "state.pt"]
+                                                  "curves.png", "lora.safetensors", "metrics.jsonl", "run.json", "state.pt"]
     for step in ("000000", "000002", "000004"):
         of_step = [f for f in files if f.startswith(f"samples/step_{step}")]
         assert of_step[:2] == [f"samples/step_{step}.json", f"samples/step_{step}.png"]
@@ -354,7 +366,7 @@ def test_the_run_folder_holds_what_the_readme_lists(whole):
         assert len(clips) == 3 and all(f.endswith(".mp4") for f in clips)  # a video of each prompt set
     video, about = iio.imread(folder / clips[0]), iio.immeta(folder / clips[0], plugin="pyav")
     assert video.shape == (16, 256, 256, 3) and about["fps"] == 8
-    assert len(files) == 8 + 3 * 5
+    assert len(files) == 9 + 3 * 5
     strips, pair = iio.imread(folder / "samples/step_000004.png"), iio.imread(folder / "before_after.png")
     assert pair.shape == (strips.shape[0], 2 * strips.shape[1], 3)
     moving = iio.imread(folder / "before_after.gif")
@@ -474,7 +486,7 @@ def test_resuming_something_else_is_refused(whole, tmp_path):
     folder = whole[0]
     before = listing(folder), (folder / "config.json").read_bytes()
     for argv, message in [
-            (["--tau", "0.3"], "tau would make it another run; only steps may change"),
+            (["--tau", "0.3", "--workers", "5"], "tau would make it another run; only cache, .*steps.*may change"),
             (["--lr=1", "--prompts", "a=b"], "prompts, lr would make it another run"),
             (["--steps", "3"], "steps = 3: must be at least 4, where this run stands")]:
         with pytest.raises(ValueError, match=message):
@@ -485,6 +497,56 @@ def test_resuming_something_else_is_refused(whole, tmp_path):
         run("--resume", "nowhere")
     assert run("tiny", f"--resume={folder}", "--tau", "1") == 0  # finished, and nothing new was asked
     assert (listing(folder), (folder / "config.json").read_bytes()) == before
+
+
+def test_what_changes_numbers_by_rounding_at_most_may_change_and_is_recorded(whole, plain):
+    assert run(*SHORT, *WHOLE, "--steps", 2, "--out", "run") == 0
+    assert json.loads(Path("run/run.json").read_text())["changes"] == []
+    assert run("--resume", "run", "--steps", 4, "--clips-at-once", 1, "--low-memory", "--decode-chunk", 2, "--workers", 3,
+               "--keep", 2, "--save-every", 1, "--device", "cpu", "--no-cache") == 0
+    # Resumed again, with the settings that it now has.
+    assert run("--resume", "run") == 0
+    changed = dict(steps=[2, 4], clips_at_once=[0, 1], low_memory=[False, True], decode_chunk=[0, 2], workers=[2, 3], keep=[1, 2],
+                   save_every=[3, 1], cache=[True, False])
+    assert json.loads(Path("run/run.json").read_text())["changes"] == [{"step": 2} | changed]
+    config = json.loads(Path("run/config.json").read_text())
+    assert {name: config[name] for name in changed} == {name: after for name, (_, after) in changed.items()}
+    x, y = (load_file(f"{folder}/lora.safetensors") for folder in ("run", whole[0]))
+    assert all((x[k] - y[k]).abs().max() < 1e-3 for k in y)  # AdamW divides by the gradient's size, rounding too
+
+
+def test_the_settings_of_an_earlier_version(whole, monkeypatch):
+    """--grad-accum said into how many parts a rank's share is divided; what came later takes its default."""
+    config = json.loads((whole[0] / "config.json").read_text())
+    for name in ("clips_at_once", "tensorboard"):
+        del config[name]
+    for parts, batch_size, size, expected in ((1, 8, 1, 0), (2, 8, 1, 4), (8, 8, 1, 1), (2, 8, 4, 1)):
+        monkeypatch.setenv("WORLD_SIZE", str(size))
+        old = config | {"grad_accum": parts, "batch_size": batch_size}
+        cfg = settings.from_json(old, train.Config, "config.json")
+        assert (cfg.clips_at_once, cfg.tensorboard, cfg.batch_size) == (expected, False, batch_size)
+    Path("run").mkdir()
+    Path("run/config.json").write_text(json.dumps(config | {"grad_accum": 2}))
+    assert parse(["--resume", "run"]).clips_at_once == 1
+
+
+def test_a_run_on_other_clips_is_not_continued(plain):
+    write_list()
+    assert run(*REAL, "--eval-every", 0, "--out", "run") == 0
+    Path("elsewhere").mkdir()
+    with contextlib.chdir("elsewhere"):  # data, its root and the prompts are known by absolute paths
+        assert run("--resume", "../run", "--steps", 2, "--cache-dir", "../cache") == 0
+    recorded = json.loads(Path("run/run.json").read_text())["data"]
+    assert recorded["clips"] == 3 and len(recorded["fingerprint"]) == 16
+    lines = Path("clips.txt").read_text().splitlines(keepends=True)
+    for content in (lines[::-1], lines[:2], [*lines[:2], lines[2].replace("up", "down")]):
+        Path("clips.txt").write_text("".join(content))
+        with pytest.raises(ValueError, match=r"must be those that run began with, \{.clips.: 3,.*another list"):
+            run("--resume", "run", "--steps", 3)
+    Path("clips.txt").write_text("".join(lines))
+    Path("run/run.json").unlink()  # a run from before there was such a file
+    assert run("--resume", "run", "--steps", 3) == 0
+    assert json.loads(Path("run/run.json").read_text())["data"] == recorded
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(monkeypatch):
@@ -499,7 +561,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(monkeypatch):
         with pytest.raises(RuntimeError, match=r"run: step 2 cannot be saved \(.*No space left.*; the one before it is whole"):
             run("--resume", "run", "--steps", 2)
     assert Path("run/state.pt").read_bytes() == before
-    assert listing("run") == ["config.json", "lora.safetensors", "metrics.jsonl", "state.pt"]
+    assert listing("run") == ["config.json", "lora.safetensors", "metrics.jsonl", "run.json", "state.pt"]
     assert run("--resume", "run", "--steps", 2) == 0 and [line["step"] for line in metrics("run")] == [1, 2]
 
 
@@ -519,7 +581,7 @@ def test_a_checkpoint_of_another_version_or_settings_is_refused(whole, tmp_path)
     Path("run").mkdir()
     config = json.loads((whole[0] / "config.json").read_text())
     Path("run/config.json").write_text(json.dumps(config | {"momentum": .9}))
-    with pytest.raises(ValueError, match="run/config.json: not the settings of this version; differing: momentum"):
+    with pytest.raises(ValueError, match="run/config.json: not the settings of this version; not known: momentum"):
         run("--resume", "run")
     Path("run/config.json").write_text(json.dumps(config))
     torch.save(saved(whole[0] / "state.pt") | {"version": 0}, "run/state.pt")
@@ -537,7 +599,7 @@ def test_another_run_is_not_overwritten_unasked_and_then_only_what_is_its_own(wh
     with pytest.raises(ValueError, match="out run: holds a run already; choose another folder, --resume run, or --over"):
         run(*SHORT, *WHOLE, "--out", "run")
     assert run(*SHORT, *WHOLE, "--steps", 1, "--eval-every", 0, "--out", "run", "--overwrite") == 0
-    assert listing("run") == ["config.json", "lora.safetensors", "metrics.jsonl", "mine.png", "notes.txt", "state.pt"]
+    assert listing("run") == ["config.json", "lora.safetensors", "metrics.jsonl", "mine.png", "notes.txt", "run.json", "state.pt"]
     assert run("--resume", "run") == 0 and metrics("run")[0]["step"] == 1  # resuming does not overwrite again
 
 
@@ -551,16 +613,28 @@ def test_every_run_without_out_gets_a_folder_of_its_own():
 
 def test_workers_that_torchrun_started_again_continue_their_run(monkeypatch):
     cfg = train.Config(out=Path("run"), prompts=("a=b",))
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    for name, value in (("RESTART_COUNT", "1"), ("RUN_ID", "none")):
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "4")
     assert run_folder.choose_folder(cfg) == (Path("run"), False)  # the crash came before the run began
-    for folder in ("run", "out/tiny-3"):
+    for folder in ("run", "out/tiny", "out/tiny-3"):
         Path(folder).mkdir(parents=True)
         Path(folder, "config.json").write_text(json.dumps(settings.to_json(cfg if folder == "run" else replace(cfg, out=None))))
+        # The second is of the same settings, but was begun by an earlier torchrun: that it is finished says nothing of this one.
+        begun_by = "none elsewhere 1" if folder == "out/tiny" else run_folder.launch()
+        Path(folder, "run.json").write_text(json.dumps({"launch": begun_by}))
     assert run_folder.choose_folder(cfg) == (Path("run"), True)
     assert run_folder.choose_folder(replace(cfg, out=None)) == (Path("out/tiny-3"), True)
     with pytest.raises(ValueError, match="holds a run already"):  # but another's is another's
         run_folder.choose_folder(replace(cfg, tau=.5))
     assert run_folder.choose_folder(replace(cfg, overwrite=True)) == (Path("run"), False)
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-7")  # several nodes: rank 0 may be another process after a restart
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert run_folder.launch() == "job-7" and run_folder.choose_folder(replace(cfg, out=None)) == (Path("out/tiny-2"), False)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert run_folder.launch() is None
 
 
 # ------------------------------------------------- Settings of a whole run -------------------------------------------------

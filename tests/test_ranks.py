@@ -1,0 +1,195 @@
+"""
+Several processes: real ones, two at a time, over gloo, with a store beside them as torchrun has it.
+
+They are forked from this one, which has imported everything, and are given what torchrun puts into the environment.
+"""
+import json
+import multiprocessing
+import os
+import sys
+import time
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+import train
+from support import processes, run_folder
+from tiny import clips
+
+PATIENCE = 120
+SHORT = ["--device", "cpu", "--batch-size", "2", "--num-steps", "2", "--tau", "1", "--eval-every", "0", "--save-every", "1"]
+
+
+@pytest.fixture(autouse=True)
+def aside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def be_rank(rank, function, environment):
+    """A process of its own: what it says goes into a file."""
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{name}{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+    torch.set_num_threads(1)
+    try:
+        function(rank)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def two_ranks(function, **environment):
+    """[(exit status, stdout, stderr)] of function(rank) in two processes, and the seconds that they took."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=PATIENCE))
+    environment = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+                   "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "none",
+                   "TORCHELASTIC_RESTART_COUNT": "0"} | environment
+    began = time.monotonic()
+    ranks = [multiprocessing.get_context("fork").Process(target=be_rank, args=(rank, function, environment)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    while any(p.is_alive() for p in ranks) and time.monotonic() - began < PATIENCE:
+        time.sleep(.05)
+        if any(p.exitcode for p in ranks):  # torchrun ends the others then, but not at once: they may have something to say
+            time.sleep(1)
+            break
+    for process in ranks:
+        if process.is_alive():
+            process.terminate()
+        process.join(PATIENCE)
+    return [(p.exitcode, Path(f"out{r}").read_text(), Path(f"err{r}").read_text()) for r, p in enumerate(ranks)], \
+        time.monotonic() - began
+
+
+def script(main):
+    """A script whose main(rank) runs once the ranks have joined."""
+    def run(rank):
+        def joined():
+            processes.join_ranks("cpu")
+            return main(rank)
+        processes.run_script("script.py", joined)
+    return run
+
+
+def said(ended):
+    """The lines of both ranks' stderr, but for what the library says."""
+    return sorted(line for _, _, err in ended for line in err.splitlines() if line.startswith("script.py"))
+
+
+# ------------------------------------------------------- Errors -------------------------------------------------------
+
+def test_an_error_is_printed_before_anything_that_needs_the_other_ranks(monkeypatch):
+    """The other rank waits in a sum that never comes to an end; to leave the group in order would wait for it, as nccl does."""
+    def main(rank):
+        if rank == 1:
+            raise OSError("no space left")
+        dist.all_reduce(torch.zeros(1))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: time.sleep(PATIENCE))
+    ended, seconds = two_ranks(script(main))
+    assert said(ended)[-1] == "script.py: rank 1: no space left" and ended[1][0] == 1 and seconds < PATIENCE / 4
+
+
+def test_an_error_that_nobody_expected_shows_its_traceback_at_once(monkeypatch):
+    def main(rank):
+        if rank == 1:
+            raise KeyError("a mistake in the code")
+        dist.all_reduce(torch.zeros(1))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: time.sleep(PATIENCE))
+    ended, seconds = two_ranks(script(main))
+    assert "KeyError: 'a mistake in the code'" in ended[1][2] and ended[1][0] == 1 and seconds < PATIENCE / 4
+
+
+def test_what_one_rank_alone_finds_wrong_is_printed_by_it_and_what_all_find_once():
+    def alone(rank):
+        if rank == 1:
+            raise ValueError("data clips.txt: no such file or folder")
+        dist.all_reduce(torch.zeros(1))
+    ended, _ = two_ranks(script(alone))
+    assert said(ended)[-1] == "script.py: rank 1: data clips.txt: no such file or folder" and ended[1][0] == 2
+
+    def both(rank):
+        raise ValueError("steps = 0: must be at least 1")
+    ended, _ = two_ranks(script(both))
+    assert said(ended) == ["script.py: steps = 0: must be at least 1"] and ended[0][0] == 2
+
+    def first(rank):  # its ValueError is everybody's
+        return processes.on_rank_0(lambda: int("x" * (rank + 1)))
+    ended, _ = two_ranks(script(first))
+    assert said(ended) == ["script.py: invalid literal for int() with base 10: 'x'"]
+
+
+def test_a_long_wait_for_another_rank_is_no_error(monkeypatch):
+    """Encoding may take longer than the half hour after which a step counts as hung; here that is a second."""
+    monkeypatch.setattr(processes, "timedelta", lambda **_: timedelta(seconds=1))
+
+    def main(rank):
+        for wait in (processes.barrier, lambda: processes.all_gather(rank), lambda: processes.on_rank_0(lambda: 1)):
+            if rank == 0:
+                time.sleep(1.5)
+            wait()
+    ended, _ = two_ranks(script(main))
+    assert [status for status, _, _ in ended] == [0, 0], ended
+
+
+# ------------------------------------------------------ A whole run ------------------------------------------------------
+
+def train_in(folders, *argv, before=lambda rank: None):
+    """train.py on two nodes, each with a folder of its own."""
+    def run(rank):
+        os.chdir(folders[rank])
+        before(rank)
+        clips.tiny_clips = partial(clips.tiny_clips, count=6)
+        processes.run_script("script.py", lambda: train.main([*SHORT, "--out", "run", *map(str, argv)]))
+    return run
+
+
+def test_a_restart_on_two_nodes_whose_disks_are_their_own(tmp_path):
+    """Only rank 0 has the run's folder, from which both go on."""
+    for name in ("node0", "node1", "whole0", "whole1"):
+        Path(name).mkdir()
+    ended, _ = two_ranks(train_in(["node0", "node1"], "--steps", 2))
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    assert not Path("node1/run").exists()
+
+    # Two steps of four, as if the machine had stopped there.
+    config = json.loads(Path("node0/run/config.json").read_text())
+    Path("node0/run/config.json").write_text(json.dumps(config | {"steps": 4}, indent=1))
+    ended, _ = two_ranks(train_in(["node0", "node1"], "--steps", 4), TORCHELASTIC_RESTART_COUNT="1")
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    assert "run folder: run, from step 2" in ended[0][1]
+    ended, _ = two_ranks(train_in(["whole0", "whole1"], "--steps", 4))
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    x, y = (load_file(f"{folder}/run/lora.safetensors") for folder in ("node0", "whole0"))
+    assert all(torch.equal(x[k], y[k]) for k in x | y)
+    rewards = [[json.loads(line)["reward"] for line in Path(f, "run/metrics.jsonl").read_text().splitlines()]
+               for f in ("node0", "whole0")]
+    assert rewards[0] == rewards[1] and len(rewards[0]) == 4
+
+
+def test_nodes_that_have_other_clips_are_told():
+    for name in ("node0", "node1"):
+        Path(name).mkdir()
+
+    def other_clips(rank):
+        if rank == 1:
+            real = clips.tiny_clips
+            clips.tiny_clips = lambda *args, **more: real(*args, **more | {"count": 5})
+    ended, _ = two_ranks(train_in(["node0", "node1"], "--steps", 1, before=other_clips))
+    assert [status for status, _, _ in ended][0] == 2
+    assert any("clips: rank 1 has {'clips': 5," in line and "the same on every node" in line for line in said(ended)), ended
+    assert not Path("node0/run").exists()
+
+
+def test_the_hint_after_a_stop_names_torchrun(monkeypatch):
+    assert run_folder.command("train.py") == "python train.py"
+    for name, value in (("RANK", "0"), ("LOCAL_WORLD_SIZE", "4"), ("WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    assert run_folder.command("train.py") == "torchrun --nproc_per_node=4 train.py"
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert "--nproc_per_node=4 --nnodes=2" in run_folder.command("train.py")
