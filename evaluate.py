@@ -31,7 +31,7 @@ from support.clip_lists import read_prompt_sets
 from support.files import check_folder
 from support.processes import all_gather, join_ranks, rank_and_size, run_script
 from support.reports import save_evaluation
-from support.settings import RewardSettings, check_at_least, check_finite
+from support.settings import RewardSettings, check_at_least, check_finite, first_given
 from support.tables import paired, summary
 
 EVAL_SEED = 1_000_000  # training and evaluate.py measure with the same noise
@@ -66,7 +66,7 @@ def tiny_judge(cfg, base, height, width):
 
 
 @torch.no_grad()
-def evaluate(base, reward, prompts, *, seed=EVAL_SEED, num_steps=20, guidance=GUIDANCE, segments=4,
+def evaluate(base, reward, prompts, *, seed=EVAL_SEED, num_steps=20, guidance=None, segments=4,
              frames=16, height=None, width=None, batch_size=8, judge=None, keep=0, move_on=None):
     """
     Measures of one video for each prompt: {measure: (n,)}, and the first `keep` videos.
@@ -124,9 +124,9 @@ class Config(RewardSettings):
     """videos of each set; 0 is one for each line of its file"""
     num_steps: tuple[int, ...] = (20, 50)
     """D, DDIM steps (paper: 20 in Table 1, 50 in Table A.1)"""
-    guidance: tuple[float, ...] = (GUIDANCE,)
-    """classifier-free guidance scales; several show what tuning gains over the base at its own best
-    one"""
+    guidance: tuple[float, ...] = ()
+    """classifier-free guidance scales; default the base's own. Several show what tuning gains over
+    the base at its own best one"""
     lora_scale: float = 1.0
     """strength of the adapter"""
     segments: int = 4
@@ -156,8 +156,8 @@ def check(cfg):
     check_finite(cfg, "lora_scale")
 
     # Lists of them.
-    if not cfg.num_steps or not cfg.guidance:
-        raise ValueError("num_steps and guidance: must have at least one value")
+    if not cfg.num_steps:
+        raise ValueError("num_steps: must have at least one value")
     for steps in cfg.num_steps:
         ddpm_step(steps, steps)
     for guidance in cfg.guidance:
@@ -200,7 +200,8 @@ def main(cfg):
 def compare(cfg, base, reward, sets, strengths, size):
     """The rows of the report, and {set: [videos of each model]} at the first setting."""
     judge = tiny_judge(cfg, base, *size)
-    settings = list(itertools.product(cfg.num_steps, cfg.guidance))           # (D, guidance)
+    scales = cfg.guidance or (first_given(base.guidance, GUIDANCE),)
+    settings = list(itertools.product(cfg.num_steps, scales))                 # (D, guidance)
     rank, world_size = rank_and_size()
     mine = sum(len(prompts[rank::world_size]) for prompts in sets.values())
 

@@ -25,24 +25,25 @@ from support.clip_lists import read_prompts
 from support.files import check_folder
 from support.processes import gather, join_ranks, pick_dtype, rank_and_size, run_script
 from support.seeds import sample_generator
-from support.settings import ModelSettings, check_at_least, check_finite
+from support.settings import ModelSettings, check_at_least, check_finite, first_given
 from support.videos import to_pixels, video_name, write_video
 from support.words import cut_captions
 
 
 @torch.no_grad()
-def generate(base: Base, prompts, seeds, num_steps=20, guidance=GUIDANCE, frames=16, height=32,
+def generate(base: Base, prompts, seeds, num_steps=20, guidance=None, frames=16, height=32,
              width=32, batch_size=8, move_on=None) -> Iterable[tuple[int, torch.Tensor]]:
     """
     Latents of videos, one by one: yields (index, z_0 (C, F, h, w)), scaled, in order.
 
     prompts [n], seeds [n]: video i depends on (prompts[i], seeds[i]) only. height and width in
-    pixels: multiples of the autoencoder's downscale, else ValueError. move_on: called after each
-    batch with its size.
+    pixels: multiples of the autoencoder's downscale, else ValueError. guidance: default the base's
+    own. move_on: called after each batch with its size.
     """
     h, w = base.latent_size(height, width)
     shape = (base.vae.config.latent_channels, frames, h, w)                   # (C, F, h, w)
     uncond = base.encode_text([""])                                           # (1, N, E)
+    guidance = first_given(guidance, base.guidance, GUIDANCE)
 
     for start in range(0, len(prompts), batch_size):
         batch = range(start, min(start + batch_size, len(prompts)))
@@ -77,8 +78,9 @@ class Config(ModelSettings):
     """strength of the adapter: 0 is the base, 1 as trained"""
     num_steps: int = 20
     """D, DDIM steps (paper, Sec. 3.3; 50 in its Table A.1)"""
-    guidance: float = GUIDANCE
-    """classifier-free guidance scale (official code: modules/config.py:74)"""
+    guidance: float | None = None
+    """classifier-free guidance scale; default the base's own, 3 if it has none (official code:
+    modules/config.py:74)"""
     frames: int = 16
     """frames of a video (paper, Sec. 3.3)"""
     height: int | None = None

@@ -592,6 +592,7 @@ class Base:
     name: str                                                       # as the user gave it
     folder: Path | None = None                                      # where it lies, if anywhere
     unet_file: Path | None = None                                   # may hold LoRA tensors too
+    guidance: float | None = None                                   # w that it was made for, if any
 
     def __post_init__(self):
         self.texts = {}                                             # {caption: its features}
@@ -692,7 +693,8 @@ def load_base(base, vae=None, text_encoder=None, dtype=None, device="cpu", seed=
         unet = move_to(load_unet(paths["unet"], dtype=dtype), device)
         autoencoder = move_to(load_vae(paths["vae"], dtype=dtype), device)
         text = load_text_encoder(paths["text_encoder"], tokenizer, dtype)
-        made = Base(unet, autoencoder, move_to(text, device), base, folder, paths["unet"])
+        guidance = component_config(paths["unet"], names.own_guidance)
+        made = Base(unet, autoencoder, move_to(text, device), base, folder, paths["unet"], guidance)
         structures.check_parts(base, unet.config, autoencoder.config, text.config, paths)
     return made
 

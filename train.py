@@ -20,7 +20,7 @@ E their width.
 """
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from safetensors import SafetensorError
@@ -32,7 +32,7 @@ from evaluate import EVAL_SEED, evaluate, prompt_sets, tiny_judge
 from model import decode_frames, load_base
 from reward import aggregate, load_reward, segment_edges, segment_frames, tar_weights
 from sampler import GUIDANCE, check_edit, edit
-from support import settings
+from support import run_folder, settings
 from support.processes import (
     add_over_ranks,
     catch_signals,
@@ -44,14 +44,6 @@ from support.processes import (
     run_script,
 )
 from support.published import fingerprint
-from support.run_folder import (
-    Run,
-    choose_folder,
-    clear,
-    holds_run,
-    tensorboard_writer,
-    train_and_report,
-)
 from support.seeds import sample_generator
 from support.weights import HUB_BASE
 
@@ -202,9 +194,9 @@ class Config(settings.TrainingSettings):
     """S, frames scored, one of each segment (paper, Sec. 3.3); dense scoring is S = F"""
     lambda_tar: float = 1.0
     """how fast weights fall off from the centre, Eq. (7) (paper, Sec. 3.2.2); 0: plain mean"""
-    guidance: float = GUIDANCE
-    """classifier-free guidance scale, in training and evaluation alike (official code:
-    modules/config.py:74)"""
+    guidance: float | None = None
+    """classifier-free guidance scale, in training and evaluation alike; default the base's own, 3
+    if it has none (official code: modules/config.py:74)"""
     offset_noise: float = 0.0
     """strength of an extra offset per frame and channel (official 0.1; not in Eq. (5))"""
 
@@ -228,7 +220,7 @@ PRESETS = {
     "tiny": Config(),
     "modelscope": Config(
         preset="modelscope", base=HUB_BASE, offset_noise=0.1, steps=20_000, batch_size=8, lr=1e-5,
-        eval_every=1000, eval_count=0, save_every=500, clips_at_once=1)}
+        eval_every=1000, eval_count=0, save_every=500, clips_at_once=1, guidance=GUIDANCE)}
 
 
 def check(cfg):
@@ -252,7 +244,7 @@ def check(cfg):
         raise ValueError(f"frames = {cfg.frames}, size = {cfg.size}: the tiny world draws 16 "
                          "frames of 32 x 32 pixels; --data is needed for others")
     if cfg.tensorboard:
-        tensorboard_writer()
+        run_folder.tensorboard_writer()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -314,9 +306,10 @@ def open_run(cfg, folder, resumed, base, reward, prompts, draw, stop):
                         height=cfg.size, width=cfg.size, batch_size=min(cfg.batch_size, 8),
                         judge=judge, keep=keep, move_on=move_on)
 
-    return Run(cfg, folder, adapters=lora.adapter_state(base.unet), save_adapter=save_adapter,
-               prompts=prompts, evaluate=evaluate_prompts, reward_name=reward.name, stop=stop,
-               resumed=resumed, data=getattr(draw, "data", None))
+    return run_folder.Run(
+        cfg, folder, adapters=lora.adapter_state(base.unet), save_adapter=save_adapter,
+        prompts=prompts, evaluate=evaluate_prompts, reward_name=reward.name, stop=stop,
+        resumed=resumed, data=getattr(draw, "data", None))
 
 
 def main(argv, presets=PRESETS, description=__doc__, check=check, method=instruct_video):
@@ -328,11 +321,13 @@ def main(argv, presets=PRESETS, description=__doc__, check=check, method=instruc
     cfg = settings.parse(argv, presets, description)
     device = join_ranks(cfg.device)
     check(cfg)
-    folder, resumed = on_rank_0(lambda: choose_folder(cfg))
+    folder, resumed = on_rank_0(lambda: run_folder.choose_folder(cfg))
 
     # 1. What is frozen, and the adapters.
     dtype = pick_dtype(cfg.dtype, device)
     base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype, device, cfg.seed)
+    guidance = settings.first_given(cfg.guidance, base.guidance, GUIDANCE)
+    cfg = replace(cfg, guidance=guidance)  # recorded with the run
     prompts = prompt_sets(base, cfg.prompts, cfg.eval_count) if cfg.eval_every else {}
     parameters = lora.load_or_inject(base.unet, base.unet_file, cfg.rank,
                                      sample_generator(cfg.seed, "lora"))
@@ -348,11 +343,12 @@ def main(argv, presets=PRESETS, description=__doc__, check=check, method=instruc
         base.unet.compile()
 
     # 3. Train.
-    if is_main_process() and holds_run(folder) and not resumed:  # only with --overwrite
-        clear(folder)
+    if is_main_process() and run_folder.holds_run(folder) and not resumed:  # only with --overwrite
+        run_folder.clear(folder)
     with catch_signals() as caught:
         run = open_run(cfg, folder, resumed, base, reward, prompts, draw, lambda: bool(caught))
-        return train_and_report(run, lambda: train(cfg, parameters, draw, score, run), caught)
+        return run_folder.train_and_report(
+            run, lambda: train(cfg, parameters, draw, score, run), caught)
 
 
 if __name__ == "__main__":

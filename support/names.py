@@ -147,6 +147,14 @@ def unet_from_diffusers(content, config_class):
     return config
 
 
+def own_guidance(content):
+    """The guidance scale that a UNet's config.json (a dict) recommends, or None; ValueError if it is no number."""
+    scale = content.get("guidance")
+    if scale is not None and (type(scale) not in (int, float) or not abs(scale) < float("inf")):
+        raise ValueError(f"expected a number as guidance, found {str(scale)[:80]!r}")
+    return scale
+
+
 # -- Autoencoder -----------------------------------------------------------------------------------------------------
 
 OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.17

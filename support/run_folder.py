@@ -402,7 +402,10 @@ def holds_same_run(folder, cfg):
     """Whether the folder has a run of this launch and of exactly these settings."""
     if not (folder / "config.json").is_file() or read_record(folder).get("launch") != launch():
         return False
-    return read_json(folder / "config.json") == to_record(cfg)
+    recorded, asked = read_json(folder / "config.json"), to_record(cfg)
+    if cfg.guidance is None:  # recorded is the base's own
+        asked["guidance"] = recorded.get("guidance")
+    return recorded == asked
 
 
 def launch():

@@ -93,6 +93,11 @@ class TrainingSettings(RewardSettings):
     """torch.compile the UNet"""
 
 
+def first_given(*values):
+    """The first of these that is not None: what was asked for, else what the base recommends, else a default."""
+    return next(value for value in values if value is not None)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks: ValueError says what was wrong and what is allowed. None means: decided once the model is loaded.
 
@@ -105,9 +110,9 @@ def check_at_least(cfg, **least):
 
 
 def check_finite(cfg, *names):
-    """Every named setting is a finite number."""
+    """Every named setting is a finite number, or None."""
     for name in names:
-        if not math.isfinite(getattr(cfg, name)):
+        if getattr(cfg, name) is not None and not math.isfinite(getattr(cfg, name)):
             raise ValueError(f"{name} = {getattr(cfg, name)}: must be a finite number")
 
 

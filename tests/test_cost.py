@@ -134,7 +134,7 @@ def test_counting_the_chain_by_one_of_its_calls():
     base, reward = Base(*map(on_meta, (base.unet, base.vae, base.text_encoder)), "small"), on_meta(reward)
     batch, uncond = synthetic(base, SHORT), base.encode_text([""])
     lora.inject(base.unet)
-    settings = replace(train.Config(), tau=SHORT.tau, num_steps=SHORT.num_steps)
+    settings = replace(train.Config(), tau=SHORT.tau, num_steps=SHORT.num_steps, guidance=3.)
     reward.text_features(batch[-1])
     with FlopCounterMode(display=False) as counter:
         train.edit_rewards(base, reward, uncond, batch, settings)[0].sum().backward()
@@ -164,7 +164,7 @@ def test_memory_does_not_grow_with_the_chain():
     def kept(**settings):
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
-            train.edit_rewards(base, reward, uncond, batch, replace(train.Config(), **settings))
+            train.edit_rewards(base, reward, uncond, batch, replace(train.Config(guidance=3.), **settings))
         return sum(sizes)
 
     first, *others = (kept(tau=tau, num_steps=D) for tau, D in ((0.6, 5), (0.6, 10), (1., 10), (0.2, 5)))

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import types
@@ -22,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 import lora
+import sampler
 import train
 from data import LatentDataset
 from evaluate import evaluate
@@ -101,7 +103,7 @@ def parts():
     return base, reward, dataset
 
 
-CFG = train.Config(frames=4, segments=2, batch_size=2, num_steps=4, tau=.5, warmup=0, steps=1, clip_grad=1e9)
+CFG = train.Config(frames=4, segments=2, batch_size=2, num_steps=4, tau=.5, guidance=3., warmup=0, steps=1, clip_grad=1e9)
 
 
 def batch_of(parts, cfg, step=0):
@@ -373,7 +375,9 @@ def test_the_run_folder_holds_what_the_readme_lists(whole):
     assert moving.shape[0] == 16 and moving.shape[1] > 2 * 112 and moving.shape[2] > 3 * 112  # three videos, before and after
 
     config = json.loads((folder / "config.json").read_text())
-    assert settings.from_json(config, train.Config, "config.json") == parse([*SHORT, *WHOLE, "--out", str(folder)])
+    own = settings.first_given(load_base("tiny").guidance, 3.)  # what --guidance is by default
+    asked = replace(parse([*SHORT, *WHOLE, "--out", str(folder)]), guidance=own)
+    assert settings.from_json(config, train.Config, "config.json") == asked
     state = saved(folder / "state.pt")
     assert state.keys() == {"version", "step", "config", "adapters", "optimizer"}
     assert state["step"] == 4 and state["config"] == config
@@ -748,3 +752,29 @@ def test_the_presets_have_the_papers_numbers():
     assert (real.guidance, real.offset_noise) == (3., .1)  # the official code's
     assert parse([]) == parse(["tiny"]) == train.Config()
     assert parse(["modelscope", "--lr", "1e-4"]) == replace(real, lr=1e-4)
+
+
+@pytest.mark.parametrize(("flags", "expected"), [((), 1.25), (("--guidance", "2"), 2.)])
+def test_guidance_belongs_to_the_base_unless_asked_for(tmp_path, monkeypatch, plain, flags, expected):
+    """A base says in its UNet's config.json which guidance it was made for; training, evaluation and the record follow it."""
+    folder = tmp_path / "base"
+    shutil.copytree(TINY, folder)
+    (folder / "manifest.json").unlink()
+    config = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps(config | {"guidance": 1.25}))
+    seen, guided = set(), sampler.guided_eps
+    monkeypatch.setattr(sampler, "guided_eps", lambda *args: seen.add(args[-1]) or guided(*args))
+    Path("prompts.txt").write_text("a red circle moving left\n")
+    write_list()
+    assert run(*REAL, "--base", folder, "--prompts", "a=prompts.txt", "--workers", 0, *flags, "--out", "run") == 0
+    assert seen == {expected} and json.loads(Path("run/config.json").read_text())["guidance"] == expected
+
+
+def test_a_guidance_that_is_no_number_is_refused(tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(TINY, folder)
+    (folder / "manifest.json").unlink()
+    config = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps(config | {"guidance": "strong"}))
+    with pytest.raises(ValueError, match="expected a number as guidance, found 'strong'"):
+        load_base(str(folder))

@@ -36,14 +36,14 @@ from support.files import read_json, write_whole  # noqa: E402
 from support.pictures import write_png  # noqa: E402
 from support.reports import versions  # noqa: E402
 from support.run_folder import SHOWN, read_metrics  # noqa: E402
-from support.settings import to_json  # noqa: E402
+from support.settings import first_given, to_json  # noqa: E402
 from support.tables import paired, summary  # noqa: E402
 from support.videos import to_pixels, write_video  # noqa: E402
 from tiny import world  # noqa: E402
 from tiny.judge import find_judge  # noqa: E402
 
 SETS = ("in_domain", "new", "other")
-TAUS, SEEDS, GUIDANCES = (0.1, 0.3, 0.6, 0.9, 1.0), (0, 1, 2), (1., 2., GUIDANCE, 4.5, 6.)
+TAUS, SEEDS, GUIDANCES = (0.1, 0.3, 0.6, 0.9, 1.0), (0, 1, 2), (1., 1.5, 2., 3.)
 TOO_LONG = ("--steps", "200", "--lr", "0.01")
 WATCH = {"too_long": ("--eval-every", "40", "--eval-count", "16"), "evolution": ("--eval-every", "10", "--eval-count", "4")}
 SWEEPS = {  # name: {label: training flags}, all else as by default
@@ -73,6 +73,7 @@ class Lab:
     def __init__(self, cfg):
         self.cfg, self.models = cfg, {}
         self.base = load_base("tiny")
+        self.guidance = first_given(self.base.guidance, GUIDANCE)
         self.reward = load_reward(base_folder=self.base.folder)
         self.judge = find_judge(self.base, world.FRAMES, world.SIZE, world.SIZE)
         self.prompts = prompt_sets(self.base, (), cfg.count)
@@ -90,8 +91,9 @@ class Lab:
             (folder / "done").touch()
         return folder
 
-    def table(self, run, name, num_steps=20, guidance=GUIDANCE):
+    def table(self, run, name, num_steps=20, guidance=None):
         """{measure: (n,)} of the videos of a prompt set, by the base (run None) or with a run's adapter."""
+        guidance = first_given(guidance, self.guidance)
         file = (run or self.cfg.work / "base") / f"{name}-D{num_steps}-guidance{guidance:g}-n{self.cfg.count}.json"
         if not file.exists():
             if run not in self.models:
@@ -105,8 +107,9 @@ class Lab:
                 hidden.write_text(json.dumps({k: v.tolist() for k, v in table.items()}) + "\n")
         return {k: torch.tensor(v, dtype=torch.float64) for k, v in read_json(file).items()}
 
-    def row(self, label, run, name="in_domain", num_steps=20, guidance=GUIDANCE, against=None, **more):
+    def row(self, label, run, name="in_domain", num_steps=20, guidance=None, against=None, **more):
         """One line of a study: what was measured, and the paired differences from the base (or `against`, a table)."""
+        guidance = first_given(guidance, self.guidance)
         table = self.table(run, name, num_steps, guidance)
         row = {"label": label, "set": name, "num_steps": num_steps, "guidance": guidance, "measures": summary(table)} | more
         if run or against:
@@ -144,7 +147,7 @@ def headline(lab):
     pooled = [(name, before[name], after[name]) for name in SETS]
     pooled.append(("all", *(join([tables[name] for name in SETS]) for tables in (before, after))))
     for name, b, a in pooled:
-        rows.append({"label": "seeds pooled", "set": name, "num_steps": 20, "guidance": GUIDANCE, "measures": summary(a),
+        rows.append({"label": "seeds pooled", "set": name, "num_steps": 20, "guidance": lab.guidance, "measures": summary(a),
                      "base_std": summary(b)["reward_std"], "differences": {k: paired(b, a, k) for k in a}})
     return rows
 
@@ -225,7 +228,7 @@ def too_long(lab):
     for step in steps:
         table = read_json(run / "samples" / f"step_{step:06d}.json")["in_domain"]
         tables.append({k: torch.tensor(v, dtype=torch.float64) for k, v in table.items()})
-        rows.append({"label": f"step {step}", "step": step, "set": "in_domain", "num_steps": 20, "guidance": GUIDANCE,
+        rows.append({"label": f"step {step}", "step": step, "set": "in_domain", "num_steps": 20, "guidance": lab.guidance,
                      "measures": summary(tables[-1]), "differences": {k: paired(tables[0], tables[-1], k) for k in table}})
     write_png(ROOT / "docs" / "too_long.png", strips(run, [steps[0], steps[1], steps[-1]]))
     return rows
