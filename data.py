@@ -30,7 +30,9 @@ from tqdm import tqdm
 
 from support import cache
 from support.clip_lists import (  # noqa: F401  read_list, usable_clips: offered from here
+    CACHE_VERSION,
     describe_clips,
+    describe_file,
     find_problems,
     leave_out,
     read_list,
@@ -137,9 +139,6 @@ def to_unit(frames):
     return frames.float() / 127.5 - 1
 
 
-CACHE_VERSION = 1  # one more whenever clips are read in another way
-
-
 @torch.no_grad()
 def encode_clips(clips, config, encode, encode_text, vae_name, text_name, cache_dir=None,
                  num_workers=0, max_skip=0.1) -> LatentDataset:
@@ -155,13 +154,13 @@ def encode_clips(clips, config, encode, encode_text, vae_name, text_name, cache_
     is_main = is_main_process()
     say = tqdm.write if is_main else lambda line: None
     paths = list(dict.fromkeys(clip.path for clip in clips))
-    made_from = {path: describe_clip(path, vae_name, config) for path in paths if path.is_file()}
+    made_from = {path: describe_file(path, vae_name, config) for path in paths if path.is_file()}
     found = {path: cache.find(cache_dir, key) for path, key in made_from.items()}
 
     # 1. Cached clips were checked when they were encoded. Check the others before the long work.
-    problems = find_problems([path for path in paths if found.get(path) is None], config, say)
-    leave_out(clips, problems, max_skip, say=lambda line: None)
-    paths = [path for path in paths if path not in problems]
+    problems = find_problems(clips, config, say, found)
+    usable = leave_out(clips, problems, max_skip, say=lambda line: None)
+    paths = list(dict.fromkeys(clip.path for clip in usable))
 
     # 2. Decode and encode what is missing, window by window, which bounds the memory.
     def encode_paths(missing):
@@ -186,13 +185,6 @@ def encode_clips(clips, config, encode, encode_text, vae_name, text_name, cache_
     text = encode_captions(captions, encode_text, text_name, cache_dir)
     names = [clip.path.name for clip in clips]
     return LatentDataset([found[clip.path] for clip in clips], text, captions, names)
-
-
-def describe_clip(path, vae_name, config):
-    """All that a clip's moments depend on; a file that was replaced has another size or time."""
-    state = path.stat()
-    file = str(path.resolve()), state.st_size, state.st_mtime_ns
-    return json.dumps([CACHE_VERSION, "moments", vae_name, asdict(config), file])
 
 
 @torch.no_grad()

@@ -5,8 +5,8 @@ Text to video: the base, or the base with a LoRA, from seeded noise.
     python generate.py --base ali-vilab/text-to-video-ms-1.7b --prompts prompts.txt --guidance 9
 
 Paper: InstructVideo (arXiv:2312.12490), Sec. 3.1; ModelScopeT2V (arXiv:2308.06571).
-Noise belongs to the prompt and its seed, so video 7 is the same in any batch and on any number of
-ranks, and two models can be compared on the same noise.
+Noise belongs to the prompt and its seed, so video 7 is the same, to rounding, in any batch and on
+any number of ranks, and two models can be compared on the same noise.
 
 Letters: B videos, C channels, F frames, h and w latent rows and columns, H and W pixels.
 """
@@ -22,7 +22,7 @@ import lora
 from model import Base, decode_frames, load_base
 from sampler import GUIDANCE, ddpm_step, sample
 from support.clip_lists import read_prompts
-from support.files import check_folder
+from support.files import check_folder, write_text
 from support.processes import gather, join_ranks, pick_dtype, rank_and_size, run_script
 from support.seeds import sample_generator
 from support.settings import ModelSettings, check_at_least, check_finite, first_given
@@ -96,7 +96,8 @@ class Config(ModelSettings):
     gif: bool = False
     """also write each video as .gif"""
     out: Path = Path("out/videos")
-    """folder of the videos; files of the same name are replaced"""
+    """folder of the videos, each with its prompt in a .txt beside it, as train.py --data takes it;
+    files of the same name are replaced"""
 
 
 def check(cfg):
@@ -143,6 +144,8 @@ def write_all(made, base, prompts, cfg):
                 path = cfg.out / (video_name(i, prompts[i]) + suffix)
                 write_video(path, video, cfg.fps)
                 tqdm.write(str(path))
+            # With its caption beside each video, the folder is what train.py takes as --data.
+            write_text(path.with_suffix(".txt"), prompts[i] + "\n")
 
 
 def main(cfg):

@@ -197,8 +197,10 @@ def edit(eps_model, z, eps, text, uncond, tau=0.6, num_steps=20, guidance=GUIDAN
 
     z (B,C,F,H,W) scaled latents of real clips, eps (B,C,F,H,W) noise, text (B,N,E), uncond (1,N,E)
     or (B,N,E) -> z_0 (B,C,F,H,W), with gradient through the last K = grad_steps steps.
-    ValueError as check_edit.
+    ValueError as check_edit, and for eps of another shape, which clips would share.
     """
+    if eps.shape != z.shape:
+        raise ValueError(f"eps has shape {list(eps.shape)}: must be {list(z.shape)}, that of z")
     alpha_bar = alpha_bars() if alpha_bar is None else alpha_bar
     check_edit(tau, num_steps, grad_steps, len(alpha_bar))
 

@@ -281,15 +281,15 @@ def read_clips(cfg, base):
 
     pixels = cfg.size or base.default_size
     base.latent_size(pixels, pixels)  # refuses a size that the autoencoder cannot halve
-    clip_config = ClipConfig(num_frames=cfg.frames, fps=cfg.fps, height=pixels,
-                             width=pixels)
+    clip_config = ClipConfig(num_frames=cfg.frames, fps=cfg.fps, height=pixels, width=pixels)
 
     # What is cached belongs to these weights in this precision.
     vae_name = f"{fingerprint(base.vae.state_dict())} {dtype}"
     text_name = f"{fingerprint(base.text_encoder.state_dict())} {dtype}"
     cache_dir = cfg.cache_dir if cfg.cache else None
-    return encode_clips(read_list(cfg.data, cfg.data_root), clip_config, encode, encode_text,
-                        vae_name, text_name, cache_dir, cfg.workers, cfg.max_skip)
+    clips = on_rank_0(lambda: read_list(cfg.data, cfg.data_root))
+    return encode_clips(clips, clip_config, encode, encode_text, vae_name, text_name, cache_dir,
+                        cfg.workers, cfg.max_skip)
 
 
 def open_run(cfg, folder, resumed, base, reward, prompts, draw, stop):

@@ -84,6 +84,8 @@ def read_adapter(path, config=None):
     no rank and alpha, or more than plain LoRA.
     """
     path, with_base = Path(path), False
+    if (path / "lora.safetensors").is_file():  # a run folder
+        path = path / "lora.safetensors"
     if path.is_dir():
         tensors, recorded = read_peft(path)
     else:

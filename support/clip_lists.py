@@ -2,12 +2,13 @@
 import csv
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from support.files import read_text
+from support.processes import all_gather, rank_and_size
 from support.videos import measure
 
 SUFFIXES = (".mp4", ".webm", ".avi", ".mov", ".mkv", ".gif")
@@ -23,6 +24,7 @@ class Clip:
     """One line of a list: a file of footage, what it shows, and what the list says of its length."""
     path: Path
     caption: str
+    """"" where the list has none: such clips are named and left out with the others that cannot be used"""
     num_frames: int | None = None
     """what the list claims. Kept, not used: official prompt lists say 16, the length of the video to generate, beside the name
     of a far longer clip, and the official code drops it (inference_instructvideo_entrance.py). Files are counted instead"""
@@ -47,7 +49,7 @@ def read_list(path, root=None) -> list[Clip]:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         try:
             if form == ".csv" and columns is None:
-                columns = [name.strip() for name in next(csv.reader([line]), [])]
+                columns = read_header(line)
             elif line.strip():
                 row = parse_line(line.strip(), form, columns)
                 clips.append(make_clip(Path(root or path.parent), row.get("path"), row.get("caption"), row.get("num_frames")))
@@ -56,6 +58,15 @@ def read_list(path, root=None) -> list[Clip]:
     if not clips:
         raise ValueError(f"{path}: an empty list. Allowed: {FORMS[form]}")
     return clips
+
+
+def read_header(line):
+    """The columns of a .csv; ValueError unless path and caption are among them."""
+    columns = [name.strip() for name in next(csv.reader([line]), [])]
+    missing = [name for name in ("path", "caption") if name not in columns]
+    if missing:
+        raise ValueError(f"no column {' and no '.join(missing)}, but {', '.join(columns) or 'nothing'}")
+    return columns
 
 
 def describe_clips(names, captions):
@@ -79,13 +90,12 @@ def parse_line(line, form, columns):
 
 
 def make_clip(root, path, caption, num_frames=None):
-    """A Clip of what a list says; ValueError if that is not a path and a caption."""
-    for value in (path, caption):
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"clip {path!r} has caption {caption!r}, and neither may be empty")
+    """A Clip of what a list says; ValueError if that is not a path, and a caption or none."""
+    if not isinstance(path, str) or not path.strip() or not isinstance(caption, str | None):
+        raise ValueError(f"clip {path!r} has caption {caption!r}: must be a path and a text")
     if num_frames not in (None, "") and not (str(num_frames).strip().isdecimal() and int(num_frames)):
         raise ValueError(f"clip {path!r} has frame count {num_frames!r}, which is no whole number above 0")
-    return Clip(root / path.strip(), caption.strip(), int(num_frames) if num_frames else None)
+    return Clip(root / path.strip(), (caption or "").strip(), int(num_frames) if num_frames else None)
 
 
 def read_clip_folder(folder):
@@ -93,10 +103,11 @@ def read_clip_folder(folder):
     clips = []
     for path in sorted(folder.rglob("*")):
         name, caption = path.relative_to(folder), path.with_suffix(".txt")
-        if path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in name.parts):  # macOS: ._clip.mp4
-            if not caption.is_file():
-                raise ValueError(f"{path}: no caption. Allowed: a text file {caption.name} beside it")
-            clips.append(make_clip(folder, str(name), read_text(caption)))
+        if path.suffix.lower() not in SUFFIXES or any(part.startswith(".") for part in name.parts):  # macOS: ._clip.mp4
+            continue
+        if path.suffix == ".gif" and path.with_suffix(".mp4").is_file():  # generate.py --gif writes both of each video
+            continue
+        clips.append(make_clip(folder, str(name), read_text(caption) if caption.is_file() else None))
     if not clips:
         raise ValueError(f"{folder}: no clips in this folder. Allowed: {' '.join(SUFFIXES)}, each with a .txt caption")
     return clips
@@ -106,13 +117,14 @@ def read_prompts(path):
     """
     Prompts from a text file: one a line, or the official list form `video|||caption|||frames`, whose caption is taken.
 
-    Blank lines are left out. ValueError: no such file, not text, or no prompts.
+    Blank lines and those that begin with # are left out. ValueError: no such file, not text, or no prompts.
     """
     try:
         lines = read_text(Path(path)).splitlines()
     except OSError as error:
         raise ValueError(f"prompts {path}: cannot be read ({error})") from None
-    prompts = [(line.split("|||")[1] if "|||" in line else line).strip() for line in lines if line.strip()]
+    prompts = [(line.split("|||")[1] if "|||" in line else line).strip() for line in lines
+               if line.strip() and not line.lstrip().startswith("#")]
     if not prompts or not all(prompts):
         raise ValueError(f"prompts {path}: expected one prompt a line, found {'an empty one' if prompts else 'none'}")
     return prompts
@@ -140,25 +152,38 @@ def usable_clips(clips, config, max_skip=0.1) -> list[Clip]:
     max_skip: the share of the list, 0 to 1, that may be left out. 0.1 forgives a few bad downloads, not a wrong folder.
     ValueError: more than that, or all.
     """
-    problems = find_problems(dict.fromkeys(clip.path for clip in clips), config, tqdm.write)
+    problems = find_problems(clips, config, tqdm.write, {clip.path: None for clip in clips if clip.path.is_file()})
     return leave_out(clips, problems, max_skip, tqdm.write)
 
 
-def find_problems(paths, config, say):
-    """{path: why it cannot be used} of those that cannot; each is said."""
-    problems = {}
-    for path in paths:
+def find_problems(clips, config, say, found):
+    """
+    {path, or Clip without a caption: why it cannot be used} of those that cannot; each is said.
+
+    found: {path: its cache entry, which needs no check, or None} of the files that are there. The ranks share the work and all
+    get the whole: a file that one node does not see is left out on every node.
+    """
+    rank, world_size = rank_and_size()
+    paths = list(dict.fromkeys(clip.path for clip in clips))
+    mine = {path: f"{path}: cannot be read: no such file" for path in paths if path not in found}
+    for path in paths[rank::world_size]:
         try:
-            measure(path, config)
+            if path in found and found[path] is None:
+                measure(path, config)
         except ValueError as error:
-            problems[path] = str(error)
-            say(f"left out: {error}")
+            mine[path] = str(error)
+
+    problems = {clip: f"{clip.path}: no caption" for clip in clips if not clip.caption}
+    for theirs in all_gather(mine):
+        problems |= theirs
+    for problem in problems.values():
+        say(f"left out: {problem}")
     return problems
 
 
 def leave_out(clips, problems, max_skip, say):
     """The clips without a problem. ValueError if too many have one."""
-    good = [clip for clip in clips if clip.path not in problems]
+    good = [clip for clip in clips if clip.path not in problems and clip not in problems]
     bad = len(clips) - len(good)
     if not good or not bad <= max_skip * len(clips):
         first = next(iter(problems.values()), "none given")
@@ -166,3 +191,13 @@ def leave_out(clips, problems, max_skip, say):
                          f"The first: {first}")
     say(f"{len(good)} of {len(clips)} clips can be used")
     return good
+
+
+CACHE_VERSION = 1  # one more whenever clips are read in another way
+
+
+def describe_file(path, vae_name, config):
+    """All that the moments of a clip depend on, as text; a file that was replaced has another size or time."""
+    state = path.stat()
+    file = str(path.resolve()), state.st_size, state.st_mtime_ns
+    return json.dumps([CACHE_VERSION, "moments", vae_name, asdict(config), file])

@@ -11,13 +11,17 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
+UMASK = os.umask(0)  # it can be read only by setting it
+os.umask(UMASK)
+
 
 @contextmanager
 def write_whole(path):
     """
     Yields a hidden path beside `path` to fill, as a file or as a folder of files; it is flushed and renamed at the end.
 
-    Replaces a file of that name, never a folder that holds anything (OSError). After an error nothing is left.
+    Replaces a file of that name, never a folder that holds anything (OSError). After an error nothing is left. Files may be read
+    by whom the umask allows: some writers make files that are private to the user, as temporary ones are.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,6 +30,7 @@ def write_whole(path):
         yield hidden
 
         for file in hidden.iterdir() if hidden.is_dir() else [hidden]:
+            file.chmod(0o666 & ~UMASK)
             with open(file, "rb+") as f:
                 os.fsync(f.fileno())
         os.replace(hidden, path)

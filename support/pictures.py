@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F_
 
 from support.files import write_whole
+from support.tables import number
 
 
 def strip(video, segments=4, zoom=None):
@@ -110,7 +111,7 @@ def draw_curves(lines, reward_name, path):
     axes[0].set(title="edits of real clips", ylabel=reward_name)
     x = [e["step"] for e in evals]
     for name in evals[0]["eval"]:
-        axes[1].plot(x, [e["eval"][name]["reward_mean"] for e in evals], marker="o", label=name)
+        axes[1].plot(x, [number(e["eval"][name]["reward_mean"]) for e in evals], marker="o", label=name)
     axes[1].set(title="videos from pure noise", ylabel=reward_name)
     if judged:
         draw_judge(axes[2], x, [e["eval"] for e in evals], judged)
@@ -127,8 +128,8 @@ def draw_curves(lines, reward_name, path):
 def draw_judge(axis, x, evals, judged):
     """The judge's first measure for each prompt set, the others (shares of right answers) over all sets."""
     for name in evals[0]:
-        axis.plot(x, [sets[name][judged[0]] for sets in evals], marker="o", label=f"{judged[0]}, {name}")
+        axis.plot(x, [number(sets[name][judged[0]]) for sets in evals], marker="o", label=f"{judged[0]}, {name}")
     for k in judged[1:]:
-        mean = [sum(m[k] for m in sets.values()) / len(sets) for sets in evals]
+        mean = [sum(number(m[k]) for m in sets.values()) / len(sets) for sets in evals]
         axis.plot(x, mean, ls="--", label=f"{k} right, all sets")
     axis.set(title="the same videos, by the judge", ylim=(-.02, 1.02), ylabel="judge")

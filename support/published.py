@@ -50,6 +50,8 @@ def read_tensors(path):
     kind = "a .safetensors file" if path.suffix == ".safetensors" else "a torch file of tensors"
     try:
         content = load_file(path) if path.suffix == ".safetensors" else read_torch_file(path)
+    except PermissionError:
+        raise ValueError(f"{path}: may not be read by this user") from None
     except Exception as error:  # a damaged file can fail in any way: zip, pickle, json, or the reader itself
         code = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if code:

@@ -5,14 +5,36 @@ import shlex
 import sys
 
 import torch
+from tqdm import tqdm
 
 from support.files import write_text
 from support.pictures import contact_sheet, markdown, write_png
+from support.processes import rank_and_size
+from support.tables import json_numbers, with_error
 
 
 def versions():
     """What numbers depend on beside the command."""
     return {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
+
+
+def evaluation_bar(sets, settings, models):
+    """
+    A progress bar of this rank's share; before it, rank 0 says how much there is to do.
+
+    sets: {set: prompts}. settings: each (D, guidance). It counts denoising steps, as a video with D = 50 takes longer than one
+    with 20, so that the time that it promises is right from the start.
+    """
+    rank, world_size = rank_and_size()
+    steps = len(models) * sum(num_steps for num_steps, _ in settings)
+    videos = sum(len(prompts) for prompts in sets.values())
+    if rank == 0:
+        guidance = sorted({w for _, w in settings})
+        print(f"{videos} prompts in {len(sets)} sets, by {' and '.join(models)}, with D = "
+              f"{', '.join(map(str, sorted({d for d, _ in settings})))} and guidance {', '.join(f'{w:g}' for w in guidance)}: "
+              f"{videos * len(models) * len(settings)} videos, {videos * steps} denoising steps", flush=True)
+    mine = sum(len(prompts[rank::world_size]) for prompts in sets.values())
+    return tqdm(total=mine * steps, desc="evaluating", unit="step", disable=rank > 0)
 
 
 def as_markdown(results, reward_name):
@@ -21,9 +43,9 @@ def as_markdown(results, reward_name):
     rows = [["set", "D", "guidance", "model", "n", f"{reward_name} mean ± std", "paired difference", *measures]]
     for row in results:
         m = row["measures"]
-        difference = "{:+.4f} ± {:.4f}".format(*row["difference"]) if "difference" in row else ""
+        difference = with_error(*row["difference"], sign="+") if "difference" in row else ""
         rows.append([row["set"], row["num_steps"], f"{row['guidance']:g}", row["model"], m["n"],
-                     f"{m['reward_mean']:.4f} ± {m['reward_std']:.4f}", difference, *(f"{m[k]:.3f}" for k in measures)])
+                     with_error(m["reward_mean"], m["reward_std"]), difference, *(f"{m[k]:.3f}" for k in measures)])
     return markdown(rows)
 
 
@@ -40,7 +62,7 @@ def save_evaluation(cfg, results, sheets, sets, models, reward_name, apart):
     if apart:
         report["official_hps_distance"] = max(apart)
         table += f"\nThe hpsv2 package's own scores differ by at most {max(apart):.1e} on {len(apart)} videos.\n"
-    write_text(cfg.out / "table.json", json.dumps(report, indent=1) + "\n")
+    write_text(cfg.out / "table.json", json.dumps(json_numbers(report), indent=1) + "\n")
     write_text(cfg.out / "table.md", table)
     if cfg.sheet:
         columns = [torch.cat([videos[k] for videos in sheets.values()]) for k in range(len(models))]

@@ -22,7 +22,7 @@ from support.pictures import contact_sheet, draw_curves, write_comparison_gif, w
 from support.processes import check_alike, is_main_process, on_rank_0, rank_and_size
 from support.published import check_tensors
 from support.settings import to_record, translate
-from support.tables import paired, summary
+from support.tables import json_numbers, number, paired, summary, with_error
 from support.videos import read_video, to_pixels, video_name, write_video
 
 VERSION = 1  # of the run folder's files
@@ -109,7 +109,7 @@ class Run:
         if self.board:
             scalars = {f"eval/{name}/{k}": v for name, m in line.get("eval", {}).items() for k, v in m.items()}
             for k, v in (scalars or line).items():
-                self.board.add_scalar(k, float("nan") if v is None else v, line["step"])
+                self.board.add_scalar(k, number(v), line["step"])
 
     def log_step(self, step, numbers, seconds, finite):
         """A training line; numbers that are not finite become null, since JSON cannot hold them."""
@@ -199,7 +199,7 @@ class Run:
             for name, prompts in self.prompts.items():
                 tables[name], videos[name] = self.evaluate(prompts, SHOWN, move_on)
 
-        measures = {name: summary(table) for name, table in tables.items()}
+        measures = json_numbers({name: summary(table) for name, table in tables.items()})
         if self.writes:
             self.show(step, tables, videos)
             if mean_reward(measures) > self.best:
@@ -220,7 +220,7 @@ class Run:
         for i, (video, caption) in enumerate(zip(shown, captions)):
             write_video(self.sample_file(step, f"_{video_name(i, caption)}.mp4"), to_pixels(video), self.cfg.fps)
         numbers = {name: {k: v.tolist() for k, v in t.items()} for name, t in tables.items()}
-        write_text(self.sample_file(step, ".json"), json.dumps(numbers) + "\n")
+        write_text(self.sample_file(step, ".json"), json.dumps(json_numbers(numbers)) + "\n")
 
     def compare(self):
         """Before and after, paired over the same prompts and noise: text, before_after.png and before_after.gif."""
@@ -234,8 +234,8 @@ class Run:
               "(mean, paired difference and its standard error):")
         for name in before:
             b, a = before[name], after[name]
-            gain, error = paired(b, a)
-            line = f"  {name:10s} {b['reward'].mean():.4f} -> {a['reward'].mean():.4f}   {gain:+.4f} ± {error:.4f}"
+            line = f"  {name:10s} {b['reward'].mean():.4f} -> {a['reward'].mean():.4f}   {with_error(*paired(b, a), sign='+')}"
+            line += f"   n {len(a['reward'])}"
             if "watermark" in b:
                 line += f"   watermark {b['watermark'].mean():.3f} -> {a['watermark'].mean():.3f}"
             print(line)
@@ -339,7 +339,7 @@ def read_checkpoint(path, adapters):
 def read_metrics(path):
     """The lines of a metrics.jsonl. ValueError names a bad one; a half-written last line is dropped."""
     lines, texts = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, text in enumerate(texts, 1):
+    for i, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
             if type(line["step"]) is not int:
@@ -348,19 +348,21 @@ def read_metrics(path):
                 float(mean_reward(line["eval"]))
             lines.append(line)
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-            if number < len(texts):
-                raise ValueError(f"{path}, line {number}: not what a run logs ({first_line(error)})") from None
+            if i < len(texts):
+                raise ValueError(f"{path}, line {i}: not what a run logs ({first_line(error)})") from None
     return lines
 
 
 def read_tables(path):
     """{set: {measure: (n,)}} of a samples/step_000100.json."""
-    return {name: {k: torch.tensor(v, dtype=torch.float64) for k, v in table.items()} for name, table in read_json(path).items()}
+    return {name: {k: torch.tensor([*map(number, v)], dtype=torch.float64) for k, v in table.items()}
+            for name, table in read_json(path).items()}
 
 
 def mean_reward(measures):
-    """Mean reward over the prompt sets of an evaluation, by which the best one is chosen."""
-    return sum(m["reward_mean"] for m in measures.values()) / len(measures)
+    """Mean reward over the prompt sets of an evaluation, by which the best is chosen: never one that is not finite."""
+    mean = sum(number(m["reward_mean"]) for m in measures.values()) / len(measures)
+    return mean if math.isfinite(mean) else -math.inf
 
 
 def tensorboard_writer():

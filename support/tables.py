@@ -3,16 +3,37 @@ Numbers of many videos: a table is {measure: (n,) tensor}, one entry a video, "r
 
 Means with their errors. Differences are paired: the same prompt and the same noise before and after.
 """
+import math
+
+
+def json_numbers(value):
+    """The same value with None for numbers that are not finite: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {k: json_numbers(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_numbers(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def number(value):
+    """A number as JSON has it, None being nan."""
+    return math.nan if value is None else value
 
 
 def summary(table):
     """What metrics.jsonl keeps of a table: reward_mean, reward_std, n, and the mean of every other measure."""
     reward = table["reward"]
-    kept = {"reward_mean": reward.mean().item(), "reward_std": reward.std(correction=len(reward) > 1).item(), "n": len(reward)}
+    std = reward.std().item() if len(reward) > 1 else math.nan
+    kept = {"reward_mean": reward.mean().item(), "reward_std": std, "n": len(reward)}
     return kept | {k: v.mean().item() for k, v in table.items() if k != "reward"}
 
 
 def paired(before, after, measure="reward"):
-    """Mean of the difference and its standard error over the same prompts and noise; the error is 0 for a single one."""
+    """Mean of the difference and its standard error over the same prompts and noise; of a single one the error is nan."""
     d = after[measure] - before[measure]
-    return d.mean().item(), (d.std().item() / len(d) ** .5 if len(d) > 1 else 0.)
+    return d.mean().item(), (d.std().item() / len(d) ** .5 if len(d) > 1 else math.nan)
+
+
+def with_error(value, error, sign=""):
+    """Both as text; the error of a single video is not 0, there is none."""
+    return f"{value:{sign}.4f} ± {error:.4f}" if math.isfinite(error) else f"{value:{sign}.4f} ± undefined"

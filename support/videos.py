@@ -165,7 +165,7 @@ def write_video(path, pixels, fps):
     with write_whole(path) as hidden:
         if path.suffix == ".gif":
             import imageio.v3 as iio
-            iio.imwrite(hidden, pixels, extension=".gif", duration=round(1000 / fps), loop=0)
+            iio.imwrite(hidden, enlarge(pixels), extension=".gif", duration=round(1000 / fps), loop=0)
         else:
             write_mp4(hidden, enlarge(pixels), fps)
 

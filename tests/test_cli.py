@@ -21,9 +21,11 @@ import generate
 import lora
 import reward
 import train
+from data import ClipConfig
 from model import load_base
 from sampler import sample
 from support import pictures, tables, videos
+from support.clip_lists import read_list, usable_clips
 from support.weights import TINY
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,7 +78,7 @@ SMALL = ["--device", "cpu", "--num-steps", "2"]
 def make(out, *argv):
     """generate.py with these flags; {file name: pixels}."""
     assert script("generate.py", *SMALL, "--out", out, *argv) == 0
-    return {p.name: iio.imread(p) for p in sorted(Path(out).iterdir())}
+    return {p.name: iio.imread(p) for p in sorted(Path(out).iterdir()) if p.suffix != ".txt"}
 
 
 def test_videos_as_mp4_and_gif(capfd):
@@ -85,12 +87,21 @@ def test_videos_as_mp4_and_gif(capfd):
     assert list(made) == ["0000-a-red-circle-moving-left.gif", "0000-a-red-circle-moving-left.mp4",
                           "0001-blue-stripes-drifting-up.gif", "0001-blue-stripes-drifting-up.mp4"]
     gif, mp4 = made["0000-a-red-circle-moving-left.gif"], made["0000-a-red-circle-moving-left.mp4"]
-    assert gif.shape == (6, 32, 48, 3) and mp4.shape == (6, 160, 240, 3)  # small videos are enlarged, here five times
+    assert gif.shape == mp4.shape == (6, 160, 240, 3)  # small videos are enlarged, here five times
     assert iio.immeta("videos/0000-a-red-circle-moving-left.mp4", plugin="pyav")["fps"] == 5
     assert iio.immeta("videos/0000-a-red-circle-moving-left.gif")["duration"] == 200
     # The same video in both, but for each format's own loss.
-    assert np.abs(gif.astype(float) - mp4[:, 2::5, 2::5]).mean() < 12
+    assert np.abs(gif[:, 2::5, 2::5].astype(float) - mp4[:, 2::5, 2::5]).mean() < 12
     assert "videos/0001-blue-stripes-drifting-up.gif" in capfd.readouterr().out
+
+
+def test_a_folder_of_generated_videos_is_what_train_takes_as_data():
+    prompts = [PROMPT, "Blue stripes, drifting up.", "猫が歩く"]
+    make("videos", "--gif", "--frames", 4, *(word for p in prompts for word in ("--prompt", p)))
+    assert len(files("videos")) == 3 * 3
+    listed = read_list("videos")
+    assert [(clip.path.suffix, clip.caption) for clip in listed] == [(".mp4", prompt) for prompt in prompts]
+    assert usable_clips(listed, ClipConfig(num_frames=4)) == listed
 
 
 def test_file_names_are_safe_whatever_the_prompt():
@@ -103,7 +114,7 @@ def test_file_names_are_safe_whatever_the_prompt():
 
 def test_a_nasty_prompt_stays_in_its_folder():
     assert list(make("videos", "--prompt", "../../../escape", "--frames", 1)) == ["0000-escape.mp4"]
-    assert files() == ["videos/0000-escape.mp4"]
+    assert files() == ["videos/0000-escape.mp4", "videos/0000-escape.txt"]
 
 
 @pytest.mark.parametrize("batch_size", [2, 3])
@@ -124,7 +135,8 @@ def test_generating_is_the_whole_chain_from_the_videos_own_noise():
 
 
 def test_prompts_from_a_file_in_both_forms_and_seeds_in_order():
-    Path("plain.txt").write_text("\ufeffa red ring moving up\n\n  a red cross moving down \n", encoding="utf-8")
+    text = "\ufeff# shapes\na red ring moving up\n\n  a red cross moving down \n  #a blue one\n"
+    Path("plain.txt").write_text(text, encoding="utf-8")
     Path("official.txt").write_text("x/1.mp4|||a red ring moving up|||16\n2.mp4|||a red cross moving down\n")
     plain = make("plain", "--prompts", "plain.txt", "--frames", 2)
     assert list(plain) == ["0000-a-red-ring-moving-up.mp4", "0001-a-red-cross-moving-down.mp4"]
@@ -141,6 +153,7 @@ def test_a_lora_and_its_scale(adapter):
         return pixels
     base = video()
     assert np.array_equal(base, video("--lora", adapter, "--lora-scale", 0))
+    assert adapter.name == "lora.safetensors" and np.array_equal(video("--lora", adapter), video("--lora", adapter.parent))
     whole, half = video("--lora", adapter), video("--lora", adapter, "--lora-scale", .5)
     assert not np.array_equal(whole, base) and not np.array_equal(half, whole)
     # The base by its folder and parts, the adapter with the scale that is the default.
@@ -184,7 +197,9 @@ def test_differences_are_paired():
     before, after = ({"reward": torch.tensor(v, dtype=torch.float64)} for v in ([.1, .5, .3], [.2, .4, .9]))
     # Differences .1, -.1, .6: mean .2, variance ((.1)^2 + (.3)^2 + (.4)^2) / 2 = .13, standard error sqrt(.13 / 3).
     assert tables.paired(before, after) == pytest.approx((.2, (.13 / 3) ** .5))
-    assert tables.paired({"reward": torch.tensor([1.])}, {"reward": torch.tensor([3.])}) == (2., 0.)
+    one, other = ({"reward": torch.tensor([v])} for v in (1., 3.))
+    assert tables.paired(one, other) == pytest.approx((2., np.nan), nan_ok=True)
+    assert tables.with_error(2., np.nan, "+") == "+2.0000 ± undefined" and tables.with_error(2., .5) == "2.0000 ± 0.5000"
     assert tables.summary({**after, "noise": torch.tensor([1., 2., 3.])}) == pytest.approx(
         {"reward_mean": .5, "reward_std": .13 ** .5, "n": 3, "noise": 2.})
 
@@ -195,7 +210,11 @@ def test_base_and_fine_tuned_on_two_sets_at_several_d_and_guidance(adapter, capf
     assert script("evaluate.py", *EVALUATE, "--lora", adapter, "--prompts", "shapes=a.txt", "--prompts", "stripes=b.txt",
                   "--num-steps", 2, 3, "--guidance", 1, 3, "--sheet", 1, "--frames", 8, "--segments", 2, "--seed", 4,
                   "--batch-size", 3, "--lora-scale", .5) == 0
-    said = capfd.readouterr().out
+    said, told = capfd.readouterr()
+    # Before it starts, how much there is to do; then a bar that says what it counts.
+    assert said.startswith("4 prompts in 2 sets, by base and fine-tuned, with D = 2, 3 and guidance 1, 3: "
+                           "32 videos, 80 denoising steps\n")
+    assert "evaluating:   0%" in told and "80/80" in told
     assert files("report") == ["sheet.png", "table.json", "table.md"]
     table = Path("report/table.md").read_text()
     assert table in said and "written: report/table.md, table.json, sheet.png" in said
@@ -247,6 +266,30 @@ def test_the_judge_reports_beside_the_reward_and_the_hpsv2_package_agrees():
     table = Path("report/table.md").read_text()
     assert "The hpsv2 package's own scores differ by at most" in table and "on 3 videos" in table
     assert files("report") == ["table.json", "table.md"]
+
+
+def test_a_quick_look_on_other_noise_than_training_selects_by(monkeypatch, capfd):
+    Path("p.txt").write_text(f"{PROMPT}\n")
+    seen = []
+    real = evaluate.generate
+
+    def generated(base, prompts, seeds, num_steps, *args):
+        seen.append((seeds, num_steps))
+        return real(base, prompts[:1], seeds[:1], 1, *args)
+    monkeypatch.setattr(evaluate, "generate", generated)
+    monkeypatch.setattr(evaluate, "all_gather", lambda found: [[{i: part[0] for i in range(8)} for part in found]])
+    evaluate.main(evaluate.Config(device="cpu", prompts=["p=p.txt"], quick=True))
+    assert seen == [([*range(2_000_000, 2_000_008)], 20)]  # 8 videos, the first D alone
+    assert evaluate.Config.seed == evaluate.REPORT_SEED != evaluate.EVAL_SEED
+    assert not set(range(evaluate.EVAL_SEED, evaluate.EVAL_SEED + 10_000)) & set(seen[0][0])
+    assert "8 prompts in 1 sets, by base, with D = 20 and guidance 3: 8 videos, 160 denoising steps" in capfd.readouterr().out
+
+
+def test_the_error_of_one_video_is_undefined():
+    Path("p.txt").write_text(f"{PROMPT}\n")
+    assert script("evaluate.py", *EVALUATE, "--prompts", "p=p.txt", "--count", 1, "--sheet", 0) == 0
+    assert "± undefined" in Path("report/table.md").read_text() and "NaN" not in Path("report/table.json").read_text()
+    assert json.loads(Path("report/table.json").read_text())["results"][0]["measures"]["reward_std"] is None
 
 
 def test_parts_from_elsewhere_score_the_same(capfd):

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 import data
 from data import ClipConfig, LatentDataset, batch_indices, encode_captions, encode_clips, epoch_order, sample_posterior
-from support import cache, processes, videos
+from support import cache, clip_lists, processes, videos
 from support.clip_lists import Clip, read_list, usable_clips
 from support.seeds import sample_generator
 from support.videos import read_clip
@@ -91,8 +91,29 @@ def test_a_folder_of_clips_with_captions(tmp_path):
     assert [(clip.path.name, clip.caption) for clip in read_list(tmp_path)] == [
         ("b.mp4", "caption of b.mp4"), ("c.gif", "caption of c.gif"), ("a.WEBM", "caption of sub/a.WEBM")]
     (tmp_path / "c.txt").unlink()
-    with pytest.raises(ValueError, match=r"c\.gif: no caption.*c\.txt"):
-        read_list(tmp_path)
+    assert [clip.caption for clip in read_list(tmp_path)][1] == ""  # named and left out later, with others like it
+    (tmp_path / "b.gif").touch()  # the same video once more, as generate.py --gif writes it
+    assert len(read_list(tmp_path)) == 3
+
+
+def test_clips_without_a_caption_are_named_and_left_out_all_of_them(tmp_path, capsys):
+    for i in range(5):
+        grey(tmp_path / f"{i}.mp4", n=8)
+    texts = {"list.txt": "0.mp4|||a\n1.mp4|||\n2.mp4||| \n3.mp4|||b\n4.mp4|||c\n3.mp4|||\n",
+             "list.csv": "path,caption\n0.mp4,a\n1.mp4,\n2.mp4,\" \"\n3.mp4,b\n4.mp4,c\n3.mp4,\n",
+             "list.jsonl": "".join(json.dumps({"path": f"{i}.mp4", "caption": c}) + "\n" for i, c in
+                                   ((0, "a"), (1, ""), (2, " "), (3, "b"), (4, "c"))) + '{"path": "3.mp4"}\n'}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        listed = read_list(tmp_path / name)
+        good = usable_clips(listed, SMALL, max_skip=0.5)
+        assert [(clip.path.name, clip.caption) for clip in good] == [("0.mp4", "a"), ("3.mp4", "b"), ("4.mp4", "c")]
+        out = capsys.readouterr().out
+        assert all(f"left out: {tmp_path / f'{i}.mp4'}: no caption" in out for i in (1, 2, 3)) and "3 of 6 clips" in out
+        with pytest.raises(ValueError, match=r"3 of 6 clips cannot be used.*1\.mp4: no caption"):
+            usable_clips(listed, SMALL)
+        dataset, encoders = make(listed, None, max_skip=0.5)
+        assert dataset.captions == ["a", "b", "c"] and encoders.frames == 3 * 3 * 4, "what is left out is not encoded"
 
 
 @pytest.mark.parametrize("name, text, message", [
@@ -102,19 +123,19 @@ def test_a_folder_of_clips_with_captions(tmp_path):
     ("a.txt", "1.mp4|||cat|||0\n", "frame count"),
     ("a.txt", "1.mp4|||cat|||-16\n", "frame count"),
     ("a.txt", "1.mp4|||cat|||1.5\n", "frame count"),
-    ("a.txt", "1.mp4|||  \n", r"line 1: clip '1\.mp4' has caption ''"),
-    ("a.txt", "|||a cat\n", "neither may be empty"),
+    ("a.txt", "|||a cat\n", "line 1: clip '' has caption 'a cat': must be a path and a text"),
     ("a.txt", "\n \n", r"a\.txt: an empty list\. Allowed"),
     ("a.txt", b"\xff\xfe\x00garbage", r"a\.txt: not a text file in UTF-8"),
     ("a.csv", "path,caption\n1.mp4,a cat, sitting\n", r"a\.csv, line 2: 3 field.*quotes"),
     ("a.csv", "path,caption\n1.mp4\n", "line 2: 1 field"),
-    ("a.csv", "path,caption\n1.mp4,\n", "neither may be empty"),
     ("a.csv", 'path,caption\n1.mp4,"a cat\n', r"line 2: .*Allowed"),
-    ("a.csv", "file,text\n1.mp4,a cat\n", r"line 2: clip None.*Allowed: a first line naming"),
+    ("a.csv", "file,text\n1.mp4,a cat\n", r"line 1: no column path and no caption, but file, text.*Allowed: a first line naming"),
+    ("a.csv", "1.mp4,a cat\n2.mp4,a dog\n", r"a\.csv, line 1: no column path and no caption, but 1\.mp4, a cat"),
+    ("a.csv", "path,text\n1.mp4,a cat\n", r"line 1: no column caption, but path, text"),
     ("a.csv", "path,caption\n", "an empty list"),
     ("a.jsonl", '{"path": "1.mp4", "caption": "cat"}\n{"path": \n', r"a\.jsonl, line 2: .*Allowed"),
     ("a.jsonl", '["1.mp4", "cat"]\n', "line 1: no path and caption"),
-    ("a.jsonl", '{"path": "1.mp4"}\n', r"clip '1\.mp4' has caption None"),
+    ("a.jsonl", '{"path": "1.mp4", "caption": ["cat"]}\n', r"clip '1\.mp4' has caption \['cat'\]"),
     ("a.jsonl", '{"path": 1, "caption": "cat"}\n', "clip 1 has caption"),
     ("a.jsonl", '{"path": "1.mp4", "caption": "cat", "num_frames": true}\n', "frame count True"),
 ])
@@ -536,9 +557,10 @@ def test_ranks_encode_disjoint_shares_and_see_the_same(tmp_path, clips, capsys, 
 
     def as_rank(rank, barrier):
         with monkeypatch.context() as patch:
-            for room in (data, processes):
+            for room in (data, processes, clip_lists):
                 patch.setattr(room, "rank_and_size", lambda: (rank, 2))
             patch.setattr(data, "barrier", barrier)
+            patch.setattr(clip_lists, "all_gather", lambda value: [value])
             return make(clips, tmp_path / "cache", max_skip=0.5)
 
     def second():

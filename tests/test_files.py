@@ -924,3 +924,30 @@ def test_a_folder_is_written_whole_and_replaces_none(tmp_path):
     with pytest.raises(OSError):
         write()
     assert contents(tmp_path) == {tmp_path / "unet/config.json": b"{}"} and len(list(tmp_path.iterdir())) == 1
+
+
+# ------------------------------------------------- Who may read a file -------------------------------------------------
+
+def test_files_may_be_read_by_whom_the_umask_allows(tmp_path, monkeypatch):
+    """safetensors makes files that are private to the user, as temporary ones are."""
+    from safetensors.torch import save_file
+
+    from support import files
+    monkeypatch.setattr(files, "UMASK", 0o027)
+    with files.write_whole(tmp_path / "adapter.safetensors") as hidden:
+        save_file({"a": torch.zeros(1)}, hidden)
+    files.write_text(tmp_path / "a.json", "{}")
+    files.write_folder(tmp_path / "unet", "config.json", {}, "model.safetensors", {"a": torch.zeros(1)})
+    for name in ("adapter.safetensors", "a.json", "unet/config.json", "unet/model.safetensors"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o640, name
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    from support import published
+    (tmp_path / "a.safetensors").write_bytes(b"")
+
+    def locked(path):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(published, "load_file", locked)
+    with pytest.raises(ValueError, match=r"a\.safetensors: may not be read by this user"):
+        published.read_tensors(tmp_path / "a.safetensors")

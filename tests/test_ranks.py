@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import train
-from support import processes, run_folder
+from support import clip_lists, processes, run_folder
 from tiny import clips
 
 PATIENCE = 120
@@ -193,3 +193,26 @@ def test_the_hint_after_a_stop_names_torchrun(monkeypatch):
     assert run_folder.command("train.py") == "torchrun --nproc_per_node=4 train.py"
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert "--nproc_per_node=4 --nnodes=2" in run_folder.command("train.py")
+
+
+# ---------------------------------------------------------- Clips ----------------------------------------------------------
+
+def test_ranks_share_the_checking_of_clips_and_what_one_cannot_see_none_uses(tmp_path, monkeypatch):
+    """Each file is demuxed by one of them. A network disk may tell one node that a file is not there."""
+    listed = [clip_lists.Clip(tmp_path / f"{i}.mp4", "a clip") for i in range(6)]
+
+    def measure(path, config):
+        print("checked", path.name)
+        if path.name == "3.mp4":
+            raise ValueError(f"{path}: too short")
+    monkeypatch.setattr(clip_lists, "measure", measure)
+
+    def main(rank):
+        found = {clip.path: None for clip in listed if rank == 0 or clip.path.name != "4.mp4"}
+        problems = clip_lists.find_problems(listed, None, lambda line: None, found)
+        print(sorted(path.name for path in problems))
+    ended, _ = two_ranks(script(main))
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    for rank in (0, 1):
+        *checked, problems = ended[rank][1].splitlines()
+        assert checked == [f"checked {i}.mp4" for i in range(rank, 6, 2)] and problems == "['3.mp4', '4.mp4']"

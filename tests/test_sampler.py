@@ -409,3 +409,10 @@ def test_chains_keep_the_dtype(dtype):
     assert sample(model, z, text, uncond, num_steps=2).dtype == dtype
     z_0 = edit(model, z, eps, text, uncond, num_steps=5)
     assert z_0.dtype == dtype and z_0.requires_grad
+
+
+def test_noise_of_another_batch_size_is_refused_not_shared():
+    z = torch.zeros(2, 1, 1, 2, 2)
+    for shape in ((1, 1, 1, 2, 2), (3, 1, 1, 2, 2), (2, 1, 1, 2, 1)):
+        with pytest.raises(ValueError, match=r"eps has shape \[.*\]: must be \[2, 1, 1, 2, 2\], that of z"):
+            edit(lambda z_t, t, text: z_t, z, torch.zeros(shape), torch.zeros(2, 1, 1), torch.zeros(1, 1, 1))

@@ -339,6 +339,29 @@ def test_many_in_a_row_stop_the_run_with_the_last_good_adapters(monkeypatch):
     assert all(v.isfinite().all() for v in adapters.values()) and any(v.any() for k, v in adapters.items() if "lora_B" in k)
 
 
+def test_an_evaluation_that_is_not_finite_is_null_and_never_the_best(plain, monkeypatch, capsys):
+    """The first one has no number for a set: JSON has no word for it, and a later evaluation is better."""
+    real, calls = train.evaluate, []
+
+    def evaluate(*args, **kwargs):
+        table, videos = real(*args, **kwargs)
+        calls.append(None)
+        if len(calls) == 2:
+            table["reward"][0] = math.nan
+        return table, videos
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    assert run(*SHORT, "--steps", 1, "--eval-every", 1, "--out", "run") == 0
+    for path in (Path("run/metrics.jsonl"), Path("run/samples/step_000000.json")):
+        assert "NaN" not in path.read_text() and "null" in path.read_text()
+    assert metrics("run")[0]["eval"]["new"]["reward_mean"] is None
+    said = capsys.readouterr().out
+    assert "new        nan" in said and "± undefined" in said and "n 1" in said  # the closing table, of one video each
+    best, last = load_file("run/best.safetensors"), load_file("run/lora.safetensors")
+    assert all(torch.equal(best[k], last[k]) for k in last)
+    Path("run/best.safetensors").unlink()
+    assert run("--resume", "run", "--steps", 2) == 0  # reads those lines
+
+
 # ------------------------------------------------- What a run leaves behind -------------------------------------------------
 
 WHOLE = ["--steps", "4", "--eval-every", "2", "--save-every", "3"]
@@ -407,7 +430,7 @@ def test_every_line_of_the_metrics(whole):
 def test_it_ends_by_printing_before_and_after(whole):
     folder, said = whole
     first, last = (line["eval"]["new"]["reward_mean"] for line in (metrics(folder)[0], metrics(folder)[-1]))
-    assert f"new        {first:.4f} -> {last:.4f}   {last - first:+.4f} ± 0.0000   watermark " in said
+    assert f"new        {first:.4f} -> {last:.4f}   {last - first:+.4f} ± undefined   n 1   watermark " in said
     assert said.rstrip().endswith(f"picture: {folder / 'before_after.png'}")
     assert "HPStiny of videos from pure noise" in said
 
