@@ -123,7 +123,7 @@ class ClipConfig:
     fps: float = 8        # frames a second, to a whole stride (official video_dataset.py:71-77)
     height: int = 256     # H (paper, Sec. 3.3)
     width: int = 256      # W (paper, Sec. 3.3)
-    # Windows per clip whose moments are cached, 0.25 MB each in 16 bits at full size. The
+    # Windows per clip whose moments are cached, 0.5 MB each in float32 at full size. The
     # official reader starts anywhere. Four, evenly from the first possible start to the last, show
     # most of a ten-second clip and, since nothing about them is random, serve every run.
     starts: int = 4

@@ -27,7 +27,7 @@ from model import decode_frames
 from reward import first_frames, load_reward
 from sampler import GUIDANCE, ddpm_step
 from support.clip_lists import read_prompt_sets
-from support.files import check_folder
+from support.files import check_exists, check_folder
 from support.processes import all_gather, join_ranks, rank_and_size, run_script
 from support.reports import evaluation_bar, save_evaluation
 from support.settings import RewardSettings, check_at_least, check_finite, first_given
@@ -44,10 +44,7 @@ def prompt_sets(base, named_files, count):
     A set with fewer prompts than count repeats them, each time with other noise. Files are taken
     whole when count is 0. ValueError for a malformed argument.
     """
-    sets = read_prompt_sets(named_files)
-    if not sets and base.name != "tiny":
-        raise ValueError("no prompts: --prompts NAME=FILE must name some, once for each set (the "
-                         "tiny world has its own)")
+    sets = read_prompt_sets(named_files, base.name)
     if not sets:
         from tiny.clips import prompt_sets as tiny_sets
         sets = tiny_sets()
@@ -169,6 +166,8 @@ def check(cfg):
 
     first_frames(cfg.frames, cfg.segments)  # refuses more segments than frames
     check_folder(cfg.out)
+    read_prompt_sets(cfg.prompts, cfg.base)
+    check_exists(cfg.lora)
 
 
 def main(cfg):

@@ -22,7 +22,7 @@ import lora
 from model import Base, decode_frames, load_base
 from sampler import GUIDANCE, ddpm_step, sample
 from support.clip_lists import read_prompts
-from support.files import check_folder, write_text
+from support.files import check_exists, check_folder, write_text
 from support.processes import gather, join_ranks, pick_dtype, rank_and_size, run_script
 from support.seeds import sample_generator
 from support.settings import ModelSettings, check_at_least, check_finite, first_given
@@ -113,6 +113,7 @@ def check(cfg):
     check_finite(cfg, "guidance", "lora_scale")
     ddpm_step(cfg.num_steps, cfg.num_steps)  # refuses a D that the schedule has not
     check_folder(cfg.out)
+    check_exists(cfg.lora)
     return prompts
 
 

@@ -684,28 +684,32 @@ def load_base(base, vae=None, text_encoder=None, dtype=None, device="cpu", seed=
     vae, text_encoder: a file or folder to take instead. ValueError: parts missing or not fitting.
     """
     if base == "random" or base.startswith("random:"):
-        made = random_base(base, seed, dtype, device)
+        made = random_base(base, seed, device)
     else:
         folder, paths = find_parts(base, {"vae": vae, "text_encoder": text_encoder})
         words = paths["text_encoder"] / "words.txt"
         tokenizer = read_words(words) if words.is_file() else None
         # Each part leaves the host's memory before the next is read.
         unet = move_to(load_unet(paths["unet"], dtype=dtype), device)
-        autoencoder = move_to(load_vae(paths["vae"], dtype=dtype), device)
-        text = load_text_encoder(paths["text_encoder"], tokenizer, dtype)
+        autoencoder = move_to(load_vae(paths["vae"]), device)
+        text = load_text_encoder(paths["text_encoder"], tokenizer)
         guidance = component_config(paths["unet"], names.own_guidance)
         made = Base(unet, autoencoder, move_to(text, device), base, folder, paths["unet"], guidance)
         structures.check_parts(base, unet.config, autoencoder.config, text.config, paths)
+
+    # What runs in every step. The encoders stay float32: they run once, what they make is kept.
+    for part in (made.unet, made.vae.decoder, made.vae.post_quant_conv):
+        part.to(dtype or torch.float32)
     return made
 
 
-def random_base(spec, seed=0, dtype=None, device="cpu"):
+def random_base(spec, seed=0, device="cpu"):
     """Seeded random weights, to time and try the pipeline without a download. See load_base."""
     unet, vae, text = structures.random_sizes(spec)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # the CPU's alone
         parts = [UNet3D(UNetConfig(**unet)), Autoencoder(VAEConfig(**vae)),
                  TextEncoder(TextConfig(**text))]
     for part in parts:
-        move_to(part.to(dtype or torch.float32).eval().requires_grad_(False), device)
+        move_to(part.eval().requires_grad_(False), device)
     return Base(*parts, spec)

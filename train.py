@@ -36,7 +36,6 @@ from support import run_folder, settings
 from support.processes import (
     add_over_ranks,
     catch_signals,
-    is_main_process,
     join_ranks,
     on_rank_0,
     pick_dtype,
@@ -101,6 +100,7 @@ def train(cfg, parameters, draw, score, run):
     log. Returns False if a signal ended the run early, saved.
     """
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0)
+    loss_scale = 4096. if cfg.dtype == "float16" else 1.  # there, half of the gradient would be 0
 
     for step in run.steps(optimizer):
         # 1. The gradient of -R, in parts that fit into memory.
@@ -110,13 +110,13 @@ def train(cfg, parameters, draw, score, run):
         for part in split_batch(batch, cfg.clips_at_once):
             R, mean_scores = score(part)                                      # (B,), (B,)
             loss = -R.sum() / cfg.batch_size                                  # Eq. (9), its share
-            loss.backward()
+            (loss_scale * loss).backward()
             total_loss += loss.item()
             total_reward += mean_scores.sum().item() / cfg.batch_size
 
         # 2. Sum over the ranks. If one rank was told to stop, all of them stop.
         sums = [total_loss, total_reward, float(run.stop())]
-        total_loss, total_reward, stopping = add_over_ranks(parameters, sums)
+        total_loss, total_reward, stopping = add_over_ranks(parameters, sums, loss_scale)
 
         # 3. Take the step, unless the loss or the gradient is not finite.
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip_grad).item()
@@ -267,7 +267,7 @@ def instruct_video(cfg, base, reward):
 
 def read_clips(cfg, base):
     """The clips to edit: those of --data, encoded now or read from the cache; else tiny's own."""
-    dtype = base.vae.post_quant_conv.weight.dtype
+    dtype = base.vae.quant_conv.weight.dtype  # float32: what is made once may cost more
     if not cfg.data:
         from tiny.clips import tiny_clips
         return tiny_clips(base, dtype)
@@ -343,8 +343,7 @@ def main(argv, presets=PRESETS, description=__doc__, check=check, method=instruc
         base.unet.compile()
 
     # 3. Train.
-    if is_main_process() and run_folder.holds_run(folder) and not resumed:  # only with --overwrite
-        run_folder.clear(folder)
+    run_folder.make_room(folder, resumed)
     with catch_signals() as caught:
         run = open_run(cfg, folder, resumed, base, reward, prompts, draw, lambda: bool(caught))
         return run_folder.train_and_report(

@@ -130,14 +130,16 @@ def read_prompts(path):
     return prompts
 
 
-def read_prompt_sets(named_files):
-    """{name: prompts} of NAME=FILE arguments. ValueError for a malformed one."""
+def read_prompt_sets(named_files, base):
+    """{name: prompts} of NAME=FILE arguments. ValueError for a malformed one, and for none unless the base is tiny's."""
     sets = {}
     for argument in named_files:
         name, equals, path = argument.partition("=")
         if not (name and equals and path) or name in sets:
             raise ValueError(f"prompts {argument!r}: must be NAME=FILE, each name once")
         sets[name] = read_prompts(path)
+    if not sets and base != "tiny":
+        raise ValueError("no prompts: --prompts NAME=FILE must name some, once for each set (the tiny world has its own)")
     return sets
 
 
@@ -173,9 +175,10 @@ def find_problems(clips, config, say, found):
         except ValueError as error:
             mine[path] = str(error)
 
-    problems = {clip: f"{clip.path}: no caption" for clip in clips if not clip.caption}
+    everybodys = {clip: f"{clip.path}: no caption" for clip in clips if not clip.caption}
     for theirs in all_gather(mine):
-        problems |= theirs
+        everybodys |= theirs
+    problems = {key: everybodys[key] for clip in clips for key in (clip.path, clip) if key in everybodys}  # in the list's order
     for problem in problems.values():
         say(f"left out: {problem}")
     return problems

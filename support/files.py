@@ -81,6 +81,12 @@ def check_folder(path):
         raise ValueError(f"out {path}: is a file, or inside one; it must be a folder, there or not")
 
 
+def check_exists(path):
+    """ValueError unless there is such a file or folder; None names none."""
+    if path is not None and not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+
+
 def first_line(error):
     """The kind of an exception and its first sentence, short enough for one line."""
     message = str(error).split("WeightsUnpickler error: ")[-1].strip()  # torch puts its own advice before the cause

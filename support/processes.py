@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 LONG_WAIT = timedelta(hours=24)  # for a rank that still encodes or evaluates, or for rank 0, which writes files
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -130,9 +131,11 @@ def all_gather(value):
     return values
 
 
-def add_over_ranks(parameters, numbers):
+def add_over_ranks(parameters, numbers, loss_scale=1.):
     """
     Sum the parameters' gradients, in place, and a list of numbers over the ranks, in one message; returns the numbers.
+
+    loss_scale: by which the loss was multiplied, so that its gradient did not vanish in 16 bits; taken out here, in float32.
 
     DDP does the same for the gradients, but expects one forward pass for each backward one, and a sampling chain has
     many. The adapters are small enough to be sent at once.
@@ -142,7 +145,7 @@ def add_over_ranks(parameters, numbers):
         dist.all_reduce(flat)
     *grads, numbers = flat.split([*(p.numel() for p in parameters), len(numbers)])
     for p, g in zip(parameters, grads):
-        p.grad.copy_(g.view_as(p))
+        p.grad.copy_(g.view_as(p) / loss_scale)
     return numbers.tolist()
 
 
@@ -152,8 +155,12 @@ def catch_signals():
     Yields a list that Ctrl-C and SIGTERM add their numbers to, instead of ending the process; afterwards they end it again.
     """
     caught = []
-    before = {number: signal.signal(number, lambda number, frame: caught.append(number))
-              for number in (signal.SIGINT, signal.SIGTERM)}
+    def catch(number, frame):
+        if not caught and is_main_process():
+            tqdm.write("stopping: the step under way is finished and saved first", file=sys.stderr)
+        caught.append(number)
+
+    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
     finally:

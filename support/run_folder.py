@@ -385,6 +385,7 @@ def choose_folder(cfg):
     come that far. An older run of the same settings is another one.
     """
     if cfg.resume:
+        check_steps(cfg.resume, cfg.steps)
         return cfg.resume, True
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if cfg.out is None:
@@ -398,6 +399,16 @@ def choose_folder(cfg):
     if holds_run(cfg.out) and not (same or cfg.overwrite):
         raise ValueError(f"out {cfg.out}: holds a run already; choose another folder, --resume {cfg.out}, or --overwrite")
     return cfg.out, same
+
+
+def check_steps(folder, steps):
+    """ValueError if the run has done more steps than these; known before anything is loaded."""
+    try:
+        done = torch.load(folder / "state.pt", map_location="meta", weights_only=True)["step"]
+    except Exception:  # none yet, or a damaged one, which is named when it is read
+        return
+    if isinstance(done, int) and done > steps:
+        raise ValueError(f"steps = {steps}: must be at least {done}, where this run stands")
 
 
 def holds_same_run(folder, cfg):
@@ -427,6 +438,12 @@ def launch():
 def holds_run(folder):
     """Whether the folder holds a run, which a new one would overwrite."""
     return any((folder / name).exists() for name in ("config.json", "state.pt"))
+
+
+def make_room(folder, resumed):
+    """Remove the run that --overwrite replaces, if there is one."""
+    if is_main_process() and holds_run(folder) and not resumed:
+        clear(folder)
 
 
 def clear(folder):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import tyro
 
+from support.clip_lists import read_list, read_prompt_sets
 from support.files import read_json
 
 
@@ -132,6 +133,10 @@ def check_training(cfg, world_size):
         raise ValueError(f"batch_size = {cfg.batch_size}: must be a multiple of {world_size}, the number of ranks")
     if cfg.data is not None and not cfg.data.exists():
         raise ValueError(f"data {cfg.data}: no such file or folder")
+    if cfg.data is not None:
+        read_list(cfg.data, cfg.data_root)
+    if cfg.eval_every:
+        read_prompt_sets(cfg.prompts, cfg.base)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

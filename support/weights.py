@@ -38,6 +38,7 @@ def find_parts(base, given):
     A base that is a file is a UNet, and its other parts lie beside it. ValueError names a part that is not there.
     """
     folder = find_base(base)
+    check_scheduler(folder)
     paths = {part: Path(given[part]) if given.get(part) else None for part in PARTS}
     if folder.is_file():
         paths["unet"], folder = folder, folder.parent
@@ -47,6 +48,17 @@ def find_parts(base, given):
             flag = "" if part == "unet" else f", or --{part.replace('_', '-')}"
             raise ValueError(f"{base}: no {part} found in {folder}; expected one of {', '.join(PARTS[part])}{flag}")
     return folder, paths
+
+
+def check_scheduler(folder):
+    """ValueError for a base that does not predict noise: trained and sampled as if it did, it would give nonsense."""
+    for parent in (folder, folder.absolute().parent):
+        file = parent / "scheduler" / "scheduler_config.json"
+        if file.is_file():
+            kind = read_json(file).get("prediction_type", "epsilon")
+            if kind != "epsilon":
+                raise ValueError(f"{file}: prediction_type is {kind!r}: must be 'epsilon', which is what this code samples with")
+            return
 
 
 def find_part(folder, part):
@@ -109,8 +121,9 @@ def from_hub(repo):
         raise ValueError(f"base {repo!r}: no such file or folder; must be tiny, random, a path, or a hub id like {HUB_BASE}")
     import huggingface_hub
     try:
-        chosen = hub_files(huggingface_hub.HfApi().list_repo_files(repo))
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=sum(chosen.values(), [])))
+        files = huggingface_hub.HfApi().list_repo_files(repo)
+        wanted = sum(hub_files(files).values(), []) + [f for f in files if f == "scheduler/scheduler_config.json"]
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted))
     except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.GatedRepoError):
         raise ValueError(f"base {repo!r}: no such hub repository, nor a file or folder of that name") from None
     except Exception as error:  # no network, by version httpx, OSError or a hub error; or no space for the files

@@ -424,7 +424,6 @@ def test_cached_latents_and_text_belong_to_weights_and_precision(base, monkeypat
                                (base, torch.float32, {"cache": False, "size": None})):
         b.vae.to(dtype)
         train.read_clips(replace(cfg, **settings), b)
-        b.vae.float()
     assert len({a[4] for a in asked[:3]}) == len({a[5] for a in asked[:3]}) == 3 and asked[3][4:6] == asked[0][4:6]
     assert [a[6] for a in asked] == [tmp_path] * 3 + [None]
     sizes = [(a[1].num_frames, a[1].fps, a[1].height, a[1].width) for a in asked]

@@ -528,6 +528,38 @@ def test_hub_ids_without_a_network(tmp_path, monkeypatch, pipeline, unet):
         assert error.value.args[0].isprintable()
 
 
+def test_a_base_that_predicts_something_else_than_noise_is_refused(pipeline):
+    file = pipeline / "scheduler" / "scheduler_config.json"
+    file.parent.mkdir()
+    file.write_text('{"prediction_type": "epsilon", "num_train_timesteps": 1000}')
+    model.load_base(str(pipeline))
+    file.write_text('{"prediction_type": "v_prediction"}')
+    for base in (pipeline, pipeline / "unet"):
+        with pytest.raises(ValueError, match="scheduler_config.json: prediction_type is 'v_prediction': must be 'epsilon'"):
+            model.load_base(str(base))
+
+
+def test_random_weights_leave_the_generators_of_other_devices_alone(monkeypatch):
+    """torch.manual_seed seeds them all, and fork_rng keeps the CPU's alone or, with many GPUs, warns."""
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("every device was seeded"))
+    before = torch.get_rng_state()
+    one, two = (model.load_base("random:32", seed=7).unet.conv_in.weight for _ in range(2))
+    assert torch.equal(one, two) and torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_runs_once_stays_in_float32():
+    """Moments and text features are made once and kept, so their precision may cost time; what runs in each step has --dtype."""
+    for spec in ("tiny", "random:32"):
+        base, exact = (model.load_base(spec, dtype=dtype) for dtype in (torch.bfloat16, None))
+        for module in (base.unet, base.vae.decoder, base.vae.post_quant_conv):
+            assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+        for module in (base.vae.encoder, base.vae.quant_conv, base.text_encoder):
+            assert {p.dtype for p in module.parameters()} == {torch.float32}
+        frames = torch.rand(2, 3, 32, 32) * 2 - 1
+        assert torch.equal(base.vae.encode(frames), exact.vae.encode(frames))
+    assert torch.equal(base.encode_text(["a red circle"]), exact.encode_text(["a red circle"]))
+
+
 def test_a_hub_id_of_nothing_is_said_to_be_so(monkeypatch):
     def absent(self, repo):
         raise huggingface_hub.errors.RepositoryNotFoundError("404\nnot found", response=mock.Mock())
@@ -539,7 +571,8 @@ def test_a_hub_id_of_nothing_is_said_to_be_so(monkeypatch):
 def test_one_weight_file_of_each_part_is_downloaded(monkeypatch, pipeline):
     files = ["README.md", *(f"{part}/{name}" for part in ("unet", "vae", "text_encoder") for name in (
         "config.json", "diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin", "pytorch_model.bin"))]
-    files += ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.fp16.safetensors", "scheduler/config.json"]
+    files += ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.fp16.safetensors"]
+    files += ["scheduler/scheduler_config.json"]
     asked = []
 
     def download(repo, allow_patterns):
@@ -548,8 +581,9 @@ def test_one_weight_file_of_each_part_is_downloaded(monkeypatch, pipeline):
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo: files)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     model.load_base("some/repo")
-    assert sorted(asked) == ["text_encoder/config.json", "text_encoder/diffusion_pytorch_model.bin", "unet/config.json",
-                             "unet/diffusion_pytorch_model.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.bin"]
+    assert sorted(asked) == [
+        "scheduler/scheduler_config.json", "text_encoder/config.json", "text_encoder/diffusion_pytorch_model.bin",
+        "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.bin"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

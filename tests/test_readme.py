@@ -67,7 +67,9 @@ def test_every_command_parses(words, tmp_path, monkeypatch, capfd):
         pytest.fail(f"exit status {end.code}: {capfd.readouterr().err}")
     if Path(script).name == "train.py" and not cfg.resume:  # and the values are allowed, given the files that it names
         if cfg.data:
-            cfg.data.touch()
+            cfg.data.write_text("a.mp4|||a clip\n")
+        for argument in cfg.prompts:
+            Path(argument.partition("=")[2]).write_text("a prompt\n")
         train.check(cfg)
 
 

@@ -263,6 +263,28 @@ def test_any_number_of_clips_at_once_gives_the_same_gradient(parts):
     assert sizes == [2, 1] and train.PRESETS["modelscope"].clips_at_once == 1 and train.Config().clips_at_once == 0
 
 
+def test_float16_trains_on_the_same_gradient():
+    """Unscaled, half of its elements would be exactly 0: they are smaller than the least number of float16."""
+    def gradient(dtype):
+        base, name = load_base("tiny", dtype=getattr(torch, dtype)), dtype
+        reward = load_reward(base_folder=base.folder, dtype=getattr(torch, dtype))
+        full = clips.tiny_clips(base, torch.float32)
+        g = torch.Generator().manual_seed(0)
+        lora.inject(base.unet, 4, generator=g)
+        with torch.no_grad():
+            for layer in lora.layers(base.unet).values():
+                layer.lora_B.normal_(std=.05, generator=g)
+        dataset = LatentDataset([m[:, :, :4] for m in full.moments], full.text, full.captions)
+        return loop((base, reward, dataset), replace(CFG, batch_size=1, dtype=name))
+    exact, half = gradient("float32"), gradient("float16")
+    a, b = exact.gradients[0], half.gradients[0]
+    zeros = (b[a != 0] == 0).float().mean().item()
+    cosine = torch.cosine_similarity(a, b, dim=0).item()
+    print(f"float16: cosine {cosine:.6f}, {zeros:.2%} zeros")
+    assert cosine > .999 and zeros < .01
+    assert half.lines[0]["grad_norm"] == pytest.approx(exact.lines[0]["grad_norm"], rel=.02)  # unscaled before clipping
+
+
 def kept_for_backward(parts, cfg, checkpointed=False):
     """(number, bytes) of the tensors that a step's graph keeps."""
     base, reward, _ = parts
@@ -614,6 +636,27 @@ def test_a_checkpoint_of_another_version_or_settings_is_refused(whole, tmp_path)
     torch.save(saved(whole[0] / "state.pt") | {"version": 0}, "run/state.pt")
     with pytest.raises(ValueError, match="run/state.pt: version 0, expected 1"):
         run("--resume", "run")
+
+
+def test_what_can_be_known_before_weights_are_loaded_is_checked_before(whole, monkeypatch):
+    """On a GPU box, weights are downloads of gigabytes, on every node."""
+    monkeypatch.setattr(train, "load_base", lambda *args: pytest.fail("weights were loaded"))
+    Path("clips.txt").write_text("a.mp4|||a clip\n")
+    Path("bad.txt").write_text("a.mp4 a clip\n")
+    Path("prompts.txt").write_text("# no prompts\n")
+    for argv, message in [
+            (["modelscope", "--data", "clips.txt"], "no prompts: --prompts NAME=FILE must name some"),
+            (["modelscope", "--data", "clips.txt", "--prompts", "a=prompts.txt"], "expected one prompt a line, found none"),
+            (["modelscope", "--data", "bad.txt", "--eval-every", "0"], "bad.txt, line 1: 1 field"),
+            (["--resume", whole[0], "--steps", "3"], "steps = 3: must be at least 4, where this run stands")]:
+        with pytest.raises(ValueError, match=message):
+            run(*argv)
+
+
+def test_ctrl_c_says_at_once_that_the_step_is_finished_first(plain, monkeypatch, capsys):
+    stop_after(monkeypatch, 1, signal.SIGINT)
+    assert run(*SHORT, "--steps", 3, "--eval-every", 0, "--out", "run") == 130
+    assert capsys.readouterr().err.count("stopping: the step under way is finished and saved first") == 1
 
 
 # ------------------------------------------------- Where a run may go -------------------------------------------------
