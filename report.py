@@ -1,0 +1,195 @@
+"""
+Look at runs: one page of them, a blind comparison of two models, and what the votes say.
+
+    python report.py out/tiny                                  # or several: clips, curves, tables, what changed
+    python report.py out/tiny tiny/studies/tau.json --open
+    python report.py --blind out/tiny@0 out/tiny               # before against after; or two folders of generate.py
+    python report.py --tally votes-anna.json votes-ben.json
+
+The pages open from disk and fetch nothing. A blind comparison is two files: blind.html for the voters, and key.json, which says
+whose clips are on which side, for whoever counts. Votes are exported by the page.
+
+Paper: InstructVideo (arXiv:2312.12490), Table 2 and Appendix D: two clips of the same prompt and noise, two questions, quality and
+alignment with the text; 100 prompts, 60 in-domain, 20 of new animals and 20 without.
+"""
+import json
+import webbrowser
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import tyro
+
+from evaluate import prompt_sets
+from support.clip_lists import read_prompt_sets
+from support.files import check_folder, write_text
+from support.pages import Clips, write_page
+from support.pictures import markdown
+from support.processes import run_script
+from support.reports import versions
+from support.run_report import (
+    RunFiles,
+    changed_settings,
+    clip_rows,
+    curves,
+    gain_rows,
+    pair_up,
+    read_pair,
+    study_rows,
+)
+from support.settings import check_positive
+from support.votes import QUESTIONS, draw_key, read_key, read_votes, tally, unblind
+
+
+@dataclass(frozen=True)
+class Config:
+    """Look at runs, compare two models blindly, or count the votes."""
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """run folders, folders of run folders, and studies' .json files"""
+    blind: tuple[str, str] | None = None
+    """two run folders, or folders of generate.py for the same prompts and seeds; FOLDER@STEP is an evaluation of a run, else the
+    last"""
+    prompts: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
+    """NAME=FILE, repeatable, for --blind: the prompts that generate.py was given, in order; file names shorten long ones"""
+    tally: tuple[Path, ...] = ()
+    """files of votes that the blind page exported"""
+    key: Path | None = None
+    """for --tally: the key.json of the comparison; default the one beside the votes, else out/blind/key.json"""
+    out: Path | None = None
+    """folder of the page; default out/report or out/blind"""
+    open: bool = False
+    """show the page in the browser"""
+    fps: int = 8
+    """frames a second that clips play at"""
+    max_mb: float = 8.
+    """largest size of a page; clips are compressed until it fits"""
+
+
+def check(cfg):
+    """ValueError for what can be known to be wrong before anything is read."""
+    chosen = [name for name in ("runs", "blind", "tally") if getattr(cfg, name)]
+    if len(chosen) != 1:
+        raise ValueError("give either run folders, or --blind A B, or --tally FILE...; "
+                         f"found {' and '.join(chosen) or 'none of them'}")
+    check_positive(cfg, "fps", "max_mb")
+    if cfg.out:
+        check_folder(cfg.out)
+
+
+def find_prompts(config):
+    """What a run was evaluated on, {set: prompts}, by its settings; nothing if the files are gone."""
+    try:
+        base = SimpleNamespace(name=config.get("base"))
+        return prompt_sets(base, tuple(config.get("prompts", ())), config.get("eval_count", 0))
+    except (ValueError, OSError):
+        return {}
+
+
+def finish(cfg, path, size, words):
+    """Say what was written, and open it if asked."""
+    print(f"written: {path} ({size:.1f} MB){words}")
+    if cfg.open:
+        webbrowser.open(path.resolve().as_uri())
+
+
+# ----------------------------------------------------------------------------------------------
+
+def run_folders(paths):
+    """The run folders and the studies that the command line names; a folder of run folders is all of them."""
+    folders, studies = [], []
+    for path in paths:
+        if path.suffix == ".json":
+            studies.append(study_rows(path))
+        elif path.is_dir() and not (path / "config.json").is_file():
+            inside = sorted(p.parent for p in path.glob("*/config.json"))
+            if not inside:
+                raise ValueError(f"{path}: holds no run (no config.json), and no folders of runs")
+            folders += inside
+        else:
+            folders.append(path)
+    return folders, studies
+
+
+def report(cfg):
+    """One page of runs and studies."""
+    folders, studies = run_folders(cfg.runs)
+    runs = [RunFiles(folder, find_prompts) for folder in folders]
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = str(run.folder)
+
+    clips, out = Clips(), cfg.out or Path("out/report")
+    parts = clip_rows(runs, clips)
+    size = write_page(
+        out / "report.html", "report.html", cfg.max_mb, title="Report: " + ", ".join([*names, *(s["name"] for s in studies)])[:120],
+        fps=cfg.fps, runs=runs, studies=studies, parts=parts, changed=changed_settings(runs), charts=curves(runs),
+        gains=gain_rows(runs), versions=versions(), clips=clips.pack(cfg.max_mb * .9), quality=clips.quality, halved=clips.halved)
+    finish(cfg, out / "report.html", size, "")
+
+
+def blind(cfg):
+    """The voters' page and the key."""
+    first, second = cfg.blind
+    pairs, a, b = pair_up(first, second, read_prompt_sets(cfg.prompts), find_prompts)
+    key, clips, shown = draw_key((first, second), pairs), Clips(), []
+    for pair in key["pairs"]:
+        pixels = dict(zip("ab", read_pair(a[pair["name"]], b[pair["name"]])))
+        left, right = (clips.add(pixels[unblind(pair, side)]) for side in ("left", "right"))
+        shown.append({"caption": pair["caption"], "left": left, "right": right})
+
+    out = cfg.out or Path("out/blind")
+    if (out / "key.json").exists():
+        raise ValueError(f"out {out}: holds the key of an earlier comparison, which its votes need; choose another folder")
+    packed = clips.pack(cfg.max_mb * .95)
+    size = write_page(out / "blind.html", "blind.html", cfg.max_mb, title="Which of the two?", fps=cfg.fps, clips=packed,
+                      comparison=key["comparison"], pairs=shown, questions=QUESTIONS)
+    write_text(out / "key.json", json.dumps(key, indent=1) + "\n")
+    lossy = f", clips at WebP quality {clips.quality}" + (" and reduced size" if clips.halved else "") if clips.quality < 80 else ""
+    finish(cfg, out / "blind.html", size, f", {len(pairs)} prompts{lossy}; the sides are in {out / 'key.json'}: keep it from the voters")
+
+
+def count_votes(cfg):
+    """The table of the votes."""
+    places = [cfg.key] if cfg.key else [cfg.tally[0].parent / "key.json", Path("out/blind/key.json")]
+    found = next((path for path in places if path.is_file()), None)
+    if found is None:
+        raise ValueError(f"no key: looked for {' and '.join(map(str, places))}; --key must name the comparison's key.json")
+    key, votes = read_key(found), {}
+    for path in cfg.tally:
+        rater, ballot = read_votes(path, key)
+        if rater in votes:
+            raise ValueError(f"{path}: votes of {rater!r} were counted already; each rater counts once")
+        votes[rater] = ballot
+    result = tally(key, votes)
+    text = tally_text(result)
+    print(text)
+    if cfg.out:
+        write_text(cfg.out / "tally.md", text)
+        write_text(cfg.out / "tally.json", json.dumps(result, indent=1) + "\n")
+        print(f"written: {cfg.out}/tally.md, tally.json")
+
+
+def tally_text(result):
+    """The counts as they are printed."""
+    rows = [["who", "question", "set", "prompts", "votes", "A better", "tie", "B better"]]
+    for row in result["rows"]:
+        cells = [f"{share:.0%} ({low:.0%} to {high:.0%})" for share, low, high in row["shares"].values()]
+        rows.append([row["who"], row["question"], row["set"], row["prompts"], row["votes"], *cells])
+    text = f"A is {result['a']}, B is {result['b']}; {len(result['raters'])} raters. In parentheses 95% intervals over prompts.\n\n"
+    text += markdown(rows)
+    for a in result["agreement"]:
+        kappa = "not defined (all the same)" if a["kappa"] is None else f"{a['kappa']:.2f}"
+        text += f"\nAgreement on {a['question']}, {a['between']}: {a['measure']} {kappa}, {a['prompts']} prompts."
+    return text + "\n"
+
+
+def main(cfg):
+    """Whichever of the three was asked for."""
+    check(cfg)
+    action = report if cfg.runs else blind if cfg.blind else count_votes
+    action(cfg)
+
+
+if __name__ == "__main__":
+    run_script("report.py", lambda: main(tyro.cli(Config, description=__doc__)))
