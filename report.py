@@ -1,16 +1,16 @@
 """
 Look at runs: one page of them, a blind comparison of two models, and what the votes say.
 
-    python report.py out/tiny                                  # or several: clips, curves, tables, what changed
-    python report.py out/tiny tiny/studies/tau.json --open
-    python report.py --blind out/tiny@0 out/tiny               # before against after; or two folders of generate.py
-    python report.py --tally votes-anna.json votes-ben.json
+    python report.py out/tiny                                  # or several: clips, curves, tables, what
+    changed python report.py out/tiny tiny/studies/tau.json --open python report.py --blind out/tiny@0
+    out/tiny               # before against after; or two folders of generate.py python report.py --tally
+    votes-anna.json votes-ben.json
 
-The pages open from disk and fetch nothing. A blind comparison is two files: blind.html for the voters, and key.json, which says
-whose clips are on which side, for whoever counts. Votes are exported by the page.
+The pages open from disk and fetch nothing. A blind comparison is two files: blind.html for the voters, and
+key.json, which says whose clips are on which side, for whoever counts. Votes are exported by the page.
 
-Paper: InstructVideo (arXiv:2312.12490), Table 2 and Appendix D: two clips of the same prompt and noise, two questions, quality and
-alignment with the text; 100 prompts, 60 in-domain, 20 of new animals and 20 without.
+Paper: InstructVideo (arXiv:2312.12490), Table 2 and Appendix D: two clips of the same prompt and noise, two
+questions, quality and alignment with the text; 100 prompts, 60 in-domain, 20 of new animals and 20 without.
 """
 import json
 import webbrowser
@@ -47,14 +47,16 @@ class Config:
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """run folders, folders of run folders, and studies' .json files"""
     blind: tuple[str, str] | None = None
-    """two run folders, or folders of generate.py for the same prompts and seeds; FOLDER@STEP is an evaluation of a run, else the
-    last"""
+    """two run folders, or folders of generate.py for the same prompts and seeds; FOLDER@STEP is an evaluation
+    of a run, else the last"""
     prompts: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
-    """NAME=FILE, repeatable, for --blind: the prompts that generate.py was given, in order; file names shorten long ones"""
+    """NAME=FILE, repeatable, for --blind: the prompts that generate.py was given, in order; file names
+    shorten long ones"""
     tally: tuple[Path, ...] = ()
     """files of votes that the blind page exported"""
     key: Path | None = None
-    """for --tally: the key.json of the comparison; default the one beside the votes, else out/blind/key.json"""
+    """for --tally: the key.json of the comparison; default the one beside the votes, else
+    out/blind/key.json"""
     out: Path | None = None
     """folder of the page; default out/report or out/blind"""
     open: bool = False
@@ -120,11 +122,13 @@ def report(cfg):
             run.name = str(run.folder)
 
     clips, out = Clips(), cfg.out or Path("out/report")
+    title = "Report: " + ", ".join([run.name for run in runs] + [study["name"] for study in studies])
     parts = clip_rows(runs, clips)
+    packed = clips.pack(cfg.max_mb * .9)
     size = write_page(
-        out / "report.html", "report.html", cfg.max_mb, title="Report: " + ", ".join([*names, *(s["name"] for s in studies)])[:120],
-        fps=cfg.fps, runs=runs, studies=studies, parts=parts, changed=changed_settings(runs), charts=curves(runs),
-        gains=gain_rows(runs), versions=versions(), clips=clips.pack(cfg.max_mb * .9), quality=clips.quality, halved=clips.halved)
+        out / "report.html", "report.html", cfg.max_mb, title=title[:120], fps=cfg.fps, runs=runs,
+        studies=studies, parts=parts, changed=changed_settings(runs), charts=curves(runs),
+        gains=gain_rows(runs), versions=versions(), clips=packed, quality=clips.quality, halved=clips.halved)
     finish(cfg, out / "report.html", size, "")
 
 
@@ -140,13 +144,16 @@ def blind(cfg):
 
     out = cfg.out or Path("out/blind")
     if (out / "key.json").exists():
-        raise ValueError(f"out {out}: holds the key of an earlier comparison, which its votes need; choose another folder")
+        raise ValueError(f"out {out}: holds the key of an earlier comparison, which its votes need; "
+                         "choose another folder")
     packed = clips.pack(cfg.max_mb * .95)
-    size = write_page(out / "blind.html", "blind.html", cfg.max_mb, title="Which of the two?", fps=cfg.fps, clips=packed,
-                      comparison=key["comparison"], pairs=shown, questions=QUESTIONS)
+    size = write_page(out / "blind.html", "blind.html", cfg.max_mb, title="Which of the two?", fps=cfg.fps,
+                      clips=packed, comparison=key["comparison"], pairs=shown, questions=QUESTIONS)
     write_text(out / "key.json", json.dumps(key, indent=1) + "\n")
-    lossy = f", clips at WebP quality {clips.quality}" + (" and reduced size" if clips.halved else "") if clips.quality < 80 else ""
-    finish(cfg, out / "blind.html", size, f", {len(pairs)} prompts{lossy}; the sides are in {out / 'key.json'}: keep it from the voters")
+    words = f", {len(pairs)} prompts; {out / 'key.json'} says whose clips are where: keep it from the voters"
+    if clips.quality < 80 or clips.halved:
+        words += f"; clips are compressed to WebP quality {clips.quality}, --max-mb allows more"
+    finish(cfg, out / "blind.html", size, words)
 
 
 def count_votes(cfg):
@@ -154,7 +161,8 @@ def count_votes(cfg):
     places = [cfg.key] if cfg.key else [cfg.tally[0].parent / "key.json", Path("out/blind/key.json")]
     found = next((path for path in places if path.is_file()), None)
     if found is None:
-        raise ValueError(f"no key: looked for {' and '.join(map(str, places))}; --key must name the comparison's key.json")
+        raise ValueError(f"no key: looked for {' and '.join(map(str, places))}; "
+                         "--key must name the comparison's key.json")
     key, votes = read_key(found), {}
     for path in cfg.tally:
         rater, ballot = read_votes(path, key)
@@ -176,11 +184,12 @@ def tally_text(result):
     for row in result["rows"]:
         cells = [f"{share:.0%} ({low:.0%} to {high:.0%})" for share, low, high in row["shares"].values()]
         rows.append([row["who"], row["question"], row["set"], row["prompts"], row["votes"], *cells])
-    text = f"A is {result['a']}, B is {result['b']}; {len(result['raters'])} raters. In parentheses 95% intervals over prompts.\n\n"
-    text += markdown(rows)
+    text = f"A is {result['a']}, B is {result['b']}. Raters: {len(result['raters'])}. In parentheses 95% "
+    text += "intervals over prompts.\n\n" + markdown(rows)
     for a in result["agreement"]:
         kappa = "not defined (all the same)" if a["kappa"] is None else f"{a['kappa']:.2f}"
-        text += f"\nAgreement on {a['question']}, {a['between']}: {a['measure']} {kappa}, {a['prompts']} prompts."
+        text += f"\nAgreement on {a['question']}, {a['between']}: {a['measure']} {kappa}"
+        text += f" ({a['prompts']} prompts)."
     return text + "\n"
 
 

@@ -1,9 +1,10 @@
 """
 Pages that people look at: self-contained HTML that opens from disk, with clips that play in step.
 
-A page is a template of support/templates, filled by jinja2 with autoescape on, so a caption is always shown as text. Nothing is
-fetched: style, script, pictures and clips are inside. A clip is one WebP picture of all its frames, which the page's script draws
-frame by frame. So clips side by side stay in step to the frame, any browser plays them, and only those on screen are decoded.
+A page is a template of support/templates, filled by jinja2 with autoescape on, so a caption is always shown
+as text. Nothing is fetched: style, script, pictures and clips are inside. A clip is one WebP picture of all
+its frames, which the page's script draws frame by frame. So clips side by side stay in step to the frame, any
+browser plays them, and only those on screen are decoded.
 
 Letters: F frames, H and W pixel rows and columns.
 """
@@ -21,17 +22,18 @@ QUALITIES = (100, 90, 80, 65, 50, 35, 20)  # of WebP; 100 is without loss
 SMALL = 64  # pixels: clips up to this side are shown enlarged, with square pixels
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Templates
 
 def render(template, **values):
-    """The text of a page. A value that the template names and that is missing is an error, not an empty space."""
+    """The text of a page. A value that the template names and that is missing is an error, not an empty
+    space."""
     import jinja2
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True,
-                                     lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True,
+                                     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # tables keep their order
-    environment.filters |= {"signed": lambda v, digits=4: f"{v:+.{digits}f}", "fixed": lambda v, digits=4: f"{v:.{digits}f}",
-                            "short": short}
+    environment.filters |= {"short": short, "fixed": lambda v, digits=4: f"{v:.{digits}f}",
+                            "signed": lambda v, digits=4: f"{v:+.{digits}f}"}
     return environment.get_template(template).render(**values)
 
 
@@ -40,7 +42,8 @@ def write_page(path, template, max_mb, **values):
     text = render(template, **values)
     size = len(text.encode()) / 1e6
     if size > max_mb:
-        raise ValueError(f"{path.name} would have {size:.1f} MB, above --max-mb {max_mb:g}: show fewer clips or allow more")
+        raise ValueError(f"{path.name} would have {size:.1f} MB, above --max-mb {max_mb:g}: show fewer "
+                         "clips, or allow more")
     write_text(path, text)
     return size
 
@@ -52,7 +55,7 @@ def short(value):
     return "-" if value is None else str(value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Pictures and clips
 
 def webp(pixels, quality):
@@ -77,19 +80,25 @@ def heat(values):
 
 def undo_enlarging(pixels):
     """
-    A clip (F, H, W, 3) at the size it had before support.videos.enlarge, which files of small clips have been through.
+    A clip (F, H, W, 3) at the size it had before support.videos.enlarge, which files of small clips have been
+    through.
 
-    Enlarged pixels show as steps at every z-th row and column and next to none between. Their mean takes out most of the codec's loss.
+    Enlarged pixels show as steps at every z-th row and column and next to none between. Their mean takes out
+    most of the codec's loss.
     """
     F, H, W, _ = pixels.shape
     signed = pixels.astype(np.int16)
-    across, down = (np.abs(np.diff(signed, axis=axis)).mean(axis=(0, 3 - axis, 3)) for axis in (2, 1))  # (W - 1,), (H - 1,)
+    across = np.abs(np.diff(signed, axis=2)).mean(axis=(0, 1, 3))             # (W - 1,)
+    down = np.abs(np.diff(signed, axis=1)).mean(axis=(0, 2, 3))               # (H - 1,)
     for z in range(min(H, W) // 8, 2, -1):
         # By place within an enlarged pixel; the last place is the edge to the next one.
         by_place = [across[place::z].mean() + down[place::z].mean() for place in range(z)]
-        if H % z == 0 and W % z == 0 and by_place[-1] > .5 and max(by_place[:-1]) < .3 * by_place[-1]:
-            blocks = pixels.reshape(F, H // z, z, W // z, z, 3).astype(np.float32)
-            return blocks.mean(axis=(2, 4)).round().astype(np.uint8)
+        if H % z or W % z or by_place[-1] < .5 or max(by_place[:-1]) > .3 * by_place[-1]:
+            continue
+        small = pixels.reshape(F, H // z, z, W // z, z, 3).mean(axis=(2, 4)).round().astype(np.uint8)
+        lost = np.abs(small.repeat(z, 1).repeat(z, 2).astype(np.int16) - signed)
+        if lost.mean() < 3 and (lost > 50).mean() < 5e-4:  # of 255; what a codec changes, not edges elsewhere
+            return small
     return pixels
 
 
@@ -109,7 +118,7 @@ def sheet(pixels, quality):
     columns = min(F, max(1, 4096 // W))
     rows = math.ceil(F / columns)
     filled = np.concatenate([pixels, np.zeros((rows * columns - F, H, W, 3), np.uint8)])
-    grid = filled.reshape(rows, columns, H, W, 3).swapaxes(1, 2)                                # (rows, H, columns, W, 3)
+    grid = filled.reshape(rows, columns, H, W, 3).swapaxes(1, 2)              # (rows, H, columns, W, 3)
     return webp(np.ascontiguousarray(grid.reshape(rows * H, columns * W, 3)), quality), columns
 
 
@@ -117,7 +126,8 @@ class Clips:
     """
     The clips of a page. add() gives each a number for the template's clip(); pack() makes them fit.
 
-    The best WebP quality at which all of them together stay within max_mb; when the lowest is too large, at half the size.
+    The best WebP quality at which all of them together stay within max_mb; when the lowest is too large, at
+    half the size.
     """
 
     def __init__(self):
@@ -131,7 +141,8 @@ class Clips:
         return number
 
     def pack(self, max_mb):
-        """What the page's script reads: [{src, frames, columns, width, height}]; self.quality and self.halved say at which loss."""
+        """What the page's script reads: [{src, frames, columns, width, height}]; self.quality and self.halved
+        say at which loss."""
         clips, self.halved = self.pixels, 0
         while True:
             for self.quality in QUALITIES:
@@ -143,7 +154,8 @@ class Clips:
                     return packed
             clips, self.halved = [halve(clip) for clip in clips], self.halved + 1
             if min(min(clip.shape[1:3]) for clip in clips) < 8:
-                raise ValueError(f"{len(clips)} clips do not fit into {max_mb:g} MB: show fewer, or raise --max-mb")
+                raise ValueError(f"{len(clips)} clips do not fit into {max_mb:.3g} MB: show fewer, or raise "
+                                 "--max-mb")
 
     def megabytes(self, clips):
         return sum(len(self.entry(clip)["src"]) for clip in clips) / 1e6
@@ -154,7 +166,7 @@ class Clips:
                 "width": clip.shape[2], "height": clip.shape[1]}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Curves
 
 def ticks(low, high, count=4):
@@ -170,7 +182,8 @@ def line_chart(title, series, width=420, height=230, x_label="step"):
     """
     What the template's chart() draws: lines, bands of their errors, and ticks, in pixels.
 
-    series: [{name, points: [(x, y, error)], color: number of the line's colour, dashed}]. None for a y that is not finite.
+    series: [{name, points: [(x, y, error)], color: number of the line's colour, dashed}]. None for a y that
+    is not finite.
     """
     points = [p for s in series for p in s["points"] if p[1] is not None]
     if not points:
@@ -182,7 +195,8 @@ def line_chart(title, series, width=420, height=230, x_label="step"):
     y0, y1 = y0 - pad, y1 + pad
 
     def place(x, y):
-        return round(48 + (x - x0) / (x1 - x0) * (width - 60), 1), round(10 + (y1 - y) / (y1 - y0) * (height - 46), 1)
+        across, down = (x - x0) / (x1 - x0), (y1 - y) / (y1 - y0)
+        return round(48 + across * (width - 60), 1), round(10 + down * (height - 46), 1)
 
     lines = []
     for s in series:
@@ -190,7 +204,7 @@ def line_chart(title, series, width=420, height=230, x_label="step"):
         upper = [place(x, y + e) for x, y, e in shown]
         lower = [place(x, y - e) for x, y, e in shown]
         dots = [{"at": place(x, y), "x": x, "y": y, "error": e} for x, y, e in shown]
-        lines.append({"dashed": False} | s | {"dots": dots, "path": " ".join("{},{}".format(*d["at"]) for d in dots),
+        lines.append(s | {"dots": dots, "path": " ".join("{},{}".format(*d["at"]) for d in dots),
                           "band": " ".join(f"{x},{y}" for x, y in upper + lower[::-1])})
     return {"title": title, "lines": lines, "width": width, "height": height, "x_label": x_label,
             "x_ticks": [(place(x, y0)[0], f"{x:g}") for x in ticks(x0, x1)],

@@ -1,5 +1,6 @@
 """
-What report.py shows of run folders, read back from their files: settings, curves, tables, and clips of the same prompt and noise.
+What report.py shows of run folders, read back from their files: settings, curves, tables, and clips of the
+same prompt and noise.
 """
 import re
 from pathlib import Path
@@ -13,14 +14,15 @@ from support.tables import paired
 from support.videos import open_video, video_name
 
 COLUMNS = 5  # evaluations whose clips are shown: the first, the last, and some between
-CLIP = re.compile(r"(?:step_(\d{6})_)?((\d{4,})(?:-[a-z0-9-]*)?)")  # the name of a clip's file, of a run or of generate.py
+CLIP = re.compile(r"(?:step_(\d{6})_)?((\d{4,})(?:-[a-z0-9-]*)?)")  # a clip's file, a run's or generate.py's
 
 
 class RunFiles:
     """
     One run folder, as its files tell it. ValueError if it holds no run.
 
-    find_prompts(config) -> {set: prompts}: what the run was evaluated on; file names stand in where it does not fit them.
+    find_prompts(config) -> {set: prompts}: what the run was evaluated on; file names stand in where it does
+    not fit them.
     """
 
     def __init__(self, folder, find_prompts):
@@ -54,12 +56,12 @@ class RunFiles:
             for index in range(min(SHOWN, len(table["reward"]))):
                 name = names.get(number)
                 if name is not None:
-                    prompts = self.prompts.get(set_name, [])
-                    found[name] = (set_name, index, caption_of(name, prompts[index] if index < len(prompts) else None))
+                    prompt = next(iter(self.prompts.get(set_name, [])[index:]), None)
+                    found[name] = (set_name, index, caption_of(name, prompt))
                 number += 1
         return found
 
-    def scores(self, name, step):
+    def score(self, name, step):
         """The reward of a clip, or None."""
         set_name, index, _ = self.places().get(name, (None, 0, ""))
         table = self.tables.get(step, {}).get(set_name)
@@ -69,13 +71,16 @@ class RunFiles:
 def caption_of(name, prompt):
     """The prompt that a file was named for, if this is it; else the words that its name kept of it."""
     number, _, words = name.partition("-")
-    return prompt if prompt is not None and video_name(int(number), prompt) == name else words.replace("-", " ") or name
+    if prompt is not None and video_name(int(number), prompt) == name:
+        return prompt
+    return words.replace("-", " ") or name
 
 
 def clip_files(folder, step=None):
-    """{name: file} of the clips of an evaluation, or of a folder that generate.py wrote; .gif where there is no .mp4."""
+    """{name: file} of the clips of an evaluation, or of a folder that generate.py wrote; .gif where there is
+    no .mp4."""
     found = {}
-    for path in sorted([*folder.glob("*.gif"), *folder.glob("*.mp4")], key=lambda p: (p.suffix == ".mp4", p.name)):
+    for path in (*sorted(folder.glob("*.gif")), *sorted(folder.glob("*.mp4"))):
         match = CLIP.fullmatch(path.stem)
         if match and (match[1] is None) == (step is None) and (step is None or int(match[1]) == step):
             found[match[2]] = path
@@ -84,14 +89,14 @@ def clip_files(folder, step=None):
 
 def read_clip(path):
     """A clip's frames (F, H, W, 3) uint8. ValueError names a file that cannot be read."""
-    with open_video(path) as (container, stream):  # not imageio, which collects garbage after each file, for 0.1 s
+    with open_video(path) as (container, stream):  # imageio would collect garbage after each file, for 0.1 s
         frames = [frame.to_ndarray(format="rgb24", threads=1) for frame in container.decode(stream)]
     if not frames:
         raise ValueError(f"{path}: cannot be read: no frames")
     return np.stack(frames)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # The parts of a report
 
 def changed_settings(runs):
@@ -102,45 +107,57 @@ def changed_settings(runs):
 
 
 def curves(runs):
-    """Charts of the reward and of everything else that the evaluations measured. One run: a line for each set; more: for each run."""
-    training = [{"name": run.name, "color": i, "points": [(n["step"], n.get("reward"), 0) for n in run.lines if "eval" not in n]}
-                for i, run in enumerate(runs)]
-    charts = [line_chart("reward of edits, in training", training)]
-    sets = list(dict.fromkeys(name for run in runs for line in run.evals for name in line["eval"]))
+    """Charts of the reward and of everything else that the evaluations measured. One run: a line for each
+    set; more: for each run."""
+    evals = [line["eval"] for run in runs for line in run.evals]
+    sets = list(dict.fromkeys(name for found in evals for name in found))
+    measures = dict.fromkeys(k for found in evals for measured in found.values() for k in measured)
+
+    def of_runs(chosen, measure):
+        return [series(run, chosen, measure, i, run.name) for i, run in enumerate(runs)]
+
+    def of_sets(measure):
+        return [series(runs[0], [s], measure, i, s) for i, s in enumerate(sets)]
+
+    training = []
+    for i, run in enumerate(runs):
+        points = [(line["step"], line.get("reward"), 0) for line in run.lines if "eval" not in line]
+        training.append({"name": run.name, "color": i, "points": points})
+    charts, title = [line_chart("reward of edits, in training", training)], "reward of videos from pure noise"
     if len(runs) == 1:
-        charts.append(line_chart("reward of videos from pure noise", [series(runs[0], [s], "reward_mean", i, s) for i, s in enumerate(sets)]))
+        charts.append(line_chart(title, of_sets("reward_mean")))
     else:
-        charts += [line_chart(f"reward of videos from pure noise, {s}", [series(run, [s], "reward_mean", i, run.name)
-                                                                         for i, run in enumerate(runs)]) for s in sets]
-    measures = dict.fromkeys(k for run in runs for line in run.evals for m in line["eval"].values() for k in m)
+        charts += [line_chart(f"{title}, {s}", of_runs([s], "reward_mean")) for s in sets]
     for measure in measures:
-        if measure in ("reward_mean", "reward_std", "n"):
-            continue
-        lines = [series(runs[0], [s], measure, i, s) for i, s in enumerate(sets)] if len(runs) == 1 else [
-            series(run, sets, measure, i, run.name) for i, run in enumerate(runs)]
-        charts.append(line_chart(measure + (", mean over the sets" if len(runs) > 1 else ""), lines))
+        if measure not in ("reward_mean", "reward_std", "n"):
+            charts.append(line_chart(measure, of_sets(measure)) if len(runs) == 1 else
+                          line_chart(f"{measure}, mean over the sets", of_runs(sets, measure)))
     return [chart for chart in charts if chart]
 
 
 def series(run, sets, measure, color, name):
-    """A line of a chart: a measure's mean over these sets at each evaluation; of the reward with the error of its gain."""
+    """A line of a chart: a measure's mean over these sets at each evaluation; of the reward with the error of
+    its gain."""
     points = []
     for line in run.evals:
         found = [line["eval"][s] for s in sets if s in line["eval"] and measure in line["eval"][s]]
         if found:
             mean = sum(m[measure] for m in found) / len(found)
-            points.append((line["step"], mean, gain_error(run, sets[0], line["step"]) if measure == "reward_mean" else 0))
+            error = gain_error(run, sets[0], line["step"]) if measure == "reward_mean" else 0
+            points.append((line["step"], mean, error))
     return {"name": name, "color": color, "points": points}
 
 
 def gain_error(run, set_name, step):
-    """Standard error of the reward's paired difference from the first evaluation; 0 where there are no numbers of each video."""
+    """Standard error of the reward's paired difference from the first evaluation; 0 where there are no
+    numbers of each video."""
     first, now = (run.tables.get(s, {}).get(set_name) for s in (run.evals[0]["step"], step))
     return paired(first, now)[1] if first and now and len(first["reward"]) == len(now["reward"]) else 0
 
 
 def gain_rows(runs):
-    """Rows of the table: for each run, set and measure the means of the first and the last evaluation, spread, and paired difference."""
+    """Rows of the table: for each run, set and measure the means of the first and the last evaluation,
+    spread, and paired difference."""
     rows = []
     for run in runs:
         if len(run.steps) < 2:
@@ -154,25 +171,32 @@ def gain_rows(runs):
                 gain, error = paired(before[name], after[name], k)
                 measures[k] = {"before": before[name][k].mean().item(), "after": after[name][k].mean().item(),
                                "std": before[name][k].std(correction=0).item(), "gain": gain, "error": error}
-            rows.append({"run": run.name, "set": name, "n": len(before[name]["reward"]), "steps": run.steps[-1], "measures": measures})
+            rows.append({"run": run.name, "set": name, "n": len(before[name]["reward"]),
+                         "steps": run.steps[-1], "measures": measures})
     order = list(dict.fromkeys(row["set"] for row in rows))
     return sorted(rows, key=lambda row: order.index(row["set"]))  # the runs of a set below each other
 
 
 def clip_rows(runs, clips):
     """
-    Prompts whose clips are shown, those with the largest and with the smallest gains first: [{caption, set, gain, runs: [...]}].
+    Prompts whose clips are shown, those with the largest and with the smallest gains first: [{caption, set,
+    gain, runs: [...]}].
 
-    clips: support.pages.Clips. A run's row has the reward before and after and a clip for each of a few evaluations.
+    clips: support.pages.Clips. A run's row has the reward before and after and a clip for each of a few
+    evaluations.
     """
     rows = {}
     for run in runs:
         steps = run.steps
-        chosen = sorted({steps[round(i * (len(steps) - 1) / (COLUMNS - 1))] for i in range(COLUMNS)}) if steps else []
+        last = len(steps) - 1
+        chosen = sorted({round(i * last / (COLUMNS - 1)) for i in range(COLUMNS)}) if steps else []
         for name, (set_name, _, caption) in run.places().items():
-            shown = [{"step": s, "clip": clips.add(undo_enlarging(read_clip(run.files[s][name]))), "score": run.scores(name, s)}
-                     for s in chosen if name in run.files[s]]
-            gain = shown[-1]["score"] - shown[0]["score"] if len(shown) > 1 else 0.
+            shown = []
+            for step in (steps[i] for i in chosen):
+                if name in run.files[step]:
+                    number = clips.add(undo_enlarging(read_clip(run.files[step][name])))
+                    shown.append({"step": step, "clip": number, "score": run.score(name, step)})
+            gain = shown[-1]["score"] - shown[0]["score"] if shown else 0.
             row = rows.setdefault((set_name, name), {"caption": caption, "set": set_name, "runs": []})
             row["runs"].append({"name": run.name, "gain": gain, "shown": shown})
     for row in rows.values():
@@ -185,27 +209,30 @@ def clip_rows(runs, clips):
 
 
 def study_rows(path):
-    """A study's file as a table: its settings, and rows of label, set, reward with spread and gain. ValueError if it is none."""
+    """A study's file as a table: its settings, and rows of label, set, reward with spread and gain.
+    ValueError if it is none."""
     study = read_json(path)
     rows = []
     try:
         for row in study["rows"]:
             m = row["measures"]
             label = row["label"] + (f", step {row['step']}" if "step" in row else "")
-            rows.append({"label": label, "set": row["set"], "D": row["num_steps"], "guidance": row["guidance"], "n": m["n"],
-                         "mean": m["reward_mean"], "std": m["reward_std"], "gain": row.get("differences", {}).get("reward"),
-                         "others": {k: v for k, v in m.items() if k not in ("n", "reward_mean", "reward_std")}})
+            others = {k: v for k, v in m.items() if k not in ("n", "reward_mean", "reward_std")}
+            rows.append({"label": label, "set": row["set"], "D": row["num_steps"],
+                         "guidance": row["guidance"], "n": m["n"], "mean": m["reward_mean"],
+                         "std": m["reward_std"], "others": others, "gain": row.get("differences", {}).get("reward")})
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the file of a study ({type(error).__name__}: {error})") from None
     return {"name": Path(path).stem, "command": study.get("command", ""), "reward": study.get("reward", ""),
             "versions": study.get("versions", {}), "rows": rows}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Two folders for a blind comparison
 
 def side(argument, find_prompts):
-    """One model's clips, {name: file}, and its run if the folder is one. argument: FOLDER, or FOLDER@STEP for an evaluation of a run."""
+    """One model's clips, {name: file}, and its run if the folder is one. argument: FOLDER, or FOLDER@STEP for
+    an evaluation of a run."""
     folder, _, step = argument.rpartition("@") if re.search(r"@\d+$", argument) else (argument, "", "")
     path = Path(folder)
     if not path.is_dir():
@@ -215,20 +242,24 @@ def side(argument, find_prompts):
     run = RunFiles(path, find_prompts)
     chosen = int(step) if step else max(run.files, default=None)
     if chosen not in run.files:
-        raise ValueError(f"{argument}: no evaluation at that step; there are {', '.join(map(str, run.files)) or 'none'}")
+        raise ValueError(f"{argument}: no evaluation at that step; there are "
+                         f"{', '.join(map(str, run.files)) or 'none'}")
     return run.files[chosen], run, chosen
 
 
 def pair_up(first, second, prompts, find_prompts):
     """
-    Pairs of clips with the same name, which means the same prompt and seed: [{name, caption, set, reward}], and both {name: file}.
+    Pairs of clips with the same name, which means the same prompt and seed: [{name, caption, set, reward}],
+    and both {name: file}.
 
-    prompts: {set: prompts} in the order that the clips were generated in, or empty. ValueError unless both have the same clips.
+    prompts: {set: prompts} in the order that the clips were generated in, or empty. ValueError unless both
+    have the same clips.
     """
     (a, run_a, step_a), (b, run_b, step_b) = side(first, find_prompts), side(second, find_prompts)
     if a.keys() != b.keys() or not a:
         different = first_names(a.keys() ^ b.keys()) or "there are none"
-        raise ValueError(f"{first} and {second}: must have clips of the same prompts and seeds; not in both: {different}")
+        raise ValueError(f"{first} and {second}: must have clips of the same prompts and seeds; not in both: "
+                         f"{different}")
     given = [(set_name, prompt) for set_name, texts in prompts.items() for prompt in texts]
     places = run_a.places() if run_a else {}
     pairs = []
@@ -237,7 +268,7 @@ def pair_up(first, second, prompts, find_prompts):
         set_name, _, caption = places.get(name, ("all", 0, caption_of(name, None)))
         if not places and number < len(given):
             set_name, caption = given[number][0], caption_of(name, given[number][1])
-        scores = {"a": run_a and run_a.scores(name, step_a), "b": run_b and run_b.scores(name, step_b)}
+        scores = {"a": run_a and run_a.score(name, step_a), "b": run_b and run_b.score(name, step_b)}
         known = None not in scores.values() and run_a.config.get("reward") == run_b.config.get("reward")
         pairs.append({"name": name, "caption": caption, "set": set_name, "reward": scores if known else None})
     return pairs, a, b
@@ -250,6 +281,7 @@ def read_pair(first, second):
     if small_a.shape == small_b.shape:  # if one alone were shown small, it would tell them apart
         return small_a, small_b
     if a.shape != b.shape:
-        raise ValueError(f"{first} and {second}: {a.shape[0]} frames of {a.shape[2]} x {a.shape[1]} and {b.shape[0]} of "
-                         f"{b.shape[2]} x {b.shape[1]}; both must be alike, or the page would tell the models apart")
+        raise ValueError(f"{first} and {second}: {a.shape[0]} frames of {a.shape[2]} x {a.shape[1]} and "
+                         f"{b.shape[0]} of {b.shape[2]} x {b.shape[1]}; both must be alike, or the page "
+                         "would tell the models apart")
     return a, b

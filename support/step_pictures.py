@@ -9,9 +9,10 @@ KINDS = ("within a frame", "to the caption", "across frames")
 def block_and_kind(path):
     """Where a projection stands, in words: (block of the UNet, kind of attention)."""
     side, level = re.match(r"(transformer_in|mid|down|up)(?:_blocks?)?\.?(\d+)?", path).groups()
-    time_axis = "temp_attentions" in path or side == "transformer_in"
     block = "entrance" if side == "transformer_in" else "middle" if side == "mid" else f"{side} {level}"
-    return block, "across frames" if time_axis else "within a frame" if "attn1" in path else "to the caption"
+    if "temp_attentions" in path or side == "transformer_in":
+        return block, KINDS[2]  # there both attentions run over the frames
+    return block, KINDS[0] if "attn1" in path else KINDS[1]
 
 
 def unet_table(squares):
@@ -28,15 +29,17 @@ def unet_table(squares):
 
 def draw_step(path, columns, g, r, f, R, norms, caption, reward):
     """
-    The strip: one row for each frame that was drawn, from the real clip to the gradient, then its reward and its weight.
+    The strip: a row for each frame that was drawn, from the real clip to the gradient, then its reward and
+    its weight.
 
     columns: [(title, line below it, pictures (S, H, W, 3))]; g, r, f, norms: [S]; R: the video's reward.
     """
     from matplotlib.figure import Figure
     S, n = len(g), len(columns)
-    figure = Figure(figsize=(1.16 * n + 2.7, 1.1 * S + .95), facecolor="white")
+    height = 1.1 * S + .95                                                    # inches, words included
+    figure = Figure(figsize=(1.16 * n + 2.7, height), facecolor="white")
     grid = figure.add_gridspec(S, n + 2, width_ratios=[1] * n + [1.05, 1.05], wspace=.05, hspace=.05,
-                               left=.055, right=.985, top=1 - .62 / (1.1 * S + .95), bottom=.36 / (1.1 * S + .95))
+                               left=.055, right=.985, top=1 - .62 / height, bottom=.36 / height)
     for c, (title, below, pictures) in enumerate(columns):
         for s in range(S):
             axis = figure.add_subplot(grid[s, c])
@@ -47,7 +50,9 @@ def draw_step(path, columns, g, r, f, R, norms, caption, reward):
                 axis.set_title(f"{title}\n{below}", fontsize=9)
             if c == 0:
                 axis.set_ylabel(f"frame {g[s]}", fontsize=9)
-    for c, (title, values, color) in enumerate([(f"reward $r$\n{reward}", r, "#2456c6"), ("weight $f_i$\nEq. 7", f, "#c2570c")]):
+
+    bars = [(f"reward $r$\n{reward}", r, "#2456c6"), ("weight $f_i$\nEq. 7", f, "#c2570c")]
+    for c, (title, values, color) in enumerate(bars):
         for s in range(S):
             axis = figure.add_subplot(grid[s, n + c])
             axis.barh([0], [values[s]], height=.32, color=color)
@@ -56,7 +61,8 @@ def draw_step(path, columns, g, r, f, R, norms, caption, reward):
             axis.text(0, .26, f"{values[s]:.3g}", fontsize=9)
             if s == 0:
                 axis.set_title(title, fontsize=9)
-    figure.text(.055, .1 / (1.1 * S + .95), f"\u201c{caption}\u201d      $R = \\frac{{1}}{{S}}\\sum_i f_i\\, r_i = {R:.4f}$ (Eq. 8),"
-                "      loss $= -R$ (Eq. 9)", fontsize=10, parse_math=True)
+    figure.text(.055, .1 / height, f"“{caption[:70]}”", fontsize=10, parse_math=False)
+    formula = f"$R = \\frac{{1}}{{S}}\\sum_i f_i r_i = {R:.4f}$ (Eq. 8), loss $= -R$ (Eq. 9)"
+    figure.text(.985, .1 / height, formula, fontsize=10, ha="right")
     with write_whole(path) as hidden:
         figure.savefig(hidden, dpi=110, format="png")

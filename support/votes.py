@@ -1,15 +1,16 @@
 """
-A blind comparison of two models, as in the paper's Table 2 and Appendix D: who made which clip, and what the votes say.
+A blind comparison of two models, as in the paper's Table 2 and Appendix D: who made which clip, and what the
+votes say.
 
-People see two clips of the same prompt and noise, and say which has the better quality and which fits the text better. Which
-side is whose is drawn for each prompt, and written into a key that the voters do not get.
+People see two clips of the same prompt and noise, and say which has the better quality and which fits the
+text better. Which side is whose is drawn for each prompt, and written into a key that the voters do not get.
 """
 import math
 import random
 import secrets
 from collections import Counter
 
-from support.files import read_json
+from support.files import first_line, read_json
 
 QUESTIONS = {"quality": "Which video looks better?", "alignment": "Which video fits the text better?"}
 SIDES = ("left", "tie", "right")
@@ -17,10 +18,11 @@ SIDES = ("left", "tie", "right")
 
 def draw_key(names, pairs):
     """
-    The key of a new comparison: pairs [{name, caption, set, reward: {"a", "b"} or None}] in random order, each with who is left.
+    The key of a new comparison: pairs [{name, caption, set, reward: {"a", "b"} or None}] in random order,
+    each with who is left.
 
-    names: (A's, B's). A is left in half of the pairs, so that a habit of voting left favours neither. Drawn from the system's
-    own randomness: with a seed, whoever knows the default could work out the sides.
+    names: (A's, B's). A is left in half of the pairs, so that a habit of voting left favours neither. Drawn
+    from the system's own randomness: with a seed, whoever knows the default could work out the sides.
     """
     system = random.SystemRandom()
     lefts = ["a", "b"] * ((len(pairs) + 1) // 2)
@@ -40,17 +42,22 @@ def read_key(path):
         for pair in key["pairs"]:
             if pair["left"] not in ("a", "b"):
                 raise KeyError("left")
-            str(pair["caption"]), str(pair["set"]), pair["reward"] and (float(pair["reward"]["a"]), float(pair["reward"]["b"]))
+            if not (isinstance(pair["caption"], str) and isinstance(pair["set"], str)):
+                raise TypeError("caption and set must be text")
+            if pair["reward"] is not None:
+                float(pair["reward"]["a"]), float(pair["reward"]["b"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not the key of a blind comparison ({type(error).__name__}: {error})") from None
+        raise ValueError(f"{path}: not the key of a blind comparison ({first_line(error)})") from None
     return key
 
 
 def read_votes(path, key):
-    """(rater, {(pair, question): "a", "tie" or "b"}) of a file that the page exported; ValueError if it is no such file."""
+    """(rater, {(pair, question): "a", "tie" or "b"}) of a file that the page exported; ValueError if it is no
+    such file."""
     content = read_json(path)
     if content.get("comparison") != key["comparison"]:
-        raise ValueError(f"{path}: votes on another comparison than the key's ({content.get('comparison')!s:.40})")
+        raise ValueError(f"{path}: votes on another comparison than the key's "
+                         f"({content.get('comparison')!s:.40})")
     votes = {}
     for vote in content.get("votes") if isinstance(content.get("votes"), list) else [None]:
         pair = vote.get("pair") if isinstance(vote, dict) else None
@@ -59,7 +66,8 @@ def read_votes(path, key):
         for question in QUESTIONS:
             side = vote.get(question)
             if side is not None and side not in SIDES:
-                raise ValueError(f"{path}: {question} of pair {pair} is {side!r:.40}; must be one of {', '.join(SIDES)}")
+                raise ValueError(f"{path}: {question} of pair {pair} is {side!r:.40}; must be one of "
+                                 f"{', '.join(SIDES)}")
             if side is not None:
                 votes[pair, question] = side if side == "tie" else unblind(key["pairs"][pair], side)
     return str(content.get("rater") or path.stem)[:60], votes
@@ -70,11 +78,12 @@ def unblind(pair, side):
     return pair["left"] if side == "left" else "b" if pair["left"] == "a" else "a"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # What the votes say
 
 def wilson(share, n, z=1.96):
-    """95% interval of a share that was seen in n trials; unlike share ± error it stays in 0..1 and has a width at 0 and 1."""
+    """95% interval of a share that was seen in n trials; unlike share ± error it stays in 0..1 and has a
+    width at 0 and 1."""
     if not n:
         return 0., 1.
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
@@ -84,10 +93,11 @@ def wilson(share, n, z=1.96):
 
 def shares(votes, pairs, question):
     """
-    {choice: (share, low, high)} and how many prompts and votes there are, over the votes of all raters on these pairs.
+    {choice: (share, low, high)} and how many prompts and votes there are, over the votes of all raters on
+    these pairs.
 
-    votes: {rater: {(pair, question): choice}}. Each prompt counts once, however many voted on it. Votes on one prompt depend on
-    each other, so the interval is that of as many trials as there are prompts.
+    votes: {rater: {(pair, question): choice}}. Each prompt counts once, however many voted on it. Votes on
+    one prompt depend on each other, so the interval is that of as many trials as there are prompts.
     """
     of_prompt = []
     for pair in pairs:
@@ -103,7 +113,8 @@ def shares(votes, pairs, question):
 
 
 def cohen_kappa(first, second):
-    """Agreement of two raters beyond chance (Cohen 1960); None where chance alone would agree always, or without votes."""
+    """Agreement of two raters beyond chance (Cohen 1960); None where chance alone would agree always, or
+    without votes."""
     n = len(first)
     if not n:
         return None
@@ -137,7 +148,8 @@ def agreement(votes, question):
 
 
 def reward_choice(key):
-    """The reward as a rater: {(pair, question): choice} for both questions, where the key knows the scores."""
+    """The reward as a rater: {(pair, question): choice} for both questions, where the key knows the
+    scores."""
     choices = {}
     for i, pair in enumerate(key["pairs"]):
         if pair["reward"]:
@@ -157,7 +169,8 @@ def majority(votes, pair, question):
 
 def tally(key, votes):
     """
-    {"rows": [...], "agreement": [...], "reward": ...}: shares by question and prompt set, for people and for the reward.
+    {"rows": [...], "agreement": [...], "reward": ...}: shares by question and prompt set, for people and for
+    the reward.
 
     votes: {rater: {(pair, question): choice}}.
     """
@@ -171,8 +184,9 @@ def tally(key, votes):
         for question in QUESTIONS if who == "people" else list(QUESTIONS)[:1] if ballots else ():
             for name, pairs in sets.items():
                 found, prompts, count = shares(ballots, pairs, question)
-                rows.append({"who": who, "question": question if who == "people" else "its score", "set": name,
-                             "prompts": prompts, "votes": count, "shares": found})
+                asked = question if who == "people" else "its score"
+                rows.append({"who": who, "question": asked, "set": name, "prompts": prompts, "votes": count,
+                             "shares": found})
     for question in QUESTIONS:
         between = agreement(votes, question)
         if between:
@@ -181,6 +195,7 @@ def tally(key, votes):
         both = [(m, reward[i, question]) for i in sets["all"] if (i, question) in reward
                 and (m := majority(votes, i, question))]
         if both:
-            agreements.append({"question": question, "between": "most raters and the reward", "measure": "Cohen's kappa",
-                               "kappa": cohen_kappa(*map(list, zip(*both))), "prompts": len(both)})
+            agreements.append({"question": question, "between": "most raters and the reward",
+                               "measure": "Cohen's kappa", "kappa": cohen_kappa(*map(list, zip(*both))),
+                               "prompts": len(both)})
     return {"a": key["a"], "b": key["b"], "raters": list(votes), "rows": rows, "agreement": agreements}

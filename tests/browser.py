@@ -1,7 +1,8 @@
 """
 A real browser for tests: chromium without a window, driven over two pipes by its own DevTools protocol.
 
-No package is needed. Messages are JSON, each ended by a zero byte, on file descriptors 3 and 4 of the browser.
+No package is needed. Messages are JSON, each ended by a zero byte, on file descriptors 3 and 4 of the
+browser.
 """
 import base64
 import fcntl
@@ -13,23 +14,28 @@ import subprocess
 import sys
 import time
 
-PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+PROGRAM = next((path for path in map(shutil.which, NAMES) if path), None)
 # The pipes are moved to the numbers that the browser reads and writes.
-START = "import os, sys; r, w = map(int, sys.argv[1:3]); os.dup2(r, 3); os.dup2(w, 4); os.execvp(sys.argv[3], sys.argv[3:])"
+START = """import os, sys
+os.dup2(int(sys.argv[1]), 3), os.dup2(int(sys.argv[2]), 4)
+os.execvp(sys.argv[3], sys.argv[3:])"""
 WAIT = 60  # seconds, on a busy machine
 
 
 class Browser:
-    """One browser process with one page. `problems` collects console errors, `requests` every address that the page asked for."""
+    """One browser process with one page. `problems` collects console errors, `requests` every address that
+    the page asked for."""
 
     def __init__(self, profile):
         theirs_in, self.out = (fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in os.pipe())
         self.inp, theirs_out = (fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in os.pipe())
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={profile}",
-                 "--no-first-run", "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
-                 "--disable-dev-shm-usage", "--allow-file-access-from-files"]
-        self.process = subprocess.Popen([sys.executable, "-c", START, str(theirs_in), str(theirs_out), PROGRAM, *flags],
-                                        pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
+                 f"--user-data-dir={profile}", "--disable-background-networking", "--no-first-run",
+                 "--disable-component-update", "--hide-scrollbars", "--disable-dev-shm-usage"]
+        command = [sys.executable, "-c", START, str(theirs_in), str(theirs_out), PROGRAM, *flags]
+        self.process = subprocess.Popen(command, pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL,
+                                        stdout=subprocess.DEVNULL)
         os.close(theirs_in), os.close(theirs_out)
         self.buffer, self.number, self.session, self.events = b"", 0, None, []
         self.problems, self.requests = [], []
@@ -67,15 +73,16 @@ class Browser:
         text, _, self.buffer = self.buffer.partition(b"\0")
         message = json.loads(text)
         params = message.get("params", {})
-        if message.get("method") == "Runtime.exceptionThrown":
-            self.problems.append(params["exceptionDetails"].get("exception", {}).get("description", str(params)))
-        if message.get("method") == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
+        event = message.get("method")
+        if event == "Runtime.exceptionThrown":
+            self.problems.append(str(params["exceptionDetails"]))
+        if event == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
             self.problems.append(str(params["args"]))
-        if message.get("method") == "Log.entryAdded" and params["entry"]["level"] == "error":
+        if event == "Log.entryAdded" and params["entry"]["level"] == "error":
             self.problems.append(params["entry"]["text"])
-        if message.get("method") == "Network.requestWillBeSent":
+        if event == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
-        self.events.append(message.get("method"))
+        self.events.append(event)
         return message
 
     def wait_for(self, what):
@@ -91,8 +98,10 @@ class Browser:
             time.sleep(.05)
 
     def open(self, path, width=1200, height=900, dark=False):
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
+                  mobile=width < 500)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.problems, self.requests, self.events = [], [], []
         self.call("Page.navigate", url=path.resolve().as_uri())
         self.wait_for("Page.loadEventFired")
@@ -115,8 +124,17 @@ class Browser:
             self.call("Input.dispatchKeyEvent", type=kind, key=key, **text)
 
     def screenshot(self, path, whole=True):
-        if whole:
-            size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-            clip = {"clip": {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], 8000), "scale": 1}}
-        data = self.call("Page.captureScreenshot", captureBeyondViewport=whole, **(clip if whole else {}))["data"]
-        path.write_bytes(base64.b64decode(data))
+        """What the window shows, or the whole page, as a PNG, to be looked at."""
+        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
+        area = {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], 8000), "scale": 1}
+        part = {"clip": area, "captureBeyondViewport": True} if whole else {}
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", **part)["data"]))
+
+
+def wait_until(true):
+    """Until a function of ours says so."""
+    deadline = time.monotonic() + WAIT
+    while not true():
+        if time.monotonic() > deadline:
+            raise TimeoutError("what was waited for did not come")
+        time.sleep(.05)

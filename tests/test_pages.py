@@ -1,0 +1,466 @@
+"""
+explain.py and report.py: their numbers, and their pages in a real browser.
+
+The runs here are written by hand, without training. Where there is no chromium, the tests of the browser are skipped.
+"""
+import importlib
+import inspect
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+import explain
+import train
+from support import pages, run_report, votes
+from support.settings import to_json
+from support.videos import enlarge, read_video, video_name, write_video
+from tests import browser as chromium
+
+ROOT = Path(__file__).resolve().parent.parent
+NASTY = 'a cat </script><script>document.title="taken"</script><b id="injected">'
+PROMPTS = [NASTY, "a red circle moving left", "a dog & a \"bird\"", "a green square"]
+SCROLL = "document.querySelectorAll('canvas')[1].scrollIntoView({behavior: 'instant'})"
+needs_browser = pytest.mark.skipif(chromium.PROGRAM is None, reason="no chromium here")
+
+
+@pytest.fixture(autouse=True)
+def aside(tmp_path, monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    opened = chromium.Browser(tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
+
+
+def script(name, *argv):
+    """A script as it starts from a shell, but in this process; its exit status."""
+    before, sys.argv = sys.argv, [name, *map(str, argv)]
+    try:
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        sys.argv = before
+    return 0
+
+
+def moving(seed, frames=5):
+    """A small clip: a square that moves over a background of its own colour."""
+    g = np.random.default_rng(seed)
+    clip = np.full((frames, 32, 32, 3), g.integers(0, 255, 3), np.uint8)
+    for f in range(frames):
+        clip[f, 8:16, 3 * f:3 * f + 8] = 255 - clip[f, 0, 0]
+    return clip
+
+
+def write_run(folder, gains, **changes):
+    """A run folder with evaluations at steps 0, 10 and 20, in which prompt i gains gains[i]."""
+    (folder / "samples").mkdir(parents=True)
+    Path("prompts.txt").write_text("".join(p + "\n" for p in PROMPTS))
+    cfg = train.Config(prompts=("things=prompts.txt",), eval_count=4, steps=20, **changes)
+    (folder / "config.json").write_text(json.dumps(to_json(cfg)))
+    lines = [{"step": s, "reward": .3 + .01 * s, "loss": -.1, "grad_norm": .1, "seconds": 1.} for s in range(1, 21)]
+    for step in (0, 10, 20):
+        rewards = [.2 + .1 * i + gain * step / 20 for i, gain in enumerate(gains)]
+        table = {"reward": rewards, "motion": [.5, .6, .7, .8 + step / 100]}
+        (folder / "samples" / f"step_{step:06d}.json").write_text(json.dumps({"things": table}))
+        lines.append({"step": step, "eval": {"things": {"reward_mean": float(np.mean(rewards)), "n": 4,
+                                                        "reward_std": float(np.std(rewards)), "motion": .65}}})
+        for i, prompt in enumerate(PROMPTS):
+            name = f"step_{step:06d}_{video_name(i, prompt)}.mp4"
+            write_video(folder / "samples" / name, moving(100 * i + step), 8)
+    lines.sort(key=lambda line: line["step"])
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def write_clips(folder, count, seed):
+    """A folder like generate.py's. As .gif, which is quicker to write."""
+    folder.mkdir()
+    for i in range(count):
+        iio.imwrite(folder / f"{video_name(i, PROMPTS[i % 4])}.gif", moving(seed + i), duration=125, loop=0)
+    return folder
+
+
+def data_of(page, element="data"):
+    """The JSON that a page carries."""
+    return json.loads(re.search(rf'<script type="application/json" id="{element}">(.*?)</script>', page.read_text(), re.S)[1])
+
+
+def check_in_browser(browser, page):
+    """At both widths, light and dark: no error, nothing fetched, no sideways scrolling, clips drawn and in step."""
+    for width, dark in ((1200, False), (360, True)):
+        browser.open(page, width, 800, dark)
+        browser.js(SCROLL)
+        browser.wait_for("document.querySelectorAll('canvas[data-shown]').length > 1")
+        assert browser.js("document.documentElement.scrollWidth") <= width
+        assert [r for r in browser.requests if not r.startswith(("data:", page.resolve().as_uri()))] == []
+        assert len(browser.requests) > 1, "the clips' pictures are requests too, or nothing was listened to"
+        assert browser.js("document.body.innerText.length") > 200
+    shown = browser.js("setPlaying(false), show(3), [...near].map(c => c.dataset.shown + '/' + CLIPS[c.dataset.clip].frames)")
+    assert shown and len(set(shown)) == 1
+    assert browser.problems == []
+
+
+# ------------------------------------------------- explain.py ------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def explained(tmp_path_factory):
+    """A page of a short chain: the lab, what it says, the strip, and the page."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("explain")
+    cfg = explain.Config(num_steps=5, grad_steps=2, step=1, batch_size=1, segments=3, lambda_tar=.7, out=out)
+    found, explain_step = [], explain.explain
+
+    def listen(lab):
+        found.extend([lab, *explain_step(lab)])
+        return found[1:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(explain, "CLIPS", 2)
+        patch.setattr(explain, "SEGMENTS", (1, 16))
+        patch.setattr(explain, "LAMBDAS", (0., 1.))
+        patch.setattr(explain, "explain", listen)
+        explain.main(cfg)
+    return *found, out / "explain.html"
+
+
+def test_the_page_has_the_numbers_of_the_step_that_train_takes(explained):
+    """The sliders' own setting, the numbers before the step, and what train.train logged are one and the same."""
+    lab, page, strip, _ = explained
+    mine = page["states"][3]["lambdas"]["0.7"]
+    assert -page["numbers"]["loss"] == pytest.approx(mine["R"], rel=1e-4) == pytest.approx(page["before"]["R"], rel=1e-4)
+    assert page["numbers"]["reward"] == pytest.approx(np.mean(page["states"][3]["r"]), rel=1e-4)
+    assert page["numbers"]["grad_norm"] == pytest.approx(page["sweep"][2]["norm"], rel=1e-3)
+    assert page["states"][3]["g"] == lab.g[0].tolist() == strip["g"]
+    R = sum(f * r for f, r in zip(mine["f"], page["states"][3]["r"])) / 3
+    assert mine["R"] == pytest.approx(R, rel=1e-5)
+    assert page["after"]["R"] != page["before"]["R"]  # the step was taken
+
+
+def test_the_guesses_lead_to_the_edit(explained):
+    """One for each step of the chain; taking the noise out at its last step gives nearly the edit, at the first not yet."""
+    lab, page, _, _ = explained
+    assert [(g["i"], g["t"]) for g in page["guesses"]] == [(3, 401), (2, 201), (1, 1)]
+    assert [g["gradient"] for g in page["guesses"]] == [False, True, True]
+    edit = lab.clips.pixels[page["edit"]].astype(float)
+    far, _, near = (np.abs(lab.clips.pixels[g["clip"]] - edit).mean() for g in page["guesses"])
+    assert near < 1.5 < far
+
+
+def test_heat_maps_are_the_gradient_of_R_on_the_scored_frames(explained):
+    """Moving a frame's pixels along its gradient by a little raises R by the gradient's length times that."""
+    lab, page, _, _ = explained
+    z_0 = lab.edit(lab.cfg.tau)[1]
+    frames = explain.decode_frames(lab.base.vae, z_0, lab.g).clamp(.02, .98).requires_grad_()
+    f = explain.tar_weights(lab.g, 16, .7)
+    R = explain.aggregate(lab.reward(frames, lab.captions), f)
+    [gradient] = torch.autograd.grad(R.sum(), frames)
+    longest = gradient[0].flatten(1).norm(dim=1).argmax().item()
+    assert longest == int(np.argmax(page["states"][3]["lambdas"]["0.7"]["norms"]))
+    picture = pages.heat(gradient[0, longest].norm(dim=0).numpy())
+    assert picture.shape == (32, 32, 3) and picture.max() > 240 > 20 > picture.min()
+
+
+def test_every_panel_names_a_function_that_exists_and_every_equation_is_there(explained):
+    text = explained[3].read_text()
+    named = re.findall(r'data-function="(\w+)\.(\w+)"', text)
+    assert len(named) > 15
+    for module, function in named:
+        assert callable(getattr(importlib.import_module(module), function)), f"{module}.{function}"
+    tags = " ".join(re.findall(r'<span class="tag">([^<]*Eq[^<]*)</span>', text))
+    assert {int(n) for n in re.findall(r"\d+", re.sub(r"Sec\. [\d.]+", "", tags))} >= {3, 4, 5, 6, 7, 8, 9}
+
+
+def test_the_source_on_the_page_is_the_source(explained):
+    lines = explained[1]["source"]
+    for line, _ in lines:
+        assert line in inspect.getsource(train)
+    assert {panel for _, panel in lines} - {""} == set(explain.PANELS.values())
+    assert sum(bool(panel) for _, panel in lines) == len(explain.PANELS)
+
+
+def test_where_projections_stand():
+    places = {"transformer_in.transformer_blocks.0.attn1.to_q": ("entrance", "across frames"),
+              "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k": ("down 1", "to the caption"),
+              "mid_block.attentions.0.transformer_blocks.0.attn1.to_v": ("middle", "within a frame"),
+              "up_blocks.0.temp_attentions.1.transformer_blocks.0.attn2.to_out.0": ("up 0", "across frames")}
+    from support.step_pictures import block_and_kind, unet_table
+    assert {path: block_and_kind(path) for path in places} == places
+    blocks, projections = unet_table(dict.fromkeys(places, 2.))
+    assert blocks["up 0"]["across frames"] == .25 and projections == dict.fromkeys("qkv", .25) | {"out": .25}
+
+
+@needs_browser
+def test_the_explain_page_in_a_browser(explained, browser):
+    page = explained[3]
+    check_in_browser(browser, page)
+    assert browser.js("[...document.querySelectorAll('section.card')].map(s => s.id)") == [
+        "source", "clip", "noise", "chain", "edit", "reward", "pixels", "unet", "after", "tau"]
+    assert browser.js("[...document.querySelectorAll('pre a')].every(a => document.querySelector(a.getAttribute('href')))")
+    states = data_of(page)["states"]
+    # The sliders start at the step's own setting, and every value shows what was computed for it.
+    assert browser.js("byId('R').textContent") == f"{states['3']['lambdas']['0.7']['R']:.4f}"
+    for S in (1, 16):
+        browser.js(f"byId('segments').value = SEGMENTS.indexOf('{S}'); byId('lambda').value = 0;"
+                   "byId('segments').dispatchEvent(new Event('input'))")
+        assert browser.js("byId('R').textContent") == f"{states[str(S)]['lambdas']['0']['R']:.4f}"
+        assert browser.js("document.querySelectorAll('#frames img.drawn').length") == S
+        assert browser.js("document.querySelectorAll('#heats figure').length") == S
+    browser.js("byId('grad-steps').value = 0; byId('grad-steps').dispatchEvent(new Event('input'))")
+    assert browser.js("byId('k-cosine').textContent") == "1.000" and browser.problems == []
+
+
+# -------------------------------------------------- report.py ------------------------------------------------------
+
+def test_a_report_puts_largest_and_smallest_gains_first(capfd):
+    a, b = write_run(Path("runs/a"), (.1, -.2, .05, .3)), write_run(Path("runs/b"), (.1, -.2, .05, .3), lr=.5)
+    assert script("report.py", a, b, ROOT / "tiny/studies/rank.json", "--out", "page") == 0
+    text = Path("page/report.html").read_text()
+    assert "report.html" in capfd.readouterr().out and len(text) < 8e6
+    order = [text.index(words) for words in ("a green square”", "Smallest gains", "a red circle moving left”")]
+    assert order == sorted(order)
+    # What differs between the runs, and nothing else.
+    runs = [run_report.RunFiles(folder, lambda config: {}) for folder in (a, b)]
+    assert run_report.changed_settings(runs) == [("lr", [2e-3, .5])]
+    [row, _] = run_report.gain_rows(runs)
+    assert row["measures"]["reward"]["gain"] == pytest.approx(.0625) and row["n"] == 4
+    assert row["measures"]["reward"]["error"] == pytest.approx(np.std([.1, -.2, .05, .3], ddof=1) / 2)
+    assert "+0.0625" in text and "rank 16" in text
+    assert script("report.py", "runs", "--out", "both") == 0  # a folder of runs is all of them
+    assert Path("both/report.html").read_text().count('<div class="soft">a: ') == 4
+
+
+def test_the_same_clip_is_on_a_page_once():
+    clips = pages.Clips()
+    assert [clips.add(moving(s)) for s in (1, 2, 1)] == [0, 1, 0] and len(clips.pack(1)) == 2
+
+
+@needs_browser
+def test_the_report_in_a_browser(browser):
+    run = write_run(Path("run"), (.1, -.2, .05, .3))
+    assert script("report.py", run, "--out", ".") == 0
+    page = Path("report.html")
+    check_in_browser(browser, page)
+    # A caption is text, whatever it says.
+    assert browser.js("document.getElementById('injected')") is None and browser.js("document.title").startswith("Report")
+    assert NASTY in browser.js("document.body.innerText")
+    assert browser.js("document.querySelectorAll('svg.chart polyline').length") == 3
+    # Clips that are far from the screen are not decoded.
+    browser.open(page, 1200, 300)
+    browser.js(SCROLL)
+    browser.wait_for("near.size > 0")
+    assert browser.js("near.size") < browser.js("document.querySelectorAll('canvas').length") == 12
+
+
+# --------------------------------------------- a blind comparison --------------------------------------------------
+
+def test_a_blind_page_does_not_say_which_side_is_which():
+    first, second = write_clips(Path("first-model"), 4, 0), write_clips(Path("second-model"), 4, 50)
+    assert script("report.py", "--blind", first, second, "--out", "blind") == 0
+    page, key = Path("blind/blind.html"), votes.read_key("blind/key.json")
+    assert "first-model" not in page.read_text() and "second-model" not in page.read_text()
+    data = data_of(page)
+    # Clips are numbered by where they are shown, and that is all the page knows.
+    assert [(p["left"], p["right"]) for p in data["pairs"]] == [(2 * i, 2 * i + 1) for i in range(4)]
+    assert all(set(p) == {"caption", "left", "right"} for p in data["pairs"])
+    assert all(set(clip) == {"src", "frames", "columns", "width", "height"} for clip in data_of(page, "clips"))
+    # Yet the key tells, truly.
+    packed = data_of(page, "clips")
+    for pair, shown in zip(key["pairs"], data["pairs"]):
+        expected = pages.Clips()
+        expected.add(run_report.read_clip((first if pair["left"] == "a" else second) / f"{pair['name']}.gif"))
+        assert packed[shown["left"]]["src"] == expected.pack(1)[0]["src"]
+
+
+def test_sides_and_order_are_drawn_anew_and_evenly():
+    pairs = [{"name": f"{i:04d}", "caption": "c", "set": "all", "reward": None} for i in range(100)]
+    keys = [votes.draw_key(("x", "y"), pairs) for _ in range(2)]
+    for key in keys:
+        assert sum(p["left"] == "a" for p in key["pairs"]) == 50
+        assert sorted(p["name"] for p in key["pairs"]) == [p["name"] for p in pairs]
+    assert keys[0]["comparison"] != keys[1]["comparison"]
+    assert [p["left"] for p in keys[0]["pairs"]] != [p["left"] for p in keys[1]["pairs"]]
+    assert [p["name"] for p in keys[0]["pairs"]] != [p["name"] for p in keys[1]["pairs"]]
+
+
+@needs_browser
+def test_voting_in_a_browser(browser, capfd):
+    """A hundred prompts: keys vote, a reload keeps votes, and what is exported and counted is what was voted."""
+    write_clips(Path("a"), 100, 0), write_clips(Path("b"), 100, 500)
+    Path("in.txt").write_text("".join(f"{PROMPTS[i % 4]}\n" for i in range(60)))
+    Path("new.txt").write_text("".join(f"{PROMPTS[i % 4]}\n" for i in range(40)))
+    assert script("report.py", "--blind", "a", "b", "--prompts", "in=in.txt", "--prompts", "new=new.txt",
+                  "--out", "blind") == 0
+    page, key = Path("blind/blind.html"), votes.read_key("blind/key.json")
+    assert page.stat().st_size < 8e6 and {p["set"] for p in key["pairs"]} == {"in", "new"}
+    check_in_browser(browser, page)
+    assert browser.js("document.querySelectorAll('canvas').length") == browser.js("near.size") == 2  # of 200
+    captions = [p["caption"] for p in key["pairs"]]
+    assert browser.js("byId('caption').textContent") == f"“{captions[0]}”" and browser.js("byId('injected')") is None
+
+    keys = ["ArrowLeft", "ArrowRight", "ArrowDown", "ArrowDown", "ArrowRight"]
+    for i, press in enumerate(keys):
+        browser.press(press)
+        browser.wait_for(f"state.at === {(i + 1) // 2}")
+    browser.press("Backspace")
+    assert browser.js("state.at") == 1
+    browser.press("ArrowLeft")  # both questions were answered: a key changes nothing unasked
+    browser.reload()
+    assert browser.js("[state.at, question, byId('done').textContent]") == [2, "alignment", "2 of 100 done"]
+    browser.js("document.querySelector('[data-question=alignment] [data-side=left]').click()")
+    browser.wait_for("state.at === 3")
+    browser.js("byId('rater').value = 'Anna B'; byId('rater').dispatchEvent(new Event('input'))")
+
+    folder = Path("downloads").resolve()
+    browser.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+    browser.js("byId('export').click()")
+    chromium.wait_until(lambda: list(folder.glob("votes-anna-b.json")))
+    exported = json.loads((folder / "votes-anna-b.json").read_text())
+    assert exported == {"comparison": key["comparison"], "rater": "Anna B", "votes": [
+        {"pair": 0, "quality": "left", "alignment": "right"}, {"pair": 1, "quality": "tie", "alignment": "tie"},
+        {"pair": 2, "quality": "right", "alignment": "left"}]}
+    assert browser.problems == []
+
+    assert script("report.py", "--tally", folder / "votes-anna-b.json", "--key", "blind/key.json", "--out", "count") == 0
+    assert "quality" in capfd.readouterr().out
+    counted = json.loads(Path("count/tally.json").read_text())
+    quality = next(r for r in counted["rows"] if (r["question"], r["set"]) == ("quality", "all"))
+    lefts = [key["pairs"][0]["left"], "tie", {"a": "b", "b": "a"}[key["pairs"][2]["left"]]]
+    assert {k: v[0] for k, v in quality["shares"].items()} == pytest.approx({k: lefts.count(k) / 3 for k in ("a", "tie", "b")})
+
+
+def key_of(lefts, reward=None):
+    return {"comparison": "x", "a": "A", "b": "B", "pairs": [
+        {"name": f"{i:04d}", "caption": "c", "set": "all", "left": left, "reward": reward and reward[i]}
+        for i, left in enumerate(lefts)]}
+
+
+def test_shares_intervals_and_kappas_are_the_textbooks():
+    assert votes.wilson(0., 10) == pytest.approx((0, .2775), abs=1e-4)
+    assert votes.wilson(.5, 100) == pytest.approx((.4038, .5962), abs=1e-4)
+    # Cohen's kappa of 50 yes/no judgements, 20 and 15 of them alike: .4 (Wikipedia).
+    first = ["y"] * 25 + ["n"] * 25
+    assert votes.cohen_kappa(first, ["y"] * 20 + ["n"] * 5 + ["y"] * 10 + ["n"] * 15) == pytest.approx(.4)
+    # Fleiss' own form of example: 14 raters, 10 subjects, 5 categories: .210 (Wikipedia).
+    counts = ["00 0 0 0 14", "0 2 6 4 2", "0 0 3 5 6", "0 3 9 2 0", "2 2 8 1 1", "7 7 0 0 0", "3 2 6 3 0", "2 5 3 2 2",
+              "6 5 2 1 0", "0 2 2 3 7"]
+    rows = [[c for c, n in enumerate(map(int, line.split())) for _ in range(n)] for line in counts]
+    assert votes.fleiss_kappa(rows) == pytest.approx(.210, abs=5e-4)
+    assert votes.cohen_kappa(["a", "a"], ["a", "a"]) is None and votes.cohen_kappa([], []) is None
+
+
+def test_a_prompt_counts_once_however_many_voted():
+    key = key_of("abab", [{"a": 1., "b": 2.}, {"a": 2., "b": 1.}, {"a": 1., "b": 1.}, {"a": 3., "b": 1.}])
+    one = {(i, q): c for i, c in enumerate("abaa") for q in votes.QUESTIONS}
+    two = {(0, "quality"): "b", (1, "quality"): "b"} | {(0, "alignment"): "a"}
+    result = votes.tally(key, {"one": one, "two": two})
+    people = {row["question"]: row for row in result["rows"] if row["who"] == "people"}
+    assert people["quality"]["shares"]["a"][0] == pytest.approx((.5 + 0 + 1 + 1) / 4) and people["quality"]["votes"] == 6
+    reward = next(row for row in result["rows"] if row["who"] == "the reward")
+    assert [reward["shares"][c][0] for c in ("a", "tie", "b")] == [.5, .25, .25]
+    kappas = {(a["question"], a["between"]): a for a in result["agreement"]}
+    assert kappas["quality", "2 raters"]["prompts"] == 2 and kappas["quality", "2 raters"]["measure"] == "Cohen's kappa"
+    assert kappas["quality", "most raters and the reward"]["prompts"] == 4
+    three = votes.tally(key, {"one": one, "two": one, "three": one})
+    assert three["agreement"][0]["kappa"] == pytest.approx(1) and three["agreement"][0]["measure"] == "Fleiss' kappa"
+
+
+def test_before_and_after_of_one_run_and_the_rewards_own_choice():
+    run = write_run(Path("run"), (.1, -.2, .05, .3))
+    assert script("report.py", "--blind", f"{run}@0", run, "--out", "blind") == 0
+    key = votes.read_key("blind/key.json")
+    chosen = {key["pairs"][i]["caption"]: c for (i, q), c in votes.reward_choice(key).items() if q == "quality"}
+    assert chosen == dict(zip(PROMPTS, "babb"))
+
+
+# ------------------------------------------------- page plumbing ---------------------------------------------------
+
+def test_small_clips_get_their_own_size_back_and_others_keep_theirs():
+    small = moving(3)
+    write_video(Path("small.mp4"), small, 8)
+    stored = read_video(Path("small.mp4"))
+    found = pages.undo_enlarging(stored)
+    assert stored.shape == (5, 256, 256, 3) and found.shape == small.shape
+    assert np.abs(found.astype(int) - small).mean() < 6
+    assert np.array_equal(pages.undo_enlarging(enlarge(small)), small)
+    waves = np.sin(np.arange(256) / 9)[:, None] * np.cos(np.arange(256) / 7)
+    smooth = (127 + 100 * waves)[None, :, :, None].repeat(3, -1).repeat(2, 0).astype(np.uint8)
+    assert pages.undo_enlarging(smooth).shape == smooth.shape
+
+
+def test_clips_are_compressed_until_they_fit():
+    clips, noise = pages.Clips(), np.random.default_rng(0)
+    for _ in range(3):
+        clips.add(noise.integers(0, 255, (4, 80, 80, 3)).astype(np.uint8))
+    whole = sum(len(clip["src"]) for clip in clips.pack(8)) / 1e6
+    assert clips.quality == 100 and not clips.halved
+    assert sum(len(clip["src"]) for clip in clips.pack(whole / 5)) / 1e6 <= whole / 5 and clips.quality < 100
+    assert clips.pack(whole / 60)[0]["width"] < 80 and clips.halved
+    with pytest.raises(ValueError, match="do not fit"):
+        clips.pack(1e-6)
+
+
+def test_a_page_above_its_limit_is_not_written():
+    with pytest.raises(ValueError, match="above --max-mb 0.001"):
+        pages.write_page(Path("x.html"), "blind.html", .001, title="t", fps=8, clips=[], comparison="c", pairs=[], questions={})
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("words, message", [
+    (["report.py"], "give either run folders"),
+    (["report.py", "run", "--blind", "a", "b"], "found runs and blind"),
+    (["report.py", "nothing"], "nothing: holds no run"),
+    (["report.py", "broken.json"], "not the file of a study"),
+    (["report.py", "run", "--out", "broken.json"], "is a file"),
+    (["report.py", "run", "--max-mb", "0"], "max_mb = 0.0"),
+    (["report.py", "--blind", "run@7", "run"], "no evaluation at that step; there are 0, 10, 20"),
+    (["report.py", "--blind", "run", "clips"], "not in both"),
+    (["report.py", "--blind", "clips", "wide"], "must be alike"),
+    (["report.py", "--tally", "run/config.json"], "no key"),
+    (["report.py", "--tally", "broken.json", "--key", "broken.json"], "not the key of a blind comparison"),
+    (["report.py", "--tally", "broken.json", "--key", "key.json"], "another comparison"),
+    (["report.py", "--tally", "bad.json", "--key", "key.json"], "must be one of left, tie, right"),
+    (["report.py", "--tally", "good.json", "good.json", "--key", "key.json"], "each rater counts once"),
+    (["explain.py", "--tau", "2"], "tau = 2.0"), (["explain.py", "--step", "-1"], "step = -1"),
+    (["explain.py", "--base", "random:64"], "no clips"),
+])
+def test_bad_input_is_one_line_and_nothing_is_written(words, message, capfd, inputs, monkeypatch):
+    monkeypatch.chdir(inputs)
+    before = sorted(inputs.rglob("*"))
+    assert script(*words) == 2
+    error = capfd.readouterr().err.strip()
+    assert message in error and "\n" not in error and error.startswith(words[0])
+    assert sorted(inputs.rglob("*")) == before
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Files for the test above."""
+    folder = tmp_path_factory.mktemp("inputs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_run(Path("run"), (.1, -.2, .05, .3))
+        write_clips(Path("clips"), 2, 0)
+        Path("wide").mkdir()
+        for path in sorted(Path("clips").iterdir()):
+            iio.imwrite(Path("wide") / path.name, moving(1, frames=7), duration=125, loop=0)
+        Path("broken.json").write_text("{}")
+        Path("key.json").write_text(json.dumps(key_of("ab")))
+        for name, side in (("good", "left"), ("bad", "middle")):
+            content = {"comparison": "x", "rater": "r", "votes": [{"pair": 0, "quality": side}]}
+            Path(f"{name}.json").write_text(json.dumps(content))
+    return folder
