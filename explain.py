@@ -49,7 +49,7 @@ class Config(train.Config):
     """Take one training step apart, on one clip. Flags of train.py mean the same; those that concern a
     whole run (its length, evaluation, saving) change nothing here."""
     step: int = 0
-    """which step of the run, from 0: it decides the clip, its noise and its frames"""
+    """which step of a run, from 0: with the seed it decides the clip, its noise and its frames"""
     lora: Path | None = None
     """adapters to start from; default fresh ones, as a run starts"""
     max_mb: float = 8.

@@ -36,10 +36,10 @@ def draw_step(path, columns, g, r, f, R, norms, caption, reward):
     """
     from matplotlib.figure import Figure
     S, n = len(g), len(columns)
-    height = 1.1 * S + .95                                                    # inches, words included
+    height = 1.1 * S + 1.05                                                   # inches, words included
     figure = Figure(figsize=(1.16 * n + 2.7, height), facecolor="white")
     grid = figure.add_gridspec(S, n + 2, width_ratios=[1] * n + [1.05, 1.05], wspace=.05, hspace=.05,
-                               left=.055, right=.985, top=1 - .62 / height, bottom=.36 / height)
+                               left=.055, right=.985, top=1 - .62 / height, bottom=.46 / height)
     for c, (title, below, pictures) in enumerate(columns):
         for s in range(S):
             axis = figure.add_subplot(grid[s, c])
@@ -61,8 +61,8 @@ def draw_step(path, columns, g, r, f, R, norms, caption, reward):
             axis.text(0, .26, f"{values[s]:.3g}", fontsize=9)
             if s == 0:
                 axis.set_title(title, fontsize=9)
-    figure.text(.055, .1 / height, f"“{caption[:70]}”", fontsize=10, parse_math=False)
+    figure.text(.055, .17 / height, f"“{caption[:70]}”", fontsize=10, parse_math=False)
     formula = f"$R = \\frac{{1}}{{S}}\\sum_i f_i r_i = {R:.4f}$ (Eq. 8), loss $= -R$ (Eq. 9)"
-    figure.text(.985, .1 / height, formula, fontsize=10, ha="right")
+    figure.text(.985, .17 / height, formula, fontsize=10, ha="right")
     with write_whole(path) as hidden:
         figure.savefig(hidden, dpi=110, format="png")
