@@ -24,6 +24,7 @@ The symbols of the whole repository:
 | tau    | tau                  | share of the chain that an edit runs through, 0.6  | Sec. 4.2   |
 | t_noi  | noise_step           | d(tau D), the step that a clip is noised to        | Eq. (4)    |
 | K      | grad_steps           | last steps of the chain that carry gradient, 1     | Sec. 3.3   |
+| eta    | eta                  | share of fresh noise in a step, 0: deterministic   | -          |
 | w      | guidance             | scale of classifier-free guidance, 3               | -          |
 | F, S   | num_frames, segments | frames of a clip, 16; segments of it, 4            | Sec. 3.3   |
 | g(i)   | g, index             | the frame drawn from segment i                     | Sec. 3.2.2 |
@@ -138,17 +139,26 @@ def guided_eps(eps_model, z_t, t, text, uncond, guidance):
     return eps_u + guidance * (eps_c - eps_u)                                 # (B, C, F, H, W)
 
 
-def ddim_step(z_t, eps, t, t_prev, alpha_bar):
+def ddim_mean_std(z_t, eps, t, t_prev, alpha_bar, eta):
     """
-    One deterministic DDIM step, z_t -> z_{t_prev} (arXiv:2010.02502, Eq. (12) with sigma = 0).
+    One stochastic DDIM step: z_{t_prev} ~ N(mean, std^2) (arXiv:2010.02502, Eqs. (12) and (16)).
 
-    Take out the noise to see z_0, then put back as much as belongs to t_prev. The last step goes to
-    abar[0], not to 1, in the official code and in diffusers alike (diffusion_ddim.py:583).
+    Take out the noise to see z_0, then put back as much as belongs to t_prev, a part std of it
+    fresh. eta = 0 has none (DDIM), eta = 1 as much as DDPM. The last step goes to abar[0], not to
+    1, in the official code and in diffusers alike (diffusion_ddim.py:583).
+
+    z_t, eps (B,C,F,H,W), t > t_prev ints -> mean (B,C,F,H,W), std a float.
     """
     # Python floats keep float64 arithmetic on any device.
     a, a_prev = float(alpha_bar[t]), float(alpha_bar[max(t_prev, 0)])
+    std = eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)) ** 0.5
     z_0 = (z_t - (1 - a) ** 0.5 * eps) / a**0.5
-    return a_prev**0.5 * z_0 + (1 - a_prev) ** 0.5 * eps                      # (B, C, F, H, W)
+    return a_prev**0.5 * z_0 + (1 - a_prev - std**2) ** 0.5 * eps, std
+
+
+def ddim_step(z_t, eps, t, t_prev, alpha_bar):
+    """One deterministic DDIM step, z_t -> z_{t_prev}: the mean for eta = 0, which has std 0."""
+    return ddim_mean_std(z_t, eps, t, t_prev, alpha_bar, eta=0.)[0]           # (B, C, F, H, W)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -223,7 +223,7 @@ PRESETS = {
         eval_every=1000, eval_count=0, save_every=500, clips_at_once=1, guidance=GUIDANCE)}
 
 
-def check(cfg):
+def check(cfg, needs_clips=True):
     """All that can be known before anything is loaded or written; ValueError in one line."""
     # Each number by itself.
     settings.check_training(cfg, world_size=rank_and_size()[1])
@@ -233,14 +233,13 @@ def check(cfg):
 
     # What the method's own functions ask of them.
     check_edit(cfg.tau, cfg.num_steps, cfg.grad_steps)
-    check_edit(1., cfg.num_steps, 1)  # the whole chain, which evaluation runs
     segment_edges(cfg.frames, cfg.segments)  # raises for more segments than frames
     tar_weights(torch.zeros(1, 1), cfg.frames, cfg.lambda_tar)  # raises for a bad lambda
 
     # Only the tiny world comes with clips.
-    if cfg.data is None and cfg.base != "tiny":
+    if needs_clips and cfg.data is None and cfg.base != "tiny":
         raise ValueError("no clips: --data LIST must name some (only the tiny world draws its own)")
-    if cfg.data is None and (cfg.frames, cfg.size or 32) != (16, 32):
+    if needs_clips and cfg.data is None and (cfg.frames, cfg.size or 32) != (16, 32):
         raise ValueError(f"frames = {cfg.frames}, size = {cfg.size}: the tiny world draws 16 "
                          "frames of 32 x 32 pixels; --data is needed for others")
     if cfg.tensorboard:
@@ -312,11 +311,13 @@ def open_run(cfg, folder, resumed, base, reward, prompts, draw, stop):
         resumed=resumed, data=getattr(draw, "data", None))
 
 
-def main(argv, presets=PRESETS, description=__doc__, check=check, method=instruct_video):
+def main(argv, presets=PRESETS, description=__doc__, check=check, method=instruct_video, loop=train,
+         script="train.py"):
     """
     Everything from the command line to the last line printed; returns the exit status.
 
-    Another method brings its own presets, check(cfg), and method(cfg, base, reward) -> draw, score.
+    Another method brings presets, check(cfg), method(cfg, base, reward) -> draw, score, and maybe
+    a loop of its own, which decides what these two are.
     """
     cfg = settings.parse(argv, presets, description)
     device = join_ranks(cfg.device)
@@ -347,7 +348,7 @@ def main(argv, presets=PRESETS, description=__doc__, check=check, method=instruc
     with catch_signals() as caught:
         run = open_run(cfg, folder, resumed, base, reward, prompts, draw, lambda: bool(caught))
         return run_folder.train_and_report(
-            run, lambda: train(cfg, parameters, draw, score, run), caught)
+            run, lambda: loop(cfg, parameters, draw, score, run), caught, script)
 
 
 if __name__ == "__main__":

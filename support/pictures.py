@@ -95,8 +95,8 @@ def markdown(rows):
 
 def draw_curves(lines, reward_name, path):
     """
-    curves.png from the lines of metrics.jsonl: the reward of the edits, step by step, and of videos from pure noise, with the
-    judge's measures if there are any.
+    curves.png from the lines of metrics.jsonl: the reward of the training videos, step by step, and of videos from pure noise,
+    with the judge's measures if there are any.
     """
     from matplotlib.figure import Figure  # not pyplot: no window system is wanted
     steps = [line for line in lines if line.get("reward") is not None]
@@ -108,7 +108,7 @@ def draw_curves(lines, reward_name, path):
     figure = Figure(figsize=(5 * panels, 3.6))
     axes = figure.subplots(1, panels)
     axes[0].plot([s["step"] for s in steps], [s["reward"] for s in steps], lw=1)
-    axes[0].set(title="edits of real clips", ylabel=reward_name)
+    axes[0].set(title="videos of the training steps", ylabel=reward_name)
     x = [e["step"] for e in evals]
     for name in evals[0]["eval"]:
         axes[1].plot(x, [number(e["eval"][name]["reward_mean"]) for e in evals], marker="o", label=name)

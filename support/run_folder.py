@@ -450,7 +450,7 @@ def clear(folder):
     """Remove an earlier run's files, and nothing else; config.json goes last, so an interrupted clear still counts as a run."""
     for name in ("samples", "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for pattern in ("state.pt", "state_*.pt", "lora.safetensors", "best.safetensors", "metrics.jsonl", "curves.png",
-                    "before_after.png", "before_after.gif", "run.json", "config.json"):
+    for pattern in ("state.pt", "state_*.pt", "lora.safetensors", "best.safetensors", "metrics.jsonl", "rewards.jsonl",
+                    "round_*.safetensors", "curves.png", "before_after.png", "before_after.gif", "run.json", "config.json"):
         for file in folder.glob(pattern):
             file.unlink()

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def commands():
     """(file, words) of each python and torchrun command, in ```bash blocks of .md files and in the docstrings of scripts."""
-    for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("*.py"), *ROOT.glob("tiny/*.md"), *ROOT.glob("tiny/*.py")]):
+    for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("*.py"), *ROOT.glob("tiny/*.md"), *ROOT.glob("tiny/*.py"),
+                        *ROOT.glob("methods/*.py"), ROOT / "docs/methods.md"]):
         text = path.read_text()
         blocks = [ast.get_docstring(ast.parse(text)) or ""] if path.suffix == ".py" else \
             re.findall(r"```(?:bash|sh|console)\n(.*?)```", text, re.DOTALL)

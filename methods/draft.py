@@ -1,0 +1,114 @@
+"""
+DRaFT-K: follow the reward's gradient through the last K steps of a chain that starts from noise.
+
+    python methods/draft.py                                    # the tiny world, in minutes
+    python methods/draft.py --grad-steps 20 --truncate random  # AlignProp
+    torchrun --nproc_per_node=4 methods/draft.py modelscope --prompts-train prompts.txt \
+        --prompts animals=animals.txt
+
+Paper: DRaFT (arXiv:2309.17400), Algorithm 1; AlignProp (arXiv:2310.03739), randomised truncation.
+
+Against train.py: (1) it starts from pure noise and needs prompts only; (2) it runs the whole chain;
+(3) --truncate random draws K anew in each step, so that no step of the chain is always left out.
+InstructVideo is DRaFT-K but for where the chain starts. Frames are chosen and weighted as there.
+
+Letters: B videos, C channels, F frames, S segments, h and w latent rows and columns, N text tokens,
+E their width.
+"""
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train  # noqa: E402
+from data import batch_indices  # noqa: E402
+from evaluate import prompt_sets  # noqa: E402
+from reward import aggregate, segment_frames, tar_weights  # noqa: E402
+from sampler import alpha_bars, chain  # noqa: E402
+from support import prompting  # noqa: E402
+from support.processes import rank_and_size, run_script  # noqa: E402
+from support.seeds import sample_generator  # noqa: E402
+
+
+def draft_rewards(base, reward, uncond, batch, cfg):
+    """
+    Algorithm 1, from noise to the reward of a video.
+
+    batch: noise (B, C, F, h, w), text (B, N, E), g (B, S), captions [B], K [B]; uncond (1, N, E).
+    Returns R (B,), with gradient, and the plain mean of the frame scores (B,), without.
+    """
+    noise, text, g, captions, grad_steps = batch
+
+    # 1. The whole chain; only its last K steps build a graph. K is the same for a whole step.
+    D, K = cfg.num_steps, grad_steps[0]
+    z_0 = chain(base.denoiser, noise, text, uncond, D, D, cfg.guidance, alpha_bars(), K)
+
+    # 2. Score one frame of each segment (SegVR), weighted by the distance from the centre (TAR).
+    chunk = 1 if cfg.low_memory else cfg.decode_chunk
+    frame_scores = train.score_frames(base.vae, reward, z_0, g, captions, chunk)   # (B, S)
+    R = aggregate(frame_scores, tar_weights(g, z_0.shape[2], cfg.lambda_tar))      # (B,)
+    return R, frame_scores.detach().mean(dim=1)                               # (B,), (B,)
+
+
+def last_steps(step, cfg):
+    """K of a step: --grad-steps, or a random number up to it, the same on all ranks."""
+    if cfg.truncate == "fixed":
+        return cfg.grad_steps
+    generator = sample_generator(cfg.seed, step, "truncate")
+    return int(torch.randint(1, cfg.grad_steps + 1, (), generator=generator))
+
+
+# ----------------------------------------------------------------------------------------------
+# Settings, and the parts for train.main
+
+@dataclass(frozen=True)
+class Config(prompting.PromptSettings, train.Config):
+    """Fine-tune a text-to-video model by DRaFT-K, from prompts."""
+    truncate: str = "fixed"
+    """fixed: K is always --grad-steps (DRaFT-K); random: K is drawn from 1 to --grad-steps in each
+    step (AlignProp, with --grad-steps D)"""
+
+
+PRESETS = {
+    "tiny": Config(),
+    "modelscope": Config(**prompting.MODELSCOPE, steps=20_000, batch_size=8, lr=1e-5)}
+
+
+def check(cfg):
+    """All that can be known before anything is loaded; ValueError in one line."""
+    train.check(cfg, needs_clips=False)
+    prompting.check_prompts(cfg)
+    if cfg.truncate not in ("fixed", "random"):
+        raise ValueError(f"truncate {cfg.truncate!r}: must be fixed or random")
+
+
+def method(cfg, base, reward):
+    """DRaFT-K as the two functions that train.train takes."""
+    prompts = prompting.training_prompts(
+        cfg, base, lambda: prompt_sets(base, (), 0)["in_domain"])
+    uncond = base.encode_text([""])                                           # (1, N, E)
+
+    pick_frames = lambda own: segment_frames(cfg.frames, cfg.segments, 1, own)[0]         # (S,)
+
+    def draw(step):
+        share = batch_indices(step, cfg.batch_size, len(prompts), cfg.seed, *rank_and_size())
+        batch = prompting.draw_videos(share, prompts, base, cfg, (cfg.seed, step), pick_frames)
+        return *batch, [last_steps(step, cfg)] * len(share)
+
+    def score(batch):
+        return draft_rewards(base, reward, uncond, batch, cfg)
+
+    return draw, score
+
+
+def main(argv):
+    """As train.main; returns the exit status."""
+    return train.main(argv, PRESETS, __doc__, check, method, script="methods/draft.py")
+
+
+if __name__ == "__main__":
+    run_script("methods/draft.py", lambda: main(sys.argv[1:]),
+               refused=(RuntimeError, OSError, SafetensorError))

@@ -1,0 +1,81 @@
+"""
+Rounds: methods that sample many videos at once, and then learn from them for many steps.
+
+The videos of a round are kept in the run folder. A run that is continued in the middle of a round must learn from the same
+videos, though its adapters have moved on since they were sampled.
+"""
+import json
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from support.files import read_json, write_text, write_whole
+from support.processes import barrier, from_rank_0, gather, is_main_process, rank_and_size
+from support.published import read_tensors
+from support.run_folder import Stopped, read_metrics
+from support.settings import check_at_least
+
+
+def check_rounds(cfg, name):
+    """ValueError unless the rounds divide the steps, and the ranks cfg.<name>, the number of a round's videos or pairs."""
+    check_at_least(cfg, rounds=1, **{name: 1})
+    world_size = rank_and_size()[1]
+    if cfg.steps % cfg.rounds:
+        raise ValueError(f"steps = {cfg.steps}: must be a multiple of {cfg.rounds}, the rounds")
+    if getattr(cfg, name) % world_size:
+        raise ValueError(f"{name} = {getattr(cfg, name)}: must be a multiple of {world_size}, the ranks")
+    if cfg.resume and cfg.rounds > 1 and read_json(cfg.resume / "config.json")["steps"] != cfg.steps:
+        raise ValueError(f"steps = {cfg.steps}: a run of several rounds keeps its steps, since they end its rounds")
+
+
+def round_of(step, cfg):
+    """The round that a step (from 0) belongs to, from 0."""
+    return step * cfg.rounds // cfg.steps
+
+
+def round_tensors(run, number, make):
+    """
+    {name: (n, ...)} of a round, on the CPU: read (memory-mapped) from the run folder, or else made, in parts, and written there.
+
+    make() -> an iterable of this rank's parts, {name: (b, ...)}, in order of their places in the whole; the ranks' shares
+    follow each other. A signal ends the work on it (Stopped): it will be made again.
+    """
+    path = run.folder / f"round_{number:03d}.safetensors"
+    if not from_rank_0(path.is_file()):
+        parts = []
+        for part in tqdm(make(), f"sampling round {number}", leave=False, disable=not is_main_process()):
+            parts.append({name: tensor.cpu() for name, tensor in part.items()})
+            if run.stop() and rank_and_size()[1] == 1:  # with more ranks, leaving alone would keep the others waiting
+                raise Stopped
+        parts = [part for share in gather(parts) for part in share]
+        if is_main_process():
+            with write_whole(path) as hidden:
+                save_file({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, hidden)
+        barrier()
+    return read_tensors(path)
+
+
+class RewardHistory:
+    """
+    The last rewards of each prompt, {prompt: rewards} in `last`, kept in rewards.jsonl, a line for each round.
+
+    run: where it stands; what a killed run wrote of later rounds is dropped. length: rewards kept of a prompt.
+    """
+
+    def __init__(self, run, length):
+        self.path, self.writes, self.length, self.last = run.folder / "rewards.jsonl", run.writes, length, {}
+        lines = read_metrics(self.path) if run.writes and self.path.is_file() else []
+        lines = from_rank_0([line for line in lines if line["step"] < run.step])
+        if self.writes:
+            write_text(self.path, "")
+        for line in lines:
+            self.add(**line)
+
+    def add(self, step, prompts, rewards):
+        """The rewards (n) of a round's videos, whose first step is `step`, and their prompts [n]."""
+        for prompt, reward in zip(prompts, rewards):
+            self.last[prompt] = [*self.last.get(prompt, []), reward][-self.length:]
+        if self.writes:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": step, "prompts": prompts, "rewards": rewards}) + "\n")

@@ -1,0 +1,768 @@
+"""
+methods/: what must be exactly true of each method, and that each runs, resumes and shares its work as train.py does.
+
+The formulas of other codes are worked out here from what they compute; no test depends on what the weights have learned.
+"""
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from safetensors.torch import load_file
+
+import lora
+import sampler
+import train
+from methods import ddpo, dpo, draft, refl, rwr, vader
+from model import load_base
+from reward import load_reward
+from support import run_folder, settings
+from support.published import fingerprint
+
+METHODS = {"draft": draft, "refl": refl, "vader": vader, "ddpo": ddpo, "rwr": rwr, "dpo": dpo}
+SHORT = ["--device", "cpu", "--batch-size", "2", "--num-steps", "2", "--frames", "4", "--segments", "2", "--eval-every", "0"]
+MORE = {"ddpo": ["--updates", "2"], "rwr": ["--rounds", "2", "--videos", "4"], "dpo": ["--rounds", "2", "--pairs", "2"]}
+
+
+@pytest.fixture(autouse=True)
+def aside(tmp_path, monkeypatch):
+    """Every test in a folder of its own, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """(base with adapters that do something, reward, the empty caption's features)."""
+    base = load_base("tiny")
+    g = torch.Generator().manual_seed(0)
+    lora.inject(base.unet, 4, generator=g)
+    with torch.no_grad():
+        for layer in lora.layers(base.unet).values():
+            layer.lora_B.normal_(std=.05, generator=g)
+    return base, load_reward(base_folder=base.folder), base.encode_text([""])
+
+
+CAPTIONS = ["a red circle moving left", "a green square moving up"]
+
+
+def config(module, **changes):
+    return module.Config(**(dict(frames=4, segments=2, batch_size=2, num_steps=4) | changes))
+
+
+def inputs(base, seed=0):
+    """(noise, text, g, captions) of two videos of four frames."""
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(2, 4, 4, *base.latent_size(32, 32), generator=g), base.encode_text(CAPTIONS),
+            torch.tensor([[0, 3], [1, 2]]), CAPTIONS)
+
+
+def gradient(base, R):
+    """Gradient of R's sum in the adapters, as one vector."""
+    return torch.cat([p.flatten() for p in torch.autograd.grad(R.sum(), lora.parameters(base.unet))])
+
+
+def apart(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+# ------------------------------------------------ The stochastic step ------------------------------------------------
+
+@pytest.mark.parametrize("eta", [1., .5])
+def test_the_stochastic_step_is_diffusers(eta):
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                              set_alpha_to_one=False, steps_offset=1)
+    scheduler.set_timesteps(20)
+    scheduler.alphas_cumprod = sampler.alpha_bars()  # its own is float32
+    scheduler.final_alpha_cumprod = sampler.alpha_bars()[0]
+    z_t, eps, fresh = torch.randn(3, 2, 4, 3, 5, 5, dtype=torch.float64)
+    for i in range(20, 0, -1):
+        t = sampler.ddpm_step(i, 20)
+        mean, std = sampler.ddim_mean_std(z_t, eps, t, t - 50, sampler.alpha_bars(), eta)
+        theirs = scheduler.step(eps, t, z_t, eta=eta, variance_noise=fresh).prev_sample
+        torch.testing.assert_close(mean + std * fresh, theirs, rtol=1e-6, atol=1e-6)
+        assert std > 0
+
+
+def test_eta_0_is_the_deterministic_step_bit_for_bit():
+    z_t, eps = torch.randn(2, 2, 4, 3, 5, 5)
+    for t, t_prev in ((951, 901), (51, 1), (1, -49)):
+        mean, std = sampler.ddim_mean_std(z_t, eps, t, t_prev, sampler.alpha_bars(), 0.)
+        a, a_prev = (float(sampler.alpha_bars()[max(i, 0)]) for i in (t, t_prev))
+        plain = a_prev**.5 * ((z_t - (1 - a) ** .5 * eps) / a**.5) + (1 - a_prev) ** .5 * eps  # Eq. (12) with sigma = 0
+        assert std == 0 and torch.equal(mean, plain)
+        assert torch.equal(mean, sampler.ddim_step(z_t, eps, t, t_prev, sampler.alpha_bars()))
+
+
+def test_eta_1_leaves_the_noise_level_as_it_is():
+    """What is taken of eps and what is fresh add up to the variance 1 - abar of t_prev."""
+    abar = sampler.alpha_bars()
+    zero, one = torch.zeros(1, 1, 1, 1, 1, dtype=torch.float64), torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)
+    for t, t_prev in ((951, 901), (51, 1)):
+        # z_t = 0 leaves -sqrt(1 - abar_t) eps sqrt(abar_prev / abar_t) of z_0, so what is left of eps is:
+        mean, std = sampler.ddim_mean_std(zero, one, t, t_prev, abar, 1.)
+        of_z0 = -((1 - abar[t]) * abar[t_prev] / abar[t]).sqrt()
+        assert ((mean - of_z0) ** 2 + std**2).item() == pytest.approx(1 - abar[t_prev].item(), abs=1e-12)
+
+
+# ------------------------------------------------------ DRaFT-K ------------------------------------------------------
+
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_drafts_gradient_is_that_of_the_chain_cut_by_hand(parts, K):
+    base, reward, uncond = parts
+    noise, text, g, captions = inputs(base)
+    cfg = config(draft, grad_steps=K)
+    R, plain = draft.draft_rewards(base, reward, uncond, (noise, text, g, captions, [K, K]), cfg)
+
+    # Ordinary backpropagation through all four steps, cut before the last K: with K = D it is not cut at all.
+    z = noise
+    for i in (4, 3, 2, 1):
+        z = z.detach() if i == K else z
+        eps = sampler.guided_eps(base.denoiser, z, 250 * (i - 1) + 1, text, uncond, cfg.guidance)
+        z = sampler.ddim_step(z, eps, 250 * (i - 1) + 1, 250 * (i - 2) + 1, sampler.alpha_bars())
+    scores = train.score_frames(base.vae, reward, z, g, captions)
+    by_hand = (scores * torch.exp(-1. * (g - 2).abs())).mean(dim=1)
+    torch.testing.assert_close(R, by_hand, rtol=0, atol=1e-5)
+    torch.testing.assert_close(plain, scores.detach().mean(dim=1), rtol=0, atol=1e-5)
+    assert apart(gradient(base, R), gradient(base, by_hand)) < 1e-3
+
+
+def test_the_edit_from_tau_1_of_an_empty_clip_is_draft(parts):
+    """z = 0 and eps / sqrt(1 - abar[951]): the edit then starts from the noise itself."""
+    base, reward, uncond = parts
+    noise, text, g, captions = inputs(base)
+    cfg = config(draft)
+    R, _ = draft.draft_rewards(base, reward, uncond, (noise, text, g, captions, [1, 1]), cfg)
+    eps = noise / (1 - sampler.alpha_bars()[751].item()) ** .5
+    edit, _ = train.edit_rewards(base, reward, uncond, (torch.zeros_like(noise), eps, text, g, captions), cfg)
+    assert cfg.tau == 1.
+    torch.testing.assert_close(R, edit, rtol=0, atol=1e-5)
+    assert apart(gradient(base, R), gradient(base, edit)) < 1e-3
+
+
+def test_the_random_cut_takes_every_k_and_is_the_same_for_all_ranks():
+    cfg = config(draft, truncate="random", grad_steps=4)
+    drawn = [draft.last_steps(step, cfg) for step in range(60)]
+    assert set(drawn) == {1, 2, 3, 4} and drawn == [draft.last_steps(step, cfg) for step in range(60)]
+    assert {draft.last_steps(step, replace(cfg, truncate="fixed")) for step in range(9)} == {4}
+
+
+# -------------------------------------------------------- ReFL --------------------------------------------------------
+
+def test_refls_prediction_at_the_last_step_and_the_chains_end(parts):
+    """sqrt(abar[0]) z_0 + sqrt(1 - abar[0]) eps is where the chain ends: abar[0] = .99915, not 1."""
+    base, _, uncond = parts
+    noise, text, *_ = inputs(base)
+    cfg, seen = config(refl), []
+    denoise = base.denoiser
+
+    class Spy:
+        def denoiser(self, z, t, text):
+            seen.append(denoise(z, t, text))
+            return seen[-1]
+    z_0 = refl.predict(Spy(), noise, text, uncond, 1, cfg)
+    end = sampler.sample(denoise, noise, text, uncond, 4, cfg.guidance)
+    eps_c, eps_u = seen[-1].chunk(2)
+    a = sampler.alpha_bars()[0].item()
+    # The chain's eps of step 1 predicts z_0 from abar[1]; put back to abar[0] it gives the end of the chain.
+    torch.testing.assert_close(a**.5 * z_0 + (1 - a) ** .5 * (eps_u + cfg.guidance * (eps_c - eps_u)), end, rtol=0, atol=1e-4)
+    assert [eps.requires_grad for eps in seen] == [False, False, False, True]
+
+
+def test_refl_stops_late_and_all_videos_of_a_step_together(parts, monkeypatch):
+    base, reward, uncond = parts
+    cfg = config(refl, num_steps=40)
+    draw, score = refl.method(cfg, base, reward)
+    drawn = [draw(step)[4] for step in range(60)]
+    assert all(m[0] == m[1] for m in drawn) and {m[0] for m in drawn} == set(range(1, 11))  # the last 10 of 40
+    draw, score = refl.method(replace(cfg, num_steps=4, late=1.), base, reward)
+    assert {draw(step)[4][0] for step in range(40)} == {1, 2, 3, 4}
+    R, plain = score(draw(0))
+    assert R.requires_grad and not plain.requires_grad and gradient(base, R).abs().max() > 0
+
+
+# -------------------------------------------------------- VADER --------------------------------------------------------
+
+def test_vader_without_fresh_noise_is_draft_at_lambda_0(parts):
+    base, reward, uncond = parts
+    *batch, captions = inputs(base)
+    keys = [(0, 0, 0, "chain"), (0, 0, 1, "chain")]
+    R, _ = vader.vader_rewards(base, reward, uncond, (*batch, captions, keys), config(vader, eta=0.))
+    expected, _ = draft.draft_rewards(base, reward, uncond, (*batch, captions, [1, 1]), config(draft, lambda_tar=0.))
+    assert torch.equal(R, expected) and torch.equal(gradient(base, R), gradient(base, expected))
+    weighted, _ = vader.vader_rewards(base, reward, uncond, (*batch, captions, keys), config(vader, eta=0., lambda_tar=1.))
+    expected, _ = draft.draft_rewards(base, reward, uncond, (*batch, captions, [1, 1]), config(draft))
+    assert torch.equal(weighted, expected)  # the comparison has it both ways
+
+
+def test_vaders_fresh_noise_is_a_videos_own(parts):
+    base, reward, uncond = parts
+    noise, text, g, captions = inputs(base)
+    keys = [(0, 0, 0, "chain"), (0, 0, 1, "chain")]
+
+    def plain(of=slice(None), eta=1., keys=keys):
+        batch = noise[of], text[of], g[of], captions[of], keys[of]
+        return vader.vader_rewards(base, reward, uncond, batch, config(vader, eta=eta))[1]
+    assert torch.equal(plain(), plain()) and (plain() - plain(eta=0.)).abs().min() > 1e-4
+    torch.testing.assert_close(plain(slice(1, 2)), plain()[1:], rtol=0, atol=1e-5)
+    assert abs(plain(keys=[keys[1]] * 2)[0] - plain()[0]) > 1e-4  # another video's noise
+
+
+def test_vader_scores_random_frames_or_all_in_order(parts):
+    base, reward, uncond = parts
+    seen = []
+
+    def video_reward(frames, captions):
+        seen.append(frames)
+        return frames.mean(dim=(2, 3, 4))
+    for n in (0, 1, 3):
+        draw, score = vader.method(config(vader, frames_scored=n), base, video_reward)
+        batches = [draw(step) for step in range(12)]
+        chosen = {tuple(row) for batch in batches for row in batch[2].tolist()}
+        assert all(list(row) == sorted(set(row)) and len(row) == (n or 4) for row in chosen)
+        assert chosen == {(0, 1, 2, 3)} if n == 0 else len(chosen) > 2
+        score(batches[0])
+        assert seen[-1].shape[:2] == (2, n or 4)
+
+
+# -------------------------------------------------------- DDPO --------------------------------------------------------
+
+def test_log_p_is_the_normals_mean_over_elements_of_each_video():
+    mean, z = torch.randn(2, 3, 4, 2, 2, 2)
+    for std in (.3, torch.tensor(.3, dtype=torch.float64)):
+        expected = torch.distributions.Normal(mean, .3).log_prob(z).flatten(1).mean(dim=1)
+        log_p = ddpo.log_prob(z, mean, std)
+        assert log_p.shape == (3,) and log_p.dtype == torch.float32  # (3,): never a mean over the batch
+        torch.testing.assert_close(log_p, expected, rtol=1e-6, atol=1e-6)
+    # kvablack's formula by hand: two elements 0.5 and -1 away, std 0.5, are -1/2 and -2, less log 0.5 and log sqrt(2 pi).
+    by_hand = (-.5 - 2) / 2 - math.log(.5) - math.log(math.sqrt(2 * math.pi))
+    assert ddpo.log_prob(torch.tensor([[.5, -1.]]), torch.zeros(1, 2), .5).item() == pytest.approx(by_hand, abs=1e-6)
+    half = ddpo.log_prob(z.bfloat16(), mean.bfloat16(), .3)
+    assert half.dtype == torch.float32  # a ratio in bfloat16 would not be 1 before any update
+    assert not ddpo.log_prob(z.requires_grad_(), mean, .3).requires_grad  # what was sampled is data
+
+
+def test_ppo_by_hand():
+    """Three videos: inside the range, above it with A > 0, below it with A > 0."""
+    new = torch.log(torch.tensor([1.00005, 1.001, .999])).requires_grad_()
+    A = torch.tensor([2., 1., 1.])
+    loss = ddpo.ppo_loss(new, torch.zeros(3), A)
+    assert loss.item() == pytest.approx((-2 * 1.00005 - 1 * 1.0001 - 1 * .999) / 3, abs=1e-6)
+    loss.backward()
+    # Clipped only where it would gain by going on: above with A > 0, below with A < 0.
+    torch.testing.assert_close(new.grad, torch.tensor([-2 * 1.00005, 0., -.999]) / 3, rtol=1e-4, atol=1e-7)
+    new.grad = None
+    ddpo.ppo_loss(new, torch.zeros(3), -A).backward()
+    torch.testing.assert_close(new.grad, torch.tensor([2 * 1.00005, 1.001, 0.]) / 3, rtol=1e-4, atol=1e-7)
+    new.grad = None
+    ddpo.ppo_loss(new, torch.zeros(3), A, clip_range=.1).backward()
+    assert (new.grad != 0).all()
+
+
+def test_advantages_by_hand():
+    rewards, prompts = torch.tensor([1., 2., 3., 6.]), ["a", "a", "b", "b"]
+    # No prompt has 16 rewards yet: over the batch, mean 3, std sqrt(3.5) (the population's).
+    torch.testing.assert_close(ddpo.advantages(rewards, prompts), (rewards - 3) / 3.5**.5, rtol=1e-5, atol=1e-5)
+    # Groups: a has mean 1.5 and std 0.5, b has mean 4.5 and std 1.5; each group's sum is 0.
+    torch.testing.assert_close(ddpo.advantages(rewards, prompts, group=2), torch.tensor([-1., 1, -1, 1]), rtol=1e-5, atol=1e-5)
+    # "a" has 14 earlier rewards: with these two it is judged by its own 16; "b" by the batch.
+    last = {"a": [0., 1.] * 7, "b": [9.] * 3}
+    own = torch.tensor([*last["a"], 1., 2.])
+    A = ddpo.advantages(rewards, prompts, last)
+    torch.testing.assert_close(A[:2], (rewards[:2] - own.mean()) / own.std(correction=0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(A[2:], (rewards[2:] - 3) / 3.5**.5, rtol=1e-4, atol=1e-4)
+    # Only the last 16 count, and nothing counts for more than 5.
+    assert torch.equal(ddpo.advantages(rewards, prompts, last | {"a": [99.] * 9 + last["a"]}), A)
+    assert ddpo.advantages(torch.tensor([0.] * 99 + [1]), [*map(str, range(100))]).max() == 5
+    assert ddpo.advantages(torch.ones(4), prompts).abs().max() < 1e-3  # equal rewards teach nothing
+
+
+@pytest.fixture(scope="module")
+def sampled(parts):
+    """A batch as DDPO samples it, of two videos with the advantages 1 and -0.5: (batch for backward, settings)."""
+    torch.set_num_threads(1)
+    base, _, uncond = parts
+    noise, text, *_ = inputs(base)
+    cfg = config(ddpo)
+    path, log_probs = ddpo.sample_path(base, noise, text, uncond, [(0, 0, 0, "chain"), (0, 0, 1, "chain")], cfg)
+    return (path, log_probs, text, None, torch.tensor([1., -.5])), cfg
+
+
+def test_the_ratio_is_1_before_the_first_update(parts, sampled):
+    base, _, uncond = parts
+    (path, old, text, *_), cfg = sampled
+    for i in range(4, 0, -1):
+        mean, std = ddpo.policy(base, path[4 - i], i, text, uncond, cfg)  # with gradient, as in learning
+        ratio = torch.exp(ddpo.log_prob(path[5 - i], mean, std) - old[:, 4 - i])
+        assert (ratio - 1).abs().max() < 1e-6
+
+
+def test_the_first_gradient_is_that_of_reinforce(parts, sampled):
+    base, _, uncond = parts
+    batch, cfg = sampled
+    path, old, text, _, A = batch
+    parameters = lora.parameters(base.unet)
+
+    def of(part, **changes):
+        for p in parameters:
+            p.grad = None
+        loss = ddpo.backward(base, uncond, part, 0, replace(cfg, **changes))
+        return torch.cat([p.grad.flatten() for p in parameters]), loss
+    grad, loss = of(batch)
+    total = 0.
+    for i in range(4, 0, -1):
+        mean, std = ddpo.policy(base, path[4 - i], i, text, uncond, cfg)
+        total = total + (A * ddpo.log_prob(path[5 - i], mean, std)).sum() / (2 * 4)
+    assert apart(grad, -gradient(base, total)) < 1e-3
+    assert loss == pytest.approx(-.5 / 2, abs=1e-5)
+    assert apart(of(batch, grad_accum=2)[0], grad) < 1e-3  # in parts
+    # Half of the steps: others in another step, and an estimate of the same mean.
+    halves = [ddpo.backward(base, uncond, batch, step, replace(cfg, timestep_fraction=.5)) for step in (0, 1)]
+    assert halves == pytest.approx([-.25, -.25], abs=1e-5)
+    for p in parameters:
+        p.grad = None
+
+
+def test_a_group_shares_a_prompt_and_not_its_noise(parts):
+    base, reward, _ = parts
+    cfg = config(ddpo, batch_size=4, group=2)
+    seen = []
+
+    def brightness(frames, captions):
+        seen.append(captions)
+        return frames.mean(dim=(2, 3, 4))
+    sample, _ = ddpo.method(cfg, base, brightness)
+
+    class History:
+        last = {}
+        add = staticmethod(lambda *line: seen.append(line))
+    first, second = sample(0, History)
+    assert len(seen) == 3 and seen[2] == (0, [*seen[0], *seen[1]], seen[2][2]) and len(seen[2][2]) == 8
+    for path, log_probs, _, rewards, A in (first, second):
+        assert log_probs.shape == (4, 4) and rewards.shape == (4,)
+        assert not torch.equal(path[0][0], path[0][1])
+        torch.testing.assert_close(A.view(2, 2).sum(dim=1), torch.zeros(2), rtol=0, atol=1e-3)  # the group's own mean
+    for captions in seen[:2]:
+        assert captions[0] == captions[1] != captions[2] == captions[3]
+
+
+# -------------------------------------------------------- RWR --------------------------------------------------------
+
+def test_reward_weights_by_hand():
+    rewards = torch.tensor([.25, .26, .27, .28])
+    w = rwr.reward_weights(rewards, 1.)
+    r = (rewards.double() - .265) / (.0005 / 4) ** .5  # the population's standard deviation
+    torch.testing.assert_close(w, (4 * r.exp() / r.exp().sum()).float(), rtol=1e-4, atol=1e-5)
+    assert w.sum().item() == pytest.approx(4) and w.max() > 2  # raw rewards would all weigh 1
+    torch.testing.assert_close(rwr.reward_weights(10 * rewards + 3, 1.), w, rtol=1e-3, atol=1e-4)
+    assert rwr.reward_weights(rewards, .1).max() > 3.9 and rwr.reward_weights(rewards, 100.).max() < 1.02
+    assert torch.equal(rwr.reward_weights(torch.full((5,), .3), .5), torch.ones(5))
+
+
+def test_rwr_with_equal_rewards_is_the_plain_denoising_loss(parts):
+    base, reward, _ = parts
+    _, score = rwr.method(config(rwr), base, reward)
+    z, eps = inputs(base)[0], inputs(base, 1)[0]
+    text, t = base.encode_text(CAPTIONS), torch.tensor([951, 51])
+    R, plain = score((z, eps, text, torch.ones(2), torch.zeros(2), t))
+    plain_loss = []
+    for b in (0, 1):  # Eq. (1), one video at a time
+        a = sampler.alpha_bars()[t[b]].item()
+        z_t = a**.5 * z[b:b + 1] + (1 - a) ** .5 * eps[b:b + 1]
+        plain_loss.append((base.denoiser(z_t, t[b:b + 1], text[b:b + 1]) - eps[b:b + 1]).square().mean())
+    torch.testing.assert_close(-R, torch.stack(plain_loss), rtol=1e-4, atol=1e-5)
+    weighted, _ = score((z, eps, text, torch.tensor([0., 2.]), torch.zeros(2), t))
+    torch.testing.assert_close(weighted, R * torch.tensor([0., 2.]), rtol=1e-4, atol=1e-5)
+
+
+# -------------------------------------------------------- DPO --------------------------------------------------------
+
+def errors(*values):
+    return [torch.tensor(v) for v in values]
+
+
+def test_the_dpo_loss_by_hand():
+    """diffusers: -log sigmoid of -1/2 beta times (model's difference of winner and loser, less the reference's)."""
+    e_w, e_l, ref_w, ref_l = errors([.101, .2], [.103, .2], [.102, .2], [.1025, .2])
+    inside = ((.101 - .103) - (.102 - .1025)) * -.5 * 5000  # of the first pair: 3.75
+    expected = (math.log(1 + math.exp(-inside)) + math.log(2)) / 2
+    assert dpo.dpo_loss(e_w, e_l, ref_w, ref_l).item() == pytest.approx(expected, abs=1e-3)
+    assert dpo.dpo_loss(e_w, e_l, ref_w, ref_l, beta=2500.).item() == pytest.approx(
+        (math.log(1 + math.exp(-inside / 2)) + math.log(2)) / 2, abs=1e-3)
+
+
+def test_the_dpo_loss_starts_at_ln_2_falls_for_the_winner_and_has_a_mirror():
+    e_w, e_l = errors([.1, .3], [.2, .1])
+    assert dpo.dpo_loss(e_w, e_l, e_w, e_l).item() == pytest.approx(math.log(2), abs=1e-7)
+    better = dpo.dpo_loss(e_w - 1e-4, e_l, e_w, e_l)
+    assert better < math.log(2) < dpo.dpo_loss(e_w, e_l - 1e-4, e_w, e_l)
+    # -log sigmoid(x) and -log sigmoid(-x) = 1 - sigmoid(x): winner and loser exchanged.
+    worse = dpo.dpo_loss(e_l, e_w - 1e-4, e_l, e_w)
+    assert math.exp(-better.item()) + math.exp(-worse.item()) == pytest.approx(1, abs=1e-6)
+
+
+def test_winner_and_loser_share_prompt_t_and_noise(parts):
+    base, *_ = parts
+    (z_w, text, *_), (z_l, *_), (eps, *_) = inputs(base), inputs(base, 1), inputs(base, 2)
+    t, seen = torch.tensor([100, 700]), []
+
+    def denoiser(*args):
+        seen.append(args)
+        return torch.zeros_like(args[0])
+    e_w, e_l = dpo.pair_errors(denoiser, z_w, z_l, eps, t, text)
+    z_t, both_t, both_text = seen[0]
+    assert both_t.tolist() == [100, 700, 100, 700] and torch.equal(*both_text.chunk(2))
+    a = sampler.alpha_bars()[t].float().view(2, 1, 1, 1, 1)
+    for noised, z in zip(z_t.chunk(2), (z_w, z_l)):
+        torch.testing.assert_close((noised - a.sqrt() * z) / (1 - a).sqrt(), eps, rtol=0, atol=1e-4)
+    assert torch.equal(e_w, e_l)  # of a denoiser that answers 0, the error is the noise's own
+    torch.testing.assert_close(e_w, eps.square().flatten(1).mean(dim=1))
+
+
+def test_pairs_are_two_videos_of_one_prompt_and_the_reward_decides(parts, monkeypatch):
+    base, _, _ = parts
+    made = []
+    monkeypatch.setattr(dpo, "sample", lambda *args: made.append((args[1:3], strengths(base), sampler.sample(*args)))
+                        or made[-1][-1])
+    cfg = config(dpo, pairs=4, lambda_tar=0.)
+    prompts = [*CAPTIONS, "a blue ring moving up", "a cyan cross moving left"]
+
+    def brightness(frames, captions):
+        return frames.mean(dim=(2, 3, 4)) * 1e3  # (B, S)
+    part, = dpo.sample_pairs(base, brightness, prompts, 0, cfg)
+    ((noise, text), strength, z), ((other_noise, other_text), other_strength, other_z) = made
+    assert torch.equal(text, other_text) and strength == other_strength == {0.} and strengths(base) == {1.}
+    assert all(not torch.equal(a, b) for a, b in zip(noise, other_noise))
+    assert torch.equal(text, base.encode_text([prompts[i] for i in part["prompt"]]))
+    for i in range(4):
+        pair = {fingerprint({"z": v[i]}) for v in (part["winner"], part["loser"])}
+        assert pair == {fingerprint({"z": v[i]}) for v in (z, other_z)} and len(pair) == 2
+    # All frames, to be sure: brighter over the two scored frames is nearly always brighter over all four.
+    bright = [train.decode_frames(base.vae, part[k]).mean(dim=(1, 2, 3, 4)) for k in ("winner", "loser")]
+    assert (bright[0] > bright[1]).float().mean() >= .75
+    made.clear()
+    list(dpo.sample_pairs(base, brightness, prompts, 1, cfg))  # later rounds: from the model as it stands
+    assert made[0][1] == {1.}
+
+
+def strengths(base):
+    return {layer.strength for layer in lora.layers(base.unet).values()}
+
+
+def test_dpos_reference_is_the_base(parts):
+    """At step 0 the adapters add nothing, so the loss is ln 2 and moves the adapters only."""
+    base, reward, _ = parts
+    draw, score = dpo.method(config(dpo), base, reward)
+    (z_w, text, *_), (z_l, *_), (eps, *_) = inputs(base), inputs(base, 1), inputs(base, 2)
+    t = torch.tensor([100, 700])
+    R, _ = score((z_w, z_l, eps, t, text, torch.zeros(2)))
+    assert abs(R.mean().item() + math.log(2)) > 1e-3 and strengths(base) == {1.}  # these adapters do something
+    before = [layer.lora_B.detach().clone() for layer in lora.layers(base.unet).values()]
+    with torch.no_grad():
+        for layer in lora.layers(base.unet).values():
+            layer.lora_B.zero_()
+    R, _ = score((z_w, z_l, eps, t, text, torch.zeros(2)))
+    assert R.tolist() == pytest.approx([-math.log(2)] * 2, abs=1e-4) and gradient(base, R).abs().max() > 0
+    with torch.no_grad():
+        for layer, B in zip(lora.layers(base.unet).values(), before):
+            layer.lora_B.copy_(B)
+
+
+# ------------------------------------------- Whole runs: stopped, resumed, shared -------------------------------------------
+
+def run(name, *argv):
+    return METHODS[name].main([*map(str, argv)])
+
+
+def metrics(folder):
+    lines = [json.loads(text) for text in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def assert_same_files(a, b):
+    """The same files; tensors and rewards bit for bit."""
+    assert sorted(path.name for path in Path(a).iterdir()) == sorted(path.name for path in Path(b).iterdir())
+    for path in Path(b).glob("*.safetensors"):
+        x, y = load_file(Path(a, path.name)), load_file(path)
+        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in y), path.name
+    if Path(b, "rewards.jsonl").is_file():
+        assert Path(a, "rewards.jsonl").read_text() == Path(b, "rewards.jsonl").read_text()
+
+
+def stop_after(patch, step):
+    """Sends this process a signal as soon as the metrics of a step are written."""
+    real = run_folder.Run.log_step
+
+    def log_step(self, at, *args):
+        real(self, at, *args)
+        if at == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+    patch.setattr(run_folder.Run, "log_step", log_step)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(name, monkeypatch, capsys):
+    """Three steps or four; the signal comes after the first, in the middle of a round where there are rounds of two."""
+    steps = 4 if name in MORE else 3
+    flags = [*SHORT, *MORE.get(name, []), "--steps", steps, "--save-every", 4, "--lr", "1e-3", "--warmup", 0]
+    bases = []
+    real = train.load_base
+    monkeypatch.setattr(train, "load_base", lambda *args: bases.append(real(*args)) or bases[-1])
+    assert run(name, *flags, "--out", "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        assert run(name, *flags, "--out", "run") == 143
+    assert f"continue with: python methods/{name}.py --resume run" in capsys.readouterr().out
+    assert torch.load("run/state.pt", weights_only=True)["step"] == 2
+    assert run(name, "--resume", "run") == 0
+    assert metrics("run") == metrics("whole") and [line["step"] for line in metrics("run")] == [*range(1, steps + 1)]
+    assert_same_files("run", "whole")
+    # It has learned something, and the frozen base has not.
+    assert any(v.any() for k, v in load_file("run/lora.safetensors").items() if "lora_B" in k)
+    fresh = load_base("tiny")
+    assert lora.base_fingerprint(bases[-1].unet) == fingerprint(fresh.unet.state_dict())
+    lora.set_scale(bases[-1].unet, 0.)
+    noise, text, *_ = inputs(fresh)
+    with torch.no_grad():
+        assert torch.equal(*(base.denoiser(noise, torch.tensor([9, 9]), text) for base in (bases[-1], fresh)))
+
+
+@pytest.mark.parametrize("name", ["ddpo", "dpo", "rwr"])
+def test_killed_in_the_middle_of_a_round(name, monkeypatch):
+    """After a checkpoint at step 2 the run goes on into later rounds and dies: what it left there does no harm."""
+    more = {"rwr": ["--rounds", 2, "--videos", 2], "dpo": ["--rounds", 2, "--pairs", 2], "ddpo": ["--updates", 2]}[name]
+    flags = [*SHORT, *more, "--steps", 4, "--save-every", 2, "--lr", "1e-3", "--warmup", 0]
+    assert run(name, *flags, "--out", "whole") == 0
+    with monkeypatch.context() as patch:
+        real = run_folder.Run.log_step
+        patch.setattr(run_folder.Run, "log_step", lambda self, at, *args: sys.exit(9) if at == 4 else real(self, at, *args))
+        with pytest.raises(SystemExit):
+            run(name, *flags, "--out", "run")
+    assert torch.load("run/state.pt", weights_only=True)["step"] == 2 and metrics("run")[-1]["step"] == 3
+    assert run(name, "--resume", "run") == 0
+    assert metrics("run") == metrics("whole")
+    assert_same_files("run", "whole")
+
+
+def test_a_signal_while_a_round_is_sampled_leaves_no_round(monkeypatch):
+    real = dpo.sample
+
+    def sample(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+    flags = [*SHORT, *MORE["dpo"], "--steps", 2, "--out", "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo, "sample", sample)
+        assert run("dpo", *flags) == 130
+    assert not list(Path("run").glob("round*")) and not list(Path("run").glob(".*"))
+    assert run("dpo", "--resume", "run") == 0 and Path("run/round_001.safetensors").is_file()
+
+
+def test_a_new_run_in_an_old_folder_takes_nothing_of_the_old_rounds():
+    flags = [*SHORT, "--rounds", 2, "--pairs", 2, "--steps", 2]
+    assert run("dpo", *flags, "--out", "run") == 0
+    first = load_file("run/round_000.safetensors")
+    assert run("dpo", *flags, "--out", "run", "--overwrite", "--seed", 1) == 0
+    assert not torch.equal(load_file("run/round_000.safetensors")["winner"], first["winner"])
+    with pytest.raises(ValueError, match="steps = 4: a run of several rounds keeps its steps"):
+        run("dpo", "--resume", "run", "--steps", 4)
+    Path("old").mkdir()
+    Path("old/rewards.jsonl").write_text("x")
+    run_folder.clear(Path("old"))
+    assert not list(Path("old").iterdir())
+
+
+def test_a_run_may_be_made_longer():
+    flags = [*SHORT, "--updates", 1, "--save-every", 1]
+    assert run("ddpo", *flags, "--steps", 2, "--out", "whole") == 0
+    assert run("ddpo", *flags, "--steps", 1, "--out", "run") == 0
+    assert run("ddpo", "--resume", "run", "--steps", 2) == 0
+    assert metrics("run") == metrics("whole")
+    assert Path("run/rewards.jsonl").read_text() == Path("whole/rewards.jsonl").read_text()
+
+
+@pytest.mark.parametrize("name", ["draft", "refl", "vader"])
+def test_a_batch_is_the_same_on_one_rank_and_on_two(parts, monkeypatch, name):
+    base, reward, _ = parts
+    module = METHODS[name]
+    draw, _ = module.method(config(module, batch_size=4), base, reward)
+    whole, shares = draw(3), []
+    for rank in (0, 1):
+        monkeypatch.setattr(module, "rank_and_size", lambda rank=rank: (rank, 2))
+        shares.append(draw(3))
+    for item, *parts_of_it in zip(whole, *shares):
+        if isinstance(item, torch.Tensor):
+            assert torch.equal(item, torch.cat(parts_of_it))
+        else:
+            assert item == sum(parts_of_it, [])
+    assert len({fingerprint({"z": z}) for z in whole[0]}) == 4  # and all of them differ
+
+
+def be_rank(name, argv, rank, port):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    try:
+        status = METHODS[name].main(argv)
+    finally:
+        torch.distributed.destroy_process_group()
+    sys.exit(status)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_two_real_ranks_give_what_one_gives(name):
+    flags = [*map(str, [*SHORT, *MORE.get(name, []), "--steps", 2, "--batch-size", 4, "--lr", "1e-3", "--warmup", 0])]
+    assert run(name, *flags, "--out", "one") == 0
+    port, start = free_port(), multiprocessing.get_context("spawn")
+    ranks = [start.Process(target=be_rank, args=(name, [*flags, "--out", "two"], rank, port)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(300)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    for a, b in zip(metrics("one"), metrics("two"), strict=True):
+        assert a["reward"] == pytest.approx(b["reward"], abs=1e-5) and a["loss"] == pytest.approx(b["loss"], abs=2e-3)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-2)
+    one, two = load_file("one/lora.safetensors"), load_file("two/lora.safetensors")
+    # Adam's first steps are lr for the smallest gradient: where rounding decides the sign, single weights differ by 2 lr.
+    differing = [((one[k] - two[k]).abs() > 2e-4).float().mean().item() for k in one]
+    assert max(differing) < .2 and sum(differing) / len(differing) < .02
+    for file in Path("one").glob("round_*.safetensors"):
+        x, y = load_file(file), load_file(Path("two", file.name))
+        assert x.keys() == y.keys() and all(torch.allclose(x[k], y[k], atol=1e-2) for k in x)
+
+
+# ------------------------------------------------- Settings -------------------------------------------------
+
+def write_clips():
+    for i in range(2):
+        texture = np.random.default_rng(i).integers(0, 255, (32, 48, 3), dtype=np.uint8)
+        iio.imwrite(f"{i}.mp4", np.stack([texture[:, k:k + 32] for k in range(9)]), plugin="pyav", codec="libx264", fps=8)
+    Path("clips.txt").write_text("0.mp4|||a red circle moving left\n1.mp4|||a blue ring moving up\n")
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("draft", ["--truncate", "random", "--grad-steps", "2", "--guidance", "1", "--lambda-tar", "0", "--low-memory"]),
+    ("refl", ["--late", "1", "--decode-chunk", "1", "--checkpoint-activations"]),
+    ("vader", ["--eta", "0.5", "--frames-scored", "3", "--grad-steps", "2", "--lambda-tar", "1", "--grad-accum", "2"]),
+    ("ddpo", ["--updates", "1", "--group", "2", "--clip-range", "0.1", "--timestep-fraction", "0.5", "--grad-accum", "2"]),
+    ("rwr", ["--rounds", "1", "--videos", "3", "--temperature", "0.5", "--offset-noise", "0.1", "--grad-accum", "2"]),
+    ("rwr", ["--data", "clips.txt", "--size", "32", "--workers", "0", "--no-cache", "--offset-noise", "0.1"]),
+    ("dpo", ["--rounds", "1", "--pairs", "3", "--beta", "100", "--grad-accum", "2", "--checkpoint-activations"]),
+], ids=lambda v: v if isinstance(v, str) else v[0])
+def test_every_option_runs(name, flags):
+    write_clips()
+    Path("prompts.txt").write_text("a blue ring moving up\nx.mp4|||a green square moving left|||16\na red cross moving right\n")
+    if "--data" not in flags:
+        flags = [*flags, "--prompts-train", "prompts.txt"]
+    assert run(name, *SHORT, *flags, "--steps", 1, "--rank", 2, "--seed", 3, "--out", "run") == 0
+    config = json.loads(Path("run/config.json").read_text())
+    for flag, value in zip(flags, [*flags[1:], ""]):
+        if flag.startswith("--") and not value.startswith("--") and value:
+            assert str(config[flag[2:].replace("-", "_")]).removesuffix(".0") == value
+    assert all(math.isfinite(line[k]) for line in metrics("run") for k in ("reward", "loss", "grad_norm"))
+    if name in ("rwr", "dpo") and "--data" not in flags:
+        assert load_file("run/round_000.safetensors")["prompt"].max() < 3  # of the file's three
+
+
+def test_rwr_weights_real_clips_by_their_own_reward(parts, monkeypatch):
+    base, reward, _ = parts
+    write_clips()
+    cfg = config(rwr, data=Path("clips.txt"), size=32, cache=False, workers=0)
+    draw, _ = rwr.method(cfg, base, reward)
+    z, eps, text, w, plain, t = draw(None, 0)
+    batch = train.draw_batch(train.read_clips(cfg, base), 0, cfg, base.vae.config.scale, base.device)
+    assert torch.equal(z, batch[0]) and torch.equal(eps, batch[1])
+    scores = train.score_frames(base.vae, reward, z, batch[3], batch[4])
+    torch.testing.assert_close(w, (scores * torch.exp(-(batch[3] - 2).abs())).mean(dim=1), rtol=1e-5, atol=1e-5)
+    assert not w.requires_grad and t.shape == (2,)
+
+
+def test_an_evaluation_before_and_after(monkeypatch, capsys):
+    for writer in ("draw_curves", "write_video", "write_comparison_gif"):
+        monkeypatch.setattr(run_folder, writer, lambda *args: Path(next(a for a in args if isinstance(a, Path))).touch())
+    monkeypatch.setattr(run_folder, "read_video", lambda path: path.stat())
+    flags = [*SHORT, "--eval-every", 1, "--eval-count", 1, "--steps", 1]
+    assert run("vader", *flags, "--out", "run") == 0
+    assert [("eval" in line, line["step"]) for line in metrics("run")] == [(True, 0), (False, 1), (True, 1)]
+    assert "before and after 1 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_modelscope_preset_on_a_reduced_structure(name, capsys):
+    Path("prompts.txt").write_text("a cat walking\na dog running\n")
+    more = {"ddpo": ["--updates", 1], "rwr": ["--rounds", 1, "--videos", 2], "dpo": ["--pairs", 2]}.get(name, [])
+    flags = ["--base", "random:32", "--reward-weights", "random:32", *SHORT, "--size", 32, *more, "--steps", 1, "--out", "run"]
+    with pytest.raises(ValueError, match="no prompts to train on: --prompts-train FILE must name some"):
+        run(name, "modelscope", *flags)
+    if name in ("draft", "dpo"):  # the others differ in nothing that matters here
+        assert run(name, "modelscope", *flags, "--prompts-train", "prompts.txt") == 0
+        assert "HPSrandom" in capsys.readouterr().err  # never to be taken for a score
+    preset = METHODS[name].PRESETS["modelscope"]
+    METHODS[name].check(replace(preset, prompts_train=Path("prompts.txt")))
+    assert (preset.preset, preset.base, preset.steps) == ("modelscope", "ali-vilab/text-to-video-ms-1.7b", 20_000)
+
+
+@pytest.mark.parametrize("name, argv, message", [
+    ("draft", "--truncate all", "truncate 'all': must be fixed or random"),
+    ("draft", "--grad-steps 21", "grad_steps = 21: must be from 1 to 20"),
+    ("draft", "--prompts-train nowhere.txt", "prompts nowhere.txt: cannot be read"),
+    ("refl", "--late 0", "late = 0.0: must be above 0 and at most 1"),
+    ("refl", "--late nan", "late = nan: must be above 0 and at most 1"),
+    ("vader", "--eta 1.5", "eta = 1.5: must be from 0 to 1"),
+    ("vader", "--frames-scored 17", "frames_scored = 17: must be from 0 to 16"),
+    ("ddpo", "--group 3", "batch_size = 8: must be a multiple of group 3"),
+    ("ddpo", "--updates 3", "steps = 40: must be a multiple of 3, the updates of a round"),
+    ("ddpo", "--save-every 5", "save_every = 5: must be a multiple of 2"),
+    ("ddpo", "--eval-every 5", "eval_every = 5: must be a multiple of 2"),
+    ("ddpo", "--updates 0", "updates = 0: must be at least 1"),
+    ("ddpo", "--clip-range 0", "clip_range = 0.0: must be a finite number above 0"),
+    ("ddpo", "--timestep-fraction 2", "timestep_fraction = 2.0: must be at most 1"),
+    ("rwr", "--temperature 0", "temperature = 0.0: must be a finite number above 0"),
+    ("rwr", "--rounds 3", "steps = 40: must be a multiple of 3, the rounds"),
+    ("rwr", "--videos 0", "videos = 0: must be at least 1"),
+    ("dpo", "--beta 0", "beta = 0.0: must be a finite number above 0"),
+    ("dpo", "--rounds 0", "rounds = 0: must be at least 1")])
+def test_what_is_refused_is_refused_in_one_line_and_writes_nothing(name, argv, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(name, "--device", "cpu", *argv.split(), "--out", "run")
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("flag", ["--tau", "--data", "--cache-dir", "--offset-noise"])
+def test_settings_of_clips_are_no_settings_of_prompts(flag, capsys):
+    with pytest.raises(SystemExit):
+        run("draft", flag, "1")
+    assert f"Unrecognized options: {flag}" in capsys.readouterr().err
+
+
+def test_a_run_of_one_method_is_not_continued_by_another():
+    assert run("draft", *SHORT, "--steps", 1, "--out", "run") == 0
+    for name in ("refl", "dpo"):
+        with pytest.raises(ValueError, match="run/config.json: not the settings of this version"):
+            run(name, "--resume", "run")
+    for module in METHODS.values():
+        cfg = module.Config()
+        assert settings.from_json(settings.to_json(cfg), module.Config, "x") == cfg
+        assert {f.name for f in fields(train.Config)} < {f.name for f in fields(module.Config)}
