@@ -3,6 +3,8 @@ methods/: what must be exactly true of each method, and that each runs, resumes 
 
 The formulas of other codes are worked out here from what they compute; no test depends on what the weights have learned.
 """
+import ast
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -30,6 +32,7 @@ from reward import load_reward
 from support import run_folder, settings
 from support.published import fingerprint
 
+ROOT = Path(__file__).resolve().parent.parent
 METHODS = {"draft": draft, "refl": refl, "vader": vader, "ddpo": ddpo, "rwr": rwr, "dpo": dpo}
 SHORT = ["--device", "cpu", "--batch-size", "2", "--num-steps", "2", "--frames", "4", "--segments", "2", "--eval-every", "0"]
 MORE = {"ddpo": ["--updates", "2"], "rwr": ["--rounds", "2", "--videos", "4"], "dpo": ["--rounds", "2", "--pairs", "2"]}
@@ -516,9 +519,10 @@ def stop_after(patch, step):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(name, monkeypatch, capsys):
-    """Three steps or four; the signal comes after the first, in the middle of a round where there are rounds of two."""
-    steps = 4 if name in MORE else 3
-    flags = [*SHORT, *MORE.get(name, []), "--steps", steps, "--save-every", 4, "--lr", "1e-3", "--warmup", 0]
+    """The signal comes after the first step and is seen in the second, in the middle of a round where there are rounds."""
+    steps, saved_at, more = {"ddpo": (6, 3, ["--updates", 3]), "rwr": (4, 2, ["--rounds", 1, "--videos", 2]),
+                             "dpo": (4, 2, ["--rounds", 1, "--pairs", 2])}.get(name, (3, 2, []))
+    flags = [*SHORT, *more, "--steps", steps, "--save-every", 6, "--lr", "1e-3", "--warmup", 0]
     bases = []
     real = train.load_base
     monkeypatch.setattr(train, "load_base", lambda *args: bases.append(real(*args)) or bases[-1])
@@ -527,7 +531,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(name, monkeypatch, capsys):
         stop_after(patch, 1)
         assert run(name, *flags, "--out", "run") == 143
     assert f"continue with: python methods/{name}.py --resume run" in capsys.readouterr().out
-    assert torch.load("run/state.pt", weights_only=True)["step"] == 2
+    assert torch.load("run/state.pt", weights_only=True)["step"] == saved_at
     assert run(name, "--resume", "run") == 0
     assert metrics("run") == metrics("whole") and [line["step"] for line in metrics("run")] == [*range(1, steps + 1)]
     assert_same_files("run", "whole")
@@ -543,16 +547,20 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(name, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["ddpo", "dpo", "rwr"])
 def test_killed_in_the_middle_of_a_round(name, monkeypatch):
-    """After a checkpoint at step 2 the run goes on into later rounds and dies: what it left there does no harm."""
-    more = {"rwr": ["--rounds", 2, "--videos", 2], "dpo": ["--rounds", 2, "--pairs", 2], "ddpo": ["--updates", 2]}[name]
-    flags = [*SHORT, *more, "--steps", 4, "--save-every", 2, "--lr", "1e-3", "--warmup", 0]
+    """
+    A run is killed in its second round. RWR and DPO go on within it, from a checkpoint at step 3, with the videos that the
+    adapters of step 2 made; DDPO goes on at its start, and forgets the rewards that it had before it was killed.
+    """
+    more = {"rwr": ["--rounds", 2, "--videos", 2, "--save-every", 3], "dpo": ["--rounds", 2, "--pairs", 2, "--save-every", 3],
+            "ddpo": ["--updates", 2, "--save-every", 2]}[name]
+    flags = [*SHORT, *more, "--steps", 4, "--lr", "1e-3", "--warmup", 0]
     assert run(name, *flags, "--out", "whole") == 0
     with monkeypatch.context() as patch:
         real = run_folder.Run.log_step
         patch.setattr(run_folder.Run, "log_step", lambda self, at, *args: sys.exit(9) if at == 4 else real(self, at, *args))
         with pytest.raises(SystemExit):
             run(name, *flags, "--out", "run")
-    assert torch.load("run/state.pt", weights_only=True)["step"] == 2 and metrics("run")[-1]["step"] == 3
+    assert torch.load("run/state.pt", weights_only=True)["step"] == more[-1] and metrics("run")[-1]["step"] == 3
     assert run(name, "--resume", "run") == 0
     assert metrics("run") == metrics("whole")
     assert_same_files("run", "whole")
@@ -766,3 +774,26 @@ def test_a_run_of_one_method_is_not_continued_by_another():
         cfg = module.Config()
         assert settings.from_json(settings.to_json(cfg), module.Config, "x") == cfg
         assert {f.name for f in fields(train.Config)} < {f.name for f in fields(module.Config)}
+
+
+def test_the_docs_method_of_ones_own_runs(monkeypatch):
+    example, = re.findall(r"```python\n(.*?)```", (ROOT / "docs/methods.md").read_text(), re.DOTALL)
+    assert len(example.splitlines()) <= 45
+    Path("own.py").write_text(example)
+    spec = importlib.util.spec_from_file_location("own", "own.py")
+    own = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "own", own)
+    spec.loader.exec_module(own)
+    assert own.main([*SHORT, "--steps", "2", "--tau", "0.5", "--out", "run"]) == 0
+    assert [line["step"] for line in metrics("run")] == [1, 2]
+    assert json.loads(Path("run/config.json").read_text())["tau"] == .5
+    assert any(v.any() for k, v in load_file("run/lora.safetensors").items() if "lora_B" in k)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_are_short_and_as_wide_as_the_core(name):
+    text = (ROOT / f"methods/{name}.py").read_text()
+    assert max(map(len, text.splitlines())) <= 100
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 45, node.name
