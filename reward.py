@@ -21,22 +21,26 @@ itself does, the official code's way is preprocess="instructvideo"; (3) segments
 floor(i F / S), so every frame can be drawn when S does not divide F; (4) Eq. (7)'s centre is F/2,
 not F//2, which differ for odd F; (5) the reward is frozen; (6) nothing is downloaded.
 
+Other rewards are in rewards/, one file each; docs/rewards.md compares them. Each maps frames
+(B, S, 3, H, W) in [0, 1] and captions to scores: an image reward scores each frame -> (B, S); a
+video reward is given `num_frames` of them in order -> (B, 1), and Eqs. (7) and (8) are not for it.
+
 Letters: B videos, F frames of a video, S segments of it (one frame each), H and W pixel rows and
 columns, E width of the CLIP features.
 """
+import importlib
 import math
 import re
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F_
-from torch import nn
 
-from support.clip_configs import SMALL_CLIP, read_clip_config
-from support.frames import clip_normalize, letterbox, limit, stretch
+from support.clip_configs import SMALL_CLIP, clip_tokenizer, read_clip_config
+from support.frames import clip_normalize, crop_centre, letterbox, stretch
 from support.published import load_strict, read_tensors
-from support.weights import REWARD_FILES, find_reward
+from support.reward_model import RewardModel
+from support.weights import REWARD_FILES, find_hub_reward, find_reward, reward_kind
 from support.words import read_words
 
 # ----------------------------------------------------------------------------------------------
@@ -110,10 +114,11 @@ def aggregate(scores, weights):
 # ----------------------------------------------------------------------------------------------
 # The image reward r(x, c)
 
-RESIZE = {"hpsv2": letterbox, "instructvideo": stretch}
+RESIZE = {"pad": letterbox, "crop": crop_centre, "stretch": stretch,
+          "hpsv2": letterbox, "instructvideo": stretch}
 
 
-class HPSv2(nn.Module):
+class HPSv2(RewardModel):
     """
     Human Preference Score v2: how well people would like a picture as an answer to a caption.
 
@@ -126,13 +131,14 @@ class HPSv2(nn.Module):
     clip: an open_clip CLIP. tokenizer: [str] -> (n, tokens) int64, default CLIP's own.
     version: "v2.0", "v2.1", "tiny" (a small CLIP trained the same way) or "random". The two
       published ones are not comparable (0.23 to 0.28, 0.15 to 0.31): report `name` with a score.
-    preprocess: "hpsv2" (black bars) or "instructvideo" (stretched).
+    preprocess: "pad" (black bars, the hpsv2 package's, also called "hpsv2"), "crop" (CLIP's own
+      middle square) or "stretch" (the official code's, also "instructvideo"); scores differ by it,
+      so `name` tells it unless it is "pad".
     clip_config: open_clip's description of a CLIP other than ViT-H-14.
     """
     VERSIONS = ("v2.0", "v2.1", "tiny", "random")
 
     def __init__(self, clip, tokenizer=None, version="v2.0", preprocess="hpsv2", clip_config=None):
-        super().__init__()
         if version not in self.VERSIONS:
             raise ValueError(f"HPS version {version!r}: must be one of {', '.join(self.VERSIONS)}")
         if preprocess not in RESIZE:
@@ -142,26 +148,16 @@ class HPSv2(nn.Module):
         if height != width:
             raise ValueError(f"the CLIP takes {height} x {width} pictures; HPSv2 needs squares")
 
+        # What the names say where it differs from the hpsv2 package's own way.
+        named = {"crop": "/crop", "stretch": "/stretch", "instructvideo": "/stretch"}
+        super().__init__(f"HPS{version}{named.get(preprocess, '')}")
         self.clip = clip.requires_grad_(False).eval()
         self.tokenizer = tokenizer or clip_tokenizer(clip.context_length)
-        self.name, self.size, self.clip_config = f"HPS{version}", height, clip_config
-        self.resize = RESIZE[preprocess]
-        self._texts, self._texts_of = {}, None
-
-    def train(self, mode=True):
-        """Stays in eval mode: a trainer's model.train() must not switch on the reward's dropout."""
-        return super().train(False)
+        self.size, self.clip_config, self.resize = height, clip_config, RESIZE[preprocess]
 
     def forward(self, frames, captions):
-        if frames.dim() != 5 or frames.shape[2] != 3 or not frames.is_floating_point():
-            raise ValueError(f"frames are {frames.dtype} {tuple(frames.shape)}: "
-                             "must be floating (B, S, 3, H, W)")
-        if isinstance(captions, str) or len(captions) != len(frames):
-            raise ValueError(f"captions are {captions!r:.80}: must be a list of {len(frames)}, "
-                             "one per video")
-
         # 1. Frames become the kind of picture that this CLIP was trained on.
-        x = self.resize(limit(frames.flatten(0, 1).float()), self.size)       # (B*S, 3, size, size)
+        x = self.resize(self.pixels(frames, captions), self.size)             # (B*S, 3, size, size)
         x = clip_normalize(x).to(self.clip.visual.conv1.weight.dtype)
 
         # 2. The cosine of both features. A product and a sum rather than a matrix product, since
@@ -172,32 +168,15 @@ class HPSv2(nn.Module):
 
     def text_features(self, captions):
         """Unit features of captions, each computed once: [B] -> (B, E) float32, no gradient."""
-        # The cache belongs to exactly these weights: moving, casting or loading them changes an
-        # address or a version.
-        weights = [(p.data_ptr(), p._version) for p in self.clip.parameters()]
-        if weights != self._texts_of:
-            self._texts, self._texts_of = {}, weights
+        def encode(caption):
+            tokens = self.tokenizer([caption]).to(self.clip.logit_scale.device)
+            return F_.normalize(self.clip.encode_text(tokens).float(), dim=-1)[0]        # (E,)
 
-        # Captions are encoded one at a time and outside autocast, so not even the last bit depends
-        # on the batch. After a resume, the same captions may come in other batches.
-        device = self.clip.logit_scale.device
-        device_type = "cpu" if device.type == "meta" else device.type  # autocast has no meta device
-        with torch.no_grad(), torch.autocast(device_type, enabled=False):
-            for caption in captions:
-                if caption not in self._texts:
-                    text = self.clip.encode_text(self.tokenizer([caption]).to(device))   # (1, E)
-                    self._texts[caption] = F_.normalize(text.float(), dim=-1)[0]         # (E,)
-        return torch.stack([self._texts[caption] for caption in captions])    # (B, E)
+        return torch.stack(self.encode_once(captions, self.clip, encode))     # (B, E)
 
 
 # ----------------------------------------------------------------------------------------------
-# Its weights
-
-def clip_tokenizer(context_length):
-    """CLIP's own tokenizer. open_clip is imported where it is needed: that takes seconds."""
-    import open_clip
-    return partial(open_clip.tokenize, context_length=context_length)
-
+# Its weights, and other rewards
 
 def load_hpsv2(path, version="v2.0", dtype=torch.float32, device="cpu", clip_config=None,
                tokenizer=None, preprocess="hpsv2"):
@@ -229,32 +208,45 @@ def load_hpsv2(path, version="v2.0", dtype=torch.float32, device="cpu", clip_con
 
 def load_reward(kind="hpsv2", weights=None, base_folder=None, dtype=torch.float32, device="cpu"):
     """
-    The reward that a script names: "hpsv2" (v2.0) or "hpsv2.1".
+    The reward that a script names.
 
-    weights: a file; a folder with a small CLIP's config.json and words.txt, as the tiny world's;
-    "random" (ViT-H-14) or "random:W" (small), untrained, to try the pipeline. Without weights: what
-    lies in the base's own folder, else the hub's file. ValueError: unknown kind, nothing found.
+    kind: "hpsv2" (v2.0) or "hpsv2.1", with "/crop" or "/stretch" for another preprocess; a file of
+      rewards/, with ":" and what it is about for some ("yolos:book"); "my_file.py:function".
+    weights: for HPSv2 a file; a folder with a small CLIP's config.json and words.txt, as the tiny
+      world's; "random" (ViT-H-14) or "random:W" (small), untrained, to try the pipeline. Without
+      weights: what lies in the base's own folder, else the hub's file. For others find_hub_reward.
+    ValueError: unknown kind, nothing found.
     """
-    if kind not in REWARD_FILES:
-        raise ValueError(f"reward {kind!r}: must be one of {', '.join(REWARD_FILES)}")
+    name, argument = reward_kind(kind)
+    if name in REWARD_FILES:
+        return find_hpsv2(name, weights, base_folder, dtype, device, preprocess=argument)
+
+    # Imported here, on purpose: nobody pays for the others.
+    path = find_hub_reward(name, weights)
+    return importlib.import_module(f"rewards.{name}").load(path, argument, dtype, device)
+
+
+def find_hpsv2(kind, weights, base_folder, dtype, device, preprocess):
+    """HPSv2 as load_reward's arguments describe it; kind: hpsv2 or hpsv2.1."""
     if weights and re.fullmatch(r"random(:\d+)?", str(weights)):
-        return random_reward(small=str(weights) != "random", dtype=dtype, device=device)
+        return random_reward(str(weights) != "random", dtype, device, preprocess)
 
     path = Path(weights) if weights else find_reward(kind, base_folder)
     if not (path / "words.txt").is_file():
-        return load_hpsv2(path, "v2.1" if kind == "hpsv2.1" else "v2.0", dtype, device)
+        return load_hpsv2(path, "v2.1" if kind == "hpsv2.1" else "v2.0", dtype, device,
+                          preprocess=preprocess)
 
     config, words = read_clip_config(path / "config.json"), read_words(path / "words.txt")
     text = config["text_cfg"]
     words.check_fit(path, text["vocab_size"], text["context_length"])
-    return load_hpsv2(path, "tiny", dtype, device, config, words)
+    return load_hpsv2(path, "tiny", dtype, device, config, words, preprocess)
 
 
-def random_reward(small, dtype, device):
+def random_reward(small, dtype, device, preprocess):
     """An untrained HPSv2, seeded: ViT-H-14, or a small one."""
     import open_clip
     config = SMALL_CLIP if small else open_clip.get_model_config("ViT-H-14")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         clip = open_clip.CLIP(**config).to(device=device, dtype=dtype)
-    return HPSv2(clip, version="random", clip_config=config)
+    return HPSv2(clip, None, "random", preprocess, config)

@@ -1,10 +1,18 @@
 """Structures of small CLIPs, as open_clip describes them: what the tiny world's preference model and random rewards are."""
+from functools import partial
+
 import torch
 
 from support.files import first_line, read_json
 
 SMALL_CLIP = dict(embed_dim=32, vision_cfg=dict(image_size=32, patch_size=8, width=32, layers=2, head_width=16),
                   text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2))
+
+
+def clip_tokenizer(context_length):
+    """CLIP's own tokenizer: [str] -> (n, context_length) int64. open_clip is imported where it is needed: that takes seconds."""
+    import open_clip
+    return partial(open_clip.tokenize, context_length=context_length)
 
 
 def read_clip_config(path):

@@ -21,6 +21,13 @@ PARTS = {  # what a folder may call each part: diffusers' components, then the f
 REWARD_REPO = "xswu/HPSv2"
 REWARD_FILES = {  # of that repository; the first is downloaded, any may lie in the base's folder
     "hpsv2": ("HPS_v2_compressed.pt", "HPS_v2.pt"), "hpsv2.1": ("HPS_v2.1_compressed.pt",)}
+HUB_REWARDS = {  # those of rewards/: a hub repository and the files of it that are needed
+    "pickscore": ("yuvalkirstain/PickScore_v1", "config.json", "model.safetensors"),
+    "aesthetic": ("openai/clip-vit-large-patch14", "config.json", "model.safetensors"),
+    "imagereward": ("THUDM/ImageReward", "ImageReward.pt"),
+    "yolos": ("hustvl/yolos-tiny", "config.json", "model.safetensors"),
+    "videomae": ("MCG-NJU/videomae-base-finetuned-kinetics", "config.json", "model.safetensors"),
+    "vjepa": ("facebook/vjepa2-vitl-fpc64-256", "config.json", "model.safetensors")}
 
 
 def find_base(base):
@@ -66,6 +73,23 @@ def find_part(folder, part):
     return next((d / name for d in (folder, folder.absolute().parent) for name in PARTS[part] if (d / name).exists()), None)
 
 
+def reward_kind(kind):
+    """
+    (name, what follows it) of a reward's kind: hpsv2/crop, pickscore, yolos:book, my_file.py:function.
+
+    What follows is hpsv2's preprocess, "pad" if none; a class or an action; a function. ValueError for an unknown kind.
+    """
+    name, _, argument = kind.partition(":")
+    takes = {"yolos": "CLASS", "videomae": "ACTION"}
+    if name.endswith(".py") or (name in HUB_REWARDS and (name in takes or not argument)):
+        return name, argument
+    name, _, preprocess = kind.partition("/")
+    if name in REWARD_FILES and preprocess in ("", "pad", "crop", "stretch"):
+        return name, preprocess or "pad"
+    raise ValueError(f"reward {kind!r}: must be one of {', '.join((*REWARD_FILES, *HUB_REWARDS))}, or my_file.py:function; "
+                     "hpsv2 and hpsv2.1 may end in /crop or /stretch, yolos in :CLASS, videomae in :ACTION")
+
+
 def find_reward(kind, base_folder=None):
     """
     A reward's weights: those in the base's folder (the tiny world's, or InstructVideo's HPS_v2.pt) or beside it, else the hub's.
@@ -79,12 +103,35 @@ def find_reward(kind, base_folder=None):
         for path in [folder / name for folder in (base_folder, base_folder.absolute().parent) for name in names]:
             if path.is_file():
                 return path
+    return hub_file(kind, REWARD_REPO, names[0], "give its path as --reward-weights")
+
+
+def find_hub_reward(kind, weights=None):
+    """
+    File or folder of a reward of HUB_REWARDS: the path given, or the hub's, downloaded once; None for "random" and "random:W".
+
+    ValueError if there is no such path, or it cannot be downloaded.
+    """
+    if weights and re.fullmatch(r"random(:\d+)?", str(weights)):
+        return None
+    if weights:
+        if not Path(weights).exists():
+            raise ValueError(f"reward {kind}: {weights}: no such file or folder")
+        return Path(weights)
+    repo, *names = HUB_REWARDS[kind]
+    what = "its folder" if len(names) > 1 else "its path"
+    files = [hub_file(kind, repo, name, f"give {what} as --reward-weights {kind}=PATH") for name in names]
+    return files[0].parent if len(names) > 1 else files[0]
+
+
+def hub_file(kind, repo, name, advice):
+    """A file of a hub repository that a reward needs, downloaded once; ValueError with `advice` if it cannot be had."""
     import huggingface_hub
     try:
-        return Path(huggingface_hub.hf_hub_download(REWARD_REPO, names[0]))
+        return Path(huggingface_hub.hf_hub_download(repo, name))
     except Exception as error:  # no network: httpx, OSError or a hub error, by version
-        raise ValueError(f"reward {kind}: cannot be downloaded ({first_line(error)}); get {names[0]} from the hub repository "
-                         f"{REWARD_REPO} and give its path as --reward-weights") from None
+        raise ValueError(f"reward {kind}: cannot be downloaded ({first_line(error)}); get {name} from the hub repository "
+                         f"{repo} and {advice}") from None
 
 
 def check_manifest(folder):

@@ -86,6 +86,12 @@ def test_rewards_import_support_alone(path):
     assert not imports(path.read_text()) & {*CORE, "tiny", "methods", "rewards"}
 
 
+@pytest.mark.parametrize("path", modules("rewards"))
+def test_rewards_are_short(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 120 and not [line for line in lines if len(line) > 100]
+
+
 @pytest.mark.parametrize("path", modules("methods"))
 def test_methods_do_not_import_each_other(path):
     assert not imports(path.read_text()) & {"methods", *(p.stem for p in (ROOT / "methods").glob("*.py"))}

@@ -340,7 +340,7 @@ def test_version_is_in_the_name():
 
 @pytest.mark.parametrize(("what", "call"), [
     ("HPS version 'v3': must be one of v2.0, v2.1, tiny, random", lambda: HPSv2(tiny_clip(), version="v3")),
-    ("preprocess 'crop': must be one of hpsv2, instructvideo", lambda: HPSv2(tiny_clip(), preprocess="crop")),
+    ("preprocess 'fit': must be one of pad, crop, stretch, hpsv2, instructvideo", lambda: HPSv2(tiny_clip(), preprocess="fit")),
     ("28 x 35 pictures", lambda: HPSv2(tiny_clip(image_size=(28, 35)))),
     (r"frames are torch.float32 \(2, 3, 40, 40\)", lambda: HPSv2(tiny_clip())(random_frames()[0, :2], CAPTIONS)),
     ("frames are torch.uint8", lambda: HPSv2(tiny_clip())(random_frames().byte(), CAPTIONS)),

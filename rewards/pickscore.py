@@ -1,0 +1,61 @@
+"""
+PickScore: which of two pictures people would pick for a caption. Kirstain et al.
+(arXiv:2305.01569).
+
+A CLIP ViT-H-14 tuned on people's choices; the score is exp(logit_scale) times the cosine of a
+picture's and a caption's features, 18 to 24 for published weights. An image reward.
+
+Weights: the hub folder yuvalkirstain/PickScore_v1 (config.json and model.safetensors).
+Ours differs from the published code: (1) pictures are resized as tensors, not as 8-bit pictures,
+so there is a gradient; (2) captions are cleaned as CLIP's authors do, which turns `&amp;` into
+`&`; transformers' tokenizer leaves it.
+
+Letters: B videos, S frames, E width of the features.
+"""
+import torch
+import torch.nn.functional as F_
+
+from support.clip_configs import clip_tokenizer
+from support.frames import clip_normalize, crop_centre
+from support.hub_models import build, read_model_config
+from support.reward_model import RewardModel
+
+TOWER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+             projection_dim=24, hidden_act="gelu")
+SMALL = dict(projection_dim=24, text_config=TOWER,
+             vision_config=dict(image_size=32, patch_size=8, **TOWER))
+
+
+class PickScore(RewardModel):
+    """clip: a transformers CLIPModel. frames (B, S, 3, H, W), captions -> (B, S)."""
+
+    def __init__(self, clip, name="PickScore-v1"):
+        super().__init__(name)
+        self.clip = clip
+        self.size = clip.config.vision_config.image_size
+        self.tokenizer = clip_tokenizer(clip.config.text_config.max_position_embeddings)
+
+    def forward(self, frames, captions):
+        x = crop_centre(self.pixels(frames, captions), self.size)             # (B*S, 3, size, size)
+        x = clip_normalize(x).to(self.clip.visual_projection.weight.dtype)
+        features = self.clip.visual_projection(self.clip.vision_model(pixel_values=x).pooler_output)
+        image = F_.normalize(features.float(), dim=-1)                        # (B*S, E)
+        image = image.unflatten(0, frames.shape[:2])                          # (B, S, E)
+
+        text = self.encode_once(captions, self.clip, self.text_features)
+        cosine = (image * torch.stack(text)[:, None]).sum(dim=-1)             # (B, S)
+        return self.clip.logit_scale.float().exp() * cosine
+
+    def text_features(self, caption):
+        """Unit features of a caption (E,)."""
+        tokens = self.tokenizer([caption]).to(self.clip.logit_scale.device)   # (1, tokens)
+        features = self.clip.text_projection(self.clip.text_model(input_ids=tokens).pooler_output)
+        return F_.normalize(features.float(), dim=-1)[0]
+
+
+def load(path, argument, dtype, device):
+    """PickScore from a hub folder; path None: small and random."""
+    from transformers import CLIPConfig, CLIPModel
+    config = read_model_config(CLIPConfig, path) if path else CLIPConfig(**SMALL)
+    clip = build(lambda: CLIPModel(config), path, dtype, device)
+    return PickScore(clip, "PickScore-v1" if path else "PickScore-random")

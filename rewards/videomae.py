@@ -1,0 +1,75 @@
+"""
+Action: how sure a classifier is that the wanted action happens. `--reward "videomae:playing
+piano"`, or `--reward videomae` for the action that each caption names.
+
+VADER (arXiv:2407.08737) with VideoMAE (arXiv:2203.12602), tuned on Kinetics-400: the score is the
+probability of the class, 0 to 1. A video reward: it sees 16 frames in order, and gives one score
+for all.
+
+Weights: the hub folder MCG-NJU/videomae-base-finetuned-kinetics (config.json, which has the
+classes, and model.safetensors); CC-BY-NC-4.0, so neither it nor what is tuned on it may be used
+commercially.
+
+Letters: B videos, F frames, C classes.
+"""
+import re
+
+import torch
+
+from support.frames import crop_centre, imagenet_normalize
+from support.hub_models import build, read_model_config, size_name, wanted_label
+from support.reward_model import RewardModel, say_non_commercial
+
+SPELLINGS = [  # transformers 5 has the second of each
+    ("attention.q_bias", "attention.query.bias"), ("attention.v_bias", "attention.value.bias")]
+ACTIONS = ("playing piano", "moving left", "moving right", "moving up", "moving down")
+SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+             image_size=32, patch_size=16, num_frames=16, id2label=dict(enumerate(ACTIONS)))
+
+
+class VideoMAE(RewardModel):
+    """
+    classifier: a transformers VideoMAEForVideoClassification; number: the class's, None for the
+    one that a caption names.
+
+    frames (B, F, 3, H, W), captions -> (B, 1) in [0, 1]. ValueError for a caption that names no
+    class, if it has to.
+    """
+
+    def __init__(self, classifier, number, name):
+        super().__init__(name, classifier.config.num_frames)
+        self.classifier, self.number = classifier, number
+
+    def forward(self, frames, captions):
+        size = self.classifier.config.image_size
+        x = crop_centre(self.pixels(frames, captions), size, mode="bilinear")
+        x = imagenet_normalize(x).to(self.classifier.classifier.weight.dtype)
+        x = x.unflatten(0, frames.shape[:2])                                  # (B, F, 3, h, w)
+        logits = self.classifier(pixel_values=x).logits                       # (B, C)
+        wanted = [[self.class_of(caption)] for caption in captions]
+        wanted = torch.tensor(wanted, device=logits.device)                   # (B, 1)
+        return logits.float().softmax(dim=-1).gather(1, wanted)               # (B, 1)
+
+    def class_of(self, caption):
+        """The number of the wanted class: the given one, else the longest that a caption names."""
+        if self.number is not None:
+            return self.number
+        labels = self.classifier.config.id2label.items()
+        for number, label in sorted(labels, key=lambda item: -len(item[1])):
+            if re.search(rf"\b{re.escape(label.lower())}\b", caption.lower()):
+                return int(number)
+        raise ValueError(f"reward videomae: the caption {caption!r:.80} names none of its actions; "
+                         "name one yourself, as in videomae:ACTION")
+
+
+def load(path, argument, dtype, device):
+    """The reward from a hub folder, for the class `argument` if any; path None: small, random."""
+    from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+    config = read_model_config(VideoMAEConfig, path) if path else VideoMAEConfig(**SMALL)
+    number = wanted_label(config.id2label, argument, "reward videomae") if argument else None
+    classifier = build(lambda: VideoMAEForVideoClassification(config), path, dtype, device,
+                       spellings=SPELLINGS)
+    name = f"VideoMAE-{size_name(config) if path else 'random'}"
+    if path:
+        say_non_commercial(name, "CC-BY-NC-4.0")
+    return VideoMAE(classifier, number, f"{name}:{argument}" if argument else name)

@@ -1,0 +1,436 @@
+"""
+rewards/: each reward against the live classes of transformers on small random weights, scores and pixel gradients; preprocessing
+against torchvision; what is refused.
+"""
+import json
+import subprocess
+import sys
+import zlib
+
+import huggingface_hub
+import pytest
+import torch
+import torch.nn.functional as F_
+import transformers
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.transforms import CenterCrop, InterpolationMode, Normalize, Resize
+
+from reward import HPSv2, load_reward
+from rewards import imagereward, pickscore, videomae, vjepa, yolos
+from support.clip_configs import SMALL_CLIP
+from support.frames import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, crop_centre, fit_within, spread_frames
+from support.hub_models import SIZES
+
+YOLOS_SIZE = {"shortest_edge": 512, "longest_edge": 864}  # yolos-tiny's preprocessor_config.json
+CAPTIONS = ["A red Panda's book &amp; playing piano, 4k", "a  cat moving left"]
+KINDS = ["pickscore", "aesthetic", "imagereward", "yolos:book", "videomae:playing piano", "videomae", "vjepa"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def random_frames(B=2, S=3, H=40, W=56, seed=0):
+    return torch.rand(B, S, 3, H, W, generator=torch.Generator().manual_seed(seed))
+
+
+def frames_for(kind, **size):
+    return random_frames(S=16 if kind.startswith(("videomae", "vjepa")) else 3, **size)
+
+
+def seeded(make):
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return make().eval()
+
+
+def prepared(frames, size, mean, std, mode, shortest=None):
+    """What a live model is given, by torchvision: (B*S, 3, size, size)."""
+    x = Resize(shortest or size, mode, antialias=True)(frames.flatten(0, 1))
+    return Normalize(mean, std)(CenterCrop(size)(x.clamp(0, 1)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Published folders with small random weights, and the same score from the live classes. Each returns the weights' path and
+# score(frames) -> scores.
+
+def live_pickscore(folder):
+    tower = pickscore.TOWER | {"initializer_range": .2}
+    vision = tower | dict(image_size=32, patch_size=8)
+    config = transformers.CLIPConfig(projection_dim=24, text_config=tower, vision_config=vision)
+    model = seeded(lambda: transformers.CLIPModel(config))
+    model.save_pretrained(folder)
+
+    def score(frames):
+        import open_clip
+        x = prepared(frames, 32, CLIP_MEAN, CLIP_STD, InterpolationMode.BICUBIC)
+        table = model(pixel_values=x, input_ids=open_clip.tokenize(CAPTIONS)).logits_per_image.view(2, 3, 2)   # (B, S, captions)
+        return torch.stack([table[0, :, 0], table[1, :, 1]])
+    return folder, score
+
+
+def live_aesthetic(folder):
+    path, _ = live_pickscore(folder)
+    model = transformers.CLIPModel.from_pretrained(path)
+    head = seeded(lambda: nn.Sequential(nn.Linear(24, 1024), nn.Dropout(.2), nn.Linear(1024, 128), nn.Dropout(.2),
+                                        nn.Linear(128, 64), nn.Dropout(.1), nn.Linear(64, 16), nn.Linear(16, 1)))
+    torch.save({f"layers.{k}": v for k, v in head.state_dict().items()}, path / "sac+logos+ava1-l14-linearMSE.pth")
+
+    def score(frames):
+        x = prepared(frames, 32, CLIP_MEAN, CLIP_STD, InterpolationMode.BICUBIC)
+        features = model.get_image_features(pixel_values=x)
+        features = features if isinstance(features, torch.Tensor) else features.pooler_output  # transformers 4, 5
+        return head(F_.normalize(features, dim=-1)).view(2, 3)
+    return path, score
+
+
+def authors_name(name):
+    """What ImageReward.pt calls a tensor of transformers' vision model."""
+    for new, old in (("embeddings.class_embedding", "cls_token"), ("embeddings.position_embedding", "pos_embed"),
+                     ("embeddings.patch_embedding", "patch_embed.proj"), ("encoder.layers", "blocks"), ("post_layernorm", "norm"),
+                     ("self_attn.projection", "attn.proj"), ("self_attn", "attn"), ("layer_norm", "norm")):
+        name = name.replace(new, old)
+    return name
+
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "cat", "a", "play", "##ing", "'", "s", ",", "4", "##k", "left"]
+VISION = imagereward.VISION | imagereward.SMALL | dict(image_size=32, patch_size=8)
+TEXT = imagereward.TEXT | imagereward.SMALL | dict(encoder_hidden_size=32, vocab_size=len(WORDS), bos_token_id=2, sep_token_id=3)
+
+
+def live_imagereward(folder):
+    from transformers.models.blip.modeling_blip_text import BlipTextModel
+    vision = seeded(lambda: transformers.BlipVisionModel(transformers.BlipVisionConfig(**VISION)))
+    text = seeded(lambda: BlipTextModel(transformers.BlipTextConfig(**TEXT), add_pooling_layer=False))
+    head = seeded(lambda: nn.Sequential(nn.Linear(32, 1024), nn.Dropout(.2), nn.Linear(1024, 128), nn.Dropout(.2),
+                                        nn.Linear(128, 64), nn.Dropout(.1), nn.Linear(64, 16), nn.Linear(16, 1)))
+    published = {f"blip.visual_encoder.{authors_name(k)}": v for k, v in vision.state_dict().items()}
+    published |= {f"blip.text_encoder.{k}": v for k, v in text.state_dict().items()}
+    published |= {f"mlp.layers.{k}": v for k, v in head.state_dict().items()}
+    published |= {"blip.vision_proj.weight": torch.zeros(4, 4)}
+    published |= {"blip.text_encoder.embeddings.position_ids": torch.arange(9)[None]}
+    folder.mkdir()
+    torch.save(published, folder / "ImageReward.pt")
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+
+    def score(frames):
+        tokenizer = transformers.BertTokenizer(str(folder / "vocab.txt"))
+        x = prepared(frames, 32, CLIP_MEAN, CLIP_STD, InterpolationMode.BICUBIC).unflatten(0, (2, 3))
+        rows = []
+        for pictures, caption in zip(x, CAPTIONS):  # as the published score(): one prompt at a time
+            words = tokenizer(caption, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+            for picture in pictures:
+                seen = vision(pixel_values=picture[None]).last_hidden_state
+                out = text(input_ids=words.input_ids, attention_mask=words.attention_mask, encoder_hidden_states=seen,
+                           encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long), is_decoder=False)
+                rows.append((head(out.last_hidden_state[:, 0]) - 0.16717362830052426) / 1.0333394966054072)
+        return torch.stack(rows).view(2, 3)
+    return folder / "ImageReward.pt", score
+
+
+def live_yolos(folder):
+    config = transformers.YolosConfig(**yolos.SMALL | dict(use_mid_position_embeddings=True))
+    model = seeded(lambda: transformers.YolosForObjectDetection(config))
+    with torch.no_grad():
+        for p in model.parameters():  # positions begin at zero
+            p.add_(.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3)))
+    model.save_pretrained(folder)
+
+    def score(frames):
+        processor = transformers.YolosImageProcessor(size=YOLOS_SIZE, do_rescale=False, do_pad=False)
+        x = frames.flatten(0, 1)
+        h, w = processor(list(x.detach()), return_tensors="pt")["pixel_values"].shape[-2:]  # it has no gradient
+        x = Normalize(IMAGENET_MEAN, IMAGENET_STD)(Resize((h, w), antialias=True)(x))
+        return 1 - model(pixel_values=x).logits.softmax(-1)[..., 0].max(dim=1).values.view(2, 3)
+    return folder, score
+
+
+def live_videomae(folder):
+    model = seeded(lambda: transformers.VideoMAEForVideoClassification(transformers.VideoMAEConfig(**videomae.SMALL,
+                                                                                                  initializer_range=.2)))
+    with torch.no_grad():
+        for p in model.parameters():  # the biases, of which the published names differ, begin at zero
+            p.add_(.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3)))
+    model.save_pretrained(folder)
+
+    def score(frames):
+        x = prepared(frames, 32, IMAGENET_MEAN, IMAGENET_STD, InterpolationMode.BILINEAR).unflatten(0, (2, 16))
+        return model(pixel_values=x).logits.softmax(-1)                                          # (B, C)
+    return folder, score
+
+
+def live_vjepa(folder, monkeypatch):
+    config = transformers.VJEPA2Config(**vjepa.SMALL | dict(pred_hidden_size=24))
+    model = seeded(lambda: transformers.VJEPA2Model(config))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3)))
+    model.save_pretrained(folder)
+    attention = F_.scaled_dot_product_attention
+
+    def score(frames):
+        """The live class shows its encoder everything; with the hidden patches out of every head's reach, it shows the rest."""
+        x = prepared(frames, 64, IMAGENET_MEAN, IMAGENET_STD, InterpolationMode.BILINEAR, shortest=73).unflatten(0, (2, 16))
+        rows = []
+        for clip, caption in zip(x.split(1), CAPTIONS):
+            hidden = vjepa.hidden_patches(4, 8, zlib.crc32(caption.encode()))
+            with torch.no_grad():
+                target = F_.layer_norm(model.get_vision_features(clip), (48,))[:, hidden]
+
+            def masked(q, k, v, hidden=hidden, **options):
+                if q.shape[-1] == 24:  # the encoder's heads; the predictor's are narrower
+                    options["attn_mask"] = ~hidden[None, None, None]
+                return attention(q, k, v, **options)
+            with monkeypatch.context() as patch:
+                patch.setattr(F_, "scaled_dot_product_attention", masked)
+                out = model(clip, context_mask=[(~hidden).nonzero().T], target_mask=[hidden.nonzero().T])
+            rows.append(-(out.predictor_output.last_hidden_state - target).abs().mean())
+        return torch.stack(rows)[:, None]
+    return folder, score
+
+
+LIVE = {"pickscore": live_pickscore, "aesthetic": live_aesthetic, "imagereward": live_imagereward, "yolos": live_yolos,
+        "videomae": live_videomae, "vjepa": live_vjepa}
+
+
+@pytest.fixture
+def small_imagereward(monkeypatch):
+    load = imagereward.load
+    monkeypatch.setattr(imagereward, "load", lambda *args: load(*args, VISION, TEXT))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_and_pixel_gradients_are_the_live_classes(kind, tmp_path, monkeypatch, small_imagereward):
+    name = kind.partition(":")[0]
+    path, live_score = LIVE[name](tmp_path / "hub", *([monkeypatch] if name == "vjepa" else []))
+    ours = load_reward(kind, path)
+    frames = (0.1 + 0.8 * frames_for(kind)).requires_grad_()
+    theirs = live_score(frames)
+    if name == "videomae":  # named once for all, or by each caption: the classes are "playing piano", "moving left", ...
+        theirs = theirs[:, [0]] if ":" in kind else torch.stack([theirs[0, [0]], theirs[1, [1]]])
+    expected, = torch.autograd.grad(theirs.sum(), frames)
+
+    scores = ours(frames, CAPTIONS)
+    found, = torch.autograd.grad(scores.sum(), frames)
+    assert scores.shape == (2, 1 if ours.num_frames else 3) and scores.dtype == torch.float32
+    torch.testing.assert_close(scores, theirs, rtol=1e-5, atol=1e-5)
+    assert expected.abs().max() > 1e-5  # or the gradients would agree whatever they are
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def test_hidden_patches_are_not_seen():
+    """Or the encoder would pass on what the predictor has to find out, and the target would move towards the prediction."""
+    hidden = vjepa.hidden_patches(4, 8, zlib.crc32(b"a"))
+    assert 0 < hidden.float().mean() < 1 and (hidden.view(8, 16) == hidden.view(8, 16)[0]).all()  # at all times alike
+    assert not torch.equal(hidden, vjepa.hidden_patches(4, 8, 1))
+    assert torch.equal(hidden, vjepa.hidden_patches(4, 8, zlib.crc32(b"a")))
+    x = random_frames(1, 16, 64, 64).requires_grad_()
+    load_reward("vjepa", "random").distance(x, "a").backward()
+    moved = x.grad.abs().amax((0, 1, 2)).view(4, 16, 4, 16).amax((1, 3)).flatten()                # of each patch of the picture
+    assert (moved[hidden[:16]] == 0).all() and (moved[~hidden[:16]] > 0).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frames
+
+@pytest.mark.parametrize(("H", "W"), [(64, 64), (40, 57), (57, 40), (32, 32), (20, 33), (133, 96)])
+def test_crops_are_torchvisions(H, W):
+    x = random_frames(1, 2, H, W)[0].double()
+    for mode, name in ((InterpolationMode.BICUBIC, "bicubic"), (InterpolationMode.BILINEAR, "bilinear")):
+        for shortest in (32, 36):
+            theirs = CenterCrop(32)(Resize(shortest, mode, antialias=True)(x)).clamp(0, 1)
+            torch.testing.assert_close(crop_centre(x, 32, shortest, name), theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("H", "W"), [(512, 512), (320, 512), (512, 320), (256, 256), (100, 400), (400, 100), (333, 517)])
+def test_detectors_frames_are_as_large_as_its_own_processors(H, W):
+    processor = transformers.YolosImageProcessor(size=YOLOS_SIZE, do_rescale=False, do_pad=False)
+    x = random_frames(1, 1, H, W)[0]
+    theirs = processor(list(x), return_tensors="pt")["pixel_values"]
+    ours = fit_within(x, 512, 864, 16)
+    assert ours.shape == theirs.shape
+    rounding = 1e-4 if transformers.__version__ >= "5" else .05  # version 4 resizes 8-bit pictures
+    torch.testing.assert_close(Normalize(IMAGENET_MEAN, IMAGENET_STD)(ours), theirs, rtol=0, atol=rounding)
+
+
+def test_frames_of_a_video_reward():
+    assert spread_frames(16, 16).tolist() == list(range(16)) and spread_frames(9, 3).tolist() == [0, 3, 6]
+    with pytest.raises(ValueError, match="frames = 8: this reward sees 16 frames of a clip, in order; it must have as many"):
+        spread_frames(8, 16)
+    with pytest.raises(ValueError, match="frames = 15: VideoMAE-random:playing piano sees 16 frames"):
+        load_reward("videomae:playing piano", "random")(random_frames(1, 15), ["a"])
+
+
+def test_order_counts_for_video_rewards_alone():
+    for kind in KINDS:
+        reward, frames = load_reward(kind, "random"), frames_for(kind)
+        scores, turned = reward(frames, CAPTIONS), reward(frames.flip(1), CAPTIONS)
+        if reward.num_frames:
+            assert (scores - turned).abs().min() > 1e-5
+        else:
+            torch.testing.assert_close(turned, scores.flip(1), rtol=1e-4, atol=1e-5)
+
+
+def test_hpsv2_says_how_it_takes_its_pictures():
+    import open_clip
+    clip, frames = seeded(lambda: open_clip.CLIP(**SMALL_CLIP)), random_frames()
+    names = [HPSv2(clip, preprocess=p).name for p in ("hpsv2", "pad", "crop", "stretch", "instructvideo")]
+    assert names == ["HPSv2.0", "HPSv2.0", "HPSv2.0/crop", "HPSv2.0/stretch", "HPSv2.0/stretch"]
+    x = prepared(frames, 32, CLIP_MEAN, CLIP_STD, InterpolationMode.BICUBIC)
+    image = clip.encode_image(x, normalize=True).unflatten(0, (2, 3))
+    text = clip.encode_text(open_clip.tokenize(CAPTIONS), normalize=True)
+    torch.testing.assert_close(HPSv2(clip, preprocess="crop")(frames, CAPTIONS), (image * text[:, None]).sum(-1))
+    assert [load_reward(kind, "random:32").name for kind in ("hpsv2", "hpsv2/pad", "hpsv2.1/crop")] == [
+        "HPSrandom", "HPSrandom", "HPSrandom/crop"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What all have in common
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_rewards_are_seeded_frozen_and_named(kind):
+    state = torch.random.get_rng_state()
+    reward, same = load_reward(kind, "random"), load_reward(kind, "random:32")
+    assert torch.equal(torch.random.get_rng_state(), state) and "random" in reward.name
+    outer = nn.ModuleList([reward]).train()
+    assert not any(m.training for m in outer[0].modules()) and not any(p.requires_grad for p in reward.parameters())
+    frames = frames_for(kind).requires_grad_()
+    scores = reward(frames, CAPTIONS)
+    torch.testing.assert_close(same(frames, CAPTIONS), scores, rtol=0, atol=0)
+    torch.testing.assert_close(reward(frames[1:], CAPTIONS[1:]), scores[1:], rtol=1e-4, atol=1e-5)  # each video by itself
+    scores.sum().backward()
+    assert frames.grad.isfinite().all() and frames.grad.abs().max() > 1e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        assert reward(frames, CAPTIONS).dtype == torch.float32
+    rough = load_reward(kind, "random", dtype=torch.bfloat16)(frames.bfloat16(), CAPTIONS)
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, scores, rtol=.1, atol=.1)
+
+
+def test_a_captions_text_is_encoded_once():
+    reward = load_reward("pickscore", "random")
+    calls, encode = [], reward.clip.text_model.forward
+    reward.clip.text_model.forward = lambda **inputs: calls.append(inputs) or encode(**inputs)
+    reward(random_frames(), CAPTIONS)
+    reward(random_frames(seed=1), CAPTIONS[::-1])
+    assert len(calls) == 2
+    reward.clip.load_state_dict(seeded(lambda: transformers.CLIPModel(reward.clip.config)).state_dict())
+    reward(random_frames(), CAPTIONS)  # other weights, other features
+    assert len(calls) == 4
+
+    reward = load_reward("imagereward", "random")
+    words, encode = [], reward.tokenizer.encode
+    reward.tokenizer = type("", (), {"encode": lambda _, caption: words.append(caption) or encode(caption)})()
+    reward(random_frames(), CAPTIONS)
+    reward(random_frames(seed=1), CAPTIONS[::-1])
+    assert words == CAPTIONS
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused, in one line
+
+def refused(kind, weights, *words):
+    with pytest.raises(ValueError) as error:
+        load_reward(kind, weights)
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
+    return message
+
+
+@pytest.mark.parametrize(("kind", "words"), [
+    ("hps", ["reward 'hps': must be one of hpsv2, hpsv2.1, pickscore", "vjepa", "my_file.py:function"]),
+    ("hpsv2/fit", ["reward 'hpsv2/fit'", "/crop or /stretch"]), ("hpsv2:book", ["reward 'hpsv2:book'"]),
+    ("pickscore:book", ["reward 'pickscore:book'", "yolos in :CLASS"]), ("vjepa/crop", ["reward 'vjepa/crop'"]),
+    ("yolos", ["must name what is to go, as in yolos:book"]),
+    ("yolos:boook", ["no class 'boook'; must be one of its 3, such as book"]),
+    ("videomae:playing the piano", ["no class 'playing the piano'; must be one of its 5, such as playing piano"])])
+def test_kinds_and_classes(kind, words):
+    refused(kind, "random", *words)
+
+
+def test_a_caption_that_names_no_action():
+    with pytest.raises(ValueError, match="the caption 'a cat' names none of its actions; name one yourself, as in videomae:"):
+        load_reward("videomae", "random")(random_frames(1, 16), ["a cat"])
+    reward = load_reward("videomae", "random")
+    assert [reward.class_of(c) for c in ("Moving LEFT, then", "a cat playing piano moving up")] == [1, 0]
+
+
+@pytest.mark.parametrize("kind", ["pickscore", "aesthetic", "imagereward", "yolos:book", "videomae:playing piano", "vjepa"])
+def test_malformed_weights(kind, tmp_path, monkeypatch, small_imagereward):
+    name = kind.partition(":")[0]
+    path, _ = LIVE[name](tmp_path / "hub", *([monkeypatch] if name == "vjepa" else []))
+    refused(kind, tmp_path / "absent", f"reward {name}: ", "absent: no such file or folder")
+    if name == "imagereward":
+        tensors = torch.load(path)
+        torch.save(tensors | {"blip.visual_encoder.norm.weight": torch.zeros(3)}, path)
+        refused(kind, path, "post_layernorm.weight has shape [3], expected [32]")
+        torch.save({k: v for k, v in tensors.items() if k != "mlp.layers.7.bias"}, path)
+        refused(kind, path, "1 tensors missing (layers.7.bias)")
+        torch.save(tensors, path)
+        (path.parent / "vocab.txt").write_text("a\nb\n")
+        refused(kind, path, "vocab.txt: not BERT's words")
+        return
+    config = json.loads((path / "config.json").read_text())
+    part = "vision_config" if name in ("pickscore", "aesthetic") else None
+    for key, value, word in (("num_hidden_layers", 10**9, "from 1 to 256"), ("num_hidden_layers", 3, "missing"),
+                             ("hidden_size", "wide", "model"), ("hidden_size", 7, "")):
+        spoilt = json.loads(json.dumps(config))
+        (spoilt[part] if part else spoilt)[key] = value
+        (path / "config.json").write_text(json.dumps(spoilt))
+        refused(kind, path, "hub", word)
+    (path / "config.json").write_text("[1]")
+    refused(kind, path, "config.json: expected a JSON object")
+    (path / "config.json").write_text(json.dumps(config))
+    whole = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(whole[:1000])
+    refused(kind, path, "model.safetensors: expected a .safetensors file, found a damaged one")
+    save_file({"x": torch.zeros(1)}, path / "model.safetensors")
+    refused(kind, path, "missing")
+
+
+@pytest.mark.parametrize("kind", ["pickscore", "aesthetic", "imagereward", "yolos:book", "videomae:a", "vjepa"])
+def test_weights_that_cannot_be_had(kind, monkeypatch):
+    def no_network(repo, name):
+        raise OSError("cannot resolve the host\nand more")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
+    name = kind.partition(":")[0]
+    refused(kind, None, f"reward {name}: cannot be downloaded (OSError: cannot resolve the host); get ",
+            "from the hub repository", f"as --reward-weights {name}=PATH")
+
+
+def test_hub_folders_and_what_lies_beside(tmp_path, monkeypatch, capsys, small_imagereward):
+    asked = []
+
+    def download(repo, name):
+        asked.append((repo, name))
+        return str(tmp_path / repo.partition("/")[2] / name)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    live_videomae(tmp_path / "videomae-base-finetuned-kinetics")
+    assert load_reward("videomae:moving up").name == "VideoMAE-32:moving up" and SIZES[768] == "base"
+    assert capsys.readouterr().err.splitlines()[-1] == "VideoMAE-32: its weights are CC-BY-NC-4.0, for no commercial use"
+    path, _ = live_aesthetic(tmp_path / "clip-vit-large-patch14")
+    (tmp_path / "ddpo-aesthetic-predictor").mkdir()
+    head = path / "sac+logos+ava1-l14-linearMSE.pth"
+    head.rename(tmp_path / "ddpo-aesthetic-predictor/aesthetic-model.pth")
+    assert load_reward("aesthetic").name == "aesthetic-v2"
+    path, _ = live_imagereward(tmp_path / "ImageReward")
+    (tmp_path / "bert-base-uncased").mkdir()
+    (path.parent / "vocab.txt").rename(tmp_path / "bert-base-uncased/vocab.txt")
+    assert load_reward("imagereward").name == "ImageReward-v1.0"
+    both = ["config.json", "model.safetensors"]
+    assert asked == [("MCG-NJU/videomae-base-finetuned-kinetics", n) for n in both] + [
+        ("openai/clip-vit-large-patch14", n) for n in both] + [
+        ("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"), ("THUDM/ImageReward", "ImageReward.pt"),
+        ("google-bert/bert-base-uncased", "vocab.txt")]
+
+
+def test_nobody_pays_for_other_rewards():
+    code = ("import sys, reward; reward.load_reward('hpsv2', 'random:32'); "
+            "print([m for m in sys.modules if m.startswith('rewards')])")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
