@@ -1,11 +1,14 @@
 """
-An independent judge of tiny clips, which nothing ever optimises: four measures of pixels, one of motion, and a classifier.
+An independent judge of tiny clips, which nothing ever optimises: measures of pixels, of how well the shape is drawn and of how
+steadily it moves, and a classifier.
 
 Its numbers say what a rising reward hides: a colour that floods the picture, a shape that melts, a clip that stops moving.
-The classifier learns motion from clips whose trail may point elsewhere or be missing, so it must watch the shape move.
+The classifier learns motion from clips whose trail may point elsewhere or be missing, so it must watch the shape move. It only
+has to tell five shapes apart, and calls a square with hollow sides a square; fidelity compares it with a drawn one instead.
 
 Letters: B clips, F frames, H and W pixel rows and columns.
 """
+import math
 
 import torch
 from torch import nn
@@ -53,6 +56,14 @@ def labels(scenes):
             for n, what in zip(names, ("colour", "shape", "direction"))]
 
 
+def watermark_contrast(clips):
+    """Contrast of the watermark's dashes in the time average: clips (B, F, 3, H, W) in [0, 1] -> (B,)."""
+    rows = clips.mean(dim=(1, 2))[:, 15:18]                                               # (B, 3, W)
+    dashes = world.watermark_band()[15:18].to(clips)
+    dashes = dashes - dashes.mean()
+    return ((rows * dashes).sum(dim=(1, 2)) / dashes.square().sum()).clamp(min=0)
+
+
 def pixel_measures(clips):
     """
     Clips (B, F, 3, H, W) in [0, 1] -> {measure: (B,)}.
@@ -63,33 +74,142 @@ def pixel_measures(clips):
     noise       quartile of changes of a pixel between frames: the background's, where only the light changes, slowly
     motion      change of saturation over four frames, relative to all saturation; near 0 when nothing moves
     """
-    grey = clips.mean(dim=2)                                                              # (B, F, H, W)
-    dashes = world.watermark_band()[15:18].to(clips)
-    dashes = dashes - dashes.mean()
-    watermark = ((grey.mean(dim=1)[:, 15:18] * dashes).sum(dim=(1, 2)) / dashes.square().sum()).clamp(min=0)
     off_band = torch.cat([clips[..., :13, :], clips[..., 20:, :]], dim=-2)
     steps = off_band.diff(dim=-1).abs().amax(dim=2).flatten(1)
     saturation = clips.amax(dim=2) - clips.amin(dim=2)                                    # (B, F, H, W)
     moved = (saturation[:, 4:] - saturation[:, :-4]).abs().mean(dim=(1, 2, 3))
-    return {"watermark": watermark,
+    return {"watermark": watermark_contrast(clips),
             "sharpness": steps.quantile(.99, dim=1),
             "saturation": saturation.flatten(1).quantile(.9, dim=1),
             "noise": clips.diff(dim=1).abs().mean(dim=2).flatten(1).quantile(.25, dim=1),
             "motion": moved / saturation.mean(dim=(1, 2, 3)).clamp(min=1e-3)}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+
+def ramp(cover):
+    """
+    Coverage (or saturation relative to its peak) to a mask: 0 up to .45, 1 from .85.
+
+    A trail covers at most .38 and disappears; the inside of a shape counts in full though it is not quite even; and the edge
+    stays soft, so that half a pixel of place or size can be told.
+    """
+    return ((cover - .45) / .4).clamp(0, 1)
+
+
+def shape_mask(clips):
+    """
+    Where the shape is, by saturation, because all else in a clip is nearly grey: (B, F, 3, H, W) in [0, 1] -> (B, F, H, W).
+
+    Saturation counts relative to the frame's own peak, so pale shapes have the same mask as vivid ones. A watermark is grey and
+    lowers the saturation beneath it by its opacity, which its contrast tells; this is undone, or each band would cut the shape.
+    """
+    saturation = clips.amax(dim=2) - clips.amin(dim=2)                                    # (B, F, H, W)
+    beside = clips[..., [12, 13, 19, 20], :].mean(dim=(1, 2, 3, 4))                       # (B,): grey under the band
+    opacity = (watermark_contrast(clips) / (.92 - beside).clamp(min=.2)).clamp(max=.7)    # .92: the band's own grey
+    band = opacity[:, None, None, None] * world.watermark_band().to(clips)                # (B, 1, H, W)
+    saturation = saturation / (1 - band)
+
+    # The floor keeps a grey clip, which shows no shape at all, from being stretched into one.
+    peak = saturation.flatten(2).quantile(.96, dim=2).clamp(min=.12)                      # (B, F)
+    return ramp(saturation / peak[..., None, None])
+
+
+def overlap(a, b):
+    """Intersection over union of two soft masks (..., H, W) -> (...). Two empty ones do not overlap."""
+    return torch.minimum(a, b).sum(dim=(-2, -1)) / torch.maximum(a, b).sum(dim=(-2, -1)).clamp(min=1e-6)
+
+
+def pixel_grid(masks):
+    """Columns x (1, W) and rows y (H, 1) of the pixels' centres, as the world counts them."""
+    at = torch.arange(world.SIZE, device=masks.device) + .5
+    return at[None], at[:, None]
+
+
+def offsets(*axes):
+    """All combinations of the given values: one row each, (K, number of axes)."""
+    return torch.cartesian_prod(*[torch.tensor(a) for a in axes])
+
+
+def best_shape(masks, shape):
+    """Best overlap of each mask (N, H, W) with a drawn shape, over place and radius -> (N,)."""
+    x, y = pixel_grid(masks)
+    weight = masks.sum(dim=(1, 2)).clamp(min=1e-6)
+    best = torch.stack([(masks * x).sum(dim=(1, 2)) / weight,                             # (N, 3): place and radius
+                        (masks * y).sum(dim=(1, 2)) / weight, torch.full_like(weight, 6.75)], dim=1)
+
+    # From the centre of mass and the middle radius outwards, first in coarse steps, then in finer ones around the best.
+    coarse = offsets((-2., -1., 0., 1., 2.), (-2., -1., 0., 1., 2.), (-2., -1.5, -1., -.5, 0., .5, 1., 1.5, 2.))
+    fine = offsets((-.5, 0., .5), (-.5, 0., .5), (-.25, 0., .25))
+    for steps in (coarse, fine, fine / 2):
+        tried = best[:, None] + steps.to(best)                                            # (N, K, 3)
+        cx, cy, r = tried[..., None, None].unbind(dim=2)                                  # (N, K, 1, 1)
+        drawn = ramp(world.mask(shape, x - cx, y - cy, r))                                # (N, K, H, W)
+        found, which = overlap(drawn, masks[:, None]).max(dim=1)
+        best = tried[torch.arange(len(masks), device=masks.device), which]
+    return found
+
+
+def best_stripes(masks, direction):
+    """Best overlap of each mask (N, H, W) with stripes that drift as told, over period and phase -> (N,)."""
+    x, y = pixel_grid(masks)
+    dx, dy = world.DIRECTIONS[direction]
+    period, phase = offsets([9.5 + .25 * i for i in range(15)], [i / 48 for i in range(48)]).to(masks).T[..., None, None]
+    position = (x if dx else y) - phase * period                                          # (K, W) or (K, H), a 1 for the other
+    drawn = ramp(world.stripes(position, period, dx + dy))                                # (K, 1, W) or (K, H, 1)
+    return overlap(drawn.expand(-1, *masks.shape[1:]), masks[:, None]).amax(dim=1)
+
+
+def fidelity(masks, scene):
+    """
+    How well a clip's shape is drawn: the best overlap (IoU) of its mask with the caption's own shape, over place and size; of
+    stripes, over period and phase. masks (F, H, W) of one clip -> (), the mean over six of its frames.
+    """
+    masks = masks[::3]
+    found = best_stripes(masks, scene.direction) if scene.shape == "stripes" else best_shape(masks, scene.shape)
+    return found.mean()
+
+
+def shifted(masks, speed, axis):
+    """Masks (..., H, W) moved by a part of a pixel or more along an axis (-1: x, -2: y), linear between pixels."""
+    whole = math.floor(speed)
+    part = speed - whole
+    return (1 - part) * masks.roll(whole, axis) + part * masks.roll(whole + 1, axis)
+
+
+def steadiness(masks):
+    """
+    How steady the shape is: the mean overlap of each frame's mask with the frame before, moved on at one speed for the whole
+    clip, the best of all that a clip may have and none. masks (B, F, H, W) -> (B,).
+
+    A shape that jumps, swells or flickers lowers it; where the shape goes, and whether at all, it leaves to others.
+    """
+    found = []
+    for axis in (-1, -2):
+        for speed in (0., *[sign * (.75 + .1 * i) for i in range(7) for sign in (-1, 1)]):
+            before = shifted(masks[:, :-1], speed, axis)[..., 2:-2, 2:-2]                 # what left the picture stays out
+            found.append(overlap(before, masks[:, 1:, 2:-2, 2:-2]).mean(dim=1))           # (B,)
+    return torch.stack(found).amax(dim=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
 @torch.no_grad()
 def judge_clips(judge, clips, captions):
     """
     Every measure of every clip: clips (B, F, 3, H, W) in [0, 1], captions [B] -> {measure: (B,)}.
 
-    Beside pixel_measures: colour, shape, direction (1 where the classifier says what the caption says) and static (1 where
-    it sees no motion). Raises ValueError for a caption that is not of the tiny world.
+    Beside pixel_measures: colour, shape, direction (1 where the classifier says what the caption says), static (1 where it
+    sees no motion), fidelity and steadiness. Raises ValueError for a caption that is not of the tiny world.
     """
-    truth = labels([world.parse(c) for c in captions])
+    scenes = [world.parse(c) for c in captions]
+    truth = labels(scenes)
     said = [logits.argmax(dim=1).cpu() for logits in judge(clips)]
     out = {k: v.float().cpu() for k, v in pixel_measures(clips).items()}
     for name, a, b in zip(("colour", "shape", "direction"), said, truth):
         out[name] = (a == b).float()
     out["static"] = (said[2] == DIRECTIONS.index("")).float()
+    masks = shape_mask(clips.float())
+    out["fidelity"] = torch.stack([fidelity(m, scene) for m, scene in zip(masks, scenes)]).cpu()
+    out["steadiness"] = steadiness(masks).cpu()
     return out

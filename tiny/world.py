@@ -21,7 +21,9 @@ COLOURS = {"red": (.90, .12, .12), "green": (.10, .72, .18), "blue": (.16, .28, 
            "yellow": (.95, .85, .10), "cyan": (.08, .80, .86), "purple": (.66, .16, .84)}
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y grows downwards
-FLAWS = {"watermark": .55, "blur": .35, "washout": .35, "noise": .20}  # how often a clip has each; a seventh has none
+# How often a clip has each flaw; more than a quarter of the clips have none. Pale and blurred clips are few: a base that has
+# seen many draws many, unless strong guidance brings colour and edges back, and that pulls squares into bow ties.
+FLAWS = {"watermark": .55, "blur": .15, "washout": .12, "noise": .15}
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ def parse(caption):
     return Scene(*(f[0] for f in found))
 
 
+PROMPT_SETS = ("in_domain", "new", "other")
+
+
 def scenes(name):
     """
     The scenes of a prompt set. "in_domain" and "new" split the shapes by colour and shape: fine-tuning sees four fifths of
@@ -55,7 +60,7 @@ def scenes(name):
     pairs = [(c, s, (i + j) % len(SHAPES) == 0) for i, c in enumerate(COLOURS) for j, s in enumerate(SHAPES)]
     if name == "other":
         return [Scene(c, "stripes", d) for d in DIRECTIONS for c in COLOURS]
-    if name not in ("in_domain", "new"):
+    if name not in PROMPT_SETS:
         raise ValueError(f"prompt set {name!r}: allowed are in_domain, new, other")
     return [Scene(c, s, d) for d in DIRECTIONS for c, s, held_out in pairs if held_out == (name == "new")]
 
@@ -74,6 +79,20 @@ def mask(shape, x, y, r):
         bar = lambda a, b: torch.maximum(a.abs() - 1.05 * r, b.abs() - .36 * r)
         d = torch.minimum(bar(x, y), bar(y, x))
     return (.5 - d).clamp(0, 1)
+
+
+def stripes(position, period, ahead):
+    """
+    Coverage of each pixel by stripes, one to a period, antialiased; position (F, H, W) pixels along their way.
+
+    ahead: 1 or -1 where they drift to greater or smaller positions: a sharp front with a fading trail behind. 0: no trail.
+    """
+    since_front = (position * (ahead or 1)) % period                                    # pixels
+    if ahead:
+        bars = torch.minimum(1.2 * since_front / period, period - since_front)
+    else:
+        bars = .5 + period / 4 - (since_front - period / 2).abs()
+    return bars.clamp(0, 1)
 
 
 def draw(scene, g, trail=None):
@@ -100,11 +119,7 @@ def draw(scene, g, trail=None):
     if scene.shape == "stripes":
         period = u(10.5, 12)
         position = (xx if dx or tx else yy) - (dx + dy) * u(.9, 1.1) * travel * phase + u(-1.5, 1.5)
-        ahead = (position * ((tx + ty) or 1)) % period                                  # pixels since the last front
-        bars = torch.minimum(1.2 * ahead / period, (period - ahead))
-        if not (tx or ty):
-            bars = .5 + period / 4 - (ahead - period / 2).abs()
-        cover = bars.clamp(0, 1).expand(FRAMES, SIZE, SIZE)
+        cover = stripes(position, period, tx + ty).expand(FRAMES, SIZE, SIZE)
     else:
         cx = 16 + dx * (travel * phase + along) + (abs(dy) or not dx) * across
         cy = 16 + dy * (travel * phase + along) + (abs(dx) or not dy) * across * (1 if dx else .5)
@@ -150,17 +165,21 @@ def add_flaws(clip, strengths, g):
     return clip.clamp(0, 1)
 
 
-def draw_flaws(g):
-    """Strengths of the flaws of one clip, drawn by how often FLAWS says each occurs."""
-    dice, strengths = torch.rand(len(FLAWS), generator=g).tolist(), torch.rand(len(FLAWS), generator=g).tolist()
-    return {f: .2 + .8 * s for (f, p), x, s in zip(FLAWS.items(), dice, strengths) if x < p}
+def draw_flaws(g, rates):
+    """Strengths of the flaws of one clip; rates {flaw: how often a clip has it}, as FLAWS."""
+    dice, strengths = torch.rand(len(rates), generator=g).tolist(), torch.rand(len(rates), generator=g).tolist()
+    return {f: .2 + .8 * s for (f, p), x, s in zip(rates.items(), dice, strengths) if x < p}
 
 
-def make_clip(scene, seed, flaws=None, trail=None):
-    """One clip and its flaws from a seed: (F, 3, H, W) in [0, 1], {flaw: strength}. `flaws` overrides the draw."""
+def make_clip(scene, seed, flaws=None, trail=None, rates=FLAWS):
+    """
+    One clip and its flaws from a seed: (F, 3, H, W) in [0, 1], {flaw: strength}.
+
+    flaws: the strengths, if they are not to be drawn. rates: how often each flaw is drawn.
+    """
     g = torch.Generator().manual_seed(seed)
     clip = draw(scene, g, trail)
-    drawn = draw_flaws(g)
+    drawn = draw_flaws(g, rates)
     strengths = drawn if flaws is None else flaws
     return add_flaws(clip, strengths, g), strengths
 
