@@ -72,8 +72,8 @@ class Config:
     """for the UNet; the other stages have too little to do for more than one"""
     vae_steps: int = 3000
     clip_steps: int = 2500
-    image_steps: int = 5000
-    unet_steps: int = 4000
+    image_steps: int = 3000
+    unet_steps: int = 1900
     preference_steps: int = 2000
     judge_steps: int = 1200
     gate_count: int = 96
