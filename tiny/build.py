@@ -56,7 +56,7 @@ CLIP = dict(embed_dim=64,
             text_cfg=dict(context_length=world.CONTEXT_LENGTH, vocab_size=len(world.WORDS) + 4, width=64, heads=1, layers=3))
 # The base's own guidance, written into its config. It is low because eps_c - eps_u points to what other shapes lack: guidance 3
 # adds it three times, and squares become bow ties.
-GUIDANCE = 1.0
+GUIDANCE = 1.5
 MAX_WEIGHT = 100.  # of high noise in Eq. (1), where only the words can tell: 1 / abar_t up to this; see tiny/README.md
 LATENT_STD = 0.5  # see tiny/README.md: with unit variance, noise at t = 951 still shows the layout, and words go unread
 
