@@ -102,7 +102,7 @@ def draw_curves(lines, reward_name, path):
     steps = [line for line in lines if line.get("reward") is not None]
     evals = [line for line in lines if "eval" in line]
     first = next(iter(evals[0]["eval"].values()))
-    judged = [k for k in ("watermark", "colour", "shape", "direction") if k in first]
+    judged = [k for k in ("watermark", "colour", "shape", "direction", "fidelity") if k in first]
 
     panels = 3 if judged else 2
     figure = Figure(figsize=(5 * panels, 3.6))
@@ -126,10 +126,10 @@ def draw_curves(lines, reward_name, path):
 
 
 def draw_judge(axis, x, evals, judged):
-    """The judge's first measure for each prompt set, the others (shares of right answers) over all sets."""
+    """The judge's first measure for each prompt set, the others (from 0 to 1, more is better) over all sets."""
     for name in evals[0]:
         axis.plot(x, [number(sets[name][judged[0]]) for sets in evals], marker="o", label=f"{judged[0]}, {name}")
     for k in judged[1:]:
         mean = [sum(number(m[k]) for m in sets.values()) / len(sets) for sets in evals]
-        axis.plot(x, mean, ls="--", label=f"{k} right, all sets")
+        axis.plot(x, mean, ls="--", label=f"{k}, all sets")
     axis.set(title="the same videos, by the judge", ylim=(-.02, 1.02), ylabel="judge")

@@ -261,7 +261,7 @@ def test_the_judge_reports_beside_the_reward_and_the_hpsv2_package_agrees():
     assert [r["set"] for r in report["results"]] == ["in_domain", "new", "other"]
     for row in report["results"]:
         assert row["measures"].keys() == {"reward_mean", "reward_std", "n", "watermark", "sharpness", "saturation", "noise",
-                                          "colour", "shape", "direction", "static", "motion"}
+                                          "colour", "shape", "direction", "static", "motion", "fidelity", "steadiness"}
     assert report["official_hps_distance"] < 1e-4
     table = Path("report/table.md").read_text()
     assert "The hpsv2 package's own scores differ by at most" in table and "on 3 videos" in table

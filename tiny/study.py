@@ -271,7 +271,8 @@ def run(cfg):
 # ---------------------------------------------------------------------------------------------------------------------
 # The report: tables and curves, from the JSON files alone
 
-MEASURES = ("watermark", "sharpness", "saturation", "noise", "motion", "colour", "shape", "direction", "static")
+MEASURES = ("watermark", "sharpness", "saturation", "noise", "motion", "fidelity", "steadiness", "colour", "shape", "direction",
+            "static")
 
 
 def as_table(report):
@@ -296,7 +297,7 @@ def as_summary(report):
     def change(row, measure, key):
         after, (d, error) = row["measures"][key], row["differences"][measure]
         return f"{after - d:.2f} → {after:.2f} ({d:+.3f} ± {error:.3f})"
-    shown = ("watermark", "motion", "colour", "shape", "direction", "static")
+    shown = ("watermark", "motion", "fidelity", "steadiness", "colour", "shape", "direction", "static")
     lines = [f"| set | {report['reward']} | gain in base std | {' | '.join(shown)} |", "|" + "---|" * (3 + len(shown))]
     for row in report["rows"]:
         if row["label"] == "seeds pooled":
