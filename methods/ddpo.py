@@ -32,7 +32,7 @@ import train  # noqa: E402
 from data import batch_indices  # noqa: E402
 from evaluate import prompt_sets  # noqa: E402
 from reward import aggregate, segment_frames, tar_weights  # noqa: E402
-from sampler import alpha_bars, ddim_mean_std, ddpm_step, guided_eps  # noqa: E402
+from sampler import GUIDANCE, alpha_bars, ddim_mean_std, ddpm_step, guided_eps  # noqa: E402
 from support import prompting  # noqa: E402
 from support.processes import add_over_ranks, all_gather, rank_and_size, run_script  # noqa: E402
 from support.rounds import RewardHistory  # noqa: E402
@@ -129,6 +129,11 @@ def sample_round(base, reward, uncond, draw, first, history, cfg):
     return [[*batch, own[k]] for k, batch in enumerate(batches)]
 
 
+def loss_scale(cfg):
+    """As in train.train: without it, half of a float16 gradient would be 0."""
+    return 4096. if cfg.dtype == "float16" else 1.
+
+
 def backward(base, uncond, batch, step, cfg):
     """Add the gradient of a batch to the adapters', one chain step at a time; returns the loss."""
     path, old_log_probs, text, _, A = batch
@@ -137,13 +142,13 @@ def backward(base, uncond, batch, step, cfg):
     number = max(1, round(cfg.timestep_fraction * D))
     total = 0.
     for i in (torch.randperm(D, generator=generator)[:number] + 1).tolist():  # of 1..D
-        for start in range(0, len(A), len(A) // cfg.grad_accum):
-            part = slice(start, start + len(A) // cfg.grad_accum)
+        for start in range(0, len(A), cfg.clips_at_once or len(A)):
+            part = slice(start, start + (cfg.clips_at_once or len(A)))
             mean, std = policy(base, path[D - i][part], i, text[part], uncond, cfg)
             new = log_prob(path[D - i + 1][part], mean, std)                  # (b,)
             loss = ppo_loss(new, old_log_probs[part, D - i], A[part], cfg.clip_range)
             loss = loss * len(new) / (cfg.batch_size * number)
-            loss.backward()
+            (loss_scale(cfg) * loss).backward()
             total += loss.item()
     return total
 
@@ -164,7 +169,7 @@ def learn(cfg, parameters, sample, backward, run):
 
         # 2. Sum over the ranks; take the step unless the loss or the gradient is not finite.
         sums = [total_loss, total_reward, float(run.stop())]
-        total_loss, total_reward, stopping = add_over_ranks(parameters, sums)
+        total_loss, total_reward, stopping = add_over_ranks(parameters, sums, loss_scale(cfg))
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip_grad).item()
         finite = math.isfinite(total_loss) and math.isfinite(grad_norm)
         if finite:
@@ -201,7 +206,9 @@ class Config(prompting.PromptSettings, train.Config):
 
 PRESETS = {
     "tiny": Config(),
-    "modelscope": Config(**prompting.MODELSCOPE, steps=20_000, updates=4, batch_size=64, lr=3e-4)}
+    "modelscope": Config(
+        **prompting.MODELSCOPE, guidance=GUIDANCE, steps=20_000, updates=4,
+        batch_size=64, lr=3e-4)}
 
 
 def check(cfg):
@@ -241,6 +248,7 @@ def method(cfg, base, reward):
     def sample(step, history):
         return sample_round(base, reward, uncond, draw, step, history, cfg)
 
+    sample.data = prompting.describe(prompts)
     return sample, lambda batch, step: backward(base, uncond, batch, step, cfg)
 
 

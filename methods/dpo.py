@@ -34,10 +34,10 @@ import train  # noqa: E402
 from data import batch_indices  # noqa: E402
 from evaluate import prompt_sets  # noqa: E402
 from reward import aggregate, segment_frames, tar_weights  # noqa: E402
-from sampler import add_noise, alpha_bars, sample  # noqa: E402
+from sampler import GUIDANCE, add_noise, alpha_bars, sample  # noqa: E402
 from support import prompting  # noqa: E402
 from support.processes import rank_and_size, run_script  # noqa: E402
-from support.rounds import check_rounds, round_of, round_tensors  # noqa: E402
+from support.rounds import Rounds, check_rounds, round_of  # noqa: E402
 from support.seeds import sample_generator  # noqa: E402
 from support.settings import check_positive  # noqa: E402
 
@@ -112,7 +112,8 @@ class Config(prompting.PromptSettings, train.Config):
 
 PRESETS = {
     "tiny": Config(),
-    "modelscope": Config(**prompting.MODELSCOPE, steps=20_000, pairs=2048, lr=5e-4)}
+    "modelscope": Config(
+        **prompting.MODELSCOPE, guidance=GUIDANCE, steps=20_000, pairs=2048, lr=5e-4)}
 
 
 def check(cfg):
@@ -127,11 +128,12 @@ def method(cfg, base, reward):
     """DPO as two functions: train.train's, but that draw has the run as its first argument."""
     prompts = prompting.training_prompts(
         cfg, base, lambda: prompt_sets(base, (), 0)["in_domain"])
+    rounds = Rounds()
 
     def draw(run, step):
         number = round_of(step, cfg)
-        pairs = round_tensors(run, number,
-                              lambda: sample_pairs(base, reward, prompts, number, cfg))
+        pairs = rounds.get(run, number,
+                           lambda: sample_pairs(base, reward, prompts, number, cfg))
 
         share = batch_indices(step, cfg.batch_size, cfg.pairs, cfg.seed, *rank_and_size())
         chosen = torch.tensor([index for _, index in share])                  # (B,)
@@ -154,6 +156,7 @@ def method(cfg, base, reward):
         loss = dpo_loss(*pair_errors(base.denoiser, *inputs), *reference, cfg.beta)
         return -loss.expand(len(mean_scores)), mean_scores
 
+    draw.data = prompting.describe(prompts)
     return draw, score
 
 

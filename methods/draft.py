@@ -27,7 +27,7 @@ import train  # noqa: E402
 from data import batch_indices  # noqa: E402
 from evaluate import prompt_sets  # noqa: E402
 from reward import aggregate, segment_frames, tar_weights  # noqa: E402
-from sampler import alpha_bars, chain  # noqa: E402
+from sampler import GUIDANCE, alpha_bars, chain  # noqa: E402
 from support import prompting  # noqa: E402
 from support.processes import rank_and_size, run_script  # noqa: E402
 from support.seeds import sample_generator  # noqa: E402
@@ -74,7 +74,8 @@ class Config(prompting.PromptSettings, train.Config):
 
 PRESETS = {
     "tiny": Config(),
-    "modelscope": Config(**prompting.MODELSCOPE, steps=20_000, batch_size=8, lr=1e-5)}
+    "modelscope": Config(
+        **prompting.MODELSCOPE, guidance=GUIDANCE, steps=20_000, batch_size=8, lr=1e-5)}
 
 
 def check(cfg):
@@ -101,6 +102,7 @@ def method(cfg, base, reward):
     def score(batch):
         return draft_rewards(base, reward, uncond, batch, cfg)
 
+    draw.data = prompting.describe(prompts)
     return draw, score
 
 

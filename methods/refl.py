@@ -31,7 +31,7 @@ import train  # noqa: E402
 from data import batch_indices  # noqa: E402
 from evaluate import prompt_sets  # noqa: E402
 from reward import aggregate, segment_frames, tar_weights  # noqa: E402
-from sampler import alpha_bars, ddim_step, ddpm_step, guided_eps  # noqa: E402
+from sampler import GUIDANCE, alpha_bars, ddim_step, ddpm_step, guided_eps  # noqa: E402
 from support import prompting  # noqa: E402
 from support.processes import rank_and_size, run_script  # noqa: E402
 from support.seeds import sample_generator  # noqa: E402
@@ -82,7 +82,8 @@ class Config(prompting.PromptSettings, train.Config):
 
 PRESETS = {
     "tiny": Config(),
-    "modelscope": Config(**prompting.MODELSCOPE, steps=20_000, batch_size=8, lr=1e-5)}
+    "modelscope": Config(
+        **prompting.MODELSCOPE, guidance=GUIDANCE, steps=20_000, batch_size=8, lr=1e-5)}
 
 
 def check(cfg):
@@ -114,6 +115,7 @@ def method(cfg, base, reward):
     def score(batch):
         return refl_rewards(base, reward, uncond, batch, cfg)
 
+    draw.data = prompting.describe(prompts)
     return draw, score
 
 

@@ -33,10 +33,10 @@ import train  # noqa: E402
 from data import batch_indices  # noqa: E402
 from evaluate import prompt_sets  # noqa: E402
 from reward import aggregate, segment_frames, tar_weights  # noqa: E402
-from sampler import add_noise, alpha_bars, sample  # noqa: E402
+from sampler import GUIDANCE, add_noise, alpha_bars, sample  # noqa: E402
 from support import prompting  # noqa: E402
 from support.processes import rank_and_size, run_script  # noqa: E402
-from support.rounds import check_rounds, round_of, round_tensors  # noqa: E402
+from support.rounds import Rounds, check_rounds, round_of  # noqa: E402
 from support.seeds import sample_generator  # noqa: E402
 from support.settings import check_positive  # noqa: E402
 
@@ -100,8 +100,9 @@ class Config(prompting.NoiseSettings, train.Config):
 
 PRESETS = {
     "tiny": Config(),
-    "modelscope": Config(**prompting.MODELSCOPE, steps=20_000, rounds=10, videos=2048, lr=1e-5,
-                         offset_noise=0.1)}
+    "modelscope": Config(
+        **prompting.MODELSCOPE, guidance=GUIDANCE, steps=20_000, rounds=10, videos=2048, lr=1e-5,
+        offset_noise=0.1)}
 
 
 def check(cfg):
@@ -118,10 +119,11 @@ def method(cfg, base, reward):
     prompts = [] if cfg.data else prompting.training_prompts(
         cfg, base, lambda: prompt_sets(base, (), 0)["in_domain"])
     dataset = train.read_clips(cfg, base) if cfg.data else None
+    rounds = Rounds()
 
     def draw_videos(run, step, share):
         number = round_of(step, cfg)
-        videos = round_tensors(
+        videos = rounds.get(
             run, number, lambda: sample_videos(base, reward, prompts, number, cfg))
         w = reward_weights(videos["R"], cfg.temperature)                      # over the round
         chosen = torch.tensor([index for _, index in share])                  # (B,)
@@ -150,6 +152,7 @@ def method(cfg, base, reward):
         error = denoising_errors(base.denoiser, z, eps, t, text)              # (B,)
         return -w.to(error) * error, plain
 
+    draw.data = dataset.description if cfg.data else prompting.describe(prompts)
     return draw, score
 
 

@@ -4,6 +4,7 @@ Prompts to train on, and the noise that their videos start from: what methods ha
 A video's noise comes from its own generator, seeded by what the video is, so that it is the same on any number of ranks and
 after a run was continued.
 """
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import torch
 from tyro.conf import Fixed, Suppress
 
 from support.clip_lists import read_prompts
+from support.files import read_json
 from support.seeds import sample_generator
 from support.weights import HUB_BASE
 
 # What the preset "modelscope" of every method shares with train.py's.
-MODELSCOPE = dict(preset="modelscope", base=HUB_BASE, eval_every=1000, eval_count=0, save_every=500)
+MODELSCOPE = dict(preset="modelscope", base=HUB_BASE, eval_every=1000, eval_count=0, save_every=500,
+                  clips_at_once=1)
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,9 @@ class PromptSettings(NoiseSettings):
 
 
 def check_prompts(cfg):
-    """ValueError if there is nothing to train on."""
+    """ValueError if there is nothing to train on, or if --resume names a run of train.py itself."""
+    if cfg.resume and "prompts_train" not in read_json(cfg.resume / "config.json"):
+        raise ValueError(f"resume {cfg.resume}: not a run of this method")
     if cfg.prompts_train is not None:
         read_prompts(cfg.prompts_train)
     elif cfg.base != "tiny":
@@ -56,6 +61,11 @@ def training_prompts(cfg, base, tiny_prompts):
     for start in range(0, len(prompts), 64):
         base.encode_text(prompts[start:start + 64])
     return prompts
+
+
+def describe(prompts):
+    """What the prompts are, in a few words: a run that is continued must have the same."""
+    return f"{len(prompts)} prompts, sha256 {hashlib.sha256(chr(10).join(prompts).encode()).hexdigest()[:16]}"
 
 
 def draw_videos(share, prompts, base, cfg, key, pick_frames):

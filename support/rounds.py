@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from support.files import read_json, write_text, write_whole
-from support.processes import barrier, from_rank_0, gather, is_main_process, rank_and_size
+from support.processes import gather, is_main_process, on_rank_0, rank_and_size
 from support.published import read_tensors
 from support.run_folder import Stopped, read_metrics
 from support.settings import check_at_least
@@ -34,26 +34,38 @@ def round_of(step, cfg):
     return step * cfg.rounds // cfg.steps
 
 
-def round_tensors(run, number, make):
-    """
-    {name: (n, ...)} of a round, on the CPU: read (memory-mapped) from the run folder, or else made, in parts, and written there.
+class Rounds:
+    """The videos of one round after another, in memory and in the run folder."""
 
-    make() -> an iterable of this rank's parts, {name: (b, ...)}, in order of their places in the whole; the ranks' shares
-    follow each other. A signal ends the work on it (Stopped): it will be made again.
-    """
-    path = run.folder / f"round_{number:03d}.safetensors"
-    if not from_rank_0(path.is_file()):
-        parts = []
-        for part in tqdm(make(), f"sampling round {number}", leave=False, disable=not is_main_process()):
-            parts.append({name: tensor.cpu() for name, tensor in part.items()})
-            if run.stop() and rank_and_size()[1] == 1:  # with more ranks, leaving alone would keep the others waiting
-                raise Stopped
-        parts = [part for share in gather(parts) for part in share]
-        if is_main_process():
-            with write_whole(path) as hidden:
-                save_file({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, hidden)
-        barrier()
-    return read_tensors(path)
+    def __init__(self):
+        self.number, self.tensors = None, {}
+
+    def get(self, run, number, make):
+        """
+        {name: (n, ...)} of a round, on the CPU: read from the run folder, or else made, in parts, and written there.
+
+        make() -> an iterable of this rank's parts, {name: (b, ...)}, in order of their places in the whole; the ranks' shares
+        follow each other. A signal ends the work on it (Stopped): it will be made again. Only rank 0 reads and writes.
+        """
+        if number != self.number:
+            path = run.folder / f"round_{number:03d}.safetensors"
+            if not on_rank_0(path.is_file):
+                write_round(path, run, number, make)
+            self.tensors, self.number = on_rank_0(lambda: read_tensors(path)), number
+        return self.tensors
+
+
+def write_round(path, run, number, make):
+    """Make a round's videos, all ranks their share, and write them."""
+    parts = []
+    for part in tqdm(make(), f"sampling round {number}", leave=False, disable=not is_main_process()):
+        parts.append({name: tensor.cpu() for name, tensor in part.items()})
+        if run.stop() and rank_and_size()[1] == 1:  # with more ranks, leaving alone would keep the others waiting
+            raise Stopped
+    parts = [part for share in gather(parts) for part in share]
+    if is_main_process():
+        with write_whole(path) as hidden:
+            save_file({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, hidden)
 
 
 class RewardHistory:
@@ -65,8 +77,8 @@ class RewardHistory:
 
     def __init__(self, run, length):
         self.path, self.writes, self.length, self.last = run.folder / "rewards.jsonl", run.writes, length, {}
-        lines = read_metrics(self.path) if run.writes and self.path.is_file() else []
-        lines = from_rank_0([line for line in lines if line["step"] < run.step])
+        lines = on_rank_0(lambda: read_metrics(self.path) if self.path.is_file() else [])
+        lines = [line for line in lines if line["step"] < run.step]
         if self.writes:
             write_text(self.path, "")
         for line in lines:

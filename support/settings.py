@@ -227,8 +227,9 @@ def to_record(cfg):
     def whole(value):
         return type(value)(Path(value).absolute()) if value is not None and Path(value).exists() else value
 
-    paths = {name: whole(getattr(cfg, name)) for name in ("data", "data_root", "vae", "text_encoder", "reward_weights", "base")
-             if str(getattr(cfg, name)).partition(":")[0] not in ("tiny", "random")}
+    names = ("data", "data_root", "vae", "text_encoder", "reward_weights", "base", "prompts_train")
+    paths = {name: whole(getattr(cfg, name)) for name in names
+             if str(getattr(cfg, name, "random")).partition(":")[0] not in ("tiny", "random")}
     prompts = []
     for argument in cfg.prompts:
         name, equals, path = argument.partition("=")
