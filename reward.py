@@ -38,6 +38,8 @@ import torch.nn.functional as F_
 
 from support.clip_configs import SMALL_CLIP, clip_tokenizer, read_clip_config
 from support.frames import clip_normalize, crop_centre, letterbox, stretch
+from support.mixture import load_mixture
+from support.own_reward import load_own
 from support.published import load_strict, read_tensors
 from support.reward_model import RewardModel
 from support.weights import REWARD_FILES, find_hub_reward, find_reward, reward_kind
@@ -218,12 +220,20 @@ def load_reward(kind="hpsv2", weights=None, base_folder=None, dtype=torch.float3
     ValueError: unknown kind, nothing found.
     """
     name, argument = reward_kind(kind)
+    if name.endswith(".py"):
+        return load_own(name, argument, device)
     if name in REWARD_FILES:
         return find_hpsv2(name, weights, base_folder, dtype, device, preprocess=argument)
 
     # Imported here, on purpose: nobody pays for the others.
     path = find_hub_reward(name, weights)
     return importlib.import_module(f"rewards.{name}").load(path, argument, dtype, device)
+
+
+def load_rewards(cfg, base_folder, dtype=torch.float32, device="cpu"):
+    """All that a script's settings name: one image reward by itself, or a Mixture."""
+    return load_mixture(cfg, lambda kind, weights: load_reward(kind, weights, base_folder, dtype,
+                                                               device))
 
 
 def find_hpsv2(kind, weights, base_folder, dtype, device, preprocess):

@@ -22,6 +22,7 @@ class RewardModel(nn.Module):
         super().__init__()
         self.name, self.num_frames = name, num_frames
         self._texts, self._texts_of = {}, None
+        self.eval()
 
     def train(self, mode=True):
         """Stays in eval mode: a trainer's model.train() must not switch on the reward's dropout."""
@@ -49,9 +50,7 @@ class RewardModel(nn.Module):
         if weights != self._texts_of:
             self._texts, self._texts_of = {}, weights
 
-        device = next(model.parameters()).device
-        device_type = "cpu" if device.type == "meta" else device.type  # autocast has no meta device
-        with torch.no_grad(), torch.autocast(device_type, enabled=False):
+        with torch.no_grad(), no_autocast(next(model.parameters())):
             for caption in captions:
                 if caption not in self._texts:
                     self._texts[caption] = encode(caption)
@@ -73,11 +72,16 @@ class LinearHead(nn.Module):
         self.layers = nn.ModuleDict(dict(zip("02467", layers)))
 
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             x = x.float()
             for layer in self.layers.values():
                 x = layer(x)
         return x[:, 0]
+
+
+def no_autocast(tensor):
+    """A context without autocast on the tensor's device; meta has none."""
+    return torch.autocast("cpu" if tensor.is_meta else tensor.device.type, enabled=False)
 
 
 def say_non_commercial(name, licence):

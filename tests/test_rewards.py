@@ -3,9 +3,12 @@ rewards/: each reward against the live classes of transformers on small random w
 against torchvision; what is refused.
 """
 import json
+import re
 import subprocess
 import sys
+import types
 import zlib
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -14,13 +17,16 @@ import torch.nn.functional as F_
 import transformers
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import CenterCrop, InterpolationMode, Normalize, Resize
 
-from reward import HPSv2, load_reward
-from rewards import imagereward, pickscore, videomae, vjepa, yolos
+from reward import HPSv2, aggregate, load_reward, load_rewards, tar_weights
+from rewards import aesthetic, imagereward, pickscore, videomae, vjepa, yolos
 from support.clip_configs import SMALL_CLIP
 from support.frames import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, crop_centre, fit_within, spread_frames
 from support.hub_models import SIZES
+from support.mixture import Mixture, check_rewards, measure, read_mixture, sees_whole_clips
+from support.reward_model import LinearHead, RewardModel
 
 YOLOS_SIZE = {"shortest_edge": 512, "longest_edge": 864}  # yolos-tiny's preprocessor_config.json
 CAPTIONS = ["A red Panda's book &amp; playing piano, 4k", "a  cat moving left"]
@@ -429,8 +435,210 @@ def test_hub_folders_and_what_lies_beside(tmp_path, monkeypatch, capsys, small_i
         ("google-bert/bert-base-uncased", "vocab.txt")]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Several rewards, and those of the user's own
+
+class Brightness(RewardModel):
+    """An image reward of a known score."""
+
+    def forward(self, frames, captions):
+        x = self.pixels(frames, captions)
+        return x.mean((1, 2, 3)).view(frames.shape[:2])
+
+
+class Change(RewardModel):
+    """A video reward of a known score."""
+
+    def forward(self, frames, captions):
+        x = self.pixels(frames, captions).unflatten(0, frames.shape[:2])
+        return (x[:, 1:] - x[:, :-1]).square().mean((1, 2, 3, 4))[:, None]
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 3])
+def test_a_mixture_is_the_weighted_sum(chunk):
+    clip = random_frames(2, 9, 8, 8).requires_grad_()
+    decoded = []
+
+    def decode(index):
+        decoded.append(index.shape[1])
+        return clip.gather(1, index[:, :, None, None, None].expand(-1, -1, 3, 8, 8))
+
+    mixture = Mixture([(2., Brightness("bright")), (-.5, Change("change", 3)), (1., Brightness("again"))], [Brightness("seen")])
+    assert mixture.name == "2 bright + -0.5 change + again"
+    g = torch.tensor([[0, 3, 4, 8], [1, 2, 5, 7]])
+    f = tar_weights(g, 9)
+    R, logged = mixture.of_edits(decode, CAPTIONS, g, f, 9, aggregate, chunk)
+    if not chunk:
+        assert sorted(decoded) == [3, 4]  # image rewards share their frames
+
+    frames = clip[torch.arange(2)[:, None], g]
+    bright = frames.mean((2, 3, 4))
+    change = (clip[:, [3, 6]] - clip[:, [0, 3]]).square().mean((1, 2, 3, 4))
+    torch.testing.assert_close(R, 3 * aggregate(bright, f) - .5 * change)  # TAR's weights are for image rewards alone
+    expected, = torch.autograd.grad((3 * aggregate(bright, f) - .5 * change).sum(), clip)
+    found, = torch.autograd.grad(R.sum(), clip)
+    torch.testing.assert_close(found, expected)
+    assert list(logged) == ["reward", "bright", "change", "again"] and not any(v.requires_grad for v in logged.values())
+    torch.testing.assert_close(logged["reward"], (3 * bright.mean(1) - .5 * change).detach())
+    torch.testing.assert_close(logged["change"], change.detach())
+
+    measured = measure(mixture, frames[:1].detach(), clip[:1].detach(), CAPTIONS[:1])
+    assert list(measured) == ["reward", "bright", "change", "again", "seen"] and sees_whole_clips(mixture)
+    assert measured["reward"] == pytest.approx(logged["reward"][0].item(), rel=1e-5) and measured["seen"] == measured["bright"]
+
+
+def test_a_mixture_of_image_rewards_is_one():
+    one = Mixture([(2., Brightness("a")), (3., Brightness("b"))])
+    frames = random_frames()
+    torch.testing.assert_close(one(frames, CAPTIONS), 5 * frames.mean((2, 3, 4)))
+    with pytest.raises(ValueError, match="reward c: sees whole clips; this method scores single frames"):
+        Mixture([(1., Brightness("a")), (1., Change("c", 3))])(frames, CAPTIONS)
+    with pytest.raises(ValueError, match="rewards a, a: each must be named once"):
+        Mixture([(1., Brightness("a"))], [Brightness("a")])
+
+
+def mixed(**settings):
+    given = {"reward": (), "reward_weights": (), "watch": (), "frames": 16} | settings
+    return types.SimpleNamespace(**given)
+
+
+@pytest.mark.parametrize(("settings", "expected"), [
+    ({}, ([(1., "hpsv2")], [], {})),
+    ({"reward_weights": ("a=b/HPS.pt",)}, ([(1., "hpsv2")], [], {"hpsv2": "a=b/HPS.pt"})),  # a bare path may have a = in it
+    ({"reward": ("hpsv2.1/crop=2", "videomae:playing piano=-.5"), "watch": ("yolos:book",),
+      "reward_weights": ("videomae=a", "hpsv2.1=b=c", "yolos:book=d")},
+     ([(2., "hpsv2.1/crop"), (-.5, "videomae:playing piano")], ["yolos:book"],
+      {"videomae:playing piano": "a", "hpsv2.1/crop": "b=c", "yolos:book": "d"}))])
+def test_what_settings_name(settings, expected):
+    assert read_mixture(mixed(**settings)) == expected
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"reward": ("hpsv2=x",)}, "reward 'hpsv2=x': the weight after = must be a finite number other than 0"),
+    ({"reward": ("hpsv2=0",)}, "the weight after ="), ({"reward": ("hpsv2=nan",)}, "the weight after ="),
+    ({"reward": ("hps=1",)}, "reward 'hps': must be one of"), ({"watch": ("clip",)}, "reward 'clip': must be one of"),
+    ({"reward": ("hpsv2", "vjepa"), "reward_weights": ("random",)}, "reward_weights 'random': must be NAME=PATH, with one of "),
+    ({"reward_weights": ("vjepa=a",), "watch": ("yolos:a",)}, "with one of the rewards hpsv2, yolos as NAME"),
+    ({"official_hps": True, "watch": ("vjepa",)}, "official_hps: checks hpsv2 or hpsv2.1 alone"),
+    ({"official_hps": True, "reward": ("hpsv2/crop",)}, "official_hps: checks")])
+def test_settings_that_are_refused(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        check_rewards(mixed(**settings))
+    assert "\n" not in str(error.value)
+
+
+def test_rewards_of_a_run():
+    """One image reward is itself, so the plain run is what it was; anything else is a mixture."""
+    assert load_rewards(mixed(reward_weights=("random:32",)), None).name == "HPSrandom"
+    alone = load_rewards(mixed(reward=("vjepa",), reward_weights=("random",)), None)
+    assert isinstance(alone, Mixture) and alone.name == "VJEPA2-random" and alone.is_plain
+    with pytest.raises(ValueError, match="frames = 15: this reward sees 16 frames"):
+        load_rewards(mixed(reward=("vjepa",), reward_weights=("random",), frames=15), None)
+
+
+@pytest.fixture
+def documented(tmp_path, monkeypatch):
+    """The worked example of docs/rewards.md, as a file in an empty folder."""
+    text = (Path(__file__).parents[1] / "docs/rewards.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    Path("my_reward.py").write_text(re.search(r"```python\n(.*?)```", text, re.S)[1])
+
+
+def test_the_documented_example(documented):
+    warm, steady = load_reward("my_reward.py:warm"), load_reward("my_reward.py:steady")
+    assert (warm.name, warm.num_frames, steady.name, steady.num_frames) == ("my_reward:warm", None, "my_reward:steady", 8)
+    frames = random_frames(2, 8).requires_grad_()
+    torch.testing.assert_close(warm(frames, CAPTIONS), (frames[:, :, 0] - frames[:, :, 2]).mean((2, 3)))
+    assert steady(frames, CAPTIONS).shape == (2, 1)
+    (warm(frames, CAPTIONS).sum() + steady(frames, CAPTIONS).sum()).backward()
+    assert (frames.grad != 0).any()
+
+
+@pytest.mark.parametrize(("name", "code", "message"), [
+    ("f", "def f(frames, captions):\n    return frames.mean()", r"own:f: returned torch.float32 \(\); must be floating \(2, 3\)"),
+    ("f", "def f(frames, captions):\n    return [1]", "returned list; must be"),
+    ("f", "def f(frames, captions):\n    return frames.detach().mean((2, 3, 4))", "its scores have no gradient to the frames"),
+    ("f", "import nothing_like_it", r"the file cannot be imported \(ModuleNotFoundError"),
+    ("f", "f = 3\ndef g(frames, captions): pass", "must name a function of the file, as in own.py:NAME; it has g"),
+    ("", "x = 3", "must name a function of the file, as in own.py:NAME; it has none")])
+def test_own_rewards_that_do_not_work(tmp_path, monkeypatch, name, code, message):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(code)
+    with pytest.raises(ValueError, match=message) as error:
+        load_reward(f"own.py:{name}")(random_frames().requires_grad_(), CAPTIONS)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="reward absent.py:f: no such file"):
+        load_reward("absent.py:f")
+
+
+def test_own_modules_are_frozen(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text("""import torch
+
+
+class Net(torch.nn.Module):
+    name = "net-v1"
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 1)
+
+    def forward(self, frames, captions):
+        return self.layer(frames.mean((3, 4)))[..., 0]
+
+
+net = Net()
+""")
+    reward = load_reward("own.py:net")
+    assert reward.name == "net-v1" and not reward.training and [p.requires_grad for p in reward.parameters()] == [False, False]
+
+
 def test_nobody_pays_for_other_rewards():
     code = ("import sys, reward; reward.load_reward('hpsv2', 'random:32'); "
             "print([m for m in sys.modules if m.startswith('rewards')])")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a full-size reward costs
+
+def full_size(kind):
+    from open_clip import CLIP, get_model_config
+    vision = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14,
+                  image_size=224, hidden_act="gelu")
+    text = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, hidden_act="gelu")
+    large = dict(text, patch_size=14, image_size=224, projection_dim=768, hidden_act="quick_gelu")
+    tiny = dict(hidden_size=192, num_attention_heads=3, intermediate_size=768, image_size=[800, 1333], num_labels=91,
+                use_mid_position_embeddings=False)
+    if kind == "hpsv2":
+        return HPSv2(CLIP(**get_model_config("ViT-H-14")))
+    if kind == "pickscore":
+        config = transformers.CLIPConfig(text_config=text | dict(projection_dim=1024), projection_dim=1024,
+                                         vision_config=vision | dict(projection_dim=1024))
+        return pickscore.PickScore(transformers.CLIPModel(config))
+    if kind == "aesthetic":
+        clip = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**large))
+        return aesthetic.Aesthetic(clip, LinearHead(768))
+    if kind == "yolos":
+        return yolos.Yolos(transformers.YolosForObjectDetection(transformers.YolosConfig(**tiny)), 0, "yolos")
+    config = transformers.VideoMAEConfig(num_labels=400)
+    return videomae.VideoMAE(transformers.VideoMAEForVideoClassification(config), 0, "videomae")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "forward", "both"), [
+    ("hpsv2", .335, .680), ("pickscore", .335, .680), ("aesthetic", .162, .331), ("yolos", .024, .060), ("videomae", .361, .812)])
+def test_full_size_cost(kind, forward, both):
+    """TFLOP a frame or a clip, counted on meta; docs/rewards.md has them."""
+    with torch.device("meta"):
+        reward = full_size(kind).requires_grad_(False)
+    frames = torch.rand(1, reward.num_frames or 4, 3, 256, 256, device="meta", requires_grad=True)
+    reward(frames.detach(), ["a"])  # the caption is encoded once
+    with FlopCounterMode(display=False) as counter:
+        scores = reward(frames, ["a"])
+    with FlopCounterMode(display=False) as more:
+        scores.sum().backward()
+    unit = 1e12 * (1 if reward.num_frames else 4)
+    assert counter.get_total_flops() / unit == pytest.approx(forward, abs=6e-4)
+    assert (counter.get_total_flops() + more.get_total_flops()) / unit == pytest.approx(both, abs=6e-4)
