@@ -25,7 +25,7 @@ import lora
 import train
 from model import decode_frames, load_base
 from reward import aggregate, load_reward, segment_edges, tar_weights
-from sampler import add_noise, alpha_bars, ddim_step, edit, edit_steps, guided_eps, noise_step
+from sampler import GUIDANCE, add_noise, alpha_bars, ddim_step, edit, edit_steps, guided_eps, noise_step
 from support import settings
 from support.files import check_folder
 from support.pages import Clips, heat, picture_uri, write_page
@@ -40,7 +40,7 @@ CLIPS = 12  # of the tiny world's: encoding all 192 would take longer than all t
 TAUS, GRAD_STEPS, LAMBDAS, SEGMENTS = (.1, .3, .6, 1.), (1, 2, 4, 8), (0., .5, 1., 2.), (1, 2, 4, 8, 16)
 PANELS = {  # a fragment of the step's source: the panel that shows it
     "draw(step)": "clip", "= edit(": "chain", "score_frames(": "reward", "tar_weights(": "reward",
-    "aggregate(": "reward", "loss = ": "reward", "loss.backward()": "pixels", "clip_grad_norm_": "unet",
+    "aggregate(": "reward", "loss = ": "reward", ".backward()": "pixels", "clip_grad_norm_": "unet",
     "optimizer.step()": "after"}
 
 
@@ -106,10 +106,11 @@ class Lab:
     """A base, a reward, adapters and one step's batch of one clip, and what can be asked about them."""
 
     def __init__(self, cfg):
-        self.cfg, self.clips, device = cfg, Clips(), pick_device(cfg.device)
+        self.clips, device = Clips(), pick_device(cfg.device)
         dtype = pick_dtype(cfg.dtype, device)
         self.base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype, device, cfg.seed)
-        unet = self.base.unet
+        unet, guidance = self.base.unet, settings.first_given(cfg.guidance, self.base.guidance, GUIDANCE)
+        self.cfg = cfg = replace(cfg, guidance=guidance)
         self.parameters = lora.load(unet, cfg.lora) if cfg.lora else lora.load_or_inject(
             unet, self.base.unet_file, cfg.rank, sample_generator(cfg.seed, "lora"))
         self.reward = load_reward(cfg.reward, cfg.reward_weights, self.base.folder, dtype, device)
@@ -265,7 +266,7 @@ def explain(lab):
 
 def main(cfg):
     """Take the step apart, and write the page and the strip."""
-    cfg, out = replace(cfg, batch_size=1, grad_accum=1, out=None), cfg.out or Path("out/explain")
+    cfg, out = replace(cfg, batch_size=1, eval_every=0, out=None), cfg.out or Path("out/explain")
     settings.check_at_least(cfg, step=0)
     settings.check_positive(cfg, "max_mb")
     train.check(cfg)

@@ -50,8 +50,7 @@ class Config:
     """two run folders, or folders of generate.py for the same prompts and seeds; FOLDER@STEP is an evaluation
     of a run, else the last"""
     prompts: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
-    """NAME=FILE, repeatable, for --blind: the prompts that generate.py was given, in order; file names
-    shorten long ones"""
+    """NAME=FILE, repeatable, for --blind: the prompt sets that generate.py was given, in this order"""
     tally: tuple[Path, ...] = ()
     """files of votes that the blind page exported"""
     key: Path | None = None
@@ -135,7 +134,8 @@ def report(cfg):
 def blind(cfg):
     """The voters' page and the key."""
     first, second = cfg.blind
-    pairs, a, b = pair_up(first, second, read_prompt_sets(cfg.prompts), find_prompts)
+    prompts = read_prompt_sets(cfg.prompts, "tiny")  # may be none, as for the tiny world
+    pairs, a, b = pair_up(first, second, prompts, find_prompts)
     key, clips, shown = draw_key((first, second), pairs), Clips(), []
     for pair in key["pairs"]:
         pixels = dict(zip("ab", read_pair(a[pair["name"]], b[pair["name"]])))

@@ -11,6 +11,7 @@ Letters: F frames, H and W pixel rows and columns.
 import base64
 import io
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,7 @@ def render(template, **values):
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # tables keep their order
-    environment.filters |= {"short": short, "fixed": lambda v, digits=4: f"{v:.{digits}f}",
-                            "signed": lambda v, digits=4: f"{v:+.{digits}f}"}
+    environment.filters |= {"short": short, "fixed": fixed, "signed": partial(fixed, sign="+")}
     return environment.get_template(template).render(**values)
 
 
@@ -53,6 +53,11 @@ def short(value):
     if isinstance(value, float):
         return f"{value:.3g}" if math.isfinite(value) else "-"
     return "-" if value is None else str(value)
+
+
+def fixed(value, digits=4, sign=""):
+    """A number with so many decimals; a dash where there is none."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:{sign}.{digits}f}"
 
 
 # ----------------------------------------------------------------------------------------------
@@ -182,10 +187,11 @@ def line_chart(title, series, width=420, height=230, x_label="step"):
     """
     What the template's chart() draws: lines, bands of their errors, and ticks, in pixels.
 
-    series: [{name, points: [(x, y, error)], color: number of the line's colour, dashed}]. None for a y that
-    is not finite.
+    series: [{name, points: [(x, y, error)], color: number of the line's colour}]. Points whose y is
+    None or nan are left out.
     """
-    points = [p for s in series for p in s["points"] if p[1] is not None]
+    known = [[p for p in s["points"] if p[1] is not None and math.isfinite(p[1])] for s in series]
+    points = [p for found in known for p in found]
     if not points:
         return None
     xs = [p[0] for p in points]
@@ -199,8 +205,7 @@ def line_chart(title, series, width=420, height=230, x_label="step"):
         return round(48 + across * (width - 60), 1), round(10 + down * (height - 46), 1)
 
     lines = []
-    for s in series:
-        shown = [p for p in s["points"] if p[1] is not None]
+    for s, shown in zip(series, known):
         upper = [place(x, y + e) for x, y, e in shown]
         lower = [place(x, y - e) for x, y, e in shown]
         dots = [{"at": place(x, y), "x": x, "y": y, "error": e} for x, y, e in shown]

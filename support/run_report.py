@@ -2,12 +2,13 @@
 What report.py shows of run folders, read back from their files: settings, curves, tables, and clips of the
 same prompt and noise.
 """
+import math
 import re
 from pathlib import Path
 
 import numpy as np
 
-from support.files import first_names, read_json
+from support.files import first_names, read_json, read_text
 from support.pages import line_chart, undo_enlarging
 from support.run_folder import SHOWN, read_metrics, read_tables
 from support.tables import paired
@@ -30,7 +31,8 @@ class RunFiles:
         if not (self.folder / "config.json").is_file():
             raise ValueError(f"{folder}: holds no run (no config.json)")
         self.config = read_json(self.folder / "config.json")
-        metrics = self.folder / "metrics.jsonl"
+        record, metrics = self.folder / "run.json", self.folder / "metrics.jsonl"
+        self.record = read_json(record) if record.is_file() else {}  # its clips, and changes since it began
         self.lines = read_metrics(metrics) if metrics.is_file() else []
         self.evals = [line for line in self.lines if "eval" in line]
         self.tables, self.files = {}, {}
@@ -74,6 +76,12 @@ def caption_of(name, prompt):
     if prompt is not None and video_name(int(number), prompt) == name:
         return prompt
     return words.replace("-", " ") or name
+
+
+def prompt_beside(path):
+    """The prompt that generate.py wrote beside a video, or None."""
+    beside = path.with_suffix(".txt")
+    return read_text(beside).strip() if beside.is_file() else None
 
 
 def clip_files(folder, step=None):
@@ -140,7 +148,7 @@ def series(run, sets, measure, color, name):
     its gain."""
     points = []
     for line in run.evals:
-        found = [line["eval"][s] for s in sets if s in line["eval"] and measure in line["eval"][s]]
+        found = [line["eval"][s] for s in sets if line["eval"].get(s, {}).get(measure) is not None]
         if found:
             mean = sum(m[measure] for m in found) / len(found)
             error = gain_error(run, sets[0], line["step"]) if measure == "reward_mean" else 0
@@ -152,7 +160,9 @@ def gain_error(run, set_name, step):
     """Standard error of the reward's paired difference from the first evaluation; 0 where there are no
     numbers of each video."""
     first, now = (run.tables.get(s, {}).get(set_name) for s in (run.evals[0]["step"], step))
-    return paired(first, now)[1] if first and now and len(first["reward"]) == len(now["reward"]) else 0
+    if not first or not now or not 1 < len(first["reward"]) == len(now["reward"]):
+        return 0
+    return paired(first, now)[1]
 
 
 def gain_rows(runs):
@@ -201,7 +211,7 @@ def clip_rows(runs, clips):
             row["runs"].append({"name": run.name, "gain": gain, "shown": shown})
     for row in rows.values():
         row["gain"] = sum(run["gain"] for run in row["runs"]) / len(row["runs"])
-    ordered = sorted(rows.values(), key=lambda row: -row["gain"])
+    ordered = sorted(rows.values(), key=lambda row: (math.isnan(row["gain"]), -row["gain"]))
     few = min(3, len(ordered) // 2)
     parts = {"Largest gains": ordered[:few], "Smallest gains": ordered[len(ordered) - few:][::-1],
              "The others": ordered[few:len(ordered) - few]}
@@ -220,7 +230,8 @@ def study_rows(path):
             others = {k: v for k, v in m.items() if k not in ("n", "reward_mean", "reward_std")}
             rows.append({"label": label, "set": row["set"], "D": row["num_steps"],
                          "guidance": row["guidance"], "n": m["n"], "mean": m["reward_mean"],
-                         "std": m["reward_std"], "others": others, "gain": row.get("differences", {}).get("reward")})
+                         "std": m["reward_std"], "others": others,
+                         "gain": row.get("differences", {}).get("reward")})
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the file of a study ({type(error).__name__}: {error})") from None
     return {"name": Path(path).stem, "command": study.get("command", ""), "reward": study.get("reward", ""),
@@ -265,7 +276,7 @@ def pair_up(first, second, prompts, find_prompts):
     pairs = []
     for name in a:
         number = int(CLIP.fullmatch(name)[3])
-        set_name, _, caption = places.get(name, ("all", 0, caption_of(name, None)))
+        set_name, _, caption = places.get(name, ("all", 0, caption_of(name, prompt_beside(a[name]))))
         if not places and number < len(given):
             set_name, caption = given[number][0], caption_of(name, given[number][1])
         scores = {"a": run_a and run_a.score(name, step_a), "b": run_b and run_b.score(name, step_b)}

@@ -93,7 +93,9 @@ def write_clips(folder, count, seed):
     """A folder like generate.py's. As .gif, which is quicker to write."""
     folder.mkdir()
     for i in range(count):
-        iio.imwrite(folder / f"{video_name(i, PROMPTS[i % 4])}.gif", moving(seed + i), duration=125, loop=0)
+        path = folder / f"{video_name(i, PROMPTS[i % 4])}.gif"
+        iio.imwrite(path, moving(seed + i), duration=125, loop=0)
+        path.with_suffix(".txt").write_text(PROMPTS[i % 4] + "\n")
     return folder
 
 
@@ -292,6 +294,7 @@ def test_a_blind_page_does_not_say_which_side_is_which():
     assert [(p["left"], p["right"]) for p in data["pairs"]] == [(2 * i, 2 * i + 1) for i in range(4)]
     assert all(set(p) == {"caption", "left", "right"} for p in data["pairs"])
     assert all(set(clip) == {"src", "frames", "columns", "width", "height"} for clip in data_of(page, "clips"))
+    assert {p["caption"] for p in data["pairs"]} == set(PROMPTS)  # whole, from the files beside the clips
     # Yet the key tells, truly.
     packed = data_of(page, "clips")
     for pair, shown in zip(key["pairs"], data["pairs"]):
@@ -470,7 +473,7 @@ def inputs(tmp_path_factory):
         write_run(Path("run"), (.1, -.2, .05, .3))
         write_clips(Path("clips"), 2, 0)
         Path("wide").mkdir()
-        for path in sorted(Path("clips").iterdir()):
+        for path in sorted(Path("clips").glob("*.gif")):
             iio.imwrite(Path("wide") / path.name, moving(1, frames=7), duration=125, loop=0)
         Path("broken.json").write_text("{}")
         Path("key.json").write_text(json.dumps(key_of("ab")))
