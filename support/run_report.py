@@ -180,7 +180,8 @@ def gain_rows(runs):
             for k in before[name]:
                 gain, error = paired(before[name], after[name], k)
                 measures[k] = {"before": before[name][k].mean().item(), "after": after[name][k].mean().item(),
-                               "std": before[name][k].std(correction=0).item(), "gain": gain, "error": error}
+                               "std": before[name][k].std(correction=len(before[name][k]) > 1).item(), "gain": gain,
+                               "error": error}
             rows.append({"run": run.name, "set": name, "n": len(before[name]["reward"]),
                          "steps": run.steps[-1], "measures": measures})
     order = list(dict.fromkeys(row["set"] for row in rows))

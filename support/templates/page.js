@@ -40,7 +40,7 @@ function watch(root) {
   });
 }
 
-function longest() { let n = 1; near.forEach(c => { n = Math.max(n, CLIPS[c.dataset.clip].frames); }); return n; }
+function longest() { return CLIPS.reduce((n, clip) => Math.max(n, clip.frames), 1); }
 
 function show(frame) {
   shownFrame = frame;
