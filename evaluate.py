@@ -24,10 +24,11 @@ import tyro
 import lora
 from generate import generate, load_model
 from model import decode_frames
-from reward import first_frames, load_reward
+from reward import first_frames, load_rewards
 from sampler import GUIDANCE, ddpm_step
 from support.clip_lists import read_prompt_sets
 from support.files import check_exists, check_folder
+from support.mixture import check_rewards, measure, sees_whole_clips
 from support.processes import all_gather, join_ranks, rank_and_size, run_script
 from support.reports import evaluation_bar, save_evaluation
 from support.settings import RewardSettings, check_at_least, check_finite, first_given
@@ -83,12 +84,12 @@ def evaluate(base, reward, prompts, *, seed=EVAL_SEED, num_steps=20, guidance=No
         i = mine[j]
 
         # 1. Decode all frames only where somebody looks at them.
-        whole = judge is not None or i < keep
+        whole = judge is not None or i < keep or sees_whole_clips(reward)
         video = decode_frames(base.vae, z_0[None], None if whole else index)  # (1, F or S, 3, H, W)
         scored = video[:, index[0].to(video.device)] if whole else video      # (1, S, 3, H, W)
 
         # 2. Measure.
-        rows[i] = {"reward": reward(scored, [prompts[i]]).mean().item()}
+        rows[i] = measure(reward, scored, video, [prompts[i]])
         if judge:
             for name, value in judge(video.clamp(0, 1), [prompts[i]]).items():
                 rows[i][name] = value.item()
@@ -165,6 +166,7 @@ def check(cfg):
             raise ValueError(f"guidance = {guidance}: must be a finite number")
 
     first_frames(cfg.frames, cfg.segments)  # refuses more segments than frames
+    check_rewards(cfg)
     check_folder(cfg.out)
     read_prompt_sets(cfg.prompts, cfg.base)
     check_exists(cfg.lora)
@@ -182,7 +184,7 @@ def main(cfg):
     sets = prompt_sets(base, cfg.prompts, cfg.count)
     height, width = cfg.height or base.default_size, cfg.width or base.default_size
     base.latent_size(height, width)
-    reward = load_reward(cfg.reward, cfg.reward_weights, base.folder, device=device)
+    reward = load_rewards(cfg, base.folder, device=device)
 
     # 2. The base is the tuned model with its adapters at strength 0.
     strengths = {"base": 0.}

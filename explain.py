@@ -24,7 +24,7 @@ import torch
 import lora
 import train
 from model import decode_frames, load_base
-from reward import aggregate, load_reward, segment_edges, tar_weights
+from reward import aggregate, load_rewards, segment_edges, tar_weights
 from sampler import GUIDANCE, add_noise, alpha_bars, ddim_step, edit, edit_steps, guided_eps, noise_step
 from support import settings
 from support.files import check_folder
@@ -113,7 +113,7 @@ class Lab:
         self.cfg = cfg = replace(cfg, guidance=guidance)
         self.parameters = lora.load(unet, cfg.lora) if cfg.lora else lora.load_or_inject(
             unet, self.base.unet_file, cfg.rank, sample_generator(cfg.seed, "lora"))
-        self.reward = load_reward(cfg.reward, cfg.reward_weights, self.base.folder, dtype, device)
+        self.reward = load_rewards(cfg, self.base.folder, dtype, device)
         self.dataset = train.read_clips(cfg, self.base) if cfg.data else tiny_clips(self.base, dtype, CLIPS)
         self.uncond = self.base.encode_text([""])
         self.z, self.eps, self.text, self.g, self.captions = self.batch = self.draw(cfg)

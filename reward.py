@@ -38,7 +38,7 @@ import torch.nn.functional as F_
 
 from support.clip_configs import SMALL_CLIP, clip_tokenizer, read_clip_config
 from support.frames import clip_normalize, crop_centre, letterbox, stretch
-from support.mixture import load_mixture
+from support.mixture import Mixture, load_mixture  # noqa: F401
 from support.own_reward import load_own
 from support.published import load_strict, read_tensors
 from support.reward_model import RewardModel

@@ -30,7 +30,7 @@ import lora
 from data import ClipConfig, batch_indices, encode_clips, read_list, sample_posterior
 from evaluate import EVAL_SEED, evaluate, prompt_sets, tiny_judge
 from model import decode_frames, load_base
-from reward import aggregate, load_reward, segment_edges, segment_frames, tar_weights
+from reward import Mixture, aggregate, load_rewards, segment_edges, segment_frames, tar_weights
 from sampler import GUIDANCE, check_edit, edit
 from support import run_folder, settings
 from support.processes import (
@@ -44,6 +44,7 @@ from support.processes import (
 )
 from support.published import fingerprint
 from support.seeds import sample_generator
+from support.tables import add_means
 from support.weights import HUB_BASE
 
 # ----------------------------------------------------------------------------------------------
@@ -54,8 +55,8 @@ def edit_rewards(base, reward, uncond, batch, cfg):
     """
     The method, from clips to what is maximised: Eq. (2), the reward of generated videos.
 
-    batch: as draw_batch's; uncond (1, N, E). Returns R (B,) of Eq. (8), with gradient, and the
-    plain mean of the frame scores (B,), without, which is what the log shows.
+    batch: as draw_batch's; uncond (1, N, E). Returns R (B,) of Eq. (8), with gradient, and what the
+    log shows, without: the plain mean of the frame scores (B,), or {name: (B,)} of a Mixture's.
     """
     z, eps, text, g, captions = batch
 
@@ -63,12 +64,15 @@ def edit_rewards(base, reward, uncond, batch, cfg):
     z_0 = edit(base.denoiser, z, eps, text, uncond, cfg.tau, cfg.num_steps, cfg.guidance,
                cfg.grad_steps)                                                # (B, C, F, h, w)
 
-    # 2. Score one frame of each segment (Eq. 6). Only these frames are decoded.
     chunk = 1 if cfg.low_memory else cfg.decode_chunk
+    f = tar_weights(g, z.shape[2], cfg.lambda_tar)                            # (B, S), Eq. (7)
+    if isinstance(reward, Mixture):  # steps 2 and 3 for several rewards, or for whole clips
+        return reward.of_edits(decode_frames, base.vae, z_0, captions, g, f, aggregate, chunk)
+
+    # 2. Score one frame of each segment (Eq. 6). Only these frames are decoded.
     frame_scores = score_frames(base.vae, reward, z_0, g, captions, chunk)    # (B, S)
 
-    # 3. Weight the frames by distance from the centre (Eq. 7), and average (Eq. 8).
-    f = tar_weights(g, z.shape[2], cfg.lambda_tar)                            # (B, S)
+    # 3. Average them, weighted by their distance from the centre (Eq. 8).
     R = aggregate(frame_scores, f)                                            # (B,)
     return R, frame_scores.detach().mean(dim=1)                               # (B,), (B,)
 
@@ -97,7 +101,7 @@ def train(cfg, parameters, draw, score, run):
 
     The method is two functions. draw(step) -> this rank's share of a step's batch, a tuple whose
     items have an entry per video. score(batch) -> R (B,), with gradient, and the reward (B,) to
-    log. Returns False if a signal ended the run early, saved.
+    log, or {"reward": (B,), more: (B,)}. Returns False if a signal ended the run early, saved.
     """
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0)
     loss_scale = 4096. if cfg.dtype == "float16" else 1.  # there, half of the gradient would be 0
@@ -105,18 +109,18 @@ def train(cfg, parameters, draw, score, run):
     for step in run.steps(optimizer):
         # 1. The gradient of -R, in parts that fit into memory.
         batch = draw(step)
-        total_loss, total_reward = 0., 0.
+        total_loss, means = 0., {}
         optimizer.zero_grad(set_to_none=False)
         for part in split_batch(batch, cfg.clips_at_once):
-            R, mean_scores = score(part)                                      # (B,), (B,)
+            R, logged = score(part)                                           # (B,), (B,)
             loss = -R.sum() / cfg.batch_size                                  # Eq. (9), its share
             (loss_scale * loss).backward()
             total_loss += loss.item()
-            total_reward += mean_scores.sum().item() / cfg.batch_size
+            add_means(means, logged, cfg.batch_size)
 
         # 2. Sum over the ranks. If one rank was told to stop, all of them stop.
-        sums = [total_loss, total_reward, float(run.stop())]
-        total_loss, total_reward, stopping = add_over_ranks(parameters, sums, loss_scale)
+        sums = [total_loss, float(run.stop()), *means.values()]
+        total_loss, stopping, *sums = add_over_ranks(parameters, sums, loss_scale)
 
         # 3. Take the step, unless the loss or the gradient is not finite.
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip_grad).item()
@@ -127,7 +131,7 @@ def train(cfg, parameters, draw, score, run):
             optimizer.step()
 
         # 4. Log, save and evaluate.
-        numbers = {"reward": total_reward, "loss": total_loss, "grad_norm": grad_norm}
+        numbers = dict(zip(means, sums)) | {"loss": total_loss, "grad_norm": grad_norm}
         if not run.finish_step(step + 1, numbers, finite, stopping):
             return False
     return True
@@ -332,7 +336,7 @@ def main(argv, presets=PRESETS, description=__doc__, check=check, method=instruc
     prompts = prompt_sets(base, cfg.prompts, cfg.eval_count) if cfg.eval_every else {}
     parameters = lora.load_or_inject(base.unet, base.unet_file, cfg.rank,
                                      sample_generator(cfg.seed, "lora"))
-    reward = load_reward(cfg.reward, cfg.reward_weights, base.folder, dtype, device)
+    reward = load_rewards(cfg, base.folder, dtype, device)
 
     # 2. Clips and captions go through the encoders once, which then may leave the accelerator.
     draw, score = method(cfg, base, reward)

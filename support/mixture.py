@@ -44,17 +44,21 @@ class Mixture(nn.Module):
             raise ValueError(f"reward {whole[0]}: sees whole clips; this method scores single frames")
         return sum(weight * reward(frames, captions) for weight, reward in zip(self.weights, self.rewards))
 
-    def of_edits(self, decode, captions, g, f, num_frames, aggregate, chunk=0):
+    def of_edits(self, decode_frames, vae, z_0, captions, g, f, aggregate, chunk=0):
         """
         What a step maximises, R (B,) with gradient, and what the log shows: {"reward": (B,), each part's name: (B,)}.
 
-        decode(index (B, n)) -> frames (B, n, 3, H, W) of the edits; g and f (B, S): the frames that image rewards score and
-        their weights; aggregate(scores, f) -> (B,): Eq. (8). chunk: so many frames at a time, recomputed in the backward pass.
+        decode_frames(vae, z_0 (B, C, F, h, w), index (B, n)) -> frames (B, n, 3, H, W) of the edits; g and f (B, S): the frames
+        that image rewards score, and their weights; aggregate(scores, f) -> (B,): Eq. (8). chunk: so many frames at a time,
+        recomputed in the backward pass.
         """
+        def decode(index):
+            return decode_frames(vae, z_0, index)
+
         scores = {}
         for wanted in dict.fromkeys(reward.num_frames for reward in self.rewards):
             group = [reward for reward in self.rewards if reward.num_frames == wanted]
-            scores |= score_group(group, wanted, decode, captions, g, num_frames, chunk)
+            scores |= score_group(group, wanted, decode, captions, g, z_0.shape[2], chunk)
 
         R, logged = 0., {}
         for weight, reward in zip(self.weights, self.rewards):

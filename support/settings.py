@@ -14,6 +14,7 @@ import tyro
 
 from support.clip_lists import read_list, read_prompt_sets
 from support.files import read_json
+from support.mixture import check_rewards
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,14 @@ class ModelSettings:
 @dataclass(frozen=True)
 class RewardSettings(ModelSettings):
     """The same, and what scores its videos."""
-    reward: str = "hpsv2"
-    """hpsv2 (v2.0, the paper's and the official code's) or hpsv2.1; their scores do not compare. A tiny base has its own"""
-    reward_weights: str | None = None
-    """the reward's weights; default the base's own, else the hub's; random and random:W as for base"""
+    reward: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """hpsv2 (default: v2.0, the paper's and the official code's), hpsv2.1, pickscore, aesthetic, imagereward, yolos:CLASS,
+    videomae:ACTION, vjepa or my_file.py:function; repeatable, with a weight as in aesthetic=0.05 (docs/rewards.md)"""
+    reward_weights: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=PATH, the weights of a reward, repeatable; a bare PATH where there is one reward. Default the base's own, else the
+    hub's; random and random:W as for base"""
+    watch: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """a reward that is measured at evaluations and never optimised; repeatable"""
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,7 @@ def check_training(cfg, world_size):
     check_at_least(cfg, steps=1, batch_size=1, clips_at_once=0, max_bad_steps=1, eval_every=0, eval_count=0, save_every=1, keep=1,
                    workers=0, decode_chunk=0, max_skip=0)
     check_finite(cfg, "max_skip")
+    check_rewards(cfg)
     if cfg.batch_size % world_size:
         raise ValueError(f"batch_size = {cfg.batch_size}: must be a multiple of {world_size}, the number of ranks")
     if cfg.data is not None and not cfg.data.exists():
@@ -170,6 +176,9 @@ def translate(content):
     if type(parts) is int and type(batch_size) is int and parts > 1:  # into how many parts a rank's share was divided
         share = batch_size // int(os.environ.get("WORLD_SIZE", 1))
         content["clips_at_once"] = max(1, share // parts)
+    for name in ("reward", "reward_weights"):  # there was one reward
+        value = content.get(name, [])
+        content[name] = [value] if isinstance(value, str) else value or []
     return content
 
 
@@ -225,16 +234,21 @@ def parse(argv, presets, description):
 def to_record(cfg):
     """The settings as a run's config.json has them: with absolute paths to what is there, so it can be continued anywhere."""
     def whole(value):
-        return type(value)(Path(value).absolute()) if value is not None and Path(value).exists() else value
+        if value is None or str(value).partition(":")[0] in ("tiny", "random") or not Path(value).exists():
+            return value
+        return type(value)(Path(value).absolute())
 
-    names = ("data", "data_root", "vae", "text_encoder", "reward_weights", "base", "prompts_train")
-    paths = {name: whole(getattr(cfg, name)) for name in names
-             if str(getattr(cfg, name, "random")).partition(":")[0] not in ("tiny", "random")}
-    prompts = []
-    for argument in cfg.prompts:
-        name, equals, path = argument.partition("=")
-        prompts.append(f"{name}{equals}{whole(path)}" if path else argument)
-    return to_json(replace(cfg, prompts=tuple(prompts), **paths))
+    names = ("data", "data_root", "vae", "text_encoder", "base", "prompts_train")  # the last is not every method's
+    paths = {name: whole(getattr(cfg, name)) for name in names if hasattr(cfg, name)}
+    for name in ("prompts", "reward_weights"):  # NAME=PATH, or a bare path
+        paths[name] = ()
+        for argument in getattr(cfg, name):
+            known_as, equals, path = argument.partition("=")
+            paths[name] += (f"{known_as}{equals}{whole(path)}" if path else whole(argument),)
+    for name in ("reward", "watch"):  # my_file.py:function
+        cut = [argument.partition(".py:") for argument in getattr(cfg, name)]
+        paths[name] = tuple(whole(file + ".py") + ":" + rest if py else file for file, py, rest in cut)
+    return to_json(replace(cfg, **paths))
 
 
 def changes(before, after):

@@ -28,6 +28,12 @@ def summary(table):
     return kept | {k: v.mean().item() for k, v in table.items() if k != "reward"}
 
 
+def add_means(totals, logged, batch_size):
+    """Add to {name: mean over a batch} what a part of it adds. logged: the rewards (B,), or {"reward": (B,), more: (B,)}."""
+    for name, values in (logged if isinstance(logged, dict) else {"reward": logged}).items():
+        totals[name] = totals.get(name, 0.) + values.sum().item() / batch_size
+
+
 def paired(before, after, measure="reward"):
     """Mean of the difference and its standard error over the same prompts and noise; of a single one the error is nan."""
     d = after[measure] - before[measure]

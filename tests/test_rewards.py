@@ -459,7 +459,7 @@ def test_a_mixture_is_the_weighted_sum(chunk):
     clip = random_frames(2, 9, 8, 8).requires_grad_()
     decoded = []
 
-    def decode(index):
+    def decode(vae, z_0, index):
         decoded.append(index.shape[1])
         return clip.gather(1, index[:, :, None, None, None].expand(-1, -1, 3, 8, 8))
 
@@ -467,7 +467,7 @@ def test_a_mixture_is_the_weighted_sum(chunk):
     assert mixture.name == "2 bright + -0.5 change + again"
     g = torch.tensor([[0, 3, 4, 8], [1, 2, 5, 7]])
     f = tar_weights(g, 9)
-    R, logged = mixture.of_edits(decode, CAPTIONS, g, f, 9, aggregate, chunk)
+    R, logged = mixture.of_edits(decode, None, torch.zeros(2, 4, 9, 1, 1), CAPTIONS, g, f, aggregate, chunk)
     if not chunk:
         assert sorted(decoded) == [3, 4]  # image rewards share their frames
 

@@ -1,0 +1,150 @@
+"""Training with every reward on the tiny base: several at once, watched ones, the user's own; resumed, and on two ranks."""
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_ranks import two_ranks
+
+import evaluate
+import lora
+import train
+from model import load_base
+from reward import load_rewards
+from support import processes
+from support.settings import from_json, to_record
+from tiny import clips
+
+KINDS = ["hpsv2", "pickscore", "aesthetic", "imagereward", "yolos:book", "videomae:moving left", "vjepa"]
+SHORT = ["--device", "cpu", "--batch-size", "2", "--num-steps", "2", "--tau", "1", "--save-every", "1"]
+MIXED = ["--reward", "hpsv2", "--reward", "aesthetic=0.5", "--reward", "videomae:moving left=2",
+         "--reward-weights", "aesthetic=random", "--reward-weights", "videomae=random"]
+
+
+@pytest.fixture(autouse=True)
+def aside(tmp_path, monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_clips():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clips, "tiny_clips", partial(clips.tiny_clips, count=6))
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """(the base with fresh adapters, six clips)."""
+    base = load_base("tiny")
+    lora.inject(base.unet, 4, generator=torch.Generator().manual_seed(0))
+    return base, clips.tiny_clips(base, torch.float32)
+
+
+def run(*argv):
+    return train.main([*map(str, argv)])
+
+
+def metrics(folder):
+    lines = [json.loads(text) for text in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_reward_trains_a_step(tiny, kind):
+    base, dataset = tiny
+    cfg = train.Config(reward=(kind,), reward_weights=("random:32",), batch_size=1, num_steps=2, tau=.5, segments=2)
+    reward, parameters = load_rewards(cfg, None), lora.parameters(base.unet)
+    before = [p.detach().clone() for p in parameters]
+    batch = train.draw_batch(dataset, 0, cfg, base.vae.config.scale, torch.device("cpu"))
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0)
+    R, _ = train.edit_rewards(base, reward, base.encode_text([""]), batch, cfg)
+    (-R.mean()).backward()
+    optimizer.step()
+    assert max((p - b).abs().max() for p, b in zip(parameters, before)) > 1e-4  # those that begin at zero have a gradient at once
+    assert not any(p.grad is not None for p in reward.parameters())
+    optimizer.zero_grad()
+    with torch.no_grad():
+        for p, b in zip(parameters, before):
+            p.copy_(b)
+
+
+def test_a_mixture_alone_is_the_plain_run_bit_for_bit():
+    """--watch makes a mixture of the one reward: what is optimised must not notice."""
+    Path("my_reward.py").write_text("def red(frames, captions):\n    return frames[:, :, 0].mean((2, 3))\n")
+    assert run(*SHORT, "--steps", 2, "--eval-every", 0, "--out", "plain") == 0
+    assert run(*SHORT, "--steps", 2, "--eval-every", 0, "--watch", "my_reward.py:red", "--out", "watched") == 0
+    assert metrics("plain") == metrics("watched") and metrics("plain")[0].keys() == {"step", "reward", "loss", "grad_norm"}
+    ours, theirs = load_file("plain/lora.safetensors"), load_file("watched/lora.safetensors")
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_several_rewards_are_logged_resumed_and_shared_among_ranks(monkeypatch):
+    Path("my_reward.py").write_text("def red(frames, captions):\n    return frames[:, :, 0].mean((2, 3))\n")
+    flags = [*SHORT, *MIXED, "--watch", "my_reward.py:red", "--eval-count", "1", "--eval-every"]
+    assert run(*flags, 2, "--steps", 2, "--out", "whole") == 0
+    first, one, two, last = metrics("whole")
+    names = ["HPStiny", "aesthetic-random", "VideoMAE-random:moving left"]
+    assert list(one) == ["step", "reward", *names, "loss", "grad_norm"]
+    for line in (one, two):
+        assert line["reward"] == pytest.approx(line[names[0]] + .5 * line[names[1]] + 2 * line[names[2]], abs=1e-6)
+    for line in (first, last):
+        for measured in line["eval"].values():
+            assert measured.keys() >= {"reward_mean", *names, "my_reward:red", "watermark"}
+
+    # Resumed elsewhere: the file of the user's own reward is still found.
+    assert run(*flags, 2, "--steps", 1, "--out", "parts") == 0
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert run("--resume", "../parts", "--steps", 2) == 0
+    monkeypatch.chdir("..")
+    assert metrics("parts")[-1]["eval"] == last["eval"] and metrics("parts")[-2] == two
+    with pytest.raises(ValueError, match="reward would make it another run"):
+        run("--resume", "parts", "--reward", "vjepa")
+
+    ranks = [*flags, 0, "--steps", 2, "--out", "ranks"]
+    ended, _ = two_ranks(lambda rank: processes.run_script("train.py", lambda: run(*ranks)))
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    for ours, theirs in zip(metrics("ranks"), (one, two)):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    ours, theirs = load_file("ranks/lora.safetensors"), load_file("whole/lora.safetensors")
+    assert max((ours[k] - theirs[k]).abs().max() for k in ours) < 1e-4
+
+
+def test_a_column_for_each_reward(capsys):
+    evaluate.main(evaluate.Config(reward=("hpsv2", "pickscore=.1"), watch=("vjepa",), count=1, num_steps=(2,), sheet=0,
+                                  device="cpu", reward_weights=("pickscore=random", "vjepa=random")))
+    head, _, row = capsys.readouterr().out.splitlines()[:3]
+    assert all(f"| {name} " in head for name in ("HPStiny", "PickScore-random", "VJEPA2-random"))
+    assert "HPStiny + 0.1 PickScore-random mean" in head
+    measures = json.loads(Path("out/evaluation/table.json").read_text())["results"][0]["measures"]
+    assert measures["reward_mean"] == pytest.approx(measures["HPStiny"] + .1 * measures["PickScore-random"])
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--reward", "yolos:boook", "--reward-weights", "random"], "no class 'boook'"),
+    (["--reward", "vjepa", "--reward-weights", "random", "--data", "clips.txt", "--frames", "8"],
+     "frames = 8: this reward sees 16 frames"),
+    (["--watch", "hps"], "reward 'hps': must be one of"),
+    (["--reward", "pickscore", "--reward-weights", "absent"], "reward pickscore: absent: no such file or folder")])
+def test_refused_with_nothing_written(flags, message):
+    Path("clips.txt").write_text("a.mp4|||a cat\n")
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        run(*SHORT, "--eval-every", 0, *flags, "--out", "refused")
+    assert "\n" not in str(error.value) and not Path("refused").exists()
+
+
+def test_a_run_from_when_there_was_one_reward():
+    now = to_record(train.Config(reward=("hpsv2.1",), reward_weights=("random:32",)))
+    then = {k: v for k, v in now.items() if k != "watch"} | {"reward": "hpsv2.1", "reward_weights": "random:32"}
+    assert from_json(then, train.Config, "a") == from_json(now, train.Config, "b")
+    then |= {"reward": "hpsv2", "reward_weights": None}
+    cfg = from_json(then, train.Config, "a")
+    assert (cfg.reward, cfg.reward_weights, cfg.watch) == (("hpsv2",), (), ())
