@@ -64,15 +64,16 @@ def edit_rewards(base, reward, uncond, batch, cfg):
     z_0 = edit(base.denoiser, z, eps, text, uncond, cfg.tau, cfg.num_steps, cfg.guidance,
                cfg.grad_steps)                                                # (B, C, F, h, w)
 
+    # 2. Frames near the centre count more (Eq. 7).
+    f = tar_weights(g, z.shape[2], cfg.lambda_tar)                            # (B, S)
     chunk = 1 if cfg.low_memory else cfg.decode_chunk
-    f = tar_weights(g, z.shape[2], cfg.lambda_tar)                            # (B, S), Eq. (7)
-    if isinstance(reward, Mixture):  # steps 2 and 3 for several rewards, or for whole clips
+    if isinstance(reward, Mixture):  # several rewards, or of whole clips: steps 3 and 4 for each
         return reward.of_edits(decode_frames, base.vae, z_0, captions, g, f, aggregate, chunk)
 
-    # 2. Score one frame of each segment (Eq. 6). Only these frames are decoded.
+    # 3. Score one frame of each segment (Eq. 6). Only these frames are decoded.
     frame_scores = score_frames(base.vae, reward, z_0, g, captions, chunk)    # (B, S)
 
-    # 3. Average them, weighted by their distance from the centre (Eq. 8).
+    # 4. Average the weighted scores (Eq. 8).
     R = aggregate(frame_scores, f)                                            # (B,)
     return R, frame_scores.detach().mean(dim=1)                               # (B,), (B,)
 
