@@ -3,7 +3,7 @@ What a training step costs: counted, timed part by part, and held against the sa
 
     python benchmark.py                                     # the tiny world's sizes, on the CPU: a minute or two
     python benchmark.py --base random                       # full size with random weights, on a GPU
-    python benchmark.py --base random --device meta         # full size, counted alone: no weights, no memory, no times
+    python benchmark.py --base random --device meta         # full size, counted alone, work and memory: no weights, no times
 
 Work is counted by torch.utils.flop_counter on the very functions that train.py runs, with tensors that have no memory. Time is
 measured interleaved: every repeat runs each contender once, so that whatever else the machine does, it does to all of them, and
@@ -48,6 +48,7 @@ from model import Base, UNet3D, load_base
 from reward import aggregate, load_reward, segment_frames, tar_weights
 from sampler import check_edit, edit_steps
 from support.files import check_folder, write_text
+from support.memory import measure_peak
 from support.names import unet_to_diffusers, vae_to_diffusers
 from support.processes import DTYPES, pick_device, pick_dtype, run_script
 from support.seeds import sample_generator
@@ -55,6 +56,9 @@ from support.settings import check_at_least
 
 PARTS = ("chain", "last step", "decode", "reward", "backward", "optimizer")
 CAPTION = "a red circle moving left"
+AT_ONCE = (1, 2, 4, 8)  # clips, for which memory is counted
+MEMORY_SETTINGS = {"no flag": {}, "--decode-chunk 1": {"decode_chunk": 1},
+                   "--checkpoint-activations": {"checkpoint_activations": True}, "--low-memory": {"low_memory": True}}
 
 
 @dataclass
@@ -79,7 +83,7 @@ class Config:
     device: str | None = None
     """cuda, mps, cpu, or meta to count alone; default the first of cuda, mps, cpu that is there"""
     dtype: str | None = None
-    """float32, bfloat16 or float16 of the frozen weights; default bfloat16 on cuda, else float32"""
+    """float32, bfloat16 or float16 of the frozen weights; default bfloat16 on cuda and meta, else float32"""
     compile: bool = False
     """torch.compile our UNet"""
     checkpoint_activations: bool = False
@@ -291,7 +295,7 @@ def comparable(base):
 
 def load(cfg, device):
     """(base, reward) of a Config, on `device`."""
-    dtype = pick_dtype(cfg.dtype, device)
+    dtype = precision(cfg, device)
     with torch.device("meta") if device.type == "meta" and cfg.base.startswith("random") else nullcontext():
         base = load_base(cfg.base, dtype=dtype, device=device)
         own = base.folder and (base.folder / "reward").is_dir()
@@ -300,9 +304,14 @@ def load(cfg, device):
     return comparable(base) if cfg.diffusers else base, reward
 
 
-def on_meta(module):
-    """A copy without numbers or memory, in float32: counting work needs shapes alone."""
-    memo = {id(t): nn.Parameter(torch.empty_like(t, device="meta", dtype=torch.float32), requires_grad=False)
+def precision(cfg, device):
+    """Of the frozen weights; what is counted on meta is counted for a GPU."""
+    return pick_dtype(cfg.dtype or ("bfloat16" if device.type == "meta" else None), device)
+
+
+def on_meta(module, dtype=torch.float32):
+    """A copy without numbers or memory, in `dtype`: counting needs shapes alone."""
+    memo = {id(t): nn.Parameter(torch.empty_like(t, device="meta", dtype=dtype), requires_grad=False)
             for t in module.parameters()}
     return copy.deepcopy(module, memo).to("meta")
 
@@ -349,6 +358,30 @@ def count(base, reward, cfg):
     reward, meter, cfg, batch = on_meta(reward), Meter(), replace(cfg, compile=False), synthetic(base, cfg)
     reward.text_features(batch[-1])  # the same
     return {name: count_step(c, batch, meter) for name, c in contenders(base, reward, cfg, meter).items()}
+
+
+def count_memory(base, reward, cfg, dtype, at_once=AT_ONCE):
+    """{memory setting: {clips at once: GiB of a step at its peak, as Peak.in_gib}} of ours, for weights in this dtype."""
+    base = Base(on_meta(base.unet, dtype), on_meta(base.vae, dtype), on_meta(base.text_encoder), base.name)
+    reward = on_meta(reward, dtype)
+    base.texts = {caption: torch.empty(base.text_encoder.config.context_length, base.text_encoder.config.width, device="meta")
+                  for caption in ("", CAPTION)}
+    lora.inject(base.unet, train.Config.rank)
+    uncond, modules, found = base.encode_text([""]), [base.unet, base.vae.decoder, reward], {}
+    for name, flags in MEMORY_SETTINGS.items():
+        # One step of the chain has gradient; those without leave nothing behind, so one step is as good as all.
+        settings = replace(train.PRESETS["modelscope"], num_steps=1, tau=1., **flags)
+        base.unet.checkpoint_activations(settings.checkpoint_activations or settings.low_memory)
+        measured = []
+        for number in (1, 2):
+            batch = synthetic(base, replace(cfg, batch_size=number))
+            reward.text_features(batch[-1])  # made once a caption, not once a step
+            peak = measure_peak(lambda: train.edit_rewards(base, reward, uncond, batch, settings)[0], modules)  # noqa: B023
+            measured.append(peak.in_gib())
+        # Every clip adds as much as the one before: all tensors but the weights have a row for each.
+        one, two = measured
+        found[name] = {n: {k: one[k] + (n - 1) * (two[k] - one[k]) for k in one} for n in at_once}
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -429,7 +462,7 @@ def time_all(base, reward, cfg, device, bar):
                 seconds[name].append(parts)
                 peaks[name] = max(peak, peaks.get(name) or 0) if peak else None
             bar.update()
-        rates += [matrix_rate(device, pick_dtype(cfg.dtype, device))] if repeat >= 0 else []
+        rates += [matrix_rate(device, precision(cfg, device))] if repeat >= 0 else []
     return {name: {"seconds": seconds[name], "peak_gib": peaks.get(name)} for name in seconds}, statistics.median(rates)
 
 
@@ -467,10 +500,12 @@ def measure(cfg, command=None):
               "versions": {"python": platform.python_version()} | {
                   name: metadata.version(name) for name in ("torch", "open_clip_torch", "diffusers", "peft", "transformers")
                   if cfg.diffusers or name in ("torch", "open_clip_torch")},
-              "base": base.name, "dtype": next(k for k, v in DTYPES.items() if v == pick_dtype(cfg.dtype, device)),
+              "base": base.name, "dtype": next(k for k, v in DTYPES.items() if v == precision(cfg, device)),
               "matrix_tflops": None, "contenders": {}, "slower": {}, "process_peak_gib": None}
     timed = {}
-    if device.type != "meta":
+    if device.type == "meta":
+        report["memory"] = count_memory(base, reward, cfg, precision(cfg, device))
+    else:
         base.release_encoders()
         with tqdm(total=len(counted) * (cfg.steps + 1), desc="timing", unit="step", leave=False) as bar:
             timed, report["matrix_tflops"] = time_all(base, reward, cfg, device, bar)
@@ -509,11 +544,25 @@ def table(report):
     for name, s in report["slower"].items():
         lines.append(f"{name} takes {s['median']:.2f}x our time ({s['min']:.2f} to {s['max']:.2f} over {cfg['steps']} repeats), "
                      f"{rows[name]['tflop']['step'] / rows['ours']['tflop']['step']:.2f}x our work")
+    if report.get("memory"):
+        lines += memory_table(report["memory"])
     if report["process_peak_gib"]:
         lines.append(f"the whole process: {report['process_peak_gib']:.2f} GiB at its peak")
     if not torch.cuda.is_available():
         lines.append("cuda: not yet run, no such device here")
     return "\n".join(lines)
+
+
+def memory_table(memory):
+    """Expected peak memory as lines of text: what a step needs, of it weights, saved activations and what comes and goes."""
+    lines = ["", "expected peak memory of our step, GiB: total (saved activations + transients, on top of the weights)"]
+    counts = next(iter(memory.values()))
+    lines.append(f"{'clips at once':26s}" + "".join(f"{n:>22}" for n in counts))
+    for name, peaks in memory.items():
+        lines.append(f"{name:26s}" + "".join(
+            f"{p['total']:8.1f} ({p['saved']:5.1f} + {p['transient']:.1f})".rjust(22) for p in peaks.values()))
+    weights = next(iter(counts.values()))["weights"]
+    return [*lines, f"weights: {weights:.1f} GiB; workspaces of kernels and gaps between tensors come on top"]
 
 
 def main(cfg, argv):

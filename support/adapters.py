@@ -175,7 +175,7 @@ class Export:
     out: Path
     """file (official) or folder to write; nothing may be there yet"""
     base: str | None = None
-    """where the UNet is, as train.py's --base: a folder, a file, a hub id. A fine-tuned .pth has its own; peft needs none"""
+    """where the UNet is: a folder, a file, a hub id; not random. A fine-tuned .pth has its own; peft needs none"""
 
 
 def read_structure(content):
@@ -256,7 +256,9 @@ def read_unet(base, config):
 
 
 def export_peft(found, out, base):
-    """An adapter folder that peft loads."""
+    """An adapter folder that peft loads. Says so if no UNet of diffusers takes it, whose first temporal attention has 8 heads."""
+    if found.base == "tiny":
+        print("note: the tiny base is no UNet that diffusers can build, so this adapter fits none of theirs")
     settings = {"peft_type": "LORA", "r": found.rank, "lora_alpha": found.alpha, "lora_dropout": 0.0, "bias": "none",
                 "target_modules": ["to_q", "to_k", "to_v", "to_out.0"], "inference_mode": True,
                 "base_model_name_or_path": str(base) if base else found.base}

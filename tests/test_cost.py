@@ -16,6 +16,7 @@ import train
 from benchmark import PARTS, Config, Meter, comparable, contenders, count, measure, on_meta, synthetic
 from model import Autoencoder, Base, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig
 from reward import load_reward
+from support.memory import measure_peak
 
 # TFLOP of the networks at full size, 16 x 32 x 32 latents (multiply-adds x 2), and of a step's least work for one video with
 # cached latents: 24 denoiser calls, the last 2 with gradient to their inputs, 4 frames and pictures with gradient to theirs.
@@ -175,6 +176,81 @@ def test_memory_does_not_grow_with_the_chain():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Expected memory
+
+def test_what_is_alive_is_counted_as_an_allocator_would():
+    """Of a chain of products, those that the backward pass needs stay; the others go as soon as the next is made."""
+    module = torch.nn.Linear(1, 1, device="meta")
+    x = torch.empty(1000, device="meta", requires_grad=True)
+
+    def kept():
+        return (x.exp() * 2).sin()  # exp keeps its result, sin its input: 4000 bytes each, and the result itself
+    peak = measure_peak(kept, [module])
+    assert (peak.weights, peak.saved) == (8, 8000)
+    assert 8 + 5 * 4000 <= peak.total <= 8 + 5 * 4000 + 100  # those, the result, sin's derivative, and its gradient
+
+    def passing():
+        with torch.no_grad():
+            for _ in range(5):
+                y = x + 1
+                y = y + 1
+        return y * x
+    peak = measure_peak(passing, [module])
+    assert peak.saved == 4000 and peak.total <= 8 + 4 * 4000
+
+
+def test_saved_activations_are_those_that_torch_saves():
+    """The same step on the CPU, with numbers: distinct storages that its graph keeps, weights left out."""
+    base, reward = small()
+    for name, flags in benchmark.MEMORY_SETTINGS.items():
+        expected = benchmark.count_memory(base, reward, SHORT, torch.float32, (1, 2))[name]
+        (other, other_reward), saved = small(), {}
+        lora.inject(other.unet)
+        other.unet.checkpoint_activations("checkpoint" in name or "low" in name)
+        batch, uncond = synthetic(other, SHORT), other.encode_text([""])
+        other_reward.text_features(batch[-1])
+        modules = (other.unet, other.vae.decoder, other_reward)
+        weights = {t.untyped_storage().data_ptr() for m in modules for t in (*m.parameters(), *m.buffers())}
+
+        def pack(t):
+            if t.untyped_storage().data_ptr() not in weights:  # noqa: B023
+                saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()  # noqa: B023
+            return t
+        settings = replace(train.PRESETS["modelscope"], num_steps=1, tau=1., **flags)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            graph = train.edit_rewards(other, other_reward, uncond, batch, settings)[0]
+        assert expected[2]["saved"] == pytest.approx(sum(saved.values()) / 2**30, rel=0.03), name
+        assert graph.requires_grad
+        assert expected[2]["total"] >= expected[2]["saved"] + expected[2]["weights"] - 1e-9
+
+
+def test_every_clip_adds_as_much_as_the_one_before():
+    """So that two counts tell all of them."""
+    base, reward = small()
+    four = benchmark.count_memory(base, reward, SHORT, torch.float32, (4,))
+    for name, flags in benchmark.MEMORY_SETTINGS.items():
+        settings = replace(train.PRESETS["modelscope"], num_steps=1, tau=1., **flags)
+        other = Base(*(on_meta(part) for part in (base.unet, base.vae, base.text_encoder)), "small")
+        other_reward, batch = on_meta(reward), None
+        lora.inject(other.unet)
+        other.unet.checkpoint_activations(settings.checkpoint_activations or settings.low_memory)
+        batch, uncond = synthetic(other, replace(SHORT, batch_size=4)), other.encode_text([""])
+        other_reward.text_features(batch[-1])
+        peak = measure_peak(lambda: train.edit_rewards(other, other_reward, uncond, batch, settings)[0],  # noqa: B023
+                            [other.unet, other.vae.decoder, other_reward]).in_gib()
+        assert four[name][4]["total"] == pytest.approx(peak["total"], rel=0.02), name
+        assert four[name][4]["saved"] == pytest.approx(peak["saved"], rel=0.02), name
+
+
+def test_one_clip_at_full_size(full, monkeypatch):
+    """On cards of 24 GiB one clip fits without further flags, if only just."""
+    monkeypatch.setattr(benchmark, "MEMORY_SETTINGS", {"no flag": {}})
+    peak = benchmark.count_memory(*full, FULL, torch.bfloat16, (1,))["no flag"][1]
+    assert peak["weights"] == pytest.approx(4.56, abs=.02) and peak["saved"] == pytest.approx(16.74, abs=.1)
+    assert peak["total"] == pytest.approx(21.3, abs=.2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 def test_the_report(tmp_path, capsys):
@@ -206,7 +282,11 @@ def test_the_meta_device_counts_and_times_nothing():
     report = measure(Config(batch_size=1, frames=4, num_steps=5, device="meta", diffusers=False))
     row = report["contenders"]["ours"]
     assert row["tflop"]["step"] > 0 and row["seconds"] is None and report["matrix_tflops"] is None
-    assert "TFLOP" in benchmark.table(report)
+    shown = benchmark.table(report)
+    assert "TFLOP" in shown and "expected peak memory" in shown and report["dtype"] == "bfloat16"
+    rows = [line.split("  ")[0] for line in shown.splitlines() if line.startswith(("no flag", "--"))]
+    assert rows == [*benchmark.MEMORY_SETTINGS]
+    assert list(report["memory"]["--low-memory"]) == [1, 2, 4, 8]
 
 
 @pytest.mark.parametrize(("settings", "message"), [

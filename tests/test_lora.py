@@ -469,6 +469,28 @@ def base_folder(folder, unet=None):
 
 
 @torch.no_grad()
+def test_the_lines_of_the_docs_put_an_adapter_onto_diffusers_unet(tmp_path, monkeypatch, capsys):
+    """docs/formats.md, as it stands; only the base and the folder are those of this test."""
+    monkeypatch.chdir(tmp_path)
+    unet = trained_unet()
+    save(unet, tmp_path / "lora.safetensors")
+    adapters.export(tmp_path / "lora.safetensors", "peft", tmp_path / "out" / "peft")
+    assert "note" not in capsys.readouterr().out
+    diffusers_unet(unet).save_pretrained(tmp_path / "model" / "unet")
+    text = (Path(__file__).resolve().parent.parent / "docs" / "formats.md").read_text()
+    [lines] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert "ali-vilab/text-to-video-ms-1.7b" in lines and len(lines.splitlines()) <= 11
+    here = {}
+    exec(lines.replace("ali-vilab/text-to-video-ms-1.7b", "model"), here)
+    assert type(here["unet"]).__name__ == "UNet3DConditionModel"
+    assert difference(run(here["unet"]), run(tiny_unet())) > 0.1 and difference(run(here["unet"]), run(unet)) < 1e-5
+
+    save(unet, tmp_path / "tiny.safetensors", base="tiny")
+    adapters.export(tmp_path / "tiny.safetensors", "peft", tmp_path / "tiny")
+    assert "note: the tiny base is no UNet that diffusers can build" in capsys.readouterr().out
+
+
+@torch.no_grad()
 def test_on_diffusers_own_unet(tmp_path):
     """inject and load find the projections of UNet3DConditionModel too, by the same names."""
     unet = trained_unet(dtype=torch.float64)
