@@ -32,16 +32,8 @@ from evaluate import EVAL_SEED, evaluate, prompt_sets, tiny_judge
 from model import decode_frames, load_base
 from reward import Mixture, aggregate, load_rewards, segment_edges, segment_frames, tar_weights
 from sampler import GUIDANCE, check_edit, edit
-from support import run_folder, settings
-from support.processes import (
-    add_over_ranks,
-    catch_signals,
-    join_ranks,
-    on_rank_0,
-    pick_dtype,
-    rank_and_size,
-    run_script,
-)
+from support import processes, run_folder, settings
+from support.processes import add_over_ranks, rank_and_size
 from support.published import fingerprint
 from support.seeds import sample_generator
 from support.tables import add_means
@@ -291,7 +283,7 @@ def read_clips(cfg, base):
     vae_name = f"{fingerprint(base.vae.state_dict())} {dtype}"
     text_name = f"{fingerprint(base.text_encoder.state_dict())} {dtype}"
     cache_dir = cfg.cache_dir if cfg.cache else None
-    clips = on_rank_0(lambda: read_list(cfg.data, cfg.data_root))
+    clips = processes.on_rank_0(lambda: read_list(cfg.data, cfg.data_root))
     return encode_clips(clips, clip_config, encode, encode_text, vae_name, text_name, cache_dir,
                         cfg.workers, cfg.max_skip)
 
@@ -325,12 +317,12 @@ def main(argv, presets=PRESETS, description=__doc__, check=check, method=instruc
     a loop of its own, which decides what these two are.
     """
     cfg = settings.parse(argv, presets, description)
-    device = join_ranks(cfg.device)
+    device = processes.join_ranks(cfg.device)
     check(cfg)
-    folder, resumed = on_rank_0(lambda: run_folder.choose_folder(cfg))
+    folder, resumed = processes.on_rank_0(lambda: run_folder.choose_folder(cfg))
 
     # 1. What is frozen, and the adapters.
-    dtype = pick_dtype(cfg.dtype, device)
+    dtype = processes.pick_dtype(cfg.dtype, device)
     base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype, device, cfg.seed)
     guidance = settings.first_given(cfg.guidance, base.guidance, GUIDANCE)
     cfg = replace(cfg, guidance=guidance)  # recorded with the run
@@ -350,12 +342,12 @@ def main(argv, presets=PRESETS, description=__doc__, check=check, method=instruc
 
     # 3. Train.
     run_folder.make_room(folder, resumed)
-    with catch_signals() as caught:
+    with processes.catch_signals() as caught:
         run = open_run(cfg, folder, resumed, base, reward, prompts, draw, lambda: bool(caught))
         return run_folder.train_and_report(
             run, lambda: loop(cfg, parameters, draw, score, run), caught, script)
 
 
 if __name__ == "__main__":
-    run_script("train.py", lambda: main(sys.argv[1:]),
+    processes.run_script("train.py", lambda: main(sys.argv[1:]),
                refused=(RuntimeError, OSError, SafetensorError))
