@@ -61,7 +61,7 @@ def scenes(name):
     if name == "other":
         return [Scene(c, "stripes", d) for d in DIRECTIONS for c in COLOURS]
     if name not in PROMPT_SETS:
-        raise ValueError(f"prompt set {name!r}: allowed are in_domain, new, other")
+        raise ValueError(f"prompt set {name!r}: must be in_domain, new or other")
     return [Scene(c, s, d) for d in DIRECTIONS for c, s, held_out in pairs if held_out == (name == "new")]
 
 
