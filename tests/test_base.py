@@ -619,7 +619,7 @@ def contents(folder):
     ("metrics.jsonl", lambda b: b'{"step": "1"}\n' + b, "metrics.jsonl, line 1: not what a run logs"),
     ("metrics.jsonl", lambda b: b"[1]\n" + b, "metrics.jsonl, line 1"),
     ("metrics.jsonl", lambda b: b'{"step": 1, "eval": {}}\n' + b, "metrics.jsonl, line 1"),
-    ("metrics.jsonl", lambda b: b'{"step": 1, "eval": {"a": {"reward_mean": null}}}\n' + b, "metrics.jsonl, line 1"),
+    ("metrics.jsonl", lambda b: b'{"step": 1, "eval": {"a": {"reward_mean": "high"}}}\n' + b, "metrics.jsonl, line 1"),
     ("metrics.jsonl", lambda b: b"\xff\n" + b"[" * 9999 + b"\n" + b, "metrics.jsonl, line 1"),
     ("config.json", lambda b: b.replace(b'"steps": 1', b'"steps": "1"'), "config.json: steps is '1'; must be int"),
     ("config.json", lambda b: re.sub(b'"lr": [^,]+', b'"lr": null', b), "config.json: lr is 'None'; must be float"),

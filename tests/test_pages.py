@@ -242,9 +242,18 @@ def test_the_explain_page_in_a_browser(explained, browser):
 
 # -------------------------------------------------- report.py ------------------------------------------------------
 
+MEASURED = {"reward_mean": .8, "reward_std": .1, "n": 4, "watermark": .05}
+STUDY = {"command": "python tiny/study.py rank", "reward": "HPStiny", "count": 4, "evaluation_seed": 1, "training": {"lr": 2e-3},
+         "versions": {"python": "3.12", "torch": "2.15", "machine": "x86_64"},
+         "rows": [{"label": "base", "set": "in_domain", "num_steps": 20, "guidance": 1.5, "measures": MEASURED},
+                  {"label": "rank 16", "set": "in_domain", "num_steps": 20, "guidance": 1.5, "measures": MEASURED,
+                   "differences": {"reward": [.1, .02], "watermark": [-.01, .01]}, "seconds_per_step": 1.5}]}
+
+
 def test_a_report_puts_largest_and_smallest_gains_first(capfd):
     a, b = write_run(Path("runs/a"), (.1, -.2, .05, .3)), write_run(Path("runs/b"), (.1, -.2, .05, .3), lr=.5)
-    assert script("report.py", a, b, ROOT / "tiny/studies/rank.json", "--out", "page") == 0
+    Path("rank.json").write_text(json.dumps(STUDY))
+    assert script("report.py", a, b, "rank.json", "--out", "page") == 0
     text = Path("page/report.html").read_text()
     assert "report.html" in capfd.readouterr().out and len(text) < 8e6
     order = [text.index(words) for words in ("a green square”", "Smallest gains", "a red circle moving left”")]
