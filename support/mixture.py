@@ -110,7 +110,7 @@ def score_group(group, wanted, decode, captions, g, num_frames, chunk):
 def sees_whole_clips(reward):
     """Whether a reward, or one that watches beside it, is given frames of its own in order."""
     rewards = (*reward.rewards, *reward.watched) if isinstance(reward, Mixture) else [reward]
-    return any(r.num_frames for r in rewards)
+    return any(getattr(r, "num_frames", None) for r in rewards)  # a plain function scores frames
 
 
 def measure(reward, frames, video, captions):

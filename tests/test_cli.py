@@ -282,7 +282,7 @@ def test_a_quick_look_on_other_noise_than_training_selects_by(monkeypatch, capfd
     assert seen == [([*range(2_000_000, 2_000_008)], 20)]  # 8 videos, the first D alone
     assert evaluate.Config.seed == evaluate.REPORT_SEED != evaluate.EVAL_SEED
     assert not set(range(evaluate.EVAL_SEED, evaluate.EVAL_SEED + 10_000)) & set(seen[0][0])
-    assert "8 prompts in 1 sets, by base, with D = 20 and guidance 3: 8 videos, 160 denoising steps" in capfd.readouterr().out
+    assert "8 prompts in 1 sets, by base, with D = 20 and guidance 1.5: 8 videos, 160 denoising steps" in capfd.readouterr().out
 
 
 def test_the_error_of_one_video_is_undefined():
@@ -331,6 +331,7 @@ def refused(name, argv, message, capfd):
 
 
 def bad_files():
+    Path("prompts.txt").write_text("a red circle moving left\n")  # a good one
     Path("file").write_text("x")
     Path("empty.txt").write_text("\n\n")
     Path("binary.txt").write_bytes(b"\xff\xfe\x00")
@@ -364,14 +365,17 @@ def bad_files():
     ("--size 30 --data clips.txt", "height 30 and width 30: must be multiples of"),
     ("--data gone.txt", "data gone.txt: no such file"), ("--data empty.txt", "empty.txt: an empty list"),
     ("--data list.txt", "list.txt, line 1: 1 field"), ("--data binary.txt", "binary.txt: not a text file"),
-    ("--data clips.txt", "1 of 1 clips cannot be used.*gone.mp4"), ("modelscope", "no clips: --data LIST must name some"),
+    ("--data clips.txt", "1 of 1 clips cannot be used.*gone.mp4"),
+    ("modelscope --prompts a=prompts.txt", "no clips: --data LIST must name some"),
+    ("modelscope", "no prompts: --prompts NAME=FILE must name some"),
     ("--prompts x", "prompts 'x': must be NAME=FILE"), ("--prompts a=gone.txt", "prompts gone.txt: cannot be read"),
     ("--prompts a=empty.txt", "prompts empty.txt: expected one prompt a line, found none"),
     ("--prompts a=hole.txt", "found an empty one"), ("--prompts a=binary.txt", "binary.txt: not a text file in UTF-8"),
-    ("--reward pickscore", "reward 'pickscore': must be one of hpsv2, hpsv2.1"),
+    ("--reward taste", "reward 'taste': must be one of hpsv2, hpsv2.1"),
     ("--reward-weights gone.pt", "gone.pt: no such file"),
-    ("--base nowhere --data clips.txt", "base 'nowhere': no such file or folder"), ("--size 0", "size = 0"),
-    ("--base random:7 --data clips.txt", "base 'random:7'"),
+    ("--base nowhere --data clips.txt --prompts a=prompts.txt", "base 'nowhere': no such file or folder"),
+    ("--size 0", "size = 0"),
+    ("--base random:7 --data clips.txt --prompts a=prompts.txt", "base 'random:7'"),
     ("--vae gone", "gone: no such file"), ("--text-encoder file", "file: expected"),
     ("--device abacus", "device 'abacus': not available here"), ("--device meta", "device 'meta'"),
     ("--dtype int8", "dtype 'int8': must be one of float32, bfloat16, float16"),

@@ -97,7 +97,7 @@ def test_the_report_replaces_what_stands_between_its_markers(short, tmp_path, mo
     study.write_report(study.Config("report", out=tmp_path / "studies"))
     first, second = (page.read_text() for page in pages)
     assert "old" not in first and "| in_domain | 0." in first and "| all | 0." in first and first.endswith("<!-- end -->\nrest\n")
-    assert "old" not in second and "| rank 2 | in_domain | 20 | 3 |" in second and second.endswith("<!-- end -->\nafter\n")
+    assert "old" not in second and "| rank 2 | in_domain | 20 | 1.5 |" in second and second.endswith("<!-- end -->\nafter\n")
     assert iio.imread(tmp_path / "docs" / "studies.png").ndim == 3
     pages[1].write_text("no markers")
     with pytest.raises(ValueError, match="no marker <!-- study headline -->"):
