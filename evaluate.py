@@ -119,10 +119,10 @@ class Config(RewardSettings):
     """NAME=FILE, repeatable: a file of one prompt a line or in the official list form; default the
     tiny world's three sets"""
     count: int = 64
-    """videos of each set; 0 is one for each line of its file. The defaults take about 14 minutes in
-    the tiny world on two CPU cores"""
+    """videos of each set; 0 is one for each line of its file. The work is printed before it starts,
+    in denoising steps"""
     quick: bool = False
-    """a first look in half a minute: 8 videos of each set, with the first D and guidance alone"""
+    """a first look: 8 videos of each set, with the first D and guidance alone"""
     num_steps: tuple[int, ...] = (20, 50)
     """D, DDIM steps (paper: 20 in Table 1, 50 in Table A.1)"""
     guidance: tuple[float, ...] = ()
