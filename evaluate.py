@@ -139,7 +139,8 @@ class Config(RewardSettings):
     width: int | None = None
     """pixels; default what the base was trained on"""
     seed: int = REPORT_SEED
-    """video i has seed + i; training has others, by which it selects best.safetensors"""
+    """video i has seed + i, counted through all sets; training, which selects by its own, has
+    others"""
     batch_size: int = 8
     """videos at a time; changes time and memory, not the result"""
     official_hps: bool = False
@@ -208,7 +209,8 @@ def compare(cfg, base, reward, sets, strengths, size):
     judge = tiny_judge(cfg, base, *size)
     scales = cfg.guidance or (first_given(base.guidance, GUIDANCE),)
     settings = list(itertools.product(cfg.num_steps, scales))                 # (D, guidance)
-    results, sheets = [], {}
+    results, sheets, start = [], {}, dict(zip(sets, itertools.accumulate(
+        map(len, sets.values()), initial=cfg.seed)))  # sets have noise of their own
     with evaluation_bar(sets, settings, strengths) as bar:
         for name, (steps, guidance), model_name in itertools.product(sets, settings, strengths):
             # Videos are shown at the first setting only.
@@ -218,7 +220,7 @@ def compare(cfg, base, reward, sets, strengths, size):
             if (steps, guidance) == settings[0]:
                 shown = max(cfg.sheet, 1) if cfg.official_hps else cfg.sheet
             table, videos = evaluate(
-                base, reward, sets[name], seed=cfg.seed, num_steps=steps, guidance=guidance,
+                base, reward, sets[name], seed=start[name], num_steps=steps, guidance=guidance,
                 segments=cfg.segments, frames=cfg.frames, height=size[0], width=size[1],
                 batch_size=cfg.batch_size, judge=judge, keep=shown,
                 move_on=lambda number, steps=steps: bar.update(number * steps))
@@ -231,8 +233,8 @@ def compare(cfg, base, reward, sets, strengths, size):
                 before = table
             else:
                 # Paired: the same prompt and noise, with and without the adapter.
-                row["difference"] = paired(before, table)
-                row["differences"] = {k: paired(before, table, k) for k in table}
+                # A caption that repeats is one piece of evidence.
+                row["differences"] = {k: paired(before, table, k, sets[name]) for k in table}
             results.append(row)
     return results, sheets
 

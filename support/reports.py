@@ -40,10 +40,11 @@ def evaluation_bar(sets, settings, models):
 def as_markdown(results, reward_name):
     """The rows of table.json as a table: one line a set, D, guidance and model, differences against the base of that line."""
     measures = [k for k in results[0]["measures"] if k not in ("reward_mean", "reward_std", "n")]
-    rows = [["set", "D", "guidance", "model", "n", f"{reward_name} mean ± std", "paired difference", *measures]]
+    rows = [["set", "D", "guidance", "model", "n", f"{reward_name} mean ± std over videos", "paired difference ± error over prompts",
+             *measures]]
     for row in results:
         m = row["measures"]
-        difference = with_error(*row["difference"], sign="+") if "difference" in row else ""
+        difference = with_error(*row["differences"]["reward"], sign="+") if "differences" in row else ""
         rows.append([row["set"], row["num_steps"], f"{row['guidance']:g}", row["model"], m["n"],
                      with_error(m["reward_mean"], m["reward_std"]), difference, *(f"{m[k]:.3f}" for k in measures)])
     return markdown(rows)

@@ -231,10 +231,11 @@ class Run:
         self.draw_comparison(first, last)
         before, after = read_tables(self.sample_file(first, ".json")), read_tables(self.sample_file(last, ".json"))
         print(f"\n{self.reward_name} of videos from pure noise, before and after {last} steps "
-              "(mean, paired difference and its standard error):")
+              "(mean, paired difference and its standard error over prompts):")
         for name in before:
             b, a = before[name], after[name]
-            line = f"  {name:10s} {b['reward'].mean():.4f} -> {a['reward'].mean():.4f}   {with_error(*paired(b, a), sign='+')}"
+            gain = with_error(*paired(b, a, clusters=self.prompts[name]), sign="+")
+            line = f"  {name:10s} {b['reward'].mean():.4f} -> {a['reward'].mean():.4f}   {gain}"
             line += f"   n {len(a['reward'])}"
             if "watermark" in b:
                 line += f"   watermark {b['watermark'].mean():.3f} -> {a['watermark'].mean():.3f}"

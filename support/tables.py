@@ -34,10 +34,21 @@ def add_means(totals, logged, batch_size):
         totals[name] = totals.get(name, 0.) + values.sum().item() / batch_size
 
 
-def paired(before, after, measure="reward"):
-    """Mean of the difference and its standard error over the same prompts and noise; of a single one the error is nan."""
-    d = after[measure] - before[measure]
-    return d.mean().item(), (d.std().item() / len(d) ** .5 if len(d) > 1 else math.nan)
+def paired(before, after, measure="reward", clusters=None):
+    """
+    Mean of the difference and its standard error over the same prompts and noise.
+
+    clusters: n labels, as a rule the prompts. Videos of one prompt gain alike, so only different prompts count as independent
+    evidence; None takes every video for that. Of a single cluster the error is nan.
+    """
+    d = after[measure] - before[measure]                                                  # (n,)
+    mean, sums = d.mean(), {}
+    for label, deviation in zip(clusters or range(len(d)), (d - mean).tolist()):
+        sums[label] = sums.get(label, 0.) + deviation
+    groups = len(sums)
+    if groups < 2:
+        return mean.item(), math.nan
+    return mean.item(), (groups / (groups - 1) * sum(s * s for s in sums.values())) ** .5 / len(d)
 
 
 def with_error(value, error, sign=""):

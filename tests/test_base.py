@@ -168,7 +168,7 @@ def test_the_commands_take_both_from_the_one_file(small, instructvideo, monkeypa
                                   frames=2, segments=1, height=8, width=8, device="cpu", sheet=0, out=Path("report")))
     rows = json.loads(Path("report/table.json").read_text())
     assert rows["reward"] == "HPSv2.0"  # HPS_v2.pt lies beside the base: nothing is downloaded
-    assert [r["model"] for r in rows["results"]] == ["base", "fine-tuned"] and rows["results"][1]["difference"][0] != 0
+    assert [r["model"] for r in rows["results"]] == ["base", "fine-tuned"] and rows["results"][1]["differences"]["reward"][0] != 0
 
 
 def test_training_goes_on_from_the_adapters_of_the_file(small, instructvideo):

@@ -197,6 +197,9 @@ def test_differences_are_paired():
     before, after = ({"reward": torch.tensor(v, dtype=torch.float64)} for v in ([.1, .5, .3], [.2, .4, .9]))
     # Differences .1, -.1, .6: mean .2, variance ((.1)^2 + (.3)^2 + (.4)^2) / 2 = .13, standard error sqrt(.13 / 3).
     assert tables.paired(before, after) == pytest.approx((.2, (.13 / 3) ** .5))
+    # Two videos of one prompt count once: sums of deviations -.4 and .4, 2 / 1 * (.16 + .16) = .64, its root over 3.
+    assert tables.paired(before, after, clusters=["a", "a", "b"]) == pytest.approx((.2, .8 / 3))
+    assert tables.paired(before, after, clusters=["a"] * 3) == pytest.approx((.2, np.nan), nan_ok=True)
     one, other = ({"reward": torch.tensor([v])} for v in (1., 3.))
     assert tables.paired(one, other) == pytest.approx((2., np.nan), nan_ok=True)
     assert tables.with_error(2., np.nan, "+") == "+2.0000 ± undefined" and tables.with_error(2., .5) == "2.0000 ± 0.5000"
@@ -225,7 +228,8 @@ def test_base_and_fine_tuned_on_two_sets_at_several_d_and_guidance(adapter, capf
     assert [(r["set"], r["num_steps"], r["guidance"], r["model"]) for r in rows] == [
         (s, d, g, m) for s in ("shapes", "stripes") for d in (2, 3) for g in (1., 3.) for m in ("base", "fine-tuned")]
     head, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
-    assert head == ["set", "D", "guidance", "model", "n", "HPStiny mean ± std", "paired difference"] and len(lines) == 16
+    assert head == ["set", "D", "guidance", "model", "n", "HPStiny mean ± std over videos", "paired difference ± error over prompts"]
+    assert len(lines) == 16
     assert len({len(line) for line in table.splitlines()}) == 1  # aligned
 
     # One row again, video by video.
@@ -244,10 +248,9 @@ def test_base_and_fine_tuned_on_two_sets_at_several_d_and_guidance(adapter, capf
         by_hand = {"reward_mean": (x + y) / 2, "reward_std": abs(x - y) / 2 ** .5, "n": 2}
         assert row["measures"] == pytest.approx(by_hand, abs=1e-6)
     d = [y - x for x, y in zip(each["base"], each["fine-tuned"])]
-    assert a["difference"] == pytest.approx([sum(d) / 2, abs(d[0] - d[1]) / 2], abs=1e-6) and "difference" not in b
-    assert a["differences"]["reward"] == a["difference"]
+    assert a["differences"]["reward"] == pytest.approx([sum(d) / 2, abs(d[0] - d[1]) / 2], abs=1e-6) and "differences" not in b
     assert lines[5] == ["shapes", "3", "1", "fine-tuned", "2", "{:.4f} ± {:.4f}".format(*list(a["measures"].values())[:2]),
-                     "{:+.4f} ± {:.4f}".format(*a["difference"])]
+                     "{:+.4f} ± {:.4f}".format(*a["differences"]["reward"])]
 
     # One strip of two frames for each set and model, so that rows are sets and columns models.
     sheet = iio.imread("report/sheet.png")

@@ -297,7 +297,8 @@ def test_two_ranks_generate_and_evaluate_what_one_does(world):
     assert len(one) == len(two) == 6
     for a, b in zip(one, two):
         assert a["measures"] == pytest.approx(b["measures"], abs=1e-5)
-        assert a.get("difference") == (pytest.approx(b["difference"], abs=1e-5) if "difference" in b else None)
+        gains = [row.get("differences", {}).get("reward") for row in (a, b)]
+        assert gains[0] == (pytest.approx(gains[1], abs=1e-5) if gains[1] else None)
     sheets = [iio.imread(f"judged-by-{n}/sheet.png").astype(int) for n in ("one", "two")]
     assert np.abs(sheets[0] - sheets[1]).max() <= 1
 

@@ -8,19 +8,20 @@ import torch
 
 import train
 from support import run_folder
-from tiny import study
+from tiny import lab, study, study_report
 
 
 @pytest.fixture
 def short(monkeypatch, tmp_path):
     """Studies of one training step and two videos."""
     monkeypatch.setitem(train.PRESETS, "tiny", train.Config(steps=1, batch_size=1))
-    monkeypatch.setattr(study, "ROOT", tmp_path)
+    for module in (study, study_report):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
 
     def run(name):
         monkeypatch.setattr(sys, "argv", ["study.py", name])
-        study.run(study.Config(name, count=2, out=tmp_path / "studies"))
+        study.run(study.Config(study=name, count=2, out=tmp_path / "studies"))
         file = tmp_path / "studies" / f"{name}.json"
         return json.loads(file.read_text()) if file.exists() else None
     return run
@@ -34,7 +35,7 @@ def test_a_sweep_compares_each_variant_with_the_base(short, monkeypatch):
     gain, error = tuned["differences"]["reward"]
     assert gain == pytest.approx(tuned["measures"]["reward_mean"] - base["measures"]["reward_mean"]) and error > 0
     assert report["command"] == "python tiny/study.py rank" and report["training"]["tau"] == 0.6
-    runs = study.Config("rank").work
+    runs = study.Config(study="rank").work
     assert {p.name for p in runs.iterdir()} == {"base", "rank-2", "default"}  # rank 4 is what holds by default
     stamp = (runs / "rank-2" / "lora.safetensors").stat().st_mtime_ns
     assert short("rank")["rows"][1] == tuned and (runs / "rank-2" / "lora.safetensors").stat().st_mtime_ns == stamp
@@ -46,34 +47,51 @@ def test_tau_is_compared_at_equal_steps_and_at_equal_time(short, monkeypatch):
     base, few, longer, default = short("tau")["rows"]
     assert [r["label"] for r in (few, longer, default)] == ["tau = 0.1", "tau = 0.1, equal time: 4 steps", "tau = 0.6"]
     assert few["seconds_per_step"] == .25
-    lines = run_folder.read_metrics(study.Config("tau").work / "tau-0.1-steps-4" / "metrics.jsonl")
+    lines = run_folder.read_metrics(study.Config(study="tau").work / "tau-0.1-steps-4" / "metrics.jsonl")
     assert len(lines) == 4
 
 
-def test_seeds_are_pooled_before_they_are_compared():
-    one, two = ({"reward": torch.tensor(v)} for v in ([1., 2.], [3., 6.]))
-    assert study.pool([one, two])["reward"].tolist() == [2., 4.]
-    assert study.join([one, two])["reward"].tolist() == [1., 2., 3., 6.]
+def test_seeds_are_pooled_with_their_spread_and_an_error_over_prompts(short):
+    """Two prompts of two videos each, two training seeds: by hand."""
+    bench = lab.Lab(study.Config(study="headline", count=4))
+    bench.prompts = {"in_domain": ["a", "a", "b", "b"]}
+    tables = {None: [0., 0., 0., 0.], "one": [.1, .3, .1, .3], "two": [.3, .5, .5, .7]}
+    bench.table = lambda run, name, num_steps: {"reward": torch.tensor(tables[run], dtype=torch.float64)}
+    row = bench.seeds_row("all seeds", ["one", "two"])
+    # Means over seeds .2 .4 .3 .5: mean .35, sums of deviations -.1 and .1; seeds gain .2 and .5.
+    assert row["differences"]["reward"] == pytest.approx((.35, (2 * .02) ** .5 / 4))
+    assert row["spread"]["reward"] == pytest.approx(.3 / 2 ** .5) and row["seeds"] == 2
+    assert study_report.widest_error(row, "reward") == pytest.approx(.15)  # over the seeds, wider than .05
+    assert study_report.widest_error(row | {"spread": None}, "reward") == pytest.approx(.05)
+
+
+def test_the_sets_of_a_study_have_noise_of_their_own(short, monkeypatch):
+    bench, seen = lab.Lab(study.Config(study="headline", count=2)), []
+    monkeypatch.setattr(lab, "evaluate", lambda *a, seed, **more: seen.append(seed) or ({"reward": torch.zeros(2)}, None))
+    for name in lab.SETS:
+        bench.table(None, name)
+    assert seen == [2_000_000, 2_000_002, 2_000_004]
 
 
 def test_a_cut_short_run_is_continued(short, monkeypatch):
-    lab = study.Lab(study.Config("rank", count=1))
+    bench = lab.Lab(study.Config(study="rank", count=1))
     real, given = train.main, []
     monkeypatch.setattr(train, "main", lambda argv: given.append(argv) or real(argv))
-    run = lab.tune("--rank", "2")
-    assert lab.tune("--rank", "2") == run and len(given) == 1
+    run = bench.tune("--rank", "2")
+    assert bench.tune("--rank", "2") == run and len(given) == 1
     (run / "done").unlink()
-    assert lab.tune("--rank", "2") == run and given[1] == ["--resume", str(run)]
+    assert bench.tune("--rank", "2") == run and given[1] == ["--resume", str(run)]
 
 
 @pytest.mark.parametrize("name", ["headline", "chain", "guidance", "quality", "too_long", "evolution"])
 def test_the_other_studies_run(name, short, monkeypatch):
     monkeypatch.setattr(study, "SEEDS", (0,))
+    monkeypatch.setattr(study, "RIVAL_SEEDS", (0,))
     monkeypatch.setattr(study, "GUIDANCES", (1., 3.))
     monkeypatch.setattr(study, "TOO_LONG", ("--steps", "2"))
     monkeypatch.setattr(study, "WATCH", dict.fromkeys(study.WATCH, ("--eval-every", "2", "--eval-count", "1")))
-    monkeypatch.setattr(study, "evaluate", lambda model, reward, prompts, **settings: (
-        {k: torch.rand(len(prompts), dtype=torch.float64) for k in ("reward", *study.MEASURES)}, None))
+    monkeypatch.setattr(lab, "evaluate", lambda model, reward, prompts, **settings: (
+        {k: torch.rand(len(prompts), dtype=torch.float64) for k in ("reward", *study_report.MEASURES)}, None))
     write = study.write_clips
     monkeypatch.setattr(study, "write_clips", lambda folder, kind: write(folder, kind, count=2))
     report = short(name)
@@ -94,11 +112,11 @@ def test_the_report_replaces_what_stands_between_its_markers(short, tmp_path, mo
     pages[1].parent.mkdir()
     pages[0].write_text("intro\n<!-- study summary -->\nold\n<!-- end -->\nrest\n")
     pages[1].write_text("before\n<!-- study rank -->\nold\n<!-- end -->\n<!-- study headline --><!-- end -->\nafter\n")
-    study.write_report(study.Config("report", out=tmp_path / "studies"))
+    study_report.write_report(tmp_path / "studies")
     first, second = (page.read_text() for page in pages)
     assert "old" not in first and "| in_domain | 0." in first and "| all | 0." in first and first.endswith("<!-- end -->\nrest\n")
     assert "old" not in second and "| rank 2 | in_domain | 20 | 1.5 |" in second and second.endswith("<!-- end -->\nafter\n")
     assert iio.imread(tmp_path / "docs" / "studies.png").ndim == 3
     pages[1].write_text("no markers")
     with pytest.raises(ValueError, match="no marker <!-- study headline -->"):
-        study.write_report(study.Config("report", out=tmp_path / "studies"))
+        study_report.write_report(tmp_path / "studies")
