@@ -40,7 +40,7 @@ def evaluation_bar(sets, settings, models):
 def as_markdown(results, reward_name):
     """The rows of table.json as a table: one line a set, D, guidance and model, differences against the base of that line."""
     measures = [k for k in results[0]["measures"] if k not in ("reward_mean", "reward_std", "n")]
-    rows = [["set", "D", "guidance", "model", "n", f"{reward_name} mean ± std over videos", "paired difference ± error over prompts",
+    rows = [["set", "D", "guidance", "model", "n", f"{reward_name} mean ± std over videos", "difference ± error over prompts",
              *measures]]
     for row in results:
         m = row["measures"]
