@@ -1,14 +1,16 @@
 """The studies' script runs, compares with the base, shares its runs, and turns its files into tables and curves."""
 import json
 import sys
+from dataclasses import replace
 
 import imageio.v3 as iio
 import pytest
 import torch
 
 import train
+from methods import rwr
 from support import run_folder
-from tiny import lab, study, study_report
+from tiny import lab, study, study_methods, study_report, study_tables
 
 
 @pytest.fixture
@@ -61,8 +63,8 @@ def test_seeds_are_pooled_with_their_spread_and_an_error_over_prompts(short):
     # Means over seeds .2 .4 .3 .5: mean .35, sums of deviations -.1 and .1; seeds gain .2 and .5.
     assert row["differences"]["reward"] == pytest.approx((.35, (2 * .02) ** .5 / 4))
     assert row["spread"]["reward"] == pytest.approx(.3 / 2 ** .5) and row["seeds"] == 2
-    assert study_report.widest_error(row, "reward") == pytest.approx(.15)  # over the seeds, wider than .05
-    assert study_report.widest_error(row | {"spread": None}, "reward") == pytest.approx(.05)
+    assert study_tables.widest_error(row, "reward") == pytest.approx(.15)  # over the seeds, wider than .05
+    assert study_tables.widest_error(row | {"spread": None}, "reward") == pytest.approx(.05)
 
 
 def test_the_sets_of_a_study_have_noise_of_their_own(short, monkeypatch):
@@ -91,7 +93,7 @@ def test_the_other_studies_run(name, short, monkeypatch):
     monkeypatch.setattr(study, "TOO_LONG", ("--steps", "2"))
     monkeypatch.setattr(study, "WATCH", dict.fromkeys(study.WATCH, ("--eval-every", "2", "--eval-count", "1")))
     monkeypatch.setattr(lab, "evaluate", lambda model, reward, prompts, **settings: (
-        {k: torch.rand(len(prompts), dtype=torch.float64) for k in ("reward", *study_report.MEASURES)}, None))
+        {k: torch.rand(len(prompts), dtype=torch.float64) for k in ("reward", *study_tables.MEASURES)}, None))
     write = study.write_clips
     monkeypatch.setattr(study, "write_clips", lambda folder, kind: write(folder, kind, count=2))
     report = short(name)
@@ -108,7 +110,10 @@ def test_the_report_replaces_what_stands_between_its_markers(short, tmp_path, mo
     monkeypatch.setitem(study.SWEEPS, "rank", {"rank 2": ["--rank", "2"]})
     monkeypatch.setattr(study, "SEEDS", (0, 1))
     short("rank"), short("headline")
-    pages = tmp_path / "README.md", tmp_path / "tiny" / "README.md"
+    pages = tmp_path / "README.md", tmp_path / "docs" / "any.md", tmp_path / "tiny" / "README.md"
+    pages[1].parent.mkdir(exist_ok=True)
+    pages[1].write_text("one\n<!-- study rank --><!-- end -->\ntwo\n")
+    pages = pages[0], pages[2]
     pages[1].parent.mkdir()
     pages[0].write_text("intro\n<!-- study summary -->\nold\n<!-- end -->\nrest\n")
     pages[1].write_text("before\n<!-- study rank -->\nold\n<!-- end -->\n<!-- study headline --><!-- end -->\nafter\n")
@@ -117,6 +122,48 @@ def test_the_report_replaces_what_stands_between_its_markers(short, tmp_path, mo
     assert "old" not in first and "| in_domain | 0." in first and "| all | 0." in first and first.endswith("<!-- end -->\nrest\n")
     assert "old" not in second and "| rank 2 | in_domain | 20 | 1.5 |" in second and second.endswith("<!-- end -->\nafter\n")
     assert iio.imread(tmp_path / "docs" / "studies.png").ndim == 3
+    third = (tmp_path / "docs" / "any.md").read_text()
+    assert third.startswith("one\n") and "| rank 2 |" in third and third.endswith("<!-- end -->\ntwo\n")
     pages[1].write_text("no markers")
     with pytest.raises(ValueError, match="no marker <!-- study headline -->"):
         study_report.write_report(tmp_path / "studies")
+
+
+def test_methods_are_compared_at_equal_work_run_by_run(short, monkeypatch, tmp_path):
+    small = {"batch_size": 1, "rounds": 1, "videos": 1, "num_steps": 2}
+    monkeypatch.setattr(study_methods, "contenders", lambda: {
+        "InstructVideo": (train, {}), "InstructVideo, own videos": (train, {"data": "own-videos"}), "RWR": (rwr, small)})
+    monkeypatch.setattr(study_methods, "equal_steps", lambda module, cfg: 2)
+    for name, value in {"GRID": (1e-3, 2e-3), "SEEDS": (0, 1), "LOOKS": 1, "LOOKED_AT": 1, "OWN_VIDEOS": 2}.items():
+        monkeypatch.setattr(study_methods, name, value)
+    measured = []
+    def random_tables(model, reward, prompts, **settings):
+        measured.append(settings["seed"])
+        return {k: torch.rand(len(prompts), dtype=torch.float64) for k in ("reward", *study_tables.MEASURES)}, None
+    monkeypatch.setattr(lab, "evaluate", random_tables)
+
+    report = short("methods")
+    files = {file.name: json.loads(file.read_text()) for file in (tmp_path / "studies" / "methods").glob("*.json")}
+    assert len(files) == 3 * (2 + 2) and "rwr-rate-0.001-seed-100.json" in files
+    rows = [row for row in report["rows"] if row["label"] == "RWR"]
+    assert [row["set"] for row in rows] == ["in_domain", "new", "other", "curve"]
+    best = max((1e-3, 2e-3), key=lambda rate: files[f"rwr-rate-{rate:g}-seed-100.json"]["curve"][-1]["measures"]["reward_mean"])
+    assert rows[0]["rate"] == best and set(files[f"rwr-rate-{best:g}-seed-1.json"]["tables"]) == set(lab.SETS)
+    own = files["instructvideo-own-videos-rate-0.001-seed-100.json"]["settings"]["data"]
+    assert own.endswith("own-videos") and len(list((tmp_path / "out" / "studies" / "own-videos").glob("*.txt"))) == 2
+
+    # What has a file is not made again, even where no run is left.
+    monkeypatch.setattr(lab.Lab, "tune", None)
+    assert short("methods")["rows"][-2]["differences"] == rows[-2]["differences"]
+    table = study_methods.as_table(report)
+    assert "| RWR | " in table and len(table.splitlines()) == 2 + 2 + 4
+    study_methods.draw(report, tmp_path / "methods.png")
+    assert iio.imread(tmp_path / "methods.png").ndim == 3
+
+
+def test_every_method_has_about_the_same_work():
+    for label, (module, changes) in study_methods.contenders().items():
+        cfg = replace(module.PRESETS["tiny"], **changes)
+        once, each = study_methods.passes(module, cfg)
+        total = once + each * study_methods.equal_steps(module, cfg)
+        assert abs(total / (4 * 40 * 112) - 1) < .06, label

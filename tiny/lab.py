@@ -53,41 +53,42 @@ class Lab:
         self.judge = find_judge(self.base, world.FRAMES, world.SIZE, world.SIZE)
         self.prompts = prompt_sets(self.base, (), cfg.count)
 
-    def tune(self, *flags, watch=(), main=None, method=""):
+    def tune(self, *flags, watch=(), module=train):
         """
         The folder of the training run with these flags (and default ones left out), continued if it was cut short.
 
-        watch: flags that change what is looked at, not the run. main, method: another method's, and its name; else train.py's.
+        watch: flags that change what is looked at, not the run. module: train, or a method of methods/.
         """
-        flags = tidy(flags)
-        words = [word.strip("-").replace("/", "_") for word in (method, *flags, *watch) if word]
+        flags = tidy(flags, module.PRESETS["tiny"])
+        name = () if module is train else (module.__name__.split(".")[-1],)
+        words = [word.strip("-").replace("/", "_") for word in (*name, *flags, *watch)]
         folder = self.cfg.work / ("-".join(words) or "default")
         if not (folder / "done").exists():
             new = [*flags, *(watch or ("--eval-every", "0")), "--out", str(folder)]
             old = ["--resume", str(folder)]
             with contextlib.redirect_stdout(io.StringIO()):
-                if status := (main or train.main)(old if (folder / "config.json").exists() else new):
+                if status := module.main(old if (folder / "config.json").exists() else new):
                     sys.exit(status)
             (folder / "done").touch()
         return folder
 
-    def table(self, run, name, num_steps=20, guidance=None):
+    def table(self, run, name, num_steps=20, guidance=None, adapter="lora"):
         """
-        {measure: (n,)} of the videos of a prompt set, by the base (run None) or with a run's adapter.
+        {measure: (n,)} of the videos of a prompt set, by the base (run None) or with a run's adapter, the last or the "best".
 
         They are evaluate.py's: the sets have noise of their own, so that all of them together are independent videos.
         """
         guidance = first_given(guidance, self.guidance)
         count = self.cfg.count
-        file = (run or self.cfg.work / "base") / f"{name}-D{num_steps}-guidance{guidance:g}-n{count}.json"
+        which = "best-" if adapter == "best" else ""
+        file = (run or self.cfg.work / "base") / f"{which}{name}-D{num_steps}-guidance{guidance:g}-n{count}.json"
         if not file.exists():
-            if run not in self.models:
-                self.models = {None: self.base}  # one tuned model at a time
-                if run:
-                    self.models[run] = load_base("tiny")
-                    lora.load(self.models[run].unet, run / "lora.safetensors")
+            if run and (run, adapter) not in self.models:
+                tuned = load_base("tiny")
+                lora.load(tuned.unet, run / f"{adapter}.safetensors")
+                self.models = {(run, adapter): tuned}  # one tuned model at a time
             with tqdm(total=count, desc=f"{file.parent.name}, {file.stem}", leave=False, mininterval=5) as bar:
-                table, _ = evaluate(self.models[run], self.reward, self.prompts[name],
+                table, _ = evaluate(self.models[run, adapter] if run else self.base, self.reward, self.prompts[name],
                                     seed=REPORT_SEED + SETS.index(name) * count, num_steps=num_steps, guidance=guidance,
                                     judge=self.judge, move_on=bar.update)
             with write_whole(file) as hidden:
@@ -106,21 +107,26 @@ class Lab:
         return row
 
     def seeds_row(self, label, runs, names=("in_domain",), num_steps=20):
-        """
-        One line for several training seeds, and several sets together: each video's mean over the seeds against the base.
-
-        "differences": mean and its standard error over prompts; "spread": the standard deviation over the training seeds of
-        each seed's own mean difference, which the mean over k seeds has the k-th root of.
-        """
+        """One line for several training seeds, and several sets together, as pooled_row has it."""
         before = join([self.table(None, name, num_steps) for name in names])
         after = [join([self.table(run, name, num_steps) for name in names]) for run in runs]
-        pooled = {k: torch.stack([table[k] for table in after]).mean(dim=0) for k in before}
         prompts = [prompt for name in names for prompt in self.prompts[name]]
-        spread = {k: torch.stack([(table[k] - before[k]).mean() for table in after]).std().item() if len(runs) > 1 else None
-                  for k in before}
-        return {"label": label, "set": names[0] if len(names) == 1 else "all", "num_steps": num_steps,
-                "guidance": self.guidance, "measures": summary(pooled), "base_std": summary(before)["reward_std"],
-                "differences": differences(before, pooled, prompts), "spread": spread, "seeds": len(runs)}
+        row = pooled_row(label, names[0] if len(names) == 1 else "all", before, after, prompts)
+        return row | {"num_steps": num_steps, "guidance": self.guidance}
+
+
+def pooled_row(label, name, before, after, prompts):
+    """
+    One line for several training seeds: before and after [k] are tables, each video's mean over the k seeds is compared.
+
+    "differences": mean and its standard error over prompts; "spread": the standard deviation over the training seeds of
+    each seed's own mean difference. The mean over k seeds has the k-th root of that as its error over seeds.
+    """
+    pooled = {k: torch.stack([table[k] for table in after]).mean(dim=0) for k in before}
+    spread = {k: torch.stack([(table[k] - before[k]).mean() for table in after]).std().item() if len(after) > 1 else None
+              for k in before}
+    return {"label": label, "set": name, "measures": summary(pooled), "base_std": summary(before)["reward_std"],
+            "differences": differences(before, pooled, prompts), "spread": spread, "seeds": len(after)}
 
 
 def differences(before, after, prompts):
@@ -133,10 +139,10 @@ def join(tables):
     return {k: torch.cat([t[k] for t in tables]) for k in tables[0]}
 
 
-def tidy(flags):
-    """Flags without those that say what holds by default: runs that are the same get the same name."""
+def tidy(flags, default):
+    """Flags without those that say what holds by `default` anyway: runs that are the same get the same name."""
     pairs = [(f, v) for f, v in zip(flags[::2], flags[1::2])]
-    default = to_json(train.PRESETS["tiny"])
+    default = to_json(default)
     return tuple(x for f, v in pairs if str(default.get(f.strip("-").replace("-", "_"))) != v for x in (f, v))
 
 

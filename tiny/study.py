@@ -3,6 +3,7 @@ The paper's studies in the tiny world: a few training runs each, compared from p
 
     python tiny/study.py headline            # eight training seeds with the defaults, all three prompt sets
     python tiny/study.py tau                 # likewise: chain, guidance, lambda, segments, grad_steps, rank, quality, too_long
+    python tiny/study.py methods             # every method of both papers, in several sittings (docs/methods.md)
     python tiny/study.py evolution           # the same videos at several steps of the default run (paper, Fig. 8)
     python tiny/study.py report              # the READMEs' tables and pictures, from tiny/studies/*.json
 
@@ -32,6 +33,7 @@ from support.tables import summary  # noqa: E402
 from support.videos import to_pixels, write_video  # noqa: E402
 from tiny import world  # noqa: E402
 from tiny.lab import ROOT, SETS, Lab, Settings, differences, seconds_per_step  # noqa: E402
+from tiny.study_methods import methods  # noqa: E402
 from tiny.study_report import write_report  # noqa: E402
 
 SEEDS, RIVAL_SEEDS = tuple(range(8)), (0, 1, 2)  # of the headline, and against the base at its own best guidance
@@ -50,7 +52,7 @@ SWEEPS = {  # name: {label: training flags}, all else as by default
 class Config(Settings):
     """Run a study, or write the READMEs' tables of those that have been run."""
     study: tyro.conf.Positional[Literal["headline", "chain", "guidance", "tau", "lambda", "segments", "grad_steps", "rank",
-                                        "quality", "too_long", "evolution", "report"]]
+                                        "quality", "too_long", "evolution", "methods", "report"]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,7 +161,7 @@ def strips(run, steps):
 
 
 STUDIES = {"headline": headline, "chain": chain, "tau": tau, "guidance": guidance, "quality": quality, "too_long": too_long,
-           "evolution": evolution} | {name: sweep(name) for name in SWEEPS}
+           "evolution": evolution, "methods": methods} | {name: sweep(name) for name in SWEEPS}
 
 
 def run(cfg):

@@ -1,97 +1,45 @@
 """
-The studies' tables and pictures, from the JSON files alone: what stands between markers in the READMEs, and docs/studies.png.
+The studies' tables and pictures, from the JSON files alone: what stands between markers in the READMEs and docs,
+and docs/*.png.
 """
 from pathlib import Path
 
-from support.files import read_json, write_whole
-from tiny.lab import ROOT
+from matplotlib.figure import Figure
 
-MEASURES = ("watermark", "sharpness", "saturation", "noise", "motion", "fidelity", "steadiness", "colour", "shape", "direction",
-            "static")
-SHOWN = ("watermark", "motion", "fidelity", "steadiness", "colour", "shape", "direction", "static")
+from support.files import read_json, write_whole
+from tiny import study_methods
+from tiny.lab import ROOT
+from tiny.study_tables import as_summary, as_table
+
+OWN = {"methods": study_methods}  # studies with a table and a picture of their own kind
 
 
 def write_report(folder):
     """
-    Replace what stands between markers <!-- study NAME --> and <!-- end --> in the two READMEs, and draw the curves.
+    Replace what stands between markers <!-- study NAME --> and <!-- end --> in the pages, and draw the curves.
 
-    folder: of the JSON files. ValueError if a study has no place in either page.
+    folder: of the JSON files. ValueError if a study has no place in any.
     """
     reports = {file.stem: read_json(file) for file in sorted(folder.glob("*.json"))}
-    tables = {name: as_table(report) for name, report in reports.items()}
+    tables = {name: (OWN[name].as_table if name in OWN else as_table)(report) for name, report in reports.items()}
     if "headline" in reports:
         tables["summary"] = as_summary(reports["headline"])
-    pages = {page: page.read_text() for page in (ROOT / "README.md", ROOT / "tiny" / "README.md")}
+    pages = [ROOT / "README.md", ROOT / "tiny" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = {page: page.read_text() for page in pages}
     for name, table in tables.items():
         start = f"<!-- study {name} -->"
         if not any(start in text for text in pages.values()):
-            raise ValueError(f"{' and '.join(map(str, pages))}: no marker {start}")
+            raise ValueError(f"{', '.join(map(str, pages))}: no marker {start}")
         for page, text in pages.items():
             if start in text:
                 before, _, rest = text.partition(start)
                 pages[page] = f"{before}{start}\n{table}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
     draw_curves(reports, ROOT / "docs" / "studies.png")
+    for name in set(reports) & set(OWN):
+        OWN[name].draw(reports[name], ROOT / "docs" / f"{name}.png")
     for page, text in pages.items():
         with write_whole(page) as hidden:
             hidden.write_text(text)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
-
-def conditions(report):
-    """What a table was made with, for the line above it."""
-    return f"`{report['command']}`, {report['rows'][0]['measures']['n']} videos of each set, torch {report['versions']['torch']}:"
-
-
-def as_table(report):
-    """A study as Markdown: reward, paired difference, judge."""
-    spread = any("spread" in row for row in report["rows"])
-    head = ["", "set", "D", "guidance", f"{report['reward']} mean ± std over videos", "paired difference ± error over prompts",
-            *(["spread over seeds"] if spread else []), *MEASURES]
-    lines = []
-    for row in report["rows"]:
-        m, d = row["measures"], row.get("differences", {}).get("reward")
-        cells = [row["label"], row["set"], row["num_steps"], f"{row['guidance']:g}",
-                 f"{m['reward_mean']:.4f} ± {m['reward_std']:.4f}", "{:+.4f} ± {:.4f}".format(*d) if d else ""]
-        if spread:
-            cells.append(f"{row['spread']['reward']:.4f}" if row.get("spread") and row["spread"]["reward"] is not None else "")
-        lines.append([*cells, *(f"{m[k]:.3f}" for k in MEASURES)])
-    return "\n".join([conditions(report), "", *as_lines(head, lines)])
-
-
-def as_summary(report):
-    """
-    The headline's pooled rows: before, after and paired difference of the reward and of the judge's measures.
-
-    ± is the widest of the error over prompts and that over training seeds (their spread by the root of their number).
-    """
-    lines = []
-    for row in report["rows"]:
-        if "spread" in row:
-            gain = row["differences"]["reward"][0] / row["base_std"]
-            spread = row["spread"]["reward"]
-            lines.append([row["set"], change(row, "reward", "reward_mean"), "" if spread is None else f"{spread:.3f}",
-                          f"{gain:.2f}", *(change(row, k, k) for k in SHOWN)])
-    return "\n".join([conditions(report), "", *as_lines(
-        ["set", report["reward"], "spread over seeds", "gain in base std", *SHOWN], lines)])
-
-
-def change(row, measure, key):
-    """A measure before and after, the difference and its error."""
-    after, d = row["measures"][key], row["differences"][measure][0]
-    return f"{after - d:.2f} → {after:.2f} ({d:+.3f} ± {widest_error(row, measure):.3f})"
-
-
-def widest_error(row, measure):
-    """Of a difference, the standard error over prompts or that over training seeds, whichever is larger."""
-    error, spread = row["differences"][measure][1], (row.get("spread") or {}).get(measure)
-    return error if spread is None else max(error, spread / row["seeds"] ** .5)
-
-
-def as_lines(head, rows):
-    """Markdown table lines."""
-    return ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,7 +47,6 @@ def as_lines(head, rows):
 
 def draw_curves(reports, path):
     """docs/studies.png: every seed of the headline, tau, lambda, and the run taken too far, by reward and judge."""
-    from matplotlib.figure import Figure
     figure = Figure(figsize=(15, 7))
     panels = figure.subplots(2, 2)
     drawings = {"headline": draw_seeds, "tau": draw_tau, "lambda": draw_lambda, "too_long": draw_too_long}

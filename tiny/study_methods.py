@@ -1,0 +1,188 @@
+"""
+The methods of both papers side by side: same base, sampler, LoRA, reward, prompts and judge, the same denoising work.
+
+Work is counted in passes of one video through the denoiser, a pass with gradient as three; each run has as many steps as fit
+into four times the default run's. Seconds stand beside it. Every method's learning rate is the best of the same small grid on
+one seed that is not used again, by the reward of in_domain with noise of its own; then three seeds run with it.
+"""
+import importlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import train
+from generate import generate
+from model import decode_frames
+from support.files import read_json, write_whole
+from support.reports import versions
+from support.run_folder import read_metrics
+from support.videos import to_pixels, write_video
+from tiny import world
+from tiny.lab import SETS, pooled_row
+from tiny.study_tables import SHOWN, as_lines, conditions, widest_error
+
+TIMES, GRID, GRID_SEED, SEEDS = 4, (5e-4, 2e-3, 8e-3), 100, (0, 1, 2)
+LOOKS, LOOKED_AT = 4, 12  # evaluations of a run after its start, and videos of each set in one
+OWN_VIDEOS = 192  # of the base, as many as the world has clips
+OWN_SEED = 6_000_000
+
+
+def contenders():
+    """{label: (module, {setting: value})}: all else is the method's default in the tiny world."""
+    draft, refl, vader, ddpo, rwr, dpo = (importlib.import_module(f"methods.{name}")
+                                          for name in ("draft", "refl", "vader", "ddpo", "rwr", "dpo"))
+    return {
+        "InstructVideo": (train, {}),
+        "InstructVideo, own videos": (train, {"data": Path("own-videos")}),  # in the lab's folder
+        "DRaFT-1": (draft, {}),
+        "ReFL": (refl, {}),
+        "VADER": (vader, {}),
+        "VADER, four frames, TAR": (vader, {"frames_scored": 4, "lambda_tar": 1.0}),
+        "DDPO": (ddpo, {"timestep_fraction": 0.25}),
+        "RWR": (rwr, {}),
+        "DPO": (dpo, {}),
+    }
+
+
+def passes(module, cfg):
+    """(once, for each step): passes through the denoiser of a run with these settings; guidance takes two, a gradient three."""
+    B, D, K = cfg.batch_size, cfg.num_steps, cfg.grad_steps
+    name = module.__name__.split(".")[-1]
+    if name == "ddpo":  # the chain, and each learned step again
+        return 0, B * (2 * D + 6 * max(1, round(cfg.timestep_fraction * D)))
+    if name == "rwr":
+        return cfg.rounds * cfg.videos * 2 * D, B * 3
+    if name == "dpo":  # a pair is two videos; the reference has no gradient
+        return cfg.rounds * cfg.pairs * 2 * 2 * D, B * 2 * (3 + 1)
+    length = D if name in ("draft", "vader") else round(cfg.tau * D)
+    if name == "refl":  # on average; the last of them predicts
+        length, K = D - max(1, round(cfg.late * D)) / 2 + .5, 1
+    return 0, B * (2 * (length - K) + 6 * K)
+
+
+def equal_steps(module, cfg):
+    """Steps of a method that cost TIMES the default run's work, a multiple of 8, so that rounds and evaluations divide them."""
+    tiny = train.PRESETS["tiny"]
+    budget = TIMES * tiny.steps * passes(train, tiny)[1]
+    once, each = passes(module, cfg)
+    return max(8, round((budget - once) / each / 8) * 8)
+
+
+def methods(lab):
+    """
+    Rates on one seed, then three seeds of each method: its best checkpoint on all three sets, and curves.
+
+    Each run's result is a file of its own, tiny/studies/methods/*.json, so the study may be done in several sittings.
+    """
+    runs = sum(len(GRID) + len(SEEDS) for _ in contenders())
+    print(f"{runs} runs, each of {TIMES} times the default run's work, and {len(SETS) * lab.cfg.count} videos of each of "
+          f"{len(contenders()) * len(SEEDS)} of them; those that have a file are not made again", flush=True)
+    base = {name: lab.table(None, name) for name in SETS}
+    rows = [lab.row("base", None, name) for name in SETS]
+    for label, (module, changes) in contenders().items():
+        cfg = replace(module.PRESETS["tiny"], **changes)
+        steps, (once, each) = equal_steps(module, cfg), passes(module, cfg)
+
+        # 1. The rate, by the last evaluation of the grid's seed. 2. Three seeds.
+        grid = {rate: result(lab, label, module, changes, steps, rate, GRID_SEED, ()) for rate in GRID}
+        grid = {rate: found["curve"][-1]["measures"]["reward_mean"] for rate, found in grid.items()}
+        best = max(grid, key=grid.get)
+        seeds = [result(lab, label, module, changes, steps, best, seed, SETS) for seed in SEEDS]
+
+        more = {"rate": best, "grid": grid, "steps": steps, "passes": once + steps * each,
+                "seconds": [found["seconds"] for found in seeds]}
+        for name in SETS:
+            tables = [{k: torch.tensor(v, dtype=torch.float64) for k, v in found["tables"][name].items()} for found in seeds]
+            rows.append(pooled_row(label, name, base[name], tables, lab.prompts[name]) | more)
+        rows.append({"label": label, "set": "curve", "curves": [found["curve"] for found in seeds]})
+    return rows
+
+
+def result(lab, label, module, changes, steps, rate, seed, sets):
+    """
+    What a run gave, from its file, or made now: seconds of its steps, its curve, tables of its best checkpoint on `sets`.
+
+    The curve has the measures of in_domain at every evaluation while training, with noise that nothing else is measured by.
+    """
+    words = f"{label} rate {rate:g} seed {seed}".lower().replace(",", "").replace("'", "").split()
+    file = lab.cfg.out / "methods" / f"{'-'.join(words)}.json"
+    if not file.exists():
+        if "data" in changes:
+            changes = {"data": own_videos(lab, lab.cfg.work / changes["data"])}
+        settings = changes | {"steps": steps, "lr": f"{rate:g}", "seed": seed}
+        flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        run = lab.tune(*flags, watch=("--eval-every", str(steps // LOOKS), "--eval-count", str(LOOKED_AT)), module=module)
+
+        lines = read_metrics(run / "metrics.jsonl")
+        curve = [{"step": line["step"], "measures": line["eval"]["in_domain"]} for line in lines if "eval" in line]
+        tables = {name: {k: [round(x, 5) for x in v.tolist()] for k, v in lab.table(run, name, adapter="best").items()}
+                  for name in sets}
+        found = {"settings": settings | {"data": str(settings.get("data"))}, "versions": versions(),
+                 "seconds": sum(line.get("seconds", 0) for line in lines), "curve": curve, "tables": tables}
+        with write_whole(file) as hidden:
+            hidden.write_text(json.dumps(found) + "\n")
+        print(f"{file.name}: {curve[0]['measures']['reward_mean']:.4f} -> {curve[-1]['measures']['reward_mean']:.4f}", flush=True)
+    return read_json(file)
+
+
+@torch.no_grad()
+def own_videos(lab, folder):
+    """The folder, with the base's own videos for the captions of in_domain, made once; not counted as work."""
+    every = [scene.caption for scene in world.scenes("in_domain")]
+    captions = [every[i % len(every)] for i in range(OWN_VIDEOS)]
+    if not (folder / f"{OWN_VIDEOS - 1:04d}.txt").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        made = generate(lab.base, captions, [OWN_SEED + i for i in range(OWN_VIDEOS)], guidance=lab.guidance)
+        for i, z_0 in tqdm(made, "the base's own videos", OWN_VIDEOS, mininterval=5):
+            write_video(folder / f"{i:04d}.mp4", to_pixels(decode_frames(lab.base.vae, z_0[None])[0]), world.FPS)
+            (folder / f"{i:04d}.txt").write_text(captions[i])
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report, from the JSON file alone
+
+def as_table(report):
+    """Markdown: the gains of each method on each set, ± the wider of the errors over prompts and over training seeds."""
+    heads = [*SETS, "spread over seeds", "rate", "steps", "s", *(f"{k}, in_domain" for k in SHOWN)]
+    before, after = rows_of(report, "base"), [row for row in report["rows"] if "spread" in row]
+    lines = []
+    for label in dict.fromkeys(row["label"] for row in after):
+        rows = rows_of(report, label)
+        first = rows["in_domain"]
+        cells = ["{:+.4f} ± {:.4f}".format(rows[name]["differences"]["reward"][0], widest_error(rows[name], "reward"))
+                 for name in SETS]
+        cells += ["" if first["spread"]["reward"] is None else f"{first['spread']['reward']:.4f}", f"{first['rate']:g}",
+                  first["steps"], f"{sum(first['seconds']) / len(first['seconds']):.0f}"]
+        lines.append([label, *cells, *(f"{first['measures'][k]:.3f}" for k in SHOWN)])
+    blank = [""] * (len(SETS) + 4)
+    lines.insert(0, ["base", *blank, *(f"{before['in_domain']['measures'][k]:.3f}" for k in SHOWN)])
+    return "\n".join([conditions(report), "", *as_lines(["gain of reward", *heads], lines)])
+
+
+def rows_of(report, label):
+    """{set: row} of a method."""
+    return {row["set"]: row for row in report["rows"] if row["label"] == label}
+
+
+def draw(report, path):
+    """docs/methods.png: reward while training, by the share of the work done; and reward against fidelity, step by step."""
+    figure = Figure(figsize=(13, 5))
+    left, right = figure.subplots(1, 2)
+    for row in report["rows"]:
+        if row["set"] == "curve":
+            steps = [point["step"] for point in row["curves"][0]]
+            def mean(key, curves=row["curves"]):
+                return [sum(c[i]["measures"][key] for c in curves) / len(curves) for i in range(len(curves[0]))]
+            left.plot([s / steps[-1] for s in steps], mean("reward_mean"), marker="o", label=row["label"])
+            right.plot(mean("reward_mean"), mean("fidelity"), marker="o", label=row["label"])
+    left.set(title="in_domain while training, mean of the seeds", xlabel="share of the work", ylabel="reward")
+    right.set(title="does the judge agree? each line starts at the base", xlabel="reward", ylabel="judge: fidelity")
+    right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, .5))
+    figure.tight_layout()
+    with write_whole(path) as hidden:
+        figure.savefig(hidden, dpi=90, format="png")
