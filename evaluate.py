@@ -28,11 +28,13 @@ from reward import first_frames, load_rewards
 from sampler import GUIDANCE, ddpm_step
 from support.clip_lists import read_prompt_sets
 from support.files import check_exists, check_folder
-from support.mixture import check_rewards, measure, sees_whole_clips
+from support.mixture import check_rewards, measure, sees_whole_clips, watched_names
 from support.processes import all_gather, join_ranks, rank_and_size, run_script
 from support.reports import evaluation_bar, save_evaluation
-from support.settings import RewardSettings, check_at_least, check_finite, first_given
+from support.settings import RewardSettings, check_at_least, check_finite, check_given, first_given
 from support.tables import paired, summary
+from support.tradeoff import named_scales
+from support.watch import add_judge, as_table, check_watched
 
 EVAL_SEED = 1_000_000  # the noise of evaluations while training, by which the best one is chosen
 REPORT_SEED = 2_000_000  # and of this script: what was chosen by some noise is measured on other
@@ -55,12 +57,16 @@ def prompt_sets(base, named_files, count):
     return chosen
 
 
-def tiny_judge(cfg, base, height, width):
-    """The tiny world's judge, or None: it knows clips of that world's size and captions only."""
-    if cfg.prompts:
-        return None
+def tiny_judge(cfg, base, sets, height, width):
+    """
+    The tiny world's judge, or None: it knows clips of that world's size and captions only.
+
+    ValueError for a measure in cfg.watch that videos of these prompts {set: prompts} do not have.
+    """
     from tiny.judge import find_judge
-    return find_judge(base, cfg.frames, height, width)
+    judge = None if cfg.prompts else find_judge(base, cfg.frames, height, width)
+    check_watched(cfg.watch, sets, judge)
+    return judge
 
 
 @torch.no_grad()
@@ -100,10 +106,7 @@ def evaluate(base, reward, prompts, *, seed=EVAL_SEED, num_steps=20, guidance=No
     for other_rows, other_videos in all_gather((rows, videos)):
         rows |= other_rows
         videos |= other_videos
-    table = {}
-    for name in rows[0]:
-        values = [rows[i][name] for i in range(len(prompts))]
-        table[name] = torch.tensor(values, dtype=torch.float64)               # (n,)
+    table = as_table([rows[i] for i in range(len(prompts))], prompts)
     kept = [videos[i] for i in range(min(keep, len(prompts)))]
     return table, torch.stack(kept) if kept else None  # (n,) each; (keep, F, 3, H, W)
 
@@ -128,8 +131,8 @@ class Config(RewardSettings):
     guidance: tuple[float, ...] = ()
     """classifier-free guidance scales; default the base's own. Several show what tuning gains over
     the base at its own best one"""
-    lora_scale: float = 1.0
-    """strength of the adapter"""
+    lora_scale: tuple[float, ...] = (1.0,)
+    """strength of the adapter; several draw what the reward gains against what videos lose"""
     segments: int = 4
     """S: the first frame of each of S segments is scored (paper, Sec. 3.3)"""
     frames: int = 16
@@ -153,18 +156,11 @@ class Config(RewardSettings):
 
 def check(cfg):
     """ValueError for what can be known to be wrong before anything is loaded or written."""
-    # Each number by itself.
     check_at_least(cfg, frames=1, height=1, width=1, batch_size=1, count=0, sheet=0)
-    check_finite(cfg, "lora_scale")
-
-    # Lists of them.
-    if not cfg.num_steps:
-        raise ValueError("num_steps: must have at least one value")
+    check_finite(cfg, "lora_scale", "guidance")
+    check_given(cfg, "num_steps", "lora_scale")
     for steps in cfg.num_steps:
         ddpm_step(steps, steps)
-    for guidance in cfg.guidance:
-        if not abs(guidance) < float("inf"):
-            raise ValueError(f"guidance = {guidance}: must be a finite number")
 
     first_frames(cfg.frames, cfg.segments)  # refuses more segments than frames
     check_rewards(cfg)
@@ -188,9 +184,7 @@ def main(cfg):
     reward = load_rewards(cfg, base.folder, device=device)
 
     # 2. The base is the tuned model with its adapters at strength 0.
-    strengths = {"base": 0.}
-    if adapted:
-        strengths["fine-tuned"] = cfg.lora_scale
+    strengths = {"base": 0.} | (named_scales(cfg.lora_scale) if adapted else {})
 
     # 3. Measure both.
     results, sheets = compare(cfg, base, reward, sets, strengths, (height, width))
@@ -201,12 +195,12 @@ def main(cfg):
             index = first_frames(cfg.frames, cfg.segments)                    # (S,)
             official_gaps = official_distances(reward, sheets, sets, index)
         save_evaluation(cfg, results, sheets, sets, list(strengths), reward.name,
-                        official_gaps)
+                        official_gaps, watched_names(cfg, reward))
 
 
 def compare(cfg, base, reward, sets, strengths, size):
     """The rows of the report, and {set: [videos of each model]} at the first setting."""
-    judge = tiny_judge(cfg, base, *size)
+    judge = tiny_judge(cfg, base, sets, *size)
     scales = cfg.guidance or (first_given(base.guidance, GUIDANCE),)
     settings = list(itertools.product(cfg.num_steps, scales))                 # (D, guidance)
     results, sheets, start = [], {}, dict(zip(sets, itertools.accumulate(
@@ -227,15 +221,17 @@ def compare(cfg, base, reward, sets, strengths, size):
             if videos is not None:
                 sheets.setdefault(name, []).append(videos)
 
-            row = {"set": name, "num_steps": steps, "guidance": guidance, "model": model_name,
-                   "measures": summary(table)}
             if model_name == "base":
                 before = table
-            else:
+            add_judge(cfg.watch, table, before)
+            row = {"set": name, "num_steps": steps, "guidance": guidance, "model": model_name,
+                   "lora_scale": strengths[model_name], "measures": summary(table)}
+            if model_name != "base":
                 # Paired: the same prompt and noise, with and without the adapter.
                 # A caption that repeats is one piece of evidence.
                 row["differences"] = {k: paired(before, table, k, sets[name]) for k in table}
             results.append(row)
+            bar.set_postfix_str(f"{name} {table['reward'].mean():.4f}, {model_name}", refresh=False)
     return results, sheets
 
 

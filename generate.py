@@ -126,8 +126,6 @@ def load_model(cfg, device):
     adapted = lora.load_beside(base.unet, base.unet_file)
     if cfg.lora:
         adapted = lora.load(base.unet, cfg.lora)
-    if adapted:
-        lora.set_scale(base.unet, cfg.lora_scale)
     return base, bool(adapted)
 
 
@@ -156,7 +154,9 @@ def main(cfg):
     rank, world_size = rank_and_size()
 
     # The size of a video is the base's own, unless asked.
-    base, _ = load_model(cfg, device)
+    base, adapted = load_model(cfg, device)
+    if adapted:
+        lora.set_scale(base.unet, cfg.lora_scale)
     height = cfg.height or base.default_size
     width = cfg.width or height
     base.latent_size(height, width)

@@ -33,6 +33,7 @@ from model import decode_frames, load_base
 from reward import Mixture, aggregate, load_rewards, segment_edges, segment_frames, tar_weights
 from sampler import GUIDANCE, check_edit, edit
 from support import processes, run_folder, settings
+from support.mixture import watched_names
 from support.processes import add_over_ranks, rank_and_size
 from support.published import fingerprint
 from support.seeds import sample_generator
@@ -288,11 +289,8 @@ def read_clips(cfg, base):
                         cfg.workers, cfg.max_skip)
 
 
-def open_run(cfg, folder, resumed, base, reward, prompts, draw, stop):
+def open_run(cfg, folder, resumed, base, reward, prompts, judge, draw, stop):
     """The run folder's Run, with functions that save the adapters and evaluate them."""
-    image_size = cfg.size or base.default_size
-    judge = tiny_judge(cfg, base, image_size, image_size)
-
     def save_adapter(path):
         lora.save(base.unet, path, base=cfg.base)
 
@@ -305,7 +303,7 @@ def open_run(cfg, folder, resumed, base, reward, prompts, draw, stop):
     return run_folder.Run(
         cfg, folder, adapters=lora.adapter_state(base.unet), save_adapter=save_adapter,
         prompts=prompts, evaluate=evaluate_prompts, reward_name=reward.name, stop=stop,
-        resumed=resumed, data=getattr(draw, "data", None))
+        watched=watched_names(cfg, reward), resumed=resumed, data=getattr(draw, "data", None))
 
 
 def main(argv, presets=PRESETS, description=__doc__, check=check, method=instruct_video, loop=train,
@@ -327,6 +325,8 @@ def main(argv, presets=PRESETS, description=__doc__, check=check, method=instruc
     guidance = settings.first_given(cfg.guidance, base.guidance, GUIDANCE)
     cfg = replace(cfg, guidance=guidance)  # recorded with the run
     prompts = prompt_sets(base, cfg.prompts, cfg.eval_count) if cfg.eval_every else {}
+    size = cfg.size or base.default_size
+    judge = tiny_judge(cfg, base, prompts, size, size)
     parameters = lora.load_or_inject(base.unet, base.unet_file, cfg.rank,
                                      sample_generator(cfg.seed, "lora"))
     reward = load_rewards(cfg, base.folder, dtype, device)
@@ -343,7 +343,8 @@ def main(argv, presets=PRESETS, description=__doc__, check=check, method=instruc
     # 3. Train.
     run_folder.make_room(folder, resumed)
     with processes.catch_signals() as caught:
-        run = open_run(cfg, folder, resumed, base, reward, prompts, draw, lambda: bool(caught))
+        run = open_run(cfg, folder, resumed, base, reward, prompts, judge, draw,
+                       lambda: bool(caught))
         return run_folder.train_and_report(
             run, lambda: loop(cfg, parameters, draw, score, run), caught, script)
 

@@ -1,11 +1,11 @@
 """
-Several rewards as one, rewards that see whole videos, and rewards that only watch.
+Several rewards as one, rewards that see whole videos, and what only watches: rewards, and measures of pixels.
 
     --reward hpsv2 --reward aesthetic=0.05 --reward videomae=2 --watch pickscore
 
 R = sum_k w_k R_k. R_k of an image reward is Eq. (8)'s, after the weights of Eq. (7), which average 0.135 at lambda 1; of a video
 reward it is its score. A watched reward is measured at evaluations and never optimised, so that a reward that rises can be held
-against one that is not.
+against one that is not; so are the measures of pixels and the judge of support/watch.py.
 
 Letters: B videos, F frames, S segments, n videos of a set.
 """
@@ -16,20 +16,23 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from support.frames import spread_frames
+from support.watch import PIXELS, measured_names, pixel_measures, pixel_names, reward_kinds
 from support.weights import reward_kind
 
 
 class Mixture(nn.Module):
     """
-    parts: [(weight, reward)], at least one; watched: rewards. ValueError if two have the same name.
+    parts: [(weight, reward)], at least one; watched: rewards; pixels: names of support.watch.PIXELS. ValueError if two rewards
+    have the same name.
 
     Called with frames (B, S, 3, H, W) and captions it is an image reward of its own -> (B, S), since Eq. (8) is linear; it
     refuses if one of its parts is a video reward.
     """
     num_frames = None
 
-    def __init__(self, parts, watched=()):
+    def __init__(self, parts, watched=(), pixels=()):
         super().__init__()
+        self.pixels = pixels
         self.weights = [weight for weight, _ in parts]
         self.rewards, self.watched = nn.ModuleList(reward for _, reward in parts), nn.ModuleList(watched)
         names = [reward.name for reward in (*self.rewards, *self.watched)]
@@ -69,7 +72,7 @@ class Mixture(nn.Module):
         return R, {"reward": total} | ({} if self.is_plain else logged)
 
     def measure(self, frames, video, captions):
-        """One video's {"reward": the sum, each part's and each watched reward's name: its score}, as `measure` below."""
+        """One video's {"reward": the sum, each part's and each watched reward's name: its score}, and its pixels' measures."""
         found = {}
         for reward in (*self.rewards, *self.watched):
             seen = frames
@@ -79,6 +82,9 @@ class Mixture(nn.Module):
         total = sum(weight * found[reward.name] for weight, reward in zip(self.weights, self.rewards))
         if self.is_plain:
             found.pop(self.rewards[0].name)
+        pixels = pixel_measures(video.clamp(0, 1), self.pixels) if self.pixels else {}
+        for name, values in pixels.items():
+            found[name] = values[0].cpu() if values[0].dim() else values.item()
         return {"reward": total} | found
 
 
@@ -108,14 +114,17 @@ def score_group(group, wanted, decode, captions, g, num_frames, chunk):
 
 
 def sees_whole_clips(reward):
-    """Whether a reward, or one that watches beside it, is given frames of its own in order."""
+    """Whether a reward, or what watches beside it, is given frames of its own in order."""
+    if getattr(reward, "pixels", ()):
+        return True
     rewards = (*reward.rewards, *reward.watched) if isinstance(reward, Mixture) else [reward]
     return any(getattr(r, "num_frames", None) for r in rewards)  # a plain function scores frames
 
 
 def measure(reward, frames, video, captions):
     """
-    One video's measures {"reward": mean over frames (1, S, 3, H, W)}; of a mixture also those of its parts and what watches.
+    One video's measures {"reward": mean over frames (1, S, 3, H, W)}; of a mixture also those of its parts and what watches: all
+    of them numbers but for "pixel_diversity", see support.watch.as_table.
 
     video (1, F, 3, H, W): all of its frames, if sees_whole_clips(reward).
     """
@@ -129,7 +138,7 @@ def measure(reward, frames, video, captions):
 
 def read_mixture(cfg):
     """
-    (parts [(weight, kind)], watched kinds, {kind: weights}) of the settings reward, watch and reward_weights.
+    (parts [(weight, kind)], watched kinds of rewards, {kind: weights}) of the settings reward, watch and reward_weights.
 
     ValueError for an unknown kind, a weight that is no number, weights for a reward that is not there.
     """
@@ -143,7 +152,8 @@ def read_mixture(cfg):
         if weight == 0 or not math.isfinite(weight):
             raise ValueError(f"reward {given!r}: the weight after = must be a finite number other than 0")
         parts.append((weight, kind if equals else given))
-    kinds = [kind for _, kind in parts] + list(cfg.watch)
+    watched = reward_kinds(cfg.watch)
+    kinds = [kind for _, kind in parts] + watched
 
     paths = {}
     for given in cfg.reward_weights:
@@ -155,15 +165,21 @@ def read_mixture(cfg):
             raise ValueError(f"reward_weights {given!r}: must be NAME=PATH, with one of the rewards "
                              f"{', '.join(reward_kind(kind)[0] for kind in kinds)} as NAME")
         paths |= dict.fromkeys(named, path)
-    for kind in kinds:
+    for kind in (kind for _, kind in parts):
         reward_kind(kind)
-    return parts, list(cfg.watch), paths
+    for kind in watched:
+        try:
+            reward_kind(kind)
+        except ValueError as error:
+            allowed = f"{', '.join(PIXELS)}, pixels (all but the last), judge"
+            raise ValueError(f"watch {kind!r}: must be one of {allowed}; or a {error}") from None
+    return parts, watched, paths
 
 
 def check_rewards(cfg):
     """ValueError for what is wrong with the settings of rewards, before anything is loaded."""
-    parts, watched, _ = read_mixture(cfg)
-    if getattr(cfg, "official_hps", False) and ([kind for _, kind in parts] not in (["hpsv2"], ["hpsv2.1"]) or watched):
+    parts, _, _ = read_mixture(cfg)
+    if getattr(cfg, "official_hps", False) and ([kind for _, kind in parts] not in (["hpsv2"], ["hpsv2.1"]) or cfg.watch):
         raise ValueError("official_hps: checks hpsv2 or hpsv2.1 alone, without other rewards or watch")
 
 
@@ -175,9 +191,15 @@ def load_mixture(cfg, load):
     """
     parts, watched, paths = read_mixture(cfg)
     rewards = [(weight, load(kind, paths.get(kind))) for weight, kind in parts]
-    mixture = Mixture(rewards, [load(kind, paths.get(kind)) for kind in watched])
+    mixture = Mixture(rewards, [load(kind, paths.get(kind)) for kind in watched], pixel_names(cfg.watch))
     for reward in (*mixture.rewards, *mixture.watched):
         if reward.num_frames:
             spread_frames(cfg.frames, reward.num_frames)
-    alone = mixture.is_plain and not watched and not mixture.rewards[0].num_frames
+    alone = mixture.is_plain and not watched and not mixture.pixels and not mixture.rewards[0].num_frames
     return mixture.rewards[0] if alone else mixture
+
+
+def watched_names(cfg, reward):
+    """The names under which logs have what the settings watch."""
+    rewards = reward.watched if isinstance(reward, Mixture) else ()
+    return [r.name for r in rewards] + measured_names(cfg.watch)

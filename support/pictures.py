@@ -93,10 +93,10 @@ def markdown(rows):
     return "".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |\n" for row in rows)
 
 
-def draw_curves(lines, reward_name, path):
+def draw_curves(lines, reward_name, path, watched=(), turn=None):
     """
     curves.png from the lines of metrics.jsonl: the reward of the training videos, step by step, and of videos from pure noise,
-    with the judge's measures if there are any.
+    with the judge's measures if there are any, and what is watched. turn: the step at which that turned, or None.
     """
     from matplotlib.figure import Figure  # not pyplot: no window system is wanted
     steps = [line for line in lines if line.get("reward") is not None]
@@ -104,9 +104,10 @@ def draw_curves(lines, reward_name, path):
     first = next(iter(evals[0]["eval"].values()))
     judged = [k for k in ("watermark", "colour", "shape", "direction", "fidelity") if k in first]
 
-    panels = 3 if judged else 2
-    figure = Figure(figsize=(5 * panels, 3.6))
-    axes = figure.subplots(1, panels)
+    panels = (3 if judged else 2) + len(watched)
+    columns, rows = min(panels, 4), -(-panels // 4)
+    figure = Figure(figsize=(5 * columns, 3.6 * rows))
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]
     axes[0].plot([s["step"] for s in steps], [s["reward"] for s in steps], lw=1)
     axes[0].set(title="videos of the training steps", ylabel=reward_name)
     x = [e["step"] for e in evals]
@@ -115,6 +116,12 @@ def draw_curves(lines, reward_name, path):
     axes[1].set(title="videos from pure noise", ylabel=reward_name)
     if judged:
         draw_judge(axes[2], x, [e["eval"] for e in evals], judged)
+    for axis, k in zip(axes[panels - len(watched):], watched):
+        for name in evals[0]["eval"]:
+            axis.plot(x, [number(e["eval"][name].get(k)) for e in evals], marker="o", label=name)
+        axis.set(title="watched, videos from pure noise", ylabel=k)
+    for axis in axes[1:] if turn is not None else ():
+        axis.axvline(turn, color="#c00000", lw=1, ls=":", label="turned")
     for a in axes:
         a.set_xlabel("step")
         a.xaxis.get_major_locator().set_params(integer=True)

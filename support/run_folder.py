@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from support import guard
 from support.files import check_folder, first_line, read_json, write_text, write_whole
 from support.pictures import contact_sheet, draw_curves, write_comparison_gif, write_png
 from support.processes import check_alike, is_main_process, on_rank_0, rank_and_size
@@ -24,6 +25,7 @@ from support.published import check_tensors
 from support.settings import to_record, translate
 from support.tables import json_numbers, number, paired, summary, with_error
 from support.videos import read_video, to_pixels, video_name, write_video
+from support.watch import add_judge
 
 VERSION = 1  # of the run folder's files
 SHOWN, MOVING = 4, 2  # videos of each prompt set on the strips, and in before_after.gif
@@ -41,19 +43,20 @@ class Run:
     adapters: {name: tensor}, sharing memory with what is trained. save_adapter(path): writes them as a file.
     prompts: {set: its prompts}. evaluate(prompts, keep, move_on) -> ({measure: (n,)}, videos (keep, F, 3, H, W)) of one set,
     calling move_on(number of videos) as it goes. reward_name: stands beside every score. stop(): whether a signal has come.
+    watched: measures of those tables that the guard compares.
     resumed: read the newest checkpoint and drop the lines of metrics.jsonl past its step.
     data: what the clips are, as LatentDataset.describe has it, or None; it must be the same on all ranks and when continued.
     """
 
-    def __init__(self, cfg, folder, *, adapters, save_adapter, prompts, evaluate, reward_name, stop=lambda: False, resumed=False,
-                 data=None):
+    def __init__(self, cfg, folder, *, adapters, save_adapter, prompts, evaluate, reward_name, stop=lambda: False, watched=(),
+                 resumed=False, data=None):
         self.cfg, self.folder, self.adapters, self.save_adapter = cfg, folder, adapters, save_adapter
         self.prompts, self.evaluate, self.reward_name, self.stop = prompts, evaluate, reward_name, stop
-        self.step, self.best, self.bad_steps = 0, -math.inf, 0
+        self.step, self.bad_steps, self.watched, self.tables = 0, 0, list(watched), {}
         self.lines, self.optimizer, self.optimizer_state, self.bar, self.board = [], None, None, None, None
         self.writes = is_main_process()
         check_alike("clips", data)
-        self.record = {"launch": launch(), "data": data, "changes": []}
+        self.record = {"launch": launch(), "data": data, "watched": self.watched, "changes": []}
         if resumed:
             self.take_up(on_rank_0(self.read_folder))
         if self.writes:
@@ -74,6 +77,8 @@ class Run:
         if self.optimizer_state:  # its moments; what else an optimizer saves follows from the settings
             optimizer.load_state_dict(optimizer.state_dict() | {"state": self.optimizer_state})
         self.evaluate_if_due(self.step)
+        if self.ended_early():
+            return
         self.bar = tqdm(range(self.step, self.cfg.steps), initial=self.step, total=self.cfg.steps, desc="fine-tuning",
                         disable=not self.writes)
         for step in self.bar:
@@ -82,7 +87,7 @@ class Run:
 
     def finish_step(self, step, numbers, finite, stopping):
         """
-        All that follows a step: log, save, evaluate. Returns whether to go on, which is not so when `stopping`.
+        All that follows a step: log, save, evaluate. Returns whether to go on: not when `stopping`, nor when ended_early().
 
         step: counted from 1. numbers: reward, loss, grad_norm. RuntimeError after cfg.max_bad_steps steps in a row that were
         not finite.
@@ -96,7 +101,7 @@ class Run:
             self.save(step)
         if not stopping:
             self.evaluate_if_due(step)
-        return not stopping
+        return not stopping and not self.ended_early()
 
     # -- metrics
 
@@ -149,7 +154,7 @@ class Run:
             old.unlink()
 
     def read_folder(self):
-        """The newest checkpoint, {} if there is none; the metrics up to it; run.json with what was changed since. For rank 0."""
+        """The newest checkpoint, {} if there is none; metrics and tables up to it; run.json with later changes. For rank 0."""
         files = [*sorted(self.folder.glob("state_*.pt")), *self.folder.glob("state.pt")]
         state = read_checkpoint(files[-1], self.adapters) if files else {}
         step = state.get("step", 0)
@@ -161,17 +166,17 @@ class Run:
             lines = [line for line in read_metrics(self.folder / "metrics.jsonl") if line["step"] <= step]
         record = self.record | {"changes": read_changes(self.folder, step, to_record(self.cfg))}
         check_data(self.folder, record["data"])
-        return state, lines, record
+        tables = {line["step"]: self.sample_file(line["step"], ".json") for line in lines if "eval" in line}
+        return state, lines, record, {step: read_tables(file) for step, file in tables.items() if file.is_file()}
 
     def take_up(self, found):
         """Go on from what rank 0 has found: on other nodes, with disks of their own, there is no such folder."""
-        state, self.lines, self.record = found
+        state, self.lines, self.record, self.tables = found
         if state:
             self.step, self.optimizer_state = state["step"], state["optimizer"]["state"]
         for name in self.adapters if state else ():
             self.adapters[name].copy_(state["adapters"][name])
         self.saved_step = self.step
-        self.best = max((mean_reward(line["eval"]) for line in self.lines if "eval" in line), default=-math.inf)
 
     def close(self):
         """Let TensorBoard write what it still holds back."""
@@ -198,16 +203,28 @@ class Run:
                     raise Stopped
             for name, prompts in self.prompts.items():
                 tables[name], videos[name] = self.evaluate(prompts, SHOWN, move_on)
+                add_judge(self.watched, tables[name], next(iter(self.tables.values()), tables)[name])
 
+        knew, self.tables[step] = self.turn(), tables
         measures = json_numbers({name: summary(table) for name, table in tables.items()})
+        turn, line = self.turn(), {"step": step, "eval": measures}
         if self.writes:
             self.show(step, tables, videos)
-            if mean_reward(measures) > self.best:
+            if guard.best_step(mean_rewards([*self.lines, line]), turn) == step:
                 self.save_adapter(self.folder / "best.safetensors")
-        self.best = max(mean_reward(measures), self.best)
-        self.log({"step": step, "eval": measures})
+            if turn and not knew:
+                tqdm.write(f"guard: {turn.words(self.reward_name)}")
+        self.log(line)
         if self.writes:
-            draw_curves(self.lines, self.reward_name, self.folder / "curves.png")
+            draw_curves(self.lines, self.reward_name, self.folder / "curves.png", self.watched, turn and turn.step)
+
+    def turn(self):
+        """The guard's verdict on the evaluations so far, the same on all ranks and however often the run is continued."""
+        return guard.find_turn(self.tables, self.prompts, self.watched)
+
+    def ended_early(self):
+        """Whether --early-stop ends the run where it stands."""
+        return self.cfg.early_stop and self.turn() is not None
 
     def sample_file(self, step, ending):
         return self.folder / "samples" / f"step_{step:06d}{ending}"
@@ -241,6 +258,10 @@ class Run:
                 line += f"   watermark {b['watermark'].mean():.3f} -> {a['watermark'].mean():.3f}"
             print(line)
         print(f"picture: {self.folder / 'before_after.png'}")
+        if self.watched:
+            turn = self.turn()
+            print(f"guard: {turn.words(self.reward_name) if turn else 'nothing that is watched has turned'}; "
+                  f"best.safetensors is step {guard.best_step(mean_rewards(self.lines), turn)}")
 
     def draw_comparison(self, first, last):
         """The strips of two evaluations side by side, and a few of their videos as one moving picture."""
@@ -273,8 +294,10 @@ def train_and_report(run, train, caught, script="train.py"):
         finished = False
     finally:
         run.close()
-    if finished:
+    if finished or run.ended_early():
         run.compare()
+        if run.writes and run.step < run.cfg.steps:
+            print(f"ended early; to go on: {command(script)} --resume {run.folder} --no-early-stop")
         return 0
     if run.writes:
         print(f"stopped; continue with: {command(script)} --resume {run.folder}")
@@ -358,6 +381,11 @@ def read_tables(path):
     """{set: {measure: (n,)}} of a samples/step_000100.json."""
     return {name: {k: torch.tensor([*map(number, v)], dtype=torch.float64) for k, v in table.items()}
             for name, table in read_json(path).items()}
+
+
+def mean_rewards(lines):
+    """{step: mean_reward of its evaluation} of the lines of metrics.jsonl."""
+    return {line["step"]: mean_reward(line["eval"]) for line in lines if "eval" in line}
 
 
 def mean_reward(measures):

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from support import guard
 from support.files import first_names, read_json, read_text
 from support.pages import line_chart, undo_enlarging
-from support.run_folder import SHOWN, read_metrics, read_tables
+from support.run_folder import SHOWN, mean_rewards, read_metrics, read_tables
 from support.tables import paired
 from support.videos import open_video, video_name
 
@@ -62,6 +63,16 @@ class RunFiles:
                     found[name] = (set_name, index, caption_of(name, prompt))
                 number += 1
         return found
+
+    def guard_says(self):
+        """What the run said of what it watches, found anew; None where nothing is watched, or its prompts are gone."""
+        watched, first = self.record.get("watched", []), next(iter(self.tables.values()), {})
+        fit = all(len(table["reward"]) == len(self.prompts.get(name, ())) for name, table in first.items())
+        if not watched or not first or not fit:
+            return None
+        turn = guard.find_turn(self.tables, self.prompts, watched)
+        said = turn.words("the reward") if turn else f"none of {', '.join(watched)} has turned"
+        return f"{said}; best.safetensors is step {guard.best_step(mean_rewards(self.lines), turn)}"
 
     def score(self, name, step):
         """The reward of a clip, or None."""

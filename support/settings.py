@@ -42,7 +42,8 @@ class RewardSettings(ModelSettings):
     """NAME=PATH, the weights of a reward, repeatable; a bare PATH where there is one reward. Default the base's own, else the
     hub's; random and random:W as for base"""
     watch: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """a reward that is measured at evaluations and never optimised; repeatable"""
+    """what is measured at evaluations and never optimised, repeatable: a reward; motion, flicker, consistency, sharpness,
+    saturation (pixels is all of these), diversity; in the tiny world judge (docs/runs.md)"""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ class TrainingSettings(RewardSettings):
     """replace the run that --out holds"""
     resume: Path | None = None
     """continue the run of this folder, with its own settings; --steps may be given anew, and what changes numbers by rounding
-    at most: device, memory, workers, and what is saved and shown how often"""
+    at most: device, memory, workers, what is saved and shown how often, and early_stop"""
+    early_stop: bool = False
+    """end at the evaluation at which what is watched has got worse while the reward was up (docs/runs.md)"""
     tensorboard: bool = False
     """also write the metrics for TensorBoard, if it is installed"""
 
@@ -116,10 +119,19 @@ def check_at_least(cfg, **least):
 
 
 def check_finite(cfg, *names):
-    """Every named setting is a finite number, or None."""
+    """Every named setting is a finite number, or several, or None."""
     for name in names:
-        if getattr(cfg, name) is not None and not math.isfinite(getattr(cfg, name)):
-            raise ValueError(f"{name} = {getattr(cfg, name)}: must be a finite number")
+        value = getattr(cfg, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not math.isfinite(number):
+                raise ValueError(f"{name} = {number}: must be a finite number")
+
+
+def check_given(cfg, *names):
+    """Every named setting, of which there may be several, has a value."""
+    for name in names:
+        if not getattr(cfg, name):
+            raise ValueError(f"{name}: must have at least one value")
 
 
 def check_positive(cfg, *names):
@@ -135,6 +147,8 @@ def check_training(cfg, world_size):
                    workers=0, decode_chunk=0, max_skip=0)
     check_finite(cfg, "max_skip")
     check_rewards(cfg)
+    if cfg.early_stop and not (cfg.watch and cfg.eval_every):
+        raise ValueError("early_stop: needs --watch, and evaluations (eval_every above 0), or there is nothing to stop for")
     if cfg.batch_size % world_size:
         raise ValueError(f"batch_size = {cfg.batch_size}: must be a multiple of {world_size}, the number of ranks")
     if cfg.data is not None and not cfg.data.exists():
@@ -199,7 +213,7 @@ def from_plain(name, value, kind, source):
 
 # What a continued run may have otherwise than it began with: these change its numbers by rounding at most.
 MAY_CHANGE = {"steps", "device", "clips_at_once", "low_memory", "checkpoint_activations", "decode_chunk", "compile", "workers",
-              "cache", "cache_dir", "keep", "save_every", "eval_every", "tensorboard"}
+              "cache", "cache_dir", "keep", "save_every", "eval_every", "early_stop", "tensorboard"}
 
 
 def parse(argv, presets, description):

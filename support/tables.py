@@ -21,11 +21,11 @@ def number(value):
 
 
 def summary(table):
-    """What metrics.jsonl keeps of a table: reward_mean, reward_std, n, and the mean of every other measure."""
+    """What metrics.jsonl keeps of a table: reward_mean, reward_std, n, and every other measure's mean where it is known."""
     reward = table["reward"]
     std = reward.std().item() if len(reward) > 1 else math.nan
     kept = {"reward_mean": reward.mean().item(), "reward_std": std, "n": len(reward)}
-    return kept | {k: v.mean().item() for k, v in table.items() if k != "reward"}
+    return kept | {k: v.nanmean().item() for k, v in table.items() if k != "reward"}
 
 
 def add_means(totals, logged, batch_size):

@@ -269,6 +269,24 @@ def test_a_report_puts_largest_and_smallest_gains_first(capfd):
     assert Path("both/report.html").read_text().count('<div class="soft">a: ') == 4
 
 
+def test_a_report_says_what_the_guard_says():
+    run = write_run(Path("run"), (.1, .12, .11, .1), watch=("judge",))
+    (run / "run.json").write_text(json.dumps({"watched": ["judge"]}))
+    for step, judge in ((0, .9), (10, .95), (20, .8)):
+        file = run / "samples" / f"step_{step:06d}.json"
+        table = json.loads(file.read_text())
+        table["things"]["judge"] = [judge, judge + .01, judge + .02, judge + .03]
+        file.write_text(json.dumps(table))
+    assert script("report.py", run, "--out", ".") == 0
+    text = Path("report.html").read_text()
+    assert "Guard, run: turned at step 20: judge -0.1500 ± 0.0000 since step 10, while the reward was +0.1075 ± " in text
+    assert "; best.safetensors is step 10." in text
+    # Without its prompts it is not known which videos belong together.
+    assert run_report.RunFiles(run, lambda config: {}).guard_says() is None
+    (run / "run.json").unlink()
+    assert script("report.py", run, "--out", "plain") == 0 and "Guard" not in Path("plain/report.html").read_text()
+
+
 def test_the_same_clip_is_on_a_page_once():
     clips = pages.Clips()
     assert [clips.add(moving(s)) for s in (1, 2, 1)] == [0, 1, 0] and len(clips.pack(1)) == 2

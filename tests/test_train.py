@@ -473,7 +473,7 @@ def test_evaluation_during_training_is_the_metric_of_evaluate(whole):
 @pytest.fixture
 def plain(monkeypatch):
     """Without curves and clips, which take half of a short run's time."""
-    monkeypatch.setattr(run_folder, "draw_curves", lambda lines, name, path: path.touch())
+    monkeypatch.setattr(run_folder, "draw_curves", lambda lines, name, path, *watched: path.touch())
     monkeypatch.setattr(run_folder, "write_video", lambda path, video, fps: path.touch())
     monkeypatch.setattr(run_folder, "read_video", lambda path: path.stat())  # must be there
     monkeypatch.setattr(run_folder, "write_comparison_gif", lambda path, *args: path.touch())

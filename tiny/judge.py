@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from support.published import load_strict, read_tensors
+from support.watch import saturation, sharpness
 from tiny import world
 
 SHAPES = (*world.SHAPES, "stripes")
@@ -69,20 +70,19 @@ def pixel_measures(clips):
     Clips (B, F, 3, H, W) in [0, 1] -> {measure: (B,)}.
 
     watermark   contrast of the band's dashes in the time average of the clip; 0.00 without a band, 0.25 to 0.4 with one
-    sharpness   steepest hundredth of differences between neighbours, off the band; blur and wash-out both lower it
-    saturation  of the most saturated tenth of the pixels, largest minus smallest colour channel
+    sharpness   support.watch.sharpness, off the band; blur and wash-out both lower it
+    saturation  support.watch.saturation
     noise       quartile of changes of a pixel between frames: the background's, where only the light changes, slowly
     motion      change of saturation over four frames, relative to all saturation; near 0 when nothing moves
     """
     off_band = torch.cat([clips[..., :13, :], clips[..., 20:, :]], dim=-2)
-    steps = off_band.diff(dim=-1).abs().amax(dim=2).flatten(1)
-    saturation = clips.amax(dim=2) - clips.amin(dim=2)                                    # (B, F, H, W)
-    moved = (saturation[:, 4:] - saturation[:, :-4]).abs().mean(dim=(1, 2, 3))
+    colours = clips.amax(dim=2) - clips.amin(dim=2)                                       # (B, F, H, W)
+    moved = (colours[:, 4:] - colours[:, :-4]).abs().mean(dim=(1, 2, 3))
     return {"watermark": watermark_contrast(clips),
-            "sharpness": steps.quantile(.99, dim=1),
-            "saturation": saturation.flatten(1).quantile(.9, dim=1),
+            "sharpness": sharpness(off_band),
+            "saturation": saturation(clips),
             "noise": clips.diff(dim=1).abs().mean(dim=2).flatten(1).quantile(.25, dim=1),
-            "motion": moved / saturation.mean(dim=(1, 2, 3)).clamp(min=1e-3)}
+            "motion": moved / colours.mean(dim=(1, 2, 3)).clamp(min=1e-3)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
