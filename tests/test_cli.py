@@ -24,7 +24,7 @@ import train
 from data import ClipConfig
 from model import load_base
 from sampler import sample
-from support import pictures, tables, videos
+from support import pictures, tables, tradeoff, videos
 from support.clip_lists import read_list, usable_clips
 from support.weights import TINY
 
@@ -258,6 +258,32 @@ def test_base_and_fine_tuned_on_two_sets_at_several_d_and_guidance(adapter, capf
     assert sheet.shape == (22 + 2 * (strip.shape[1] + 22), 2 * (strip.shape[2] + 14), 3)
 
 
+def test_several_strengths_draw_what_the_reward_gains_against_what_is_lost(adapter, capfd):
+    flags = [*EVALUATE, "--lora", adapter, "--count", 2, "--sheet", 0, "--watch", "judge", "--watch", "motion"]
+    assert script("evaluate.py", *flags, "--lora-scale", 0, 1.5, .5) == 0
+    assert "written: report/table.md, table.json, tradeoff.png" in capfd.readouterr().out
+    rows = json.loads(Path("report/table.json").read_text())["results"]
+    assert [(r["set"], r["model"], r["lora_scale"]) for r in rows] == [
+        (s, m, v) for s in ("in_domain", "new", "other") for m, v in (("base", 0), ("scale 1.5", 1.5), ("scale 0.5", .5))]
+    assert rows[1]["differences"]["judge"] and "scale 1.5" in Path("report/table.md").read_text()
+    assert iio.imread("report/tradeoff.png").ndim == 3
+
+    # One strength is the comparison of always, with the numbers of its row.
+    assert script("evaluate.py", *flags, "--lora-scale", .5, "--out", "one") == 0
+    one = json.loads(Path("one/table.json").read_text())["results"]
+    assert [r["model"] for r in one[:2]] == ["base", "fine-tuned"] and files("one") == ["table.json", "table.md"]
+    assert one[1]["measures"] == rows[2]["measures"] and one[1]["difference"] == rows[2]["difference"]
+
+
+def test_a_point_of_the_trade_off():
+    row = {"lora_scale": .5, "measures": {"reward_mean": .3, "judge": None},
+           "differences": {"reward": [.1, .02], "judge": [1, None]}}
+    assert tradeoff.point(row, None) == (.5, .5, .3, 0., .02)
+    assert tradeoff.point(row, "judge") == pytest.approx((.5, np.nan, .3, np.nan, .02), nan_ok=True)
+    del row["differences"]  # the base
+    assert tradeoff.point(row | {"measures": {"reward_mean": .2, "judge": .9}}, "judge") == (.5, .9, .2, 0., 0.)
+
+
 def test_the_judge_reports_beside_the_reward_and_the_hpsv2_package_agrees():
     assert script("evaluate.py", *EVALUATE, "--count", 1, "--official-hps", "--sheet", 0) == 0
     report = json.loads(Path("report/table.json").read_text())
@@ -415,7 +441,9 @@ def test_wrong_values_of_generate(argv, message, capfd):
 @pytest.mark.parametrize("argv, message", [
     ("--num-steps 0", "num_steps"), ("--num-steps 20 1000", "num_steps = 1000"),
     ("--num-steps", "must have at least one value"), ("--guidance nan", "guidance = nan: must be a finite number"),
-    ("--lora-scale inf", "lora_scale = inf: must be a finite number"), ("--count -1", "count = -1"), ("--sheet -1", "sheet"),
+    ("--lora-scale 1 inf", "lora_scale = inf: must be a finite number"), ("--lora-scale", "lora_scale: must have at least one"),
+    ("--watch blur", "watch 'blur': must be one of motion"), ("--watch diversity --count 2", "watch diversity: needs several"),
+    ("--count -1", "count = -1"), ("--sheet -1", "sheet"),
     ("--frames 0", "frames = 0"), ("--batch-size 0", "batch_size = 0"), ("--segments 17", "segments = 17"),
     ("--prompts x", "prompts 'x': must be NAME=FILE"), ("--prompts a=gone.txt", "prompts gone.txt"),
     ("--prompts a=clips.txt --prompts a=clips.txt", "each name once"), ("--height 30", "height 30"), ("--width 0", "width"),
