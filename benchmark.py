@@ -40,7 +40,6 @@ import tyro
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 import lora
 import train
@@ -51,6 +50,7 @@ from support.files import check_folder, write_text
 from support.memory import measure_peak
 from support.names import unet_to_diffusers, vae_to_diffusers
 from support.processes import DTYPES, pick_device, pick_dtype, run_script
+from support.progress import progress
 from support.seeds import sample_generator
 from support.settings import check_at_least
 
@@ -507,7 +507,7 @@ def measure(cfg, command=None):
         report["memory"] = count_memory(base, reward, cfg, precision(cfg, device))
     else:
         base.release_encoders()
-        with tqdm(total=len(counted) * (cfg.steps + 1), desc="timing", unit="step", leave=False) as bar:
+        with progress(None, "timing", len(counted) * (cfg.steps + 1), unit="step", leave=False) as bar:
             timed, report["matrix_tflops"] = time_all(base, reward, cfg, device, bar)
     for name, (tflop, calls) in counted.items():
         row = {"tflop": tflop | {"step": sum(tflop.values())}, "calls": calls, "seconds": None, "peak_gib": None,

@@ -39,6 +39,7 @@ from support.clip_lists import (  # noqa: F401  read_list, usable_clips: offered
     usable_clips,
 )
 from support.processes import barrier, is_main_process, rank_and_size
+from support.progress import progress
 from support.seeds import sample_generator
 from support.videos import read_all_windows
 
@@ -165,7 +166,7 @@ def encode_clips(clips, config, encode, encode_text, vae_name, text_name, cache_
     # 2. Decode and encode what is missing, window by window, which bounds the memory.
     def encode_paths(missing):
         read = read_all_windows(missing, config, num_workers)
-        bar = tqdm(read, "encoding clips", len(missing), disable=not is_main or not missing)
+        bar = progress(read, "encoding clips", len(missing), disable=not is_main or not missing)
         for path, windows, problem in bar:
             if problem:
                 problems[path] = problem
@@ -196,7 +197,7 @@ def encode_captions(captions, encode_text, text_name, cache_dir=None):
     """
     def encode_missing(missing):
         hidden = not is_main_process() or not missing
-        for i in tqdm(range(0, len(missing), 64), "encoding captions", disable=hidden):
+        for i in progress(range(0, len(missing), 64), "encoding captions", disable=hidden):
             part = missing[i:i + 64]
             yield from zip(part, encode_text(part), strict=True)
 

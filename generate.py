@@ -24,6 +24,7 @@ from sampler import GUIDANCE, ddpm_step, sample
 from support.clip_lists import read_prompts
 from support.files import check_exists, check_folder, write_text
 from support.processes import gather, join_ranks, pick_dtype, rank_and_size, run_script
+from support.progress import progress
 from support.seeds import sample_generator
 from support.settings import ModelSettings, check_at_least, check_finite, first_given
 from support.videos import to_pixels, video_name, write_video
@@ -168,7 +169,7 @@ def main(cfg):
 
     # The ranks take turns: rank r makes videos r, r + world_size, ...
     mine = range(rank, len(prompts), world_size)
-    with tqdm(total=len(mine), desc="generating", unit="video", disable=rank > 0) as bar:
+    with progress(None, "generating", len(mine), unit="video", disable=rank > 0) as bar:
         made = generate(base, [prompts[i] for i in mine], [cfg.seed + i for i in mine],
                         cfg.num_steps, cfg.guidance, cfg.frames, height, width, cfg.batch_size,
                         bar.update)

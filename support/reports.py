@@ -5,11 +5,11 @@ import shlex
 import sys
 
 import torch
-from tqdm import tqdm
 
 from support.files import write_text
 from support.pictures import contact_sheet, markdown, write_png
 from support.processes import rank_and_size
+from support.progress import progress
 from support.tables import json_numbers, with_error
 from support.tradeoff import draw_tradeoff
 
@@ -35,7 +35,7 @@ def evaluation_bar(sets, settings, models):
               f"{', '.join(map(str, sorted({d for d, _ in settings})))} and guidance {', '.join(f'{w:g}' for w in guidance)}: "
               f"{videos * len(models) * len(settings)} videos, {videos * steps} denoising steps", flush=True)
     mine = sum(len(prompts[rank::world_size]) for prompts in sets.values())
-    return tqdm(total=mine * steps, desc="evaluating", unit="step", disable=rank > 0)
+    return progress(None, "evaluating", mine * steps, unit="step", disable=rank > 0)
 
 
 def as_markdown(results, reward_name):

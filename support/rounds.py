@@ -8,10 +8,10 @@ import json
 
 import torch
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from support.files import read_json, write_text, write_whole
 from support.processes import gather, is_main_process, on_rank_0, rank_and_size
+from support.progress import progress
 from support.published import read_tensors
 from support.run_folder import Stopped, read_metrics
 from support.settings import check_at_least
@@ -58,7 +58,7 @@ class Rounds:
 def write_round(path, run, number, make):
     """Make a round's videos, all ranks their share, and write them."""
     parts = []
-    for part in tqdm(make(), f"sampling round {number}", leave=False, disable=not is_main_process()):
+    for part in progress(make(), f"sampling round {number}", leave=False, disable=not is_main_process()):
         parts.append({name: tensor.cpu() for name, tensor in part.items()})
         if run.stop() and rank_and_size()[1] == 1:  # with more ranks, leaving alone would keep the others waiting
             raise Stopped

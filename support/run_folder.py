@@ -21,6 +21,7 @@ from support import guard
 from support.files import check_folder, first_line, read_json, write_text, write_whole
 from support.pictures import contact_sheet, draw_curves, write_comparison_gif, write_png
 from support.processes import check_alike, is_main_process, on_rank_0, rank_and_size
+from support.progress import progress
 from support.published import check_tensors
 from support.settings import to_record, translate
 from support.tables import json_numbers, number, paired, summary, with_error
@@ -79,8 +80,8 @@ class Run:
         self.evaluate_if_due(self.step)
         if self.ended_early():
             return
-        self.bar = tqdm(range(self.step, self.cfg.steps), initial=self.step, total=self.cfg.steps, desc="fine-tuning",
-                        disable=not self.writes)
+        self.bar = progress(range(self.step, self.cfg.steps), "fine-tuning", self.cfg.steps, unit="step", initial=self.step,
+                            disable=not self.writes)
         for step in self.bar:
             self.started = time.perf_counter()
             yield step
@@ -124,7 +125,7 @@ class Run:
             if self.writes:
                 tqdm.write(f"step {step}: reward or gradient is not finite, skipped ({line['skipped']} so far)")
         self.log(line)
-        self.bar.set_postfix_str(f"{self.reward_name} {numbers['reward']:.4f}, {seconds:.2f} s/step")
+        self.bar.set_postfix_str(f"{self.reward_name} {numbers['reward']:.4f}, {seconds:.2f} s/step", refresh=False)
 
     # -- checkpoints
 
@@ -196,7 +197,7 @@ class Run:
         rank, size = rank_and_size()
         mine = sum(len(prompts[rank::size]) for prompts in self.prompts.values())
         tables, videos = {}, {}
-        with tqdm(total=mine, desc=f"evaluating at step {step}", unit="video", leave=False, disable=not self.writes) as bar:
+        with progress(None, f"evaluating at step {step}", mine, unit="video", leave=False, disable=not self.writes) as bar:
             def move_on(number):
                 bar.update(number)
                 if self.stop() and size == 1:  # with more ranks, leaving alone would keep the others waiting
@@ -204,6 +205,7 @@ class Run:
             for name, prompts in self.prompts.items():
                 tables[name], videos[name] = self.evaluate(prompts, SHOWN, move_on)
                 add_judge(self.watched, tables[name], next(iter(self.tables.values()), tables)[name])
+                bar.set_postfix_str(f"{self.reward_name} of {name} {tables[name]['reward'].mean():.4f}", refresh=False)
 
         knew, self.tables[step] = self.turn(), tables
         measures = json_numbers({name: summary(table) for name, table in tables.items()})

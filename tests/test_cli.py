@@ -214,10 +214,10 @@ def test_base_and_fine_tuned_on_two_sets_at_several_d_and_guidance(adapter, capf
                   "--num-steps", 2, 3, "--guidance", 1, 3, "--sheet", 1, "--frames", 8, "--segments", 2, "--seed", 4,
                   "--batch-size", 3, "--lora-scale", .5) == 0
     said, told = capfd.readouterr()
-    # Before it starts, how much there is to do; then a bar that says what it counts.
+    # Before it starts, how much there is to do; then lines that say what is counted, and how the reward stands.
     assert said.startswith("4 prompts in 2 sets, by base and fine-tuned, with D = 2, 3 and guidance 1, 3: "
                            "32 videos, 80 denoising steps\n")
-    assert "evaluating:   0%" in told and "80/80" in told
+    assert "evaluating: 0/80 step, " in told and re.search(r"evaluating: 80/80 step, .* left, stripes 0\.\d{4}, fine-tuned", told)
     assert files("report") == ["sheet.png", "table.json", "table.md"]
     table = Path("report/table.md").read_text()
     assert table in said and "written: report/table.md, table.json, sheet.png" in said

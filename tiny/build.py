@@ -25,7 +25,6 @@ import torch.nn.functional as F_
 import tyro
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import (  # noqa: E402
@@ -41,6 +40,7 @@ from model import (  # noqa: E402
 )
 from sampler import add_noise, alpha_bars, edit, sample  # noqa: E402
 from support.names import unet_to_diffusers, vae_to_diffusers  # noqa: E402
+from support.progress import progress  # noqa: E402
 from tiny import world  # noqa: E402
 from tiny.judge import Judge, judge_clips, labels, load_judge  # noqa: E402
 
@@ -93,7 +93,7 @@ def render(num_clips, seed, rates=world.FLAWS, scenes=None):
     """num_clips clips over all scenes, or some: (n, F, 3, H, W) float16 in [0, 1], their scenes, flaws. Clip i has seed + i."""
     scenes = scenes or all_scenes()
     chosen = [scenes[i % len(scenes)] for i in range(num_clips)]
-    made = [world.make_clip(s, seed + i, rates=rates) for i, s in enumerate(tqdm(chosen, desc="drawing clips"))]
+    made = [world.make_clip(s, seed + i, rates=rates) for i, s in enumerate(progress(chosen, desc="drawing clips"))]
     return torch.stack([c for c, _ in made]).half(), chosen, [f for _, f in made]
 
 
@@ -111,7 +111,7 @@ def fit(cfg, name, module, loss_of, steps, lr, ema_decay=0.):
     parts = {"module": module, "optimizer": optimizer, "average": average}
     first = load_state(state, parts, steps) if state and state.exists() else 0
 
-    bar = tqdm(range(first, steps), desc=name, mininterval=5, initial=first, total=steps)
+    bar = progress(range(first, steps), name, steps, unit="step", initial=first)
     for step in bar:
         if state and step > first and step % STATE_EVERY == 0:
             save_state(state, parts, step, steps)
@@ -127,7 +127,7 @@ def fit(cfg, name, module, loss_of, steps, lr, ema_decay=0.):
                 for a, p in zip(average.parameters(), module.parameters()):
                     a.lerp_(p, 1 - decay)
         if step % 50 == 0:
-            bar.set_postfix_str(note)
+            bar.set_postfix_str(note, refresh=False)
     if state and first < steps:
         save_state(state, parts, steps, steps)
     return average.eval()
@@ -233,7 +233,7 @@ def frozen(cfg):
 def encode_clips(vae, clips, device):
     """(n, F, 3, H, W) in [0, 1] -> moments (n, 2C, F, h, w), float16."""
     out = []
-    for part in tqdm(clips.split(8), desc="encoding clips"):
+    for part in progress(clips.split(8), desc="encoding clips"):
         moments = vae.encode(part.flatten(0, 1).to(device).float() * 2 - 1)
         out.append(moments.unflatten(0, part.shape[:2]).transpose(1, 2).half().cpu())
     return torch.cat(out)
@@ -341,7 +341,7 @@ def worth(scene, flaws, asked):
 def through_vae(vae, clips, device):
     """Clips as the reward will see them: encoded and decoded, (n, F, 3, H, W) in [0, 1], float16."""
     out = []
-    for part in tqdm(clips.split(8), desc="through the autoencoder"):
+    for part in progress(clips.split(8), desc="through the autoencoder"):
         x = part.flatten(0, 1).to(device).float() * 2 - 1
         x = vae.decode(vae.encode(x).chunk(2, dim=1)[0])
         out.append(x.add(1).div(2).clamp(0, 1).half().cpu().unflatten(0, part.shape[:2]))
@@ -355,7 +355,7 @@ def base_clips(cfg, prompts, tau=None, clips=None):
     out = []
     with torch.no_grad():
         uncond = text_encoder([""])
-        for start in tqdm(range(0, len(prompts), 12), desc="clips by the base"):
+        for start in progress(range(0, len(prompts), 12), desc="clips by the base"):
             text = text_encoder(prompts[start:start + 12])
             noise = torch.randn(len(text), 4, world.FRAMES, world.SIZE // 4, world.SIZE // 4).to(cfg.device)
             if tau is None:
@@ -431,7 +431,7 @@ def build_judge(cfg):
     vae, _ = frozen(cfg)
     every, g = all_scenes(), torch.Generator().manual_seed(cfg.seed + 5)
     seen = []  # (clip, scene)
-    for i in tqdm(range(min(2880, cfg.clips)), desc="drawing clips"):
+    for i in progress(range(min(2880, cfg.clips)), desc="drawing clips"):
         scene, trail = every[i % len(every)], None
         if torch.rand((), generator=g) < .25:
             scene = replace(scene, direction="")

@@ -1,9 +1,9 @@
 """What the tiny world gives to the scripts: fine-tuning clips, and prompts to evaluate with."""
 import torch
-from tqdm import tqdm
 
 from data import LatentDataset
 from support.processes import is_main_process
+from support.progress import progress
 from tiny.world import make_clip, scenes
 
 CLIP_SEED = 2_000_000  # evaluation noise has other seeds
@@ -15,7 +15,7 @@ def tiny_clips(base, dtype, count=192):
     every = scenes("in_domain")
     chosen = [every[i % len(every)] for i in range(count)]
     moments = []
-    for i, scene in enumerate(tqdm(chosen, "encoding clips", disable=not is_main_process())):
+    for i, scene in enumerate(progress(chosen, "encoding clips", disable=not is_main_process())):
         clip, _ = make_clip(scene, CLIP_SEED + i)                                         # (F, 3, H, W) in [0, 1]
         encoded = base.vae.encode(clip.to(base.device, dtype) * 2 - 1)                    # (F, 2C, h, w)
         moments.append(encoded.float().transpose(0, 1).cpu()[None])                       # (1, 2C, F, h, w)

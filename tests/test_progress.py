@@ -1,0 +1,77 @@
+"""Progress bars: on a terminal one line that redraws itself, in a log or a notebook a line now and then."""
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+from support import progress as module
+from support.progress import progress
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Screen(io.StringIO):
+    def __init__(self, is_terminal):
+        super().__init__()
+        self.is_terminal = is_terminal
+
+    def isatty(self):
+        return self.is_terminal
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What a job of 200 steps, with a part of 20 steps inside, writes where; a clock that moves by a second a step."""
+    def run(is_terminal, seconds=1., leave=True):
+        now = [1000.]
+        monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+        monkeypatch.setattr("sys.stderr", screen := Screen(is_terminal))
+        bar = progress(range(200), "fine-tuning", 200, unit="step", leave=leave)
+        for step in bar:
+            now[0] += seconds
+            bar.set_postfix_str(f"HPS {step / 1000:.3f}", refresh=False)
+            if step == 99:
+                with progress(None, "evaluating", 20, unit="video", leave=False) as inner:
+                    for _ in range(20):
+                        now[0] += seconds
+                        inner.update()
+        return screen.getvalue()
+    return run
+
+
+def test_a_log_has_a_line_now_and_then_that_says_what_how_far_the_reward_and_the_time_left(shown):
+    text = shown(False)
+    lines = text.splitlines()
+    assert not re.search(r"[\r\x1b]", text) and len(lines) == len(set(lines))
+    # A line at the start, one for each 30 of 220 seconds, one at the end; the part of 20 seconds has none.
+    assert 7 <= len(lines) <= 10 and not any("evaluating" in line for line in lines)
+    assert lines[0] == "fine-tuning: 0/200 step, 00:00 gone, ? left"
+    assert lines[1] == "fine-tuning: 30/200 step, 00:30 gone, 02:50 left, HPS 0.029"
+    assert lines[-1] == "fine-tuning: 200/200 step, 03:40 gone, 00:00 left, HPS 0.199"
+
+
+def test_a_part_that_takes_long_has_lines_of_its_own_and_a_short_job_two(shown):
+    slow = [line for line in shown(False, seconds=10.).splitlines() if "evaluating" in line]
+    assert 3 <= len(slow) <= 7 and re.fullmatch(r"evaluating: \d+/20 video, 0\d:\d0 gone, 0\d:\d0 left", slow[0])
+    assert shown(False, seconds=.01).count("\n") == 2
+    assert shown(False, seconds=.01, leave=False) == ""
+
+
+def test_a_terminal_has_a_bar_that_redraws_itself(shown):
+    text = shown(True)
+    assert text.count("\r") > 150 and text.count("\n") - text.count("\x1b[A") == 1  # inside, tqdm goes down and up again
+    assert "fine-tuning: 100%" in text and "HPS 0.199" in text and "evaluating:  50%" in text
+
+
+def test_a_hidden_bar_writes_nothing_and_yields_all(monkeypatch):
+    monkeypatch.setattr("sys.stderr", screen := Screen(False))
+    assert list(progress(range(3), "hidden", disable=True)) == [0, 1, 2] and screen.getvalue() == ""
+
+
+def test_every_bar_is_made_here():
+    """Of the scripts and of what they import; the studies of the tiny world are left out."""
+    files = [*ROOT.glob("*.py"), *(ROOT / "support").glob("*.py"), *(ROOT / "methods").glob("*.py"),
+             ROOT / "tiny" / "build.py", ROOT / "tiny" / "clips.py"]
+    made = [path.name for path in files if re.search(r"\btqdm\(", path.read_text())]
+    assert made == ["progress.py"] and module.tqdm.__name__ == "tqdm"
