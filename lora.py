@@ -31,6 +31,7 @@ from torch import nn
 from support import adapters
 from support.files import write_whole
 from support.names import split_lora
+from support.optimizers import steps_taken
 from support.processes import run_script
 from support.published import fingerprint, read_tensors
 
@@ -92,7 +93,8 @@ class LoRALinear(nn.Module):
     def folded(self):
         """W + (alpha / r) B A (C_out, C_in), computed anew only when one of them has changed."""
         parts = (self.weight, self.lora_A, self.lora_B)
-        made_from = (self.scale, *((t.data_ptr(), t._version) for t in parts))
+        versions = [(t.data_ptr(), t._version) for t in parts]
+        made_from = (self.scale, steps_taken(), *versions)  # fused optimizers raise no version
         if made_from != self.folded_from:
             W, A, B = parts
             self.folded_weight = torch.addmm(W, B, A, alpha=self.scale)       # (C_out, C_in)

@@ -256,7 +256,7 @@ def random_reward(small, dtype, device, preprocess):
     """An untrained HPSv2, seeded: ViT-H-14, or a small one."""
     import open_clip
     config = SMALL_CLIP if small else open_clip.get_model_config("ViT-H-14")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # the CPU's alone
         clip = open_clip.CLIP(**config).to(device=device, dtype=dtype)
     return HPSv2(clip, None, "random", preprocess, config)

@@ -33,8 +33,8 @@ def build(make, source=None, dtype=torch.float32, device="cpu", tensors=None, sp
     spellings: pairs of pieces of a tensor's name that stand for each other. ValueError if the tensors do not fit.
     """
     if source is None:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # the CPU's alone
             return make().eval().requires_grad_(False).to(device=device, dtype=dtype)
 
     try:

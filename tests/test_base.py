@@ -486,7 +486,8 @@ def test_rewards_from_the_base_the_hub_or_nowhere(small, parts, monkeypatch, tmp
         reward.load_reward("hps")
 
 
-def test_random_rewards_say_so_and_are_seeded(small):
+def test_random_rewards_say_so_and_are_seeded(small, monkeypatch):
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("every device was seeded"))
     state = torch.random.get_rng_state()
     one, two = reward.load_reward("hpsv2", "random:32"), reward.load_reward("hpsv2", "random")
     assert one.name == two.name == "HPSrandom" and holds(one.clip, two.clip.state_dict())

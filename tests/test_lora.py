@@ -252,6 +252,21 @@ def test_without_gradient_adapters_are_folded_into_the_weights():
     assert all(difference(a, b) > 1e-3 for a, b in zip(seen, seen[1:]))
 
 
+def test_what_is_folded_follows_a_fused_optimizer_too():
+    """It changes A and B without raising their versions."""
+    unet = trained_unet()
+    optimizer = torch.optim.AdamW(lora.parameters(unet), lr=0.1, fused=True)
+    run(unet).square().sum().backward()
+    with torch.no_grad():
+        before = run(unet)
+        folded = next(iter(layers(unet).values())).folded()
+        assert next(iter(layers(unet).values())).folded() is folded, "computed once"
+    optimizer.step()
+    apart = run(unet).detach()
+    with torch.no_grad():
+        assert difference(apart, before) > 1e-3 and difference(run(unet), apart) < 1e-5
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Precision
 

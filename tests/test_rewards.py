@@ -299,7 +299,8 @@ def test_hpsv2_says_how_it_takes_its_pictures():
 # What all have in common
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_random_rewards_are_seeded_frozen_and_named(kind):
+def test_random_rewards_are_seeded_frozen_and_named(kind, monkeypatch):
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("every device was seeded"))
     state = torch.random.get_rng_state()
     reward, same = load_reward(kind, "random"), load_reward(kind, "random:32")
     assert torch.equal(torch.random.get_rng_state(), state) and "random" in reward.name
