@@ -227,8 +227,7 @@ def compare(cfg, base, reward, sets, strengths, size):
             row = {"set": name, "num_steps": steps, "guidance": guidance, "model": model_name,
                    "lora_scale": strengths[model_name], "measures": summary(table)}
             if model_name != "base":
-                # Paired: the same prompt and noise, with and without the adapter.
-                # A caption that repeats is one piece of evidence.
+                # Paired: the same prompt and noise. A prompt that repeats counts once.
                 row["differences"] = {k: paired(before, table, k, sets[name]) for k in table}
             results.append(row)
             bar.set_postfix_str(f"{name} {table['reward'].mean():.4f}, {model_name}", refresh=False)

@@ -32,7 +32,7 @@ from evaluate import EVAL_SEED, evaluate, prompt_sets, tiny_judge
 from model import decode_frames, load_base
 from reward import Mixture, aggregate, load_rewards, segment_edges, segment_frames, tar_weights
 from sampler import GUIDANCE, check_edit, edit
-from support import processes, run_folder, settings
+from support import card, processes, run_folder, settings
 from support.mixture import watched_names
 from support.processes import add_over_ranks, rank_and_size
 from support.published import fingerprint
@@ -234,12 +234,10 @@ def check(cfg, needs_clips=True):
     segment_edges(cfg.frames, cfg.segments)  # raises for more segments than frames
     tar_weights(torch.zeros(1, 1), cfg.frames, cfg.lambda_tar)  # raises for a bad lambda
 
-    # Only the tiny world comes with clips.
-    if needs_clips and cfg.data is None and cfg.base != "tiny":
-        raise ValueError("no clips: --data LIST must name some (only the tiny world draws its own)")
-    if needs_clips and cfg.data is None and (cfg.frames, cfg.size or 32) != (16, 32):
-        raise ValueError(f"frames = {cfg.frames}, size = {cfg.size}: the tiny world draws 16 "
-                         "frames of 32 x 32 pixels; --data is needed for others")
+    # What it takes to begin: clips, and a GPU with room for a step.
+    if needs_clips:
+        settings.check_clips(cfg)
+        card.check_card(cfg, rank_and_size()[1])
     if cfg.tensorboard:
         run_folder.tensorboard_writer()
 

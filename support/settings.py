@@ -159,6 +159,15 @@ def check_training(cfg, world_size):
         read_prompt_sets(cfg.prompts, cfg.base)
 
 
+def check_clips(cfg):
+    """Only the tiny world comes with clips, and only with those of its size."""
+    if cfg.data is None and cfg.base != "tiny":
+        raise ValueError("no clips: --data LIST must name some (only the tiny world draws its own)")
+    if cfg.data is None and (cfg.frames, cfg.size or 32) != (16, 32):
+        raise ValueError(f"frames = {cfg.frames}, size = {cfg.size}: the tiny world draws 16 frames of 32 x 32 pixels; --data is "
+                         "needed for others")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # As JSON, and back
 

@@ -272,7 +272,7 @@ def test_several_strengths_draw_what_the_reward_gains_against_what_is_lost(adapt
     assert script("evaluate.py", *flags, "--lora-scale", .5, "--out", "one") == 0
     one = json.loads(Path("one/table.json").read_text())["results"]
     assert [r["model"] for r in one[:2]] == ["base", "fine-tuned"] and files("one") == ["table.json", "table.md"]
-    assert one[1]["measures"] == rows[2]["measures"] and one[1]["difference"] == rows[2]["difference"]
+    assert one[1]["measures"] == rows[2]["measures"] and one[1]["differences"] == rows[2]["differences"]
 
 
 def test_a_point_of_the_trade_off():
