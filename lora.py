@@ -91,10 +91,9 @@ class LoRALinear(nn.Module):
         return y.unflatten(0, x.shape[:-1])                                   # (..., C_out)
 
     def folded(self):
-        """W + (alpha / r) B A (C_out, C_in), computed anew only when one of them has changed."""
+        """W + (alpha / r) B A (C_out, C_in), computed anew after a change or an optimizer step."""
         parts = (self.weight, self.lora_A, self.lora_B)
-        versions = [(t.data_ptr(), t._version) for t in parts]
-        made_from = (self.scale, steps_taken(), *versions)  # fused optimizers raise no version
+        made_from = (self.scale, steps_taken(), *((t.data_ptr(), t._version) for t in parts))
         if made_from != self.folded_from:
             W, A, B = parts
             self.folded_weight = torch.addmm(W, B, A, alpha=self.scale)       # (C_out, C_in)

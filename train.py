@@ -32,7 +32,7 @@ from evaluate import EVAL_SEED, evaluate, prompt_sets, tiny_judge
 from model import decode_frames, load_base
 from reward import Mixture, aggregate, load_rewards, segment_edges, segment_frames, tar_weights
 from sampler import GUIDANCE, check_edit, edit
-from support import card, processes, run_folder, settings
+from support import card, exact_scores, processes, run_folder, settings
 from support.mixture import watched_names
 from support.processes import add_over_ranks, rank_and_size
 from support.published import fingerprint
@@ -292,11 +292,12 @@ def open_run(cfg, folder, resumed, base, reward, prompts, judge, draw, stop):
     def save_adapter(path):
         lora.save(base.unet, path, base=cfg.base)
 
+    @exact_scores.scoring_exactly(reward, lambda: load_rewards(cfg, base.folder))
     def evaluate_prompts(captions, keep, move_on):
         return evaluate(base, reward, captions, seed=EVAL_SEED, num_steps=cfg.num_steps,
                         guidance=cfg.guidance, segments=cfg.segments, frames=cfg.frames,
-                        height=cfg.size, width=cfg.size, batch_size=min(cfg.batch_size, 8),
-                        judge=judge, keep=keep, move_on=move_on)
+                        height=cfg.size, width=cfg.size, judge=judge, keep=keep, move_on=move_on,
+                        batch_size=min(cfg.clips_at_once or cfg.batch_size, 8))
 
     return run_folder.Run(
         cfg, folder, adapters=lora.adapter_state(base.unet), save_adapter=save_adapter,

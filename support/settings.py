@@ -91,7 +91,7 @@ class TrainingSettings(RewardSettings):
 
     clips_at_once: int = 0
     """clips of a rank's share of the batch that are computed at once, which sets the memory; the gradient is the same for any
-    number; 0 is all of them"""
+    number; 0 is all of them. Evaluations compute as many videos at once, at most 8"""
     checkpoint_activations: bool = False
     """recompute the UNet's blocks in the backward pass: less memory, more time, the same gradient"""
     decode_chunk: int = 0

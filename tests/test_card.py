@@ -21,7 +21,7 @@ def gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(("gib", "settings", "message"), [
-    (80, dict(clips_at_once=0), r"a step of 8 clips at once needs 138\.\d GiB before workspaces, this GPU has 80.0; these would fit: "
+    (80, dict(clips_at_once=0), r"8 clips at once needs 138\.\d GiB before workspaces, this GPU has 80.0; these would fit: "
                                 r"--clips-at-once 1 \(21.3 GiB\); --checkpoint-activations \(4\d.\d GiB\); "
                                 r"--low-memory \(27.0 GiB\) \(docs/gpu.md\)$"),
     (16, {}, r"of 1 clip at once needs 21.3 .* would fit: --checkpoint-activations \(9.4 GiB\); --low-memory \(7.4 GiB\) \("),

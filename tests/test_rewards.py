@@ -23,6 +23,7 @@ from torchvision.transforms import CenterCrop, InterpolationMode, Normalize, Res
 from reward import HPSv2, aggregate, load_reward, load_rewards, tar_weights
 from rewards import aesthetic, imagereward, pickscore, videomae, vjepa, yolos
 from support.clip_configs import SMALL_CLIP
+from support.exact_scores import scoring_exactly
 from support.frames import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, crop_centre, fit_within, spread_frames
 from support.hub_models import SIZES
 from support.mixture import Mixture, check_rewards, measure, read_mixture, sees_whole_clips
@@ -643,3 +644,19 @@ def test_full_size_cost(kind, forward, both):
     unit = 1e12 * (1 if reward.num_frames else 4)
     assert counter.get_total_flops() / unit == pytest.approx(forward, abs=6e-4)
     assert (counter.get_total_flops() + more.get_total_flops()) / unit == pytest.approx(both, abs=6e-4)
+
+
+def test_a_mixture_scores_exactly_while_evaluating_and_in_16_bits_before_and_after(tmp_path, capfd):
+    """All of its parts, the watched ones too; a reward of the user's own has what precision it wants."""
+    own = tmp_path / "own.py"
+    own.write_text("def mean(frames, captions):\n    return frames.mean(dim=(2, 3, 4))\n")
+    cfg = mixed(reward=("hpsv2", f"{own}:mean"), watch=("aesthetic",), reward_weights=("hpsv2=random:32", "aesthetic=random"))
+    frames = random_frames(1)
+    half, single = load_rewards(cfg, None, torch.bfloat16), load_rewards(cfg, None)
+    rough, exact = (reward.measure(frames, frames, ["a cat"]) for reward in (half, single))
+
+    evaluate = scoring_exactly(half, lambda: load_rewards(cfg, None))(half.measure)
+    assert evaluate(frames, frames, ["a cat"]) == exact != rough
+    assert half.measure(frames, frames, ["a cat"]) == rough and evaluate(frames, frames, ["a cat"]) == exact
+    evaluate = scoring_exactly(single, lambda: pytest.fail("loaded again"))(single.measure)
+    assert evaluate(frames, frames, ["a cat"]) == exact

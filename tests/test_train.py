@@ -468,6 +468,31 @@ def test_evaluation_during_training_is_the_metric_of_evaluate(whole):
     assert metrics(whole[0])[-1]["eval"]["other"]["reward_mean"] == pytest.approx(table["reward"].item(), abs=1e-6)
 
 
+def test_evaluations_score_in_float32_whatever_the_dtype(plain, monkeypatch):
+    """best.safetensors is chosen by these scores; training scores in 16 bits before and after."""
+    seen = []
+
+    def look(base, reward, captions, **settings):
+        frames = torch.rand(1, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        seen.append(reward(frames, ["a red circle"]))
+        dtypes = {t.dtype for t in (*reward.parameters(), *reward.buffers()) if t.is_floating_point()}
+        assert dtypes == {torch.float32} and settings["batch_size"] == 1
+        return {"reward": seen[-1].mean(1).double()}, torch.zeros(1, 16, 3, 32, 32)
+
+    def trained(base, reward, *rest):
+        assert {p.dtype for p in reward.parameters()} == {torch.bfloat16}
+        return before(base, reward, *rest)
+
+    before = train.edit_rewards
+    monkeypatch.setattr(train, "evaluate", look)
+    monkeypatch.setattr(train, "edit_rewards", trained)
+    assert run(*SHORT, "--steps", 1, "--dtype", "bfloat16", "--clips-at-once", 1, "--out", "run") == 0
+    base = load_base("tiny")
+    frames = torch.rand(1, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    exact = load_reward(base_folder=base.folder)(frames, ["a red circle"])
+    assert len(seen) == 6 and all(torch.equal(scores, exact) for scores in seen)
+
+
 # ----------------------------------------------------- Resuming -----------------------------------------------------
 
 @pytest.fixture
