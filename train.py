@@ -224,7 +224,7 @@ PRESETS = {
 def check(cfg, needs_clips=True):
     """All that can be known before anything is loaded or written; ValueError in one line."""
     # Each number by itself.
-    settings.check_training(cfg, world_size=rank_and_size()[1])
+    settings.check_training(cfg, world_size=rank_and_size()[1], whole_clips=needs_clips)
     settings.check_at_least(cfg, frames=1, size=1, fps=1, rank=1, warmup=0, offset_noise=0)
     settings.check_positive(cfg, "lr", "clip_grad")
     settings.check_finite(cfg, "guidance", "offset_noise")

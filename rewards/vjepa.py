@@ -23,8 +23,9 @@ import torch.nn.functional as F_
 from support.frames import crop_centre, imagenet_normalize
 from support.hub_models import build, read_model_config, size_name
 from support.reward_model import RewardModel
+from support.weights import WHOLE_CLIPS
 
-FRAMES = 16
+FRAMES = WHOLE_CLIPS["vjepa"]
 BLOCKS, SHARE = 8, .15  # V-JEPA's: 8 blocks of 15% of the picture, through all frames; they overlap
 SMALL = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=2, crop_size=64,
              patch_size=16, frames_per_clip=16, pred_hidden_size=48, pred_num_attention_heads=2,

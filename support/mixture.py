@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from support.frames import spread_frames
+from support.reward_checks import check_kind
 from support.watch import PIXELS, measured_names, pixel_measures, pixel_names, reward_kinds
 from support.weights import reward_kind
 
@@ -176,9 +177,14 @@ def read_mixture(cfg):
     return parts, watched, paths
 
 
-def check_rewards(cfg):
-    """ValueError for what is wrong with the settings of rewards, before anything is loaded."""
-    parts, _, _ = read_mixture(cfg)
+def check_rewards(cfg, whole_clips=True):
+    """ValueError for what is wrong with the settings of rewards, before anything is loaded. whole_clips: can they be used?"""
+    parts, watched, paths = read_mixture(cfg)
+    kinds = [kind for _, kind in parts] + watched
+    if len(set(kinds)) < len(kinds):
+        raise ValueError(f"rewards {', '.join(kinds)}: each must be named once")
+    for kind in kinds:
+        check_kind(kind, paths.get(kind), cfg.frames, whole_clips or kind in watched)
     if getattr(cfg, "official_hps", False) and ([kind for _, kind in parts] not in (["hpsv2"], ["hpsv2.1"]) or cfg.watch):
         raise ValueError("official_hps: checks hpsv2 or hpsv2.1 alone, without other rewards or watch")
 

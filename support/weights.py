@@ -8,7 +8,7 @@ import hashlib
 import re
 from pathlib import Path
 
-from support.files import first_line, read_json
+from support.files import check_exists, first_line, read_json
 from support.published import WEIGHT_FILES
 
 TINY = Path(__file__).resolve().parents[1] / "tiny" / "weights"
@@ -28,6 +28,7 @@ HUB_REWARDS = {  # those of rewards/: a hub repository and the files of it that 
     "yolos": ("hustvl/yolos-tiny", "config.json", "model.safetensors"),
     "videomae": ("MCG-NJU/videomae-base-finetuned-kinetics", "config.json", "model.safetensors"),
     "vjepa": ("facebook/vjepa2-vitl-fpc64-256", "config.json", "model.safetensors")}
+WHOLE_CLIPS = {"videomae": 16, "vjepa": 16}  # those that see so many frames of a clip, in order
 
 
 def find_base(base):
@@ -44,9 +45,11 @@ def find_parts(base, given):
 
     A base that is a file is a UNet, and its other parts lie beside it. ValueError names a part that is not there.
     """
+    paths = {part: Path(given[part]) if given.get(part) else None for part in PARTS}
+    for path in paths.values():  # before the base, which may be a download of gigabytes
+        check_exists(path)
     folder = find_base(base)
     check_scheduler(folder)
-    paths = {part: Path(given[part]) if given.get(part) else None for part in PARTS}
     if folder.is_file():
         paths["unet"], folder = folder, folder.parent
     for part in PARTS:

@@ -27,9 +27,10 @@ import sampler
 import train
 from data import LatentDataset
 from evaluate import evaluate
+from methods import ddpo, draft
 from model import decode_frames, load_base
 from reward import load_reward
-from support import adapters, run_folder, settings, videos
+from support import adapters, run_folder, settings, videos, weights
 from support.weights import TINY
 from tiny import clips
 
@@ -671,13 +672,41 @@ def test_what_can_be_known_before_weights_are_loaded_is_checked_before(whole, mo
     Path("clips.txt").write_text("a.mp4|||a clip\n")
     Path("bad.txt").write_text("a.mp4 a clip\n")
     Path("prompts.txt").write_text("# no prompts\n")
+    Path("own.py").write_text("def f(frames, captions):\n    return frames.mean((2, 3, 4))\n")
+    Path("bad.py").write_text("def f(:\n")
     for argv, message in [
             (["modelscope", "--data", "clips.txt"], "no prompts: --prompts NAME=FILE must name some"),
             (["modelscope", "--data", "clips.txt", "--prompts", "a=prompts.txt"], "expected one prompt a line, found none"),
             (["modelscope", "--data", "bad.txt", "--eval-every", "0"], "bad.txt, line 1: 1 field"),
-            (["--resume", whole[0], "--steps", "3"], "steps = 3: must be at least 4, where this run stands")]:
+            (["--resume", whole[0], "--steps", "3"], "steps = 3: must be at least 4, where this run stands"),
+            (["--reward", "hps"], "reward 'hps': must be one of"), (["--watch", "hps"], "reward 'hps': must be one of"),
+            (["--reward", "yolos"], "must name what is to go"), (["--watch", "yolos"], "must name what is to go"),
+            (["--watch", "hpsv2"], "rewards hpsv2, hpsv2: each must be named once"),
+            (["--watch", "vjepa", "--frames", "8", "--data", "clips.txt"], "frames = 8: this reward sees 16 frames"),
+            (["--reward-weights", "gone.pt"], "reward hpsv2: gone.pt: no such file or folder"),
+            (["--reward", "gone.py:f"], "reward gone.py:f: no such file"),
+            (["--reward", "own.py:g"], "reward own.py:g: must name a function of the file, as in own.py:NAME; it has f"),
+            (["--reward", "own.py"], "reward own.py:: must name a function"),
+            (["--reward", "bad.py:f"], r"the file cannot be imported \(SyntaxError")]:
         with pytest.raises(ValueError, match=message):
             run(*argv)
+
+
+def test_rewards_of_whole_clips_are_for_editing(monkeypatch):
+    """The other methods score single frames; they say so before weights are loaded."""
+    monkeypatch.setattr(train, "load_base", lambda *args: pytest.fail("weights were loaded"))
+    for module in (ddpo, draft):
+        with pytest.raises(ValueError, match="reward vjepa: sees whole clips; this method scores single frames"):
+            module.main(["--reward", "vjepa", "--eval-every", "0"])
+    with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
+        draft.main(["--watch", "vjepa", "--eval-every", "0"])
+
+
+def test_parts_from_elsewhere_are_looked_for_before_the_base_is_downloaded(monkeypatch):
+    monkeypatch.setattr(weights, "from_hub", lambda repo: pytest.fail("the base was downloaded"))
+    for part in ("vae", "text_encoder"):
+        with pytest.raises(ValueError, match="^gone: no such file or folder$"):
+            load_base("some/repository", **{part: "gone"})
 
 
 def test_ctrl_c_says_at_once_that_the_step_is_finished_first(plain, monkeypatch, capsys):
