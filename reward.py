@@ -226,7 +226,7 @@ def load_reward(kind="hpsv2", weights=None, base_folder=None, dtype=torch.float3
         return find_hpsv2(name, weights, base_folder, dtype, device, preprocess=argument)
 
     # Imported here, on purpose: nobody pays for the others.
-    path = find_hub_reward(name, weights)
+    path = find_hub_reward(name, weights, base_folder)
     return importlib.import_module(f"rewards.{name}").load(path, argument, dtype, device)
 
 

@@ -29,6 +29,7 @@ HUB_REWARDS = {  # those of rewards/: a hub repository and the files of it that 
     "videomae": ("MCG-NJU/videomae-base-finetuned-kinetics", "config.json", "model.safetensors"),
     "vjepa": ("facebook/vjepa2-vitl-fpc64-256", "config.json", "model.safetensors")}
 WHOLE_CLIPS = {"videomae": 16, "vjepa": 16}  # those that see so many frames of a clip, in order
+TINY_REWARDS = ("action", "removal")  # those of rewards/ for the tiny world alone: folders of its base
 
 
 def find_base(base):
@@ -83,14 +84,15 @@ def reward_kind(kind):
     What follows is hpsv2's preprocess, "pad" if none; a class or an action; a function. ValueError for an unknown kind.
     """
     name, _, argument = kind.partition(":")
-    takes = {"yolos": "CLASS", "videomae": "ACTION"}
-    if name.endswith(".py") or (name in HUB_REWARDS and (name in takes or not argument)):
+    own = (*HUB_REWARDS, *TINY_REWARDS)
+    if name.endswith(".py") or (name in own and (name in ("yolos", "videomae", *TINY_REWARDS) or not argument)):
         return name, argument
     name, _, preprocess = kind.partition("/")
     if name in REWARD_FILES and preprocess in ("", "pad", "crop", "stretch"):
         return name, preprocess or "pad"
-    raise ValueError(f"reward {kind!r}: must be one of {', '.join((*REWARD_FILES, *HUB_REWARDS))}, or my_file.py:function; "
-                     "hpsv2 and hpsv2.1 may end in /crop or /stretch, yolos in :CLASS, videomae in :ACTION")
+    raise ValueError(f"reward {kind!r}: must be one of {', '.join((*REWARD_FILES, *own))}, or my_file.py:function; hpsv2 and "
+                     "hpsv2.1 may end in /crop or /stretch, yolos in :CLASS, videomae in :ACTION, action in :DIRECTION, removal in "
+                     ":watermark")
 
 
 def find_reward(kind, base_folder=None):
@@ -109,11 +111,12 @@ def find_reward(kind, base_folder=None):
     return hub_file(kind, REWARD_REPO, names[0], "give its path as --reward-weights")
 
 
-def find_hub_reward(kind, weights=None):
+def find_hub_reward(kind, weights=None, base_folder=None):
     """
-    File or folder of a reward of HUB_REWARDS: the path given, or the hub's, downloaded once; None for "random" and "random:W".
+    File or folder of a reward of rewards/: the path given; or the hub's, downloaded once, of TINY_REWARDS the one in the base's
+    folder; None for "random" and "random:W".
 
-    ValueError if there is no such path, or it cannot be downloaded.
+    ValueError if there is no such path, it cannot be downloaded, or the base is not the tiny one.
     """
     if weights and re.fullmatch(r"random(:\d+)?", str(weights)):
         return None
@@ -121,6 +124,10 @@ def find_hub_reward(kind, weights=None):
         if not Path(weights).exists():
             raise ValueError(f"reward {kind}: {weights}: no such file or folder")
         return Path(weights)
+    if kind in TINY_REWARDS:
+        if base_folder and (base_folder / kind).is_dir():
+            return base_folder / kind
+        raise ValueError(f"reward {kind}: is for the tiny world alone: must be --base tiny, or a folder as --reward-weights")
     repo, *names = HUB_REWARDS[kind]
     what = "its folder" if len(names) > 1 else "its path"
     files = [hub_file(kind, repo, name, f"give {what} as --reward-weights {kind}=PATH") for name in names]

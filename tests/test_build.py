@@ -15,12 +15,14 @@ def test_the_stages_build_a_world_that_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "all_scenes", lambda: scenes)
     def run(out, stages):
         build.main(build.Config(stages=stages, out=out, seed=3, device="cpu", threads=1, vae_steps=2, clip_steps=2, image_steps=2,
-                                unet_steps=2, preference_steps=2, judge_steps=2, clips=8, gate_count=2))
+                                unet_steps=2, preference_steps=2, judge_steps=2, action_steps=2,
+                                removal_steps=2, clips=8, gate_count=2))
         return json.loads((out / "manifest.json").read_text())
-    with pytest.raises(SystemExit, match="gates missed: in_domain: "):  # after two steps of everything
-        run(tmp_path / "a", build.STAGES)
+    with pytest.raises(SystemExit, match="gates missed: fresh clips: action "):  # after two steps of everything
+        run(tmp_path / "a", tuple(build.STAGES))
     whole = json.loads((tmp_path / "a/manifest.json").read_text())
-    assert {name.split("/")[0] for name in whole} == {"vae", "unet", "text_encoder", "reward", "judge.safetensors", "gates.json"}
+    assert {name.split("/")[0] for name in whole} == {"vae", "unet", "text_encoder", "reward", "judge.safetensors", "gates.json",
+                                                      "action", "removal"}
     judged = {f"{of}, {name}" for of in ("through the autoencoder", "base") for name in world.PROMPT_SETS}
     assert json.loads((tmp_path / "a/gates.json").read_text()).keys() == judged | {"fresh clips", "still clips"}
     assert json.loads((tmp_path / "a/unet/config.json").read_text())["guidance"] == build.GUIDANCE
@@ -29,9 +31,14 @@ def test_the_stages_build_a_world_that_loads(tmp_path, monkeypatch):
     assert base.default_size == world.SIZE and base.encode_text(["a red circle moving left"]).shape == (1, 8, 64)
     assert load_reward(base_folder=base.folder).name == "HPStiny"
     assert load_judge(tmp_path / "a/judge.safetensors")(torch.rand(1, 16, 3, 32, 32))[2].shape == (1, 5)
+    for kind, shape in (("action:up", (1, 1)), ("removal:watermark", (1, 16))):
+        assert load_reward(kind, base_folder=base.folder)(torch.rand(1, 16, 3, 32, 32), ["a"]).shape == shape
 
     again = run(tmp_path / "b", ("vae", "clip"))  # a stage alone gives what it gave among the others
     assert again == {name: digest for name, digest in whole.items() if name in again}
+    for kind in ("action", "removal"):
+        (tmp_path / "a" / kind / "model.safetensors").unlink()
+    assert run(tmp_path / "a", ("action", "removal")) == whole
 
 
 def test_a_training_that_stopped_goes_on_from_its_state_to_the_same_weights(tmp_path, monkeypatch):
@@ -57,12 +64,17 @@ def test_a_training_that_stopped_goes_on_from_its_state_to_the_same_weights(tmp_
 
 def test_a_base_below_a_gate_is_named_with_the_measure_and_the_prompt_set():
     good = build.GATES | {k: 1. for k in build.GATES_OF_COPIES}
+    good |= {"removal": .95}
     found = {f"{of}, {name}": dict(good) for of in ("through the autoencoder", "base") for name in world.PROMPT_SETS}
+    found["fresh clips"] = {"action": .97}
     assert build.missed_gates(found) == []
     found["base, new"]["shape"], found["base, other"]["fidelity"] = .94, .89
     assert build.missed_gates(found) == ["new: shape 0.940 < 0.950", "other: fidelity 0.890 < 0.900"]
     found["through the autoencoder, other"]["fidelity"] = .98  # the copies set the scale
     assert build.missed_gates(found) == ["new: shape 0.940 < 0.950"]
+    found["fresh clips"]["action"], found["through the autoencoder, new"]["removal"] = .96, .94
+    assert build.missed_gates(found) == ["fresh clips: action 0.960 < 0.970",
+                                         "through the autoencoder, new: removal 0.940 < 0.950", "new: shape 0.940 < 0.950"]
 
 
 def test_the_untrained_unet_returns_its_input_at_high_noise_to_a_hundredth():

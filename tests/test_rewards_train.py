@@ -18,7 +18,8 @@ from support import processes
 from support.settings import from_json, to_record
 from tiny import clips
 
-KINDS = ["hpsv2", "pickscore", "aesthetic", "imagereward", "yolos:book", "videomae:moving left", "vjepa"]
+KINDS = ["hpsv2", "pickscore", "aesthetic", "imagereward", "yolos:book", "videomae:moving left", "vjepa", "action:left",
+         "removal:watermark"]
 SHORT = ["--device", "cpu", "--batch-size", "2", "--num-steps", "2", "--tau", "1", "--save-every", "1"]
 MIXED = ["--reward", "hpsv2", "--reward", "aesthetic=0.5", "--reward", "videomae:moving left=2",
          "--reward-weights", "aesthetic=random", "--reward-weights", "videomae=random"]
@@ -133,6 +134,9 @@ def test_a_column_for_each_reward():
     (["--reward", "yolos:boook", "--reward-weights", "random"], "no class 'boook'"),
     (["--reward", "vjepa", "--reward-weights", "random", "--data", "clips.txt", "--frames", "8"],
      "frames = 8: this reward sees 16 frames"),
+    (["--reward", "action:lef"], "no direction 'lef'; must be one of left, right, up, down"),
+    (["--reward", "removal:book"], "cannot tell 'book'; must be watermark"),
+    (["--reward", "action:left", "--base", "random:32", "--data", "clips.txt"], "is for the tiny world alone: must be --base tiny"),
     (["--watch", "hps"], "reward 'hps': must be one of"),
     (["--reward", "pickscore", "--reward-weights", "absent"], "reward pickscore: absent: no such file or folder")])
 def test_refused_with_nothing_written(flags, message):

@@ -6,7 +6,8 @@ Rebuild, from nothing and seeded, every weight that ships in tiny/weights.
 
 Stages: the autoencoder; a CLIP, whose text tower conditions the UNet; the text-to-video UNet, trained on Eq. (1) with caption
 dropout, on frames and then on clips; the preference model, the CLIP fine-tuned the way HPSv2 was; the judge, which nothing ever
-optimises; and the gates, which say what the base has learned. What was tried on the way, and what it gave, is in tiny/README.md.
+optimises; two small rewards, action and removal; and the gates, which say what all of these have learned. What was tried on the
+way, and what it gave, is in tiny/README.md.
 
 Letters: B clips or pictures, F frames, C channels, H and W rows and columns.
 """
@@ -38,6 +39,7 @@ from model import (  # noqa: E402
     load_unet,
     load_vae,
 )
+from rewards import action, removal  # noqa: E402
 from sampler import add_noise, alpha_bars, edit, sample  # noqa: E402
 from support.names import unet_to_diffusers, vae_to_diffusers  # noqa: E402
 from support.progress import progress  # noqa: E402
@@ -46,7 +48,7 @@ from tiny.judge import Judge, judge_clips, labels, load_judge  # noqa: E402
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 STATE_EVERY = 250  # steps between two saved states of a training, if they are asked for
-STAGES = ("vae", "clip", "unet", "preference", "judge", "gates")
+STAGES = {"vae": 0, "clip": 1, "unet": 2, "preference": 3, "judge": 4, "action": 6, "removal": 7, "gates": 5}  # and their seeds
 
 VAE = VAEConfig(channels=(24, 48, 96), blocks_per_level=1, norm_groups=8)
 UNET = UNetConfig(channels=(32, 64), blocks_per_level=1, attention_levels=(False, True), context_dim=64, head_dim=32,
@@ -64,7 +66,7 @@ LATENT_STD = 0.5  # see tiny/README.md: with unit variance, noise at t = 951 sti
 @dataclass
 class Config:
     """Rebuild the tiny world's weights."""
-    stages: tuple[str, ...] = STAGES
+    stages: tuple[str, ...] = tuple(STAGES)
     out: Path = WEIGHTS
     seed: int = 0
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,6 +78,8 @@ class Config:
     unet_steps: int = 1900
     preference_steps: int = 2000
     judge_steps: int = 1200
+    action_steps: int = 2500
+    removal_steps: int = 1000
     gate_count: int = 96
     """videos of each prompt set that the base is judged by at the end"""
     clips: int = 6000
@@ -426,24 +430,38 @@ def build_preference(cfg):
     save_clip(cfg.out / "reward", model)
 
 
-def build_judge(cfg):
-    """The judge, on other seeds than anything else here: drawn clips, the same through the autoencoder, and the base's edits."""
+def clips_in_motion(cfg, count, seed):
+    """
+    What to learn motion from: drawn clips, the same through the autoencoder, and the base's edits of a tenth, with their scenes.
+
+    A quarter of the drawn clips do not move, and the trail of many points elsewhere or is missing, so the shape must be watched.
+    """
     vae, _ = frozen(cfg)
-    every, g = all_scenes(), torch.Generator().manual_seed(cfg.seed + 5)
+    every, g = all_scenes(), torch.Generator().manual_seed(cfg.seed + seed)
     seen = []  # (clip, scene)
+<<<<<<< HEAD
     for i in progress(range(min(2880, cfg.clips)), desc="drawing clips"):
+=======
+    for i in tqdm(range(min(count, cfg.clips)), desc="drawing clips"):
+>>>>>>> 3389373 (An action and a removal as rewards of the tiny world, built by two more stages of tiny/build.py)
         scene, trail = every[i % len(every)], None
         if torch.rand((), generator=g) < .25:
             scene = replace(scene, direction="")
         if torch.rand((), generator=g) < .4 or not scene.direction:
             trail = [*world.DIRECTIONS, ""][torch.randint(5, (), generator=g)]
-        clip, _ = world.make_clip(scene, cfg.seed + 5_000_000 + i, trail=trail, rates=FLAWS_TO_TELL)
+        clip, _ = world.make_clip(scene, cfg.seed + seed * 1_000_000 + i, trail=trail, rates=FLAWS_TO_TELL)
         seen.append((clip.half(), scene))
     clips = torch.stack([c for c, _ in seen])
-    moving = [i for i, (_, s) in enumerate(seen) if s.direction][:288]
+    moving = [i for i, (_, s) in enumerate(seen) if s.direction][:count // 10]
     edits = base_clips(cfg, [seen[i][1].caption for i in moving], tau=.3, clips=clips[moving])
-    truth = labels([s for _, s in seen] * 2 + [seen[i][1] for i in moving])
-    clips = torch.cat([clips, through_vae(vae, clips, cfg.device), edits])
+    scenes = [s for _, s in seen] * 2 + [seen[i][1] for i in moving]
+    return torch.cat([clips, through_vae(vae, clips, cfg.device), edits]), scenes
+
+
+def build_judge(cfg):
+    """The judge, on other seeds than anything else here."""
+    clips, scenes = clips_in_motion(cfg, 2880, seed=5)
+    truth = labels(scenes)
     judge = Judge().to(cfg.device)
 
     def loss_of(step):
@@ -455,17 +473,81 @@ def build_judge(cfg):
         return loss, "colour {:.0%} shape {:.0%} direction {:.0%}".format(*right)
 
     judge = fit(cfg, "judge", judge, loss_of, cfg.judge_steps, lr=2e-3)
-    save_file({k: v.half().cpu() for k, v in judge.state_dict().items()}, cfg.out / "judge.safetensors")
+    save_tensors(cfg.out / "judge.safetensors", judge)
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def build_action(cfg):
+    """
+    The classifier of rewards/action.py: clips in motion, and videos that the base makes of captions, which it follows.
+
+    Half of them are played backwards, where all that a single frame says of the direction is wrong; or it would read the trail
+    of stripes, whose motion is small from frame to frame.
+    """
+    clips, scenes = clips_in_motion(cfg, 1440, seed=9)
+    asked = all_scenes()
+    clips = torch.cat([clips, base_clips(cfg, [s.caption for s in asked])])
+    direction = labels(scenes + asked)[2]
+    turned = torch.tensor([1, 0, 3, 2, 4])  # left and right, up and down, no motion
+    classifier = action.Classifier().to(cfg.device)
+
+    def loss_of(step):
+        pick, backwards = torch.randint(len(clips), (32,)), torch.rand(32) < .5
+        x, target = clips[pick].to(cfg.device).float(), direction[pick]
+        x[backwards] = x[backwards].flip(1)
+        target = torch.where(backwards, turned[target], target).to(cfg.device)
+        logits = classifier(x)
+        return F_.cross_entropy(logits, target), f"direction {(logits.argmax(1) == target).float().mean():.0%}"
+
+    classifier = fit(cfg, "action", classifier, loss_of, cfg.action_steps, lr=1e-3, ema_decay=.99)
+    save_tensors(cfg.out / "action" / "model.safetensors", classifier)
+
+
+def build_removal(cfg):
+    """
+    The detector of rewards/removal.py: frames with a watermark and without one, drawn and through the autoencoder.
+
+    Faint bands are among them, fainter than in any clip: or the reward would be content with one that is half gone.
+    """
+    vae, _ = frozen(cfg)
+    drawn, _, _ = render(min(2880, cfg.clips), cfg.seed + 10_000_000, FLAWS_TO_TELL | {"watermark": 0.})
+    frames = drawn[torch.arange(len(drawn)), torch.randint(world.FRAMES, (len(drawn),))].float()    # (n, 3, H, W)
+    opacity = (.05 + .65 * torch.rand(len(frames), 1, 1, 1)) * world.watermark_band()               # (n, 1, H, W)
+    frames = torch.cat([frames, frames + opacity * (.92 - frames)]).half()
+    frames = torch.cat([frames, through_vae(vae, frames[:, None], cfg.device)[:, 0]])
+    marked = torch.tensor([0., 1., 0., 1.]).repeat_interleave(len(drawn))
+    detector = removal.Detector().to(cfg.device)
+
+    def loss_of(step):
+        pick = torch.randint(len(frames), (96,))
+        logits, target = detector(frames[pick].to(cfg.device).float()), marked[pick].to(cfg.device)
+        right = ((logits > 0) == (target > 0)).float().mean()
+        return F_.binary_cross_entropy_with_logits(logits, target), f"watermark {right:.0%}"
+
+    detector = fit(cfg, "removal", detector, loss_of, cfg.removal_steps, lr=2e-3, ema_decay=.99)
+    save_tensors(cfg.out / "removal" / "model.safetensors", detector)
+
+
+def save_tensors(path, module):
+    """Weights in fp16, of a module whose own file says its size."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.detach().half().cpu().contiguous() for k, v in module.state_dict().items()}, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 # Least shares of the base's videos, and least parts of what the autoencoder's copies of drawn clips reach on the same scenes.
-GATES = {"colour": .95, "shape": .95, "direction": .80, "watermarked": .25}
+GATES = {"colour": .95, "shape": .95, "direction": .80, "watermarked": .25, "action": .95}
 GATES_OF_COPIES = {"fidelity": .90, "steadiness": .90, "sharpness": .75, "saturation": .80}
+GATES_OF_REWARDS = {"fresh clips": {"action": .97}} | {
+    f"through the autoencoder, {name}": {"removal": .95} for name in world.PROMPT_SETS}
 
 
 def missed_gates(found):
-    """What the measures of build_gates say against the base, one line per gate that it misses."""
-    missed = []
+    """What the measures of build_gates say against the base and the small rewards, one line per gate that is missed."""
+    missed = [f"{of}: {k} {found[of][k]:.3f} < {v:.3f}" for of, least in GATES_OF_REWARDS.items() for k, v in least.items()
+              if found[of][k] < v]
     for name in world.PROMPT_SETS:
         base, copies = found[f"base, {name}"], found[f"through the autoencoder, {name}"]
         least = GATES | {k: part * copies[k] for k, part in GATES_OF_COPIES.items()}
@@ -474,25 +556,41 @@ def missed_gates(found):
 
 
 def build_gates(cfg):
-    """gates.json: what the judge says of clips it never saw and of the base's videos. Ends with 1 if the base misses a gate."""
+    """
+    gates.json: what the judge says of clips it never saw and of the base's videos; shares of clips of which the action reward
+    says the caption's direction, and of frames of which the removal reward knows if they are marked. Ends with 1 if one is missed.
+    """
     judge, (vae, _) = load_judge(cfg.out / "judge.safetensors").to(cfg.device), frozen(cfg)
+    classifier = action.load(cfg.out / "action", "left", torch.float32, cfg.device).classifier
+    detector = removal.load(cfg.out / "removal", "watermark", torch.float32, cfg.device).detector
     every = all_scenes()
 
-    def measures(clips, scenes):
+    @torch.no_grad()
+    def learned(clips, scenes, flaws):
+        """{reward: (B,)}: 1 where it is right; of removal, the share of a clip's frames."""
+        parts = [part.to(cfg.device).float() for part in clips.split(48)]
+        says = torch.cat([classifier(part).argmax(1).cpu() for part in parts])
+        sees = torch.cat([detector(part.flatten(0, 1)).view(part.shape[:2]).cpu() for part in parts]) > 0    # (B, F)
+        right = {"action": (says == labels(scenes)[2]).float()}
+        if flaws:
+            right["removal"] = (sees == torch.tensor(["watermark" in f for f in flaws])[:, None]).float().mean(dim=1)
+        return right
+
+    def measures(clips, scenes, flaws=()):
         captions = [s.caption for s in scenes]
         parts = zip(clips.split(48), [captions[i:i + 48] for i in range(0, len(captions), 48)])
         said = [judge_clips(judge, part.to(cfg.device).float(), words) for part, words in parts]
-        means = {k: torch.cat([part[k] for part in said]) for k in said[0]}               # {measure: (B,)}
+        means = {k: torch.cat([part[k] for part in said]) for k in said[0]} | learned(clips, scenes, flaws)  # {measure: (B,)}
         share = (means["watermark"] > .1).float().mean().item()
         return {k: round(v.mean().item(), 4) for k, v in means.items()} | {"watermarked": round(share, 4)}
 
-    clips, scenes, _ = render(3 * len(every), cfg.seed + 6_000_000)
+    clips, scenes, flaws = render(3 * len(every), cfg.seed + 6_000_000)
     still = torch.stack([world.make_clip(replace(s, direction=""), cfg.seed + 7_000_000 + i, trail=s.direction)[0]
                          for i, s in enumerate(every)])  # their trails say that they move
-    found = {"fresh clips": measures(clips, scenes), "still clips": {"static": measures(still, every)["static"]}}
+    found = {"fresh clips": measures(clips, scenes, flaws), "still clips": {"static": measures(still, every)["static"]}}
     for name in world.PROMPT_SETS:
-        clips, scenes, _ = render(cfg.gate_count, cfg.seed + 8_000_000, scenes=world.scenes(name))
-        found[f"through the autoencoder, {name}"] = measures(through_vae(vae, clips, cfg.device), scenes)
+        clips, scenes, flaws = render(cfg.gate_count, cfg.seed + 8_000_000, scenes=world.scenes(name))
+        found[f"through the autoencoder, {name}"] = measures(through_vae(vae, clips, cfg.device), scenes, flaws)
         found[f"base, {name}"] = measures(base_clips(cfg, [s.caption for s in scenes]), scenes)
 
     (cfg.out / "gates.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -505,7 +603,7 @@ def build_gates(cfg):
 def main(cfg):
     """Build the chosen stages, then the manifest."""
     cfg.out.mkdir(parents=True, exist_ok=True)
-    for number, stage in enumerate(STAGES):
+    for stage, number in STAGES.items():
         if stage in cfg.stages:
             torch.set_num_threads(cfg.threads if stage == "unet" else 1)
             torch.manual_seed(cfg.seed + number)  # each stage on its own, so that one can be rebuilt alone

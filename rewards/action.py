@@ -1,0 +1,80 @@
+"""
+Action in the tiny world: how sure a classifier is that the shape moves as wanted. `--reward
+action:left`, whatever the caption says.
+
+VADER (arXiv:2407.08737) takes VideoMAE's classes for this; the tiny world has a small classifier of
+its own (tiny/build.py, stage "action"), which shares neither seeds nor architecture with the judge:
+the judge convolves over time, this one attends over it. The score is the log-probability of the
+wanted direction, at most 0. Its gradient is as large for a clip that certainly moves another way as
+for one in doubt, where the probability itself has next to none. A video reward: it sees 16 frames
+in order, and gives one score for all.
+
+Weights: the folder action of the tiny base; no other base has one.
+
+Letters: B videos, F frames, C classes.
+"""
+import torch
+from torch import nn
+
+from support.frames import crop_centre
+from support.hub_models import build
+from support.reward_model import RewardModel
+
+FRAMES, SIZE = 16, 32  # the tiny world's
+DIRECTIONS = ("left", "right", "up", "down")  # and a last class, no motion
+WIDTH = 64
+
+
+def convolution(c_in, c_out):
+    """Half the rows and columns."""
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, 2, 1), nn.GroupNorm(8, c_out), nn.SiLU())
+
+
+class Classifier(nn.Module):
+    """
+    Clips (B, F, 3, SIZE, SIZE) in [0, 1] -> logits (B, C) of DIRECTIONS and of no motion.
+
+    A frame alone says where its shape is; the order of the frames, where it goes.
+    """
+
+    def __init__(self):
+        super().__init__()
+        layout = [convolution(3, 16), convolution(16, 32), convolution(32, 32), nn.Flatten()]
+        self.frame = nn.Sequential(*layout, nn.Linear(32 * (SIZE // 8) ** 2, WIDTH))
+        self.time = nn.Parameter(.1 * torch.randn(FRAMES, WIDTH))
+        layer = nn.TransformerEncoderLayer(WIDTH, 4, 2 * WIDTH, dropout=0, batch_first=True,
+                                           norm_first=True)
+        self.attention = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(WIDTH, len(DIRECTIONS) + 1)
+
+    def forward(self, clips):
+        x = self.frame(clips.flatten(0, 1) * 2 - 1).unflatten(0, clips.shape[:2])         # (B, F, E)
+        return self.head(self.attention(x + self.time).mean(dim=1))           # (B, C)
+
+
+class Action(RewardModel):
+    """
+    number: the wanted one of DIRECTIONS.
+
+    frames (B, F, 3, H, W) -> (B, 1), log-probabilities.
+    """
+
+    def __init__(self, classifier, number, name):
+        super().__init__(name, FRAMES)
+        self.classifier, self.number = classifier, number
+
+    def forward(self, frames, captions):
+        x = crop_centre(self.pixels(frames, captions), SIZE, mode="bilinear")
+        x = x.unflatten(0, frames.shape[:2]).to(self.classifier.time.dtype)   # (B, F, 3, h, w)
+        logits = self.classifier(x).float()                                   # (B, C)
+        return logits.log_softmax(dim=-1)[:, self.number, None]               # (B, 1)
+
+
+def load(path, argument, dtype, device):
+    """The reward from its folder, for the direction `argument`; path None: random."""
+    if argument not in DIRECTIONS:
+        raise ValueError(f"reward action: no direction {argument!r:.60}; must be one of "
+                         f"{', '.join(DIRECTIONS)}, as in action:left")
+    classifier = build(Classifier, path, dtype, device)
+    return Action(classifier, DIRECTIONS.index(argument),
+                  f"action{'' if path else '-random'}:{argument}")

@@ -1,0 +1,62 @@
+"""
+Removal in the tiny world: how sure a detector is that a frame has no watermark. `--reward
+removal:watermark`; captions are ignored.
+
+VADER (arXiv:2407.08737) takes YOLOS's classes for this; the tiny world has a small detector of its
+own (tiny/build.py, stage "removal"), learned from examples; the judge measures the contrast of the
+band's dashes instead. The score is the log-probability that there is no watermark, at most 0. Its
+gradient is as large where the detector is sure that there is one as where it is in doubt. An image
+reward.
+
+Weights: the folder removal of the tiny base; no other base has one.
+
+Letters: B videos, S frames, N = B S pictures.
+"""
+import torch.nn.functional as F_
+from torch import nn
+
+from support.frames import crop_centre
+from support.hub_models import build
+from support.reward_model import RewardModel
+
+SIZE = 32  # the tiny world's
+THINGS = ("watermark",)
+
+
+class Detector(nn.Module):
+    """Pictures (N, 3, SIZE, SIZE) in [0, 1] -> logits (N,) of a watermark somewhere."""
+
+    def __init__(self):
+        super().__init__()
+        def convolution(c_in, c_out, stride):
+            layers = nn.Conv2d(c_in, c_out, 3, stride, 1), nn.GroupNorm(4, c_out), nn.SiLU()
+            return nn.Sequential(*layers)
+        self.body = nn.Sequential(convolution(3, 24, 1), convolution(24, 32, 2),
+                                  convolution(32, 32, 2))
+        self.head = nn.Linear(32, 1)
+
+    def forward(self, pictures):
+        x = self.body(pictures * 2 - 1)                                       # (N, E, h, w)
+        return self.head(x.mean(dim=(2, 3)))[:, 0]                            # (N,)
+
+
+class Removal(RewardModel):
+    """frames (B, S, 3, H, W) -> (B, S), log-probabilities that the thing is not there."""
+
+    def __init__(self, detector, name):
+        super().__init__(name)
+        self.detector = detector
+
+    def forward(self, frames, captions):
+        x = crop_centre(self.pixels(frames, captions), SIZE, mode="bilinear")
+        logits = self.detector(x.to(self.detector.head.weight.dtype)).float()             # (N,)
+        return F_.logsigmoid(-logits).view(frames.shape[:2])                  # (B, S)
+
+
+def load(path, argument, dtype, device):
+    """The reward from its folder; path None: random."""
+    if argument not in THINGS:
+        raise ValueError(f"reward removal: cannot tell {argument!r:.60}; must be "
+                         f"{' or '.join(THINGS)}, as in removal:watermark")
+    detector = build(Detector, path, dtype, device)
+    return Removal(detector, f"removal{'' if path else '-random'}:{argument}")
