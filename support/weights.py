@@ -91,8 +91,8 @@ def reward_kind(kind):
     if name in REWARD_FILES and preprocess in ("", "pad", "crop", "stretch"):
         return name, preprocess or "pad"
     raise ValueError(f"reward {kind!r}: must be one of {', '.join((*REWARD_FILES, *own))}, or my_file.py:function; hpsv2 and "
-                     "hpsv2.1 may end in /crop or /stretch, yolos in :CLASS, videomae in :ACTION, action in :DIRECTION, removal in "
-                     ":watermark")
+                     "hpsv2.1 may end in /crop or /stretch, yolos in :CLASS, videomae in :ACTION, action in :DIRECTION, removal "
+                     "in :watermark")
 
 
 def find_reward(kind, base_folder=None):

@@ -640,8 +640,8 @@ def full_size(kind):
     ("imagereward", .138, .280, .83, .51), ("yolos", .024, .060, .01, .22), ("videomae", .361, .812, .16, .31),
     ("vjepa", 2.261, 2.984, .61, .73)])
 def test_full_size_cost(kind, forward, both, weights, more, monkeypatch):
-    """TFLOP a frame or a clip, and GiB of a step on four frames or a clip, counted on meta in bfloat16; docs/rewards.md has them."""
-    # transformers asks tensors for their values, which meta has none of: the last hidden patch, and whether a caption has no padding.
+    """TFLOP a frame or a clip, GiB for four frames or a clip, counted on meta in bfloat16; docs/rewards.md has them."""
+    # transformers asks tensors for values, of which meta has none: the last hidden patch, and if a caption has no padding.
     largest, every = torch.Tensor.max, torch.Tensor.all
     monkeypatch.setattr(torch.Tensor, "max", lambda x, *of, **how: 2047 if x.is_meta and not of else largest(x, *of, **how))
     monkeypatch.setattr(torch.Tensor, "all", lambda x, *of, **how: True if x.is_meta and not of else every(x, *of, **how))
@@ -659,7 +659,8 @@ def test_full_size_cost(kind, forward, both, weights, more, monkeypatch):
     assert counter.get_total_flops() / unit == pytest.approx(forward, abs=6e-4)
     assert (counter.get_total_flops() + backward.get_total_flops()) / unit == pytest.approx(both, abs=6e-4)
     peak = measure_peak(lambda: reward(frames, ["a"]), [reward]).in_gib()
-    assert peak["weights"] == pytest.approx(weights, abs=6e-3) and peak["total"] - peak["weights"] == pytest.approx(more, abs=6e-3)
+    assert peak["weights"] == pytest.approx(weights, abs=6e-3)
+    assert peak["total"] - peak["weights"] == pytest.approx(more, abs=6e-3)
 
 
 def test_a_mixture_scores_exactly_while_evaluating_and_in_16_bits_before_and_after(tmp_path, capfd):

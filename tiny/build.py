@@ -439,11 +439,7 @@ def clips_in_motion(cfg, count, seed):
     vae, _ = frozen(cfg)
     every, g = all_scenes(), torch.Generator().manual_seed(cfg.seed + seed)
     seen = []  # (clip, scene)
-<<<<<<< HEAD
-    for i in progress(range(min(2880, cfg.clips)), desc="drawing clips"):
-=======
-    for i in tqdm(range(min(count, cfg.clips)), desc="drawing clips"):
->>>>>>> 3389373 (An action and a removal as rewards of the tiny world, built by two more stages of tiny/build.py)
+    for i in progress(range(min(count, cfg.clips)), desc="drawing clips"):
         scene, trail = every[i % len(every)], None
         if torch.rand((), generator=g) < .25:
             scene = replace(scene, direction="")
@@ -557,8 +553,8 @@ def missed_gates(found):
 
 def build_gates(cfg):
     """
-    gates.json: what the judge says of clips it never saw and of the base's videos; shares of clips of which the action reward
-    says the caption's direction, and of frames of which the removal reward knows if they are marked. Ends with 1 if one is missed.
+    gates.json: what the judge says of clips it never saw and of the base's videos; for how many clips the action reward says
+    the caption's direction, and for how many frames the removal reward is right. Ends with 1 if a gate is missed.
     """
     judge, (vae, _) = load_judge(cfg.out / "judge.safetensors").to(cfg.device), frozen(cfg)
     classifier = action.load(cfg.out / "action", "left", torch.float32, cfg.device).classifier
