@@ -293,8 +293,8 @@ def open_run(cfg, folder, resumed, base, reward, prompts, judge, draw, stop):
         lora.save(base.unet, path, base=cfg.base)
 
     @exact_scores.scoring_exactly(reward, lambda: load_rewards(cfg, base.folder))
-    def evaluate_prompts(captions, keep, move_on):
-        return evaluate(base, reward, captions, seed=EVAL_SEED, num_steps=cfg.num_steps,
+    def evaluate_prompts(captions, first, keep, move_on):
+        return evaluate(base, reward, captions, seed=EVAL_SEED + first, num_steps=cfg.num_steps,
                         guidance=cfg.guidance, segments=cfg.segments, frames=cfg.frames,
                         height=cfg.size, width=cfg.size, judge=judge, keep=keep, move_on=move_on,
                         batch_size=min(cfg.clips_at_once or cfg.batch_size, 8))

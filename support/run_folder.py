@@ -42,8 +42,9 @@ class Run:
 
     cfg: the settings (steps, save_every, eval_every, keep, fps, max_bad_steps, tensorboard are used here, all are recorded).
     adapters: {name: tensor}, sharing memory with what is trained. save_adapter(path): writes them as a file.
-    prompts: {set: its prompts}. evaluate(prompts, keep, move_on) -> ({measure: (n,)}, videos (keep, F, 3, H, W)) of one set,
-    calling move_on(number of videos) as it goes. reward_name: stands beside every score. stop(): whether a signal has come.
+    prompts: {set: its prompts}. evaluate(prompts, first, keep, move_on) -> ({measure: (n,)}, videos (keep, F, 3, H, W)) of one
+    set, calling move_on(number of videos) as it goes; they are number first, first + 1, ... of all, with noise of their own.
+    reward_name: stands beside every score. stop(): whether a signal has come.
     watched: measures of those tables that the guard compares.
     resumed: read the newest checkpoint and drop the lines of metrics.jsonl past its step.
     data: what the clips are, as LatentDataset.describe has it, or None; it must be the same on all ranks and when continued.
@@ -202,9 +203,11 @@ class Run:
                 bar.update(number)
                 if self.stop() and size == 1:  # with more ranks, leaving alone would keep the others waiting
                     raise Stopped
+            first = 0
             for name, prompts in self.prompts.items():
-                tables[name], videos[name] = self.evaluate(prompts, SHOWN, move_on)
+                tables[name], videos[name] = self.evaluate(prompts, first, SHOWN, move_on)
                 add_judge(self.watched, tables[name], next(iter(self.tables.values()), tables)[name])
+                first += len(prompts)
                 bar.set_postfix_str(f"{self.reward_name} of {name} {tables[name]['reward'].mean():.4f}", refresh=False)
 
         knew, self.tables[step] = self.turn(), tables

@@ -461,11 +461,11 @@ def test_it_ends_by_printing_before_and_after(whole):
 
 
 def test_evaluation_during_training_is_the_metric_of_evaluate(whole):
-    """The last line of the run, computed again from its adapter: same prompts, same noise, same numbers."""
+    """The last line of the run, computed again from its adapter: same prompts, same noise (each set has its own), same numbers."""
     base = load_base("tiny")
     lora.load(base.unet, whole[0] / "lora.safetensors")
     prompts = train.prompt_sets(base, (), 1)["other"]
-    table, _ = evaluate(base, load_reward(base_folder=base.folder), prompts, seed=train.EVAL_SEED, num_steps=2)
+    table, _ = evaluate(base, load_reward(base_folder=base.folder), prompts, seed=train.EVAL_SEED + 2, num_steps=2)
     assert metrics(whole[0])[-1]["eval"]["other"]["reward_mean"] == pytest.approx(table["reward"].item(), abs=1e-6)
 
 
