@@ -150,12 +150,11 @@ class Lab:
     @torch.no_grad()
     def value(self, z_0):
         """R of an edit, and the plain mean reward of its frames."""
-        r = train.score_frames(self.base.vae, self.reward, z_0, self.g, self.captions)        # Eq. (6)
-        f = tar_weights(self.g, self.cfg.frames, self.cfg.lambda_tar)                         # Eq. (7)
-        return {"R": aggregate(r, f).item(), "reward": r.mean().item()}                       # Eq. (8)
+        R, logged = train.video_rewards(self.base, self.reward, z_0, self.g, self.captions, self.cfg)
+        return {"R": R.item(), "reward": logged["reward"].item()}
 
     def rewards(self, base=None, reward=None, **changes):
-        """train.edit_rewards of the step's batch: R (1,) and the plain mean reward (1,)."""
+        """train.edit_rewards of the step's batch: R (1,), and what the log shows."""
         return train.edit_rewards(base or self.base, reward or self.reward, self.uncond, self.batch,
                                   replace(self.cfg, **changes))
 
@@ -206,8 +205,9 @@ def source_lines():
     """The step's source as it stands in train.py: [(line, the panel that shows it, or "")]."""
     loop = inspect.getsource(train.train)
     loop = loop[loop.index("        # 1. The gradient"):loop.index("        # 4. Log")].rstrip()
-    function = re.sub(r'""".*?"""\n\s*', "", inspect.getsource(train.edit_rewards), count=1, flags=re.DOTALL)
-    lines = (loop + "\n\n" + function).splitlines()
+    functions = [re.sub(r'""".*?"""\n\s*', "", inspect.getsource(f), count=1, flags=re.DOTALL)
+                 for f in (train.edit_rewards, train.video_rewards)]
+    lines = "\n\n".join([loop, *functions]).splitlines()
     return [(line, next((panel for words, panel in PANELS.items() if words in line), "")) for line in lines]
 
 

@@ -49,26 +49,30 @@ def edit_rewards(base, reward, uncond, batch, cfg):
     The method, from clips to what is maximised: Eq. (2), the reward of generated videos.
 
     batch: as draw_batch's; uncond (1, N, E). Returns R (B,) of Eq. (8), with gradient, and what the
-    log shows, without: the plain mean of the frame scores (B,), or {name: (B,)} of a Mixture's.
+    log shows, without: {"reward": (B,)}, the plain mean of the frame scores, a Mixture's parts too.
     """
     z, eps, text, g, captions = batch
 
-    # 1. Noise the real clip part of the way, and denoise it back (Eqs. 3-5).
+    # Noise the real clip part of the way, and denoise it back (Eqs. 3-5). Score it (Eqs. 6-8).
     z_0 = edit(base.denoiser, z, eps, text, uncond, cfg.tau, cfg.num_steps, cfg.guidance,
                cfg.grad_steps)                                                # (B, C, F, h, w)
+    return video_rewards(base, reward, z_0, g, captions, cfg)
 
-    # 2. Frames near the centre count more (Eq. 7).
-    f = tar_weights(g, z.shape[2], cfg.lambda_tar)                            # (B, S)
+
+def video_rewards(base, reward, z_0, g, captions, cfg):
+    """SegVR and TAR: z_0 (B, C, F, h, w), g (B, S) -> as above. Other methods share this."""
+    # 1. Frames near the centre count more (Eq. 7).
+    f = tar_weights(g, z_0.shape[2], cfg.lambda_tar)                          # (B, S)
     chunk = 1 if cfg.low_memory else cfg.decode_chunk
-    if isinstance(reward, Mixture):  # several rewards, or of whole clips: steps 3 and 4 for each
+    if isinstance(reward, Mixture):  # several rewards, or of whole clips: steps 2 and 3 for each
         return reward.of_edits(decode_frames, base.vae, z_0, captions, g, f, aggregate, chunk)
 
-    # 3. Score one frame of each segment (Eq. 6). Only these frames are decoded.
+    # 2. Score one frame of each segment (Eq. 6). Only these frames are decoded.
     frame_scores = score_frames(base.vae, reward, z_0, g, captions, chunk)    # (B, S)
 
-    # 4. Average the weighted scores (Eq. 8).
+    # 3. Average the weighted scores (Eq. 8).
     R = aggregate(frame_scores, f)                                            # (B,)
-    return R, frame_scores.detach().mean(dim=1)                               # (B,), (B,)
+    return R, {"reward": frame_scores.detach().mean(dim=1)}                   # (B,), (B,)
 
 
 def score_frames(vae, reward, z_0, g, captions, chunk=0):
@@ -94,8 +98,8 @@ def train(cfg, parameters, draw, score, run):
     Maximise R over `parameters`, from wherever `run` stands to cfg.steps.
 
     The method is two functions. draw(step) -> this rank's share of a step's batch, a tuple whose
-    items have an entry per video. score(batch) -> R (B,), with gradient, and the reward (B,) to
-    log, or {"reward": (B,), more: (B,)}. Returns False if a signal ended the run early, saved.
+    items have an entry per video. score(batch) -> R (B,), with gradient, and what to log,
+    {"reward": (B,), more: (B,)}. Returns False if a signal ended the run early, saved.
     """
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0)
     loss_scale = 4096. if cfg.dtype == "float16" else 1.  # there, half of the gradient would be 0
@@ -106,7 +110,7 @@ def train(cfg, parameters, draw, score, run):
         total_loss, means = 0., {}
         optimizer.zero_grad(set_to_none=False)
         for part in split_batch(batch, cfg.clips_at_once):
-            R, logged = score(part)                                           # (B,), (B,)
+            R, logged = score(part)                                           # (B,), {}
             loss = -R.sum() / cfg.batch_size                                  # Eq. (9), its share
             (loss_scale * loss).backward()
             total_loss += loss.item()
@@ -224,7 +228,7 @@ PRESETS = {
 def check(cfg, needs_clips=True):
     """All that can be known before anything is loaded or written; ValueError in one line."""
     # Each number by itself.
-    settings.check_training(cfg, world_size=rank_and_size()[1], whole_clips=needs_clips)
+    settings.check_training(cfg, world_size=rank_and_size()[1])
     settings.check_at_least(cfg, frames=1, size=1, fps=1, rank=1, warmup=0, offset_noise=0)
     settings.check_positive(cfg, "lr", "clip_grad")
     settings.check_finite(cfg, "guidance", "offset_noise")

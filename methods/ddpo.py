@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 from data import batch_indices  # noqa: E402
 from evaluate import prompt_sets  # noqa: E402
-from reward import aggregate, segment_frames, tar_weights  # noqa: E402
+from reward import segment_frames  # noqa: E402
 from sampler import GUIDANCE, alpha_bars, ddim_mean_std, ddpm_step, guided_eps  # noqa: E402
 from support import prompting  # noqa: E402
 from support.processes import add_over_ranks, all_gather, rank_and_size, run_script  # noqa: E402
@@ -111,9 +111,8 @@ def sample_round(base, reward, uncond, draw, first, history, cfg):
         noise, text, g, captions, seeds = draw(step)
         path, log_probs = sample_path(base, noise, text, uncond, seeds, cfg)
         with torch.no_grad():
-            frame_scores = train.score_frames(base.vae, reward, path[-1], g, captions)    # (B, S)
-        R = aggregate(frame_scores, tar_weights(g, cfg.frames, cfg.lambda_tar))           # (B,)
-        batches.append([path, log_probs, text, frame_scores.mean(dim=1)])
+            R, logged = train.video_rewards(base, reward, path[-1], g, captions, cfg)     # (B,)
+        batches.append([path, log_probs, text, logged["reward"]])
         scored.append((captions, R.tolist()))
 
     # Statistics are over the whole round, in order of step and rank: the same on any number.

@@ -33,7 +33,7 @@ import lora  # noqa: E402
 import train  # noqa: E402
 from data import batch_indices  # noqa: E402
 from evaluate import prompt_sets  # noqa: E402
-from reward import aggregate, segment_frames, tar_weights  # noqa: E402
+from reward import segment_frames  # noqa: E402
 from sampler import GUIDANCE, add_noise, alpha_bars, sample  # noqa: E402
 from support import prompting  # noqa: E402
 from support.processes import rank_and_size, run_script  # noqa: E402
@@ -80,9 +80,9 @@ def sample_pairs(base, reward, prompts, number, cfg):
             lora.set_scale(base.unet, 1.)
 
             # 2. Their rewards, with SegVR and TAR as in train.py.
-            scores = train.score_frames(base.vae, reward, z[-1], g, captions)             # (B, S)
-            R.append(aggregate(scores, tar_weights(g, cfg.frames, cfg.lambda_tar)))       # (B,)
-            plain.append(scores.mean(dim=1))                                              # (B,)
+            R_videos, logged = train.video_rewards(base, reward, z[-1], g, captions, cfg)
+            R.append(R_videos)                                                # (B,)
+            plain.append(logged["reward"])                                    # (B,)
 
         # 3. The better one wins.
         first_wins = (R[0] >= R[1])[:, None, None, None, None]                # (B, 1, 1, 1, 1)
@@ -154,7 +154,7 @@ def method(cfg, base, reward):
             reference = pair_errors(base.denoiser, *inputs)                   # (B,), (B,)
         lora.set_scale(base.unet, 1.)
         loss = dpo_loss(*pair_errors(base.denoiser, *inputs), *reference, cfg.beta)
-        return -loss.expand(len(mean_scores)), mean_scores
+        return -loss.expand(len(mean_scores)), {"reward": mean_scores}
 
     draw.data = prompting.describe(prompts)
     return draw, score

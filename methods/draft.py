@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 from data import batch_indices  # noqa: E402
 from evaluate import prompt_sets  # noqa: E402
-from reward import aggregate, segment_frames, tar_weights  # noqa: E402
+from reward import segment_frames  # noqa: E402
 from sampler import GUIDANCE, alpha_bars, chain  # noqa: E402
 from support import prompting  # noqa: E402
 from support.processes import rank_and_size, run_script  # noqa: E402
@@ -38,7 +38,7 @@ def draft_rewards(base, reward, uncond, batch, cfg):
     Algorithm 1, from noise to the reward of a video.
 
     batch: noise (B, C, F, h, w), text (B, N, E), g (B, S), captions [B], K [B]; uncond (1, N, E).
-    Returns R (B,), with gradient, and the plain mean of the frame scores (B,), without.
+    Returns as train.edit_rewards.
     """
     noise, text, g, captions, grad_steps = batch
 
@@ -47,10 +47,7 @@ def draft_rewards(base, reward, uncond, batch, cfg):
     z_0 = chain(base.denoiser, noise, text, uncond, D, D, cfg.guidance, alpha_bars(), K)
 
     # 2. Score one frame of each segment (SegVR), weighted by the distance from the centre (TAR).
-    chunk = 1 if cfg.low_memory else cfg.decode_chunk
-    frame_scores = train.score_frames(base.vae, reward, z_0, g, captions, chunk)   # (B, S)
-    R = aggregate(frame_scores, tar_weights(g, z_0.shape[2], cfg.lambda_tar))      # (B,)
-    return R, frame_scores.detach().mean(dim=1)                               # (B,), (B,)
+    return train.video_rewards(base, reward, z_0, g, captions, cfg)
 
 
 def last_steps(step, cfg):

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 from data import batch_indices  # noqa: E402
 from evaluate import prompt_sets  # noqa: E402
-from reward import aggregate, segment_frames, tar_weights  # noqa: E402
+from reward import segment_frames  # noqa: E402
 from sampler import GUIDANCE, alpha_bars, ddim_step, ddpm_step, guided_eps  # noqa: E402
 from support import prompting  # noqa: E402
 from support.processes import rank_and_size, run_script  # noqa: E402
@@ -60,13 +60,10 @@ def predict(base, noise, text, uncond, m, cfg):
 
 
 def refl_rewards(base, reward, uncond, batch, cfg):
-    """R (B,) of the predicted videos, with gradient; the plain mean of their frame scores (B,)."""
+    """R (B,) of the predicted videos, and what to log, as train.edit_rewards."""
     noise, text, g, captions, m = batch
     z_0 = predict(base, noise, text, uncond, m[0], cfg)                       # (B, C, F, h, w)
-    chunk = 1 if cfg.low_memory else cfg.decode_chunk
-    frame_scores = train.score_frames(base.vae, reward, z_0, g, captions, chunk)   # (B, S)
-    R = aggregate(frame_scores, tar_weights(g, z_0.shape[2], cfg.lambda_tar))      # (B,)
-    return R, frame_scores.detach().mean(dim=1)                               # (B,), (B,)
+    return train.video_rewards(base, reward, z_0, g, captions, cfg)
 
 
 # ----------------------------------------------------------------------------------------------

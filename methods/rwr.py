@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 from data import batch_indices  # noqa: E402
 from evaluate import prompt_sets  # noqa: E402
-from reward import aggregate, segment_frames, tar_weights  # noqa: E402
+from reward import segment_frames  # noqa: E402
 from sampler import GUIDANCE, add_noise, alpha_bars, sample  # noqa: E402
 from support import prompting  # noqa: E402
 from support.processes import rank_and_size, run_script  # noqa: E402
@@ -58,14 +58,6 @@ def denoising_errors(denoiser, z, eps, t, text):
     return (denoiser(z_t, t, text) - eps).square().flatten(1).mean(dim=1)     # (B,)
 
 
-@torch.no_grad()
-def score_videos(base, reward, z, g, captions, cfg):
-    """R (B,) of Eq. (8), and the plain mean of the frame scores (B,)."""
-    frame_scores = train.score_frames(base.vae, reward, z, g, captions)       # (B, S)
-    f = tar_weights(g, cfg.frames, cfg.lambda_tar)                            # (B, S)
-    return aggregate(frame_scores, f), frame_scores.mean(dim=1)
-
-
 def sample_videos(base, reward, prompts, number, cfg):
     """This rank's videos of a round, scored, 8 at a time: {z, R, reward, prompt}."""
     pick_frames = lambda own: segment_frames(cfg.frames, cfg.segments, 1, own)[0]         # (S,)
@@ -76,9 +68,9 @@ def sample_videos(base, reward, prompts, number, cfg):
         noise, text, g, captions = prompting.draw_videos(
             part, prompts, base, cfg, (cfg.seed, "round", number), pick_frames)
         z = sample(base.denoiser, noise, text, uncond, cfg.num_steps, cfg.guidance)
-        R, plain = score_videos(base, reward, z, g, captions, cfg)
+        R, logged = train.video_rewards(base, reward, z, g, captions, cfg)
         indices = torch.tensor([index for _, index in part])                  # (B,)
-        yield {"z": z, "R": R, "reward": plain, "prompt": indices}
+        yield {"z": z, "R": R, "reward": logged["reward"], "prompt": indices}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -135,10 +127,12 @@ def method(cfg, base, reward):
         text = base.encode_text([prompts[i] for i in videos["prompt"][chosen].tolist()])
         return z.to(base.device), eps.to(base.device), text, w[chosen], videos["reward"][chosen]
 
+    @torch.no_grad()
     def draw_clips(step):
         z, eps, text, g, captions = train.draw_batch(dataset, step, cfg, base.vae.config.scale,
                                                      base.device)
-        return z, eps, text, *score_videos(base, reward, z, g, captions, cfg)
+        R, logged = train.video_rewards(base, reward, z, g, captions, cfg)
+        return z, eps, text, R, logged["reward"]
 
     def draw(run, step):
         share = batch_indices(step, cfg.batch_size, cfg.videos, cfg.seed, *rank_and_size())
@@ -150,7 +144,7 @@ def method(cfg, base, reward):
     def score(batch):
         z, eps, text, w, plain, t = batch
         error = denoising_errors(base.denoiser, z, eps, t, text)              # (B,)
-        return -w.to(error) * error, plain
+        return -w.to(error) * error, {"reward": plain}
 
     draw.data = dataset.description if cfg.data else prompting.describe(prompts)
     return draw, score

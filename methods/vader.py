@@ -10,8 +10,8 @@ Paper: VADER (arXiv:2407.08737), Algorithm 1.
 
 Against train.py: (1) it starts from pure noise and needs prompts only; (2) it runs the whole chain,
 of stochastic steps unless --eta 0; (3) it scores n random frames, one by default, and takes their
-plain mean (--lambda-tar 0). --frames-scored 0 scores all frames in order, as a reward of motion
-needs.
+plain mean (--lambda-tar 0); --frames-scored 0 is all of them. A video reward sees its own frames,
+in order (docs/rewards.md).
 
 Ours differs from the authors' code: number of steps, guidance and rank are those of the other
 methods here, not 25, 12 and 16, which are VideoCrafter's.
@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 from data import batch_indices  # noqa: E402
 from evaluate import prompt_sets  # noqa: E402
-from reward import aggregate, tar_weights  # noqa: E402
 from sampler import GUIDANCE, alpha_bars, ddim_mean_std, ddpm_step, guided_eps  # noqa: E402
 from support import prompting  # noqa: E402
 from support.processes import rank_and_size, run_script  # noqa: E402
@@ -42,7 +41,7 @@ def vader_rewards(base, reward, uncond, batch, cfg):
     Algorithm 1, from noise to the reward of a video.
 
     batch: noise (B, C, F, h, w), text (B, N, E), g (B, n), captions [B], seeds [B]; uncond
-    (1, N, E). Returns R (B,), with gradient, and the plain mean of the frame scores (B,), without.
+    (1, N, E). Returns as train.edit_rewards.
     """
     z, text, g, captions, seeds = batch
     generators = [sample_generator(*seed) for seed in seeds]
@@ -58,11 +57,8 @@ def vader_rewards(base, reward, uncond, batch, cfg):
             fresh = [torch.randn(z.shape[1:], generator=own) for own in generators]
             z = mean + std * torch.stack(fresh).to(z)                         # (B, C, F, h, w)
 
-    # 2. Score the random frames; lambda 0 gives their plain mean.
-    chunk = 1 if cfg.low_memory else cfg.decode_chunk
-    frame_scores = train.score_frames(base.vae, reward, z, g, captions, chunk)     # (B, n)
-    R = aggregate(frame_scores, tar_weights(g, z.shape[2], cfg.lambda_tar))        # (B,)
-    return R, frame_scores.detach().mean(dim=1)                               # (B,), (B,)
+    # 2. Score the random frames; lambda 0 gives their plain mean. A video reward has its own.
+    return train.video_rewards(base, reward, z, g, captions, cfg)
 
 
 def random_frames(num_frames, n, generator):

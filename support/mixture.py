@@ -25,9 +25,6 @@ class Mixture(nn.Module):
     """
     parts: [(weight, reward)], at least one; watched: rewards; pixels: names of support.watch.PIXELS. ValueError if two rewards
     have the same name.
-
-    Called with frames (B, S, 3, H, W) and captions it is an image reward of its own -> (B, S), since Eq. (8) is linear; it
-    refuses if one of its parts is a video reward.
     """
     num_frames = None
 
@@ -41,12 +38,6 @@ class Mixture(nn.Module):
             raise ValueError(f"rewards {', '.join(names)}: each must be named once")
         self.name = " + ".join(r.name if w == 1 else f"{w:g} {r.name}" for w, r in zip(self.weights, self.rewards))
         self.is_plain = self.weights == [1]  # the mixture is its only part
-
-    def forward(self, frames, captions):
-        whole = [reward.name for reward in self.rewards if reward.num_frames]
-        if whole:
-            raise ValueError(f"reward {whole[0]}: sees whole clips; this method scores single frames")
-        return sum(weight * reward(frames, captions) for weight, reward in zip(self.weights, self.rewards))
 
     def of_edits(self, decode_frames, vae, z_0, captions, g, f, aggregate, chunk=0):
         """
@@ -177,14 +168,14 @@ def read_mixture(cfg):
     return parts, watched, paths
 
 
-def check_rewards(cfg, whole_clips=True):
-    """ValueError for what is wrong with the settings of rewards, before anything is loaded. whole_clips: can they be used?"""
+def check_rewards(cfg):
+    """ValueError for what is wrong with the settings of rewards, before anything is loaded."""
     parts, watched, paths = read_mixture(cfg)
     kinds = [kind for _, kind in parts] + watched
     if len(set(kinds)) < len(kinds):
         raise ValueError(f"rewards {', '.join(kinds)}: each must be named once")
     for kind in kinds:
-        check_kind(kind, paths.get(kind), cfg.frames, whole_clips or kind in watched)
+        check_kind(kind, paths.get(kind), cfg.frames)
     if getattr(cfg, "official_hps", False) and ([kind for _, kind in parts] not in (["hpsv2"], ["hpsv2.1"]) or cfg.watch):
         raise ValueError("official_hps: checks hpsv2 or hpsv2.1 alone, without other rewards or watch")
 

@@ -8,17 +8,15 @@ from support.frames import spread_frames
 from support.weights import WHOLE_CLIPS, reward_kind
 
 
-def check_kind(kind, weights, num_frames, whole_clips=True):
+def check_kind(kind, weights, num_frames):
     """
     ValueError for an unknown kind, a class or function that is not named, weights that are not there, or too few frames.
 
-    weights: their path, or None. whole_clips: whether the method can use rewards that see a whole clip.
+    weights: their path, or None.
     """
     name, argument = reward_kind(kind)
     if name == "yolos" and not argument:
         raise ValueError("reward yolos: must name what is to go, as in yolos:book")
-    if name in WHOLE_CLIPS and not whole_clips:
-        raise ValueError(f"reward {name}: sees whole clips; this method scores single frames")
     if name in WHOLE_CLIPS and not (weights and Path(weights).is_dir()):  # there, its config.json says how many
         spread_frames(num_frames, WHOLE_CLIPS[name])
     if weights and not re.fullmatch(r"random(:\d+)?", str(weights)) and not Path(weights).exists():

@@ -141,12 +141,12 @@ def check_positive(cfg, *names):
             raise ValueError(f"{name} = {getattr(cfg, name)}: must be a finite number above 0")
 
 
-def check_training(cfg, world_size, whole_clips=True):
-    """What TrainingSettings and the steps and batches of every method must be. whole_clips: as check_rewards'."""
+def check_training(cfg, world_size):
+    """What TrainingSettings and the steps and batches of every method must be."""
     check_at_least(cfg, steps=1, batch_size=1, clips_at_once=0, max_bad_steps=1, eval_every=0, eval_count=0, save_every=1, keep=1,
                    workers=0, decode_chunk=0, max_skip=0)
     check_finite(cfg, "max_skip")
-    check_rewards(cfg, whole_clips)
+    check_rewards(cfg)
     if cfg.early_stop and not (cfg.watch and cfg.eval_every):
         raise ValueError("early_stop: needs --watch, and evaluations (eval_every above 0), or there is nothing to stop for")
     if cfg.batch_size % world_size:

@@ -29,8 +29,8 @@ def summary(table):
 
 
 def add_means(totals, logged, batch_size):
-    """Add to {name: mean over a batch} what a part of it adds. logged: the rewards (B,), or {"reward": (B,), more: (B,)}."""
-    for name, values in (logged if isinstance(logged, dict) else {"reward": logged}).items():
+    """Add to {name: mean over a batch} what a part of it adds, logged {"reward": (B,), more: (B,)}."""
+    for name, values in logged.items():
         totals[name] = totals.get(name, 0.) + values.sum().item() / batch_size
 
 

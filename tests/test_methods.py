@@ -29,6 +29,7 @@ import train
 from methods import ddpo, dpo, draft, refl, rwr, vader
 from model import load_base
 from reward import load_reward
+from rewards import videomae
 from support import run_folder, settings
 from support.published import fingerprint
 
@@ -129,7 +130,7 @@ def test_drafts_gradient_is_that_of_the_chain_cut_by_hand(parts, K):
     base, reward, uncond = parts
     noise, text, g, captions = inputs(base)
     cfg = config(draft, grad_steps=K)
-    R, plain = draft.draft_rewards(base, reward, uncond, (noise, text, g, captions, [K, K]), cfg)
+    R, logged = draft.draft_rewards(base, reward, uncond, (noise, text, g, captions, [K, K]), cfg)
 
     # Ordinary backpropagation through all four steps, cut before the last K: with K = D it is not cut at all.
     z = noise
@@ -140,7 +141,7 @@ def test_drafts_gradient_is_that_of_the_chain_cut_by_hand(parts, K):
     scores = train.score_frames(base.vae, reward, z, g, captions)
     by_hand = (scores * torch.exp(-1. * (g - 2).abs())).mean(dim=1)
     torch.testing.assert_close(R, by_hand, rtol=0, atol=1e-5)
-    torch.testing.assert_close(plain, scores.detach().mean(dim=1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logged["reward"], scores.detach().mean(dim=1), rtol=0, atol=1e-5)
     assert apart(gradient(base, R), gradient(base, by_hand)) < 1e-3
 
 
@@ -194,8 +195,8 @@ def test_refl_stops_late_and_all_videos_of_a_step_together(parts, monkeypatch):
     assert all(m[0] == m[1] for m in drawn) and {m[0] for m in drawn} == set(range(1, 11))  # the last 10 of 40
     draw, score = refl.method(replace(cfg, num_steps=4, late=1.), base, reward)
     assert {draw(step)[4][0] for step in range(40)} == {1, 2, 3, 4}
-    R, plain = score(draw(0))
-    assert R.requires_grad and not plain.requires_grad and gradient(base, R).abs().max() > 0
+    R, logged = score(draw(0))
+    assert R.requires_grad and not logged["reward"].requires_grad and gradient(base, R).abs().max() > 0
 
 
 # -------------------------------------------------------- VADER --------------------------------------------------------
@@ -219,7 +220,7 @@ def test_vaders_fresh_noise_is_a_videos_own(parts):
 
     def plain(of=slice(None), eta=1., keys=keys):
         batch = noise[of], text[of], g[of], captions[of], keys[of]
-        return vader.vader_rewards(base, reward, uncond, batch, config(vader, eta=eta))[1]
+        return vader.vader_rewards(base, reward, uncond, batch, config(vader, eta=eta))[1]["reward"]
     assert torch.equal(plain(), plain()) and (plain() - plain(eta=0.)).abs().min() > 1e-4
     torch.testing.assert_close(plain(slice(1, 2)), plain()[1:], rtol=0, atol=1e-5)
     assert abs(plain(keys=[keys[1]] * 2)[0] - plain()[0]) > 1e-4  # another video's noise
@@ -381,7 +382,7 @@ def test_rwr_with_equal_rewards_is_the_plain_denoising_loss(parts):
     _, score = rwr.method(config(rwr), base, reward)
     z, eps = inputs(base)[0], inputs(base, 1)[0]
     text, t = base.encode_text(CAPTIONS), torch.tensor([951, 51])
-    R, plain = score((z, eps, text, torch.ones(2), torch.zeros(2), t))
+    R, _ = score((z, eps, text, torch.ones(2), torch.zeros(2), t))
     plain_loss = []
     for b in (0, 1):  # Eq. (1), one video at a time
         a = sampler.alpha_bars()[t[b]].item()
@@ -504,6 +505,22 @@ def assert_same_files(a, b):
         assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in y), path.name
     if Path(b, "rewards.jsonl").is_file():
         assert Path(a, "rewards.jsonl").read_text() == Path(b, "rewards.jsonl").read_text()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_mix_with_a_video_reward_trains_by_every_method(name, monkeypatch):
+    """Image rewards see the method's own frames, video rewards whole clips in order; both are logged beside their sum."""
+    Path("mine.py").write_text("def red(frames, captions):\n    return frames[:, :, 0].mean((2, 3))\n")
+    monkeypatch.setattr(videomae.VideoMAE, "forward", lambda self, frames, captions: frames[:, -1:].mean((2, 3, 4)))
+    flags = [*SHORT, *MORE.get(name, []), "--frames", 16, "--steps", 2, "--save-every", 2]
+    mix = ["--reward", "mine.py:red", "--reward", "videomae:moving left=10", "--reward-weights", "videomae=random"]
+    assert run(name, *flags, *mix, "--out", "mixed") == 0 and run(name, *flags, "--reward", "mine.py:red", "--out", "alone") == 0
+    mixed, alone = (metrics(folder)[0] for folder in ("mixed", "alone"))
+    if name in ("draft", "refl", "vader"):  # the first step's videos are the same
+        assert mixed["mine:red"] == pytest.approx(alone["reward"], abs=1e-6)
+        video = next(value for key, value in mixed.items() if "videomae" in key)
+        assert mixed["reward"] == pytest.approx(mixed["mine:red"] + 10 * video, abs=1e-5)
+    assert mixed["reward"] > alone["reward"] + 1
 
 
 def stop_after(patch, step):

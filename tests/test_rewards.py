@@ -490,12 +490,7 @@ def test_a_mixture_is_the_weighted_sum(chunk):
     assert measured["reward"] == pytest.approx(logged["reward"][0].item(), rel=1e-5) and measured["seen"] == measured["bright"]
 
 
-def test_a_mixture_of_image_rewards_is_one():
-    one = Mixture([(2., Brightness("a")), (3., Brightness("b"))])
-    frames = random_frames()
-    torch.testing.assert_close(one(frames, CAPTIONS), 5 * frames.mean((2, 3, 4)))
-    with pytest.raises(ValueError, match="reward c: sees whole clips; this method scores single frames"):
-        Mixture([(1., Brightness("a")), (1., Change("c", 3))])(frames, CAPTIONS)
+def test_rewards_of_a_mixture_have_names_of_their_own():
     with pytest.raises(ValueError, match="rewards a, a: each must be named once"):
         Mixture([(1., Brightness("a"))], [Brightness("a")])
 

@@ -27,7 +27,6 @@ import sampler
 import train
 from data import LatentDataset
 from evaluate import evaluate
-from methods import ddpo, draft
 from model import decode_frames, load_base
 from reward import load_reward
 from support import adapters, run_folder, settings, videos, weights
@@ -166,13 +165,14 @@ def test_the_loss_is_minus_the_mean_of_equation_8(parts, monkeypatch):
     seen = {}
     monkeypatch.setattr(train, "edit", lambda *args: seen.setdefault("z_0", real(*args)))
     real = sys.modules["sampler"].edit
-    R, plain = train.edit_rewards(base, reward, base.encode_text([""]), batch, CFG)
+    R, logged = train.edit_rewards(base, reward, base.encode_text([""]), batch, CFG)
     # By hand: each clip's frames one by one, weighted by their distance from the middle, F/2 = 2.
     r = [[reward(decode_frames(base.vae, seen["z_0"][b:b + 1])[:, [i]], captions[b:b + 1]).item() for i in g[b]] for b in (0, 1)]
     f = [[math.exp(-1.0 * abs(i - 2)) for i in g[b].tolist()] for b in (0, 1)]
     by_hand = [sum(x * y for x, y in zip(r[b], f[b])) / 2 for b in (0, 1)]
     assert R.tolist() == pytest.approx(by_hand, abs=1e-5)
-    assert plain.tolist() == pytest.approx([sum(x) / 2 for x in r], abs=1e-5) and not plain.requires_grad
+    assert logged.keys() == {"reward"} and not logged["reward"].requires_grad
+    assert logged["reward"].tolist() == pytest.approx([sum(x) / 2 for x in r], abs=1e-5)
     line = loop(parts, CFG).lines[0]
     assert line["loss"] == pytest.approx(-sum(by_hand) / 2, abs=1e-5)
     assert line["reward"] == pytest.approx(sum(map(sum, r)) / 4, abs=1e-5)
@@ -461,7 +461,7 @@ def test_it_ends_by_printing_before_and_after(whole):
 
 
 def test_evaluation_during_training_is_the_metric_of_evaluate(whole):
-    """The last line of the run, computed again from its adapter: same prompts, same noise (each set has its own), same numbers."""
+    """The last line of the run, computed again from its adapter: same prompts, same noise (the third video's), same numbers."""
     base = load_base("tiny")
     lora.load(base.unet, whole[0] / "lora.safetensors")
     prompts = train.prompt_sets(base, (), 1)["other"]
@@ -690,16 +690,6 @@ def test_what_can_be_known_before_weights_are_loaded_is_checked_before(whole, mo
             (["--reward", "bad.py:f"], r"the file cannot be imported \(SyntaxError")]:
         with pytest.raises(ValueError, match=message):
             run(*argv)
-
-
-def test_rewards_of_whole_clips_are_for_editing(monkeypatch):
-    """The other methods score single frames; they say so before weights are loaded."""
-    monkeypatch.setattr(train, "load_base", lambda *args: pytest.fail("weights were loaded"))
-    for module in (ddpo, draft):
-        with pytest.raises(ValueError, match="reward vjepa: sees whole clips; this method scores single frames"):
-            module.main(["--reward", "vjepa", "--eval-every", "0"])
-    with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
-        draft.main(["--watch", "vjepa", "--eval-every", "0"])
 
 
 def test_parts_from_elsewhere_are_looked_for_before_the_base_is_downloaded(monkeypatch):
