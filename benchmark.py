@@ -4,6 +4,7 @@ What a training step costs: counted, timed part by part, and held against the sa
     python benchmark.py                                     # the tiny world's sizes, on the CPU: a minute or two
     python benchmark.py --base random                       # full size with random weights, on a GPU
     python benchmark.py --base random --device meta         # full size, counted alone, work and memory: no weights, no times
+    python benchmark.py --base random:64 --size 128 --batch-size 1 --host-memory    # the memory count against a measured step
 
 Work is counted by torch.utils.flop_counter on the very functions that train.py runs, with tensors that have no memory. Time is
 measured interleaved: every repeat runs each contender once, so that whatever else the machine does, it does to all of them, and
@@ -45,9 +46,9 @@ import lora
 import train
 from model import Base, UNet3D, load_base
 from reward import aggregate, load_reward, segment_frames, tar_weights
-from sampler import check_edit, edit_steps
+from sampler import check_edit, edit_steps, sample
 from support.files import check_folder, write_text
-from support.memory import measure_peak
+from support.memory import GIB, measure_host_peak, measure_peak
 from support.names import unet_to_diffusers, vae_to_diffusers
 from support.processes import DTYPES, pick_device, pick_dtype, run_script
 from support.progress import progress
@@ -59,6 +60,7 @@ CAPTION = "a red circle moving left"
 AT_ONCE = (1, 2, 4, 8)  # clips, for which memory is counted
 MEMORY_SETTINGS = {"no flag": {}, "--decode-chunk 1": {"decode_chunk": 1},
                    "--checkpoint-activations": {"checkpoint_activations": True}, "--low-memory": {"low_memory": True}}
+EVALUATION = "an evaluation"
 
 
 @dataclass
@@ -90,6 +92,9 @@ class Config:
     """ours recomputes the UNet's blocks in the backward pass, as train.py's flag of that name"""
     low_memory: bool = False
     """ours recomputes, and decodes one frame at a time, as train.py's flag of that name"""
+    host_memory: bool = False
+    """instead: hold the expected memory of our step, with each memory setting, against what the process grows by on the CPU
+    (Linux)"""
     diffusers: bool = True
     """compare with the two steps built from diffusers (pip install -r requirements-dev.txt)"""
     out: Path = Path("out/benchmark.json")
@@ -100,6 +105,8 @@ def check(cfg):
     """All that can be known before anything is loaded."""
     check_at_least(cfg, batch_size=1, steps=1, frames=train.Config.segments)
     check_edit(cfg.tau, cfg.num_steps, train.Config.grad_steps)
+    if cfg.host_memory and cfg.device not in (None, "cpu"):
+        raise ValueError(f"device {cfg.device!r}: must be cpu with host_memory")
     check_folder(cfg.out.parent)
     if cfg.out.is_dir():
         raise ValueError(f"out {cfg.out}: is a folder; it must be a file, there or not")
@@ -361,14 +368,17 @@ def count(base, reward, cfg):
 
 
 def count_memory(base, reward, cfg, dtype, at_once=AT_ONCE):
-    """{memory setting: {clips at once: GiB of a step at its peak, as Peak.in_gib}} of ours, for weights in this dtype."""
+    """
+    {memory setting: {clips at once: GiB of a step at its peak, as Peak.in_gib}} of ours, for weights in this dtype. Also
+    EVALUATION, of videos at once; its chain needs the most of it.
+    """
     base = Base(on_meta(base.unet, dtype), on_meta(base.vae, dtype), on_meta(base.text_encoder), base.name)
     reward = on_meta(reward, dtype)
     base.texts = {caption: torch.empty(base.text_encoder.config.context_length, base.text_encoder.config.width, device="meta")
                   for caption in ("", CAPTION)}
     lora.inject(base.unet, train.Config.rank)
     uncond, modules, found = base.encode_text([""]), [base.unet, base.vae.decoder, reward], {}
-    for name, flags in MEMORY_SETTINGS.items():
+    for name, flags in (MEMORY_SETTINGS | {EVALUATION: {}}).items():
         # One step of the chain has gradient; those without leave nothing behind, so one step is as good as all.
         settings = replace(train.PRESETS["modelscope"], num_steps=1, tau=1., **flags)
         base.unet.checkpoint_activations(settings.checkpoint_activations or settings.low_memory)
@@ -376,11 +386,38 @@ def count_memory(base, reward, cfg, dtype, at_once=AT_ONCE):
         for number in (1, 2):
             batch = synthetic(base, replace(cfg, batch_size=number))
             reward.text_features(batch[-1])  # made once a caption, not once a step
-            peak = measure_peak(lambda: train.edit_rewards(base, reward, uncond, batch, settings)[0], modules)  # noqa: B023
-            measured.append(peak.in_gib())
+            def forward():
+                if name == EVALUATION:  # noqa: B023
+                    with torch.no_grad():
+                        return sample(base.denoiser, batch[1], batch[2], uncond, num_steps=1)  # noqa: B023
+                return train.edit_rewards(base, reward, uncond, batch, settings)[0]  # noqa: B023
+            measured.append(measure_peak(forward, modules).in_gib())
         # Every clip adds as much as the one before: all tensors but the weights have a row for each.
         one, two = measured
         found[name] = {n: {k: one[k] + (n - 1) * (two[k] - one[k]) for k in one} for n in at_once}
+    return found
+
+
+def hold_memory(base, reward, cfg, dtype):
+    """{memory setting: GiB that are expected of our step on top of the weights, those measured, and their ratio}, on the CPU."""
+    counted = count_memory(base, reward, cfg, dtype, (cfg.batch_size,))
+    batch, uncond, parameters = synthetic(base, cfg), base.encode_text([""]), lora.inject(base.unet, train.Config.rank)
+    base.release_encoders()
+    reward.text_features(batch[-1])
+
+    def step(settings):
+        for p in parameters:
+            p.grad = None
+        train.edit_rewards(base, reward, uncond, batch, settings)[0].sum().backward()
+
+    found = {}
+    for name, flags in tqdm(MEMORY_SETTINGS.items(), "measuring", leave=False):
+        settings = replace(train.PRESETS["modelscope"], num_steps=1, tau=1., **flags)  # as in count_memory
+        base.unet.checkpoint_activations(settings.checkpoint_activations or settings.low_memory)
+        expected = counted[name][cfg.batch_size]
+        expected = expected["total"] - expected["weights"]
+        measured = measure_host_peak(lambda: step(settings)) / GIB  # noqa: B023
+        found[name] = {"expected": expected, "measured": measured, "ratio": measured / expected}
     return found
 
 
@@ -493,9 +530,9 @@ def process_peak():
 def measure(cfg, command=None):
     """The whole report, as plain values."""
     check(cfg)
-    device = torch.device("meta") if cfg.device == "meta" else pick_device(cfg.device)
+    device = torch.device("meta") if cfg.device == "meta" else pick_device("cpu" if cfg.host_memory else cfg.device)
     base, reward = load(cfg, device)
-    counted = count(base, reward, cfg)
+    counted = {} if cfg.host_memory else count(base, reward, cfg)
     report = {"command": command, "machine": machine(device), "settings": asdict(cfg) | {"out": str(cfg.out)},
               "versions": {"python": platform.python_version()} | {
                   name: metadata.version(name) for name in ("torch", "open_clip_torch", "diffusers", "peft", "transformers")
@@ -503,7 +540,9 @@ def measure(cfg, command=None):
               "base": base.name, "dtype": next(k for k, v in DTYPES.items() if v == precision(cfg, device)),
               "matrix_tflops": None, "contenders": {}, "slower": {}, "process_peak_gib": None}
     timed = {}
-    if device.type == "meta":
+    if cfg.host_memory:
+        report["host_memory"] = hold_memory(base, reward, cfg, precision(cfg, device))
+    elif device.type == "meta":
         report["memory"] = count_memory(base, reward, cfg, precision(cfg, device))
     else:
         base.release_encoders()
@@ -522,7 +561,7 @@ def measure(cfg, command=None):
                 mine = [sum(parts.values()) for parts in timed["ours"]["seconds"]]
                 report["slower"][name] = spread([t / m for t, m in zip(totals, mine)])
         report["contenders"][name] = row
-    report["process_peak_gib"] = process_peak()
+    report["process_peak_gib"] = None if cfg.host_memory else process_peak()
     return report
 
 
@@ -531,8 +570,9 @@ def table(report):
     cfg, rows = report["settings"], report["contenders"]
     where = report["machine"].get("gpu") or report["machine"]["cpu"]
     lines = [f"base {report['base']}, {cfg['batch_size']} clips of {cfg['frames']} frames, {report['dtype']}, on {where} "
-             f"({report['machine']['device']}, {report['machine']['threads']} threads)",
-             f"{'':16s}" + "".join(f"{p:>11s}" for p in (*PARTS, "step"))]
+             f"({report['machine']['device']}, {report['machine']['threads']} threads)"]
+    if rows:
+        lines.append(f"{'':16s}" + "".join(f"{p:>11s}" for p in (*PARTS, "step")))
     for name, row in rows.items():
         lines.append(f"{name:16s}" + "".join(f"{row['tflop'][p]:11.4g}" for p in (*PARTS, "step")) + "  TFLOP")
         if row["seconds"]:
@@ -546,6 +586,9 @@ def table(report):
                      f"{rows[name]['tflop']['step'] / rows['ours']['tflop']['step']:.2f}x our work")
     if report.get("memory"):
         lines += memory_table(report["memory"])
+    for name, gib in report.get("host_memory", {}).items():
+        lines.append(f"{name:26s}expected {gib['expected']:.2f} GiB on top of the weights, measured {gib['measured']:.2f}: "
+                     f"{gib['ratio']:.2f} times as much")
     if report["process_peak_gib"]:
         lines.append(f"the whole process: {report['process_peak_gib']:.2f} GiB at its peak")
     if not torch.cuda.is_available():

