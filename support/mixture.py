@@ -115,8 +115,8 @@ def sees_whole_clips(reward):
 
 def measure(reward, frames, video, captions):
     """
-    One video's measures {"reward": mean over frames (1, S, 3, H, W)}; of a mixture also those of its parts and what watches: all
-    of them numbers but for "pixel_diversity", see support.watch.as_table.
+    One video's measures {"reward": mean over frames (1, S, 3, H, W)}; of a mixture also those of its parts and what watches:
+    numbers, but for "pixel_diversity" (support.watch.as_table).
 
     video (1, F, 3, H, W): all of its frames, if sees_whole_clips(reward).
     """

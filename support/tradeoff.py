@@ -7,7 +7,7 @@ them keeps most of the gain at a small part of the loss.
 from support.files import write_whole
 from support.tables import number
 
-SHOWN = ("watermark", "motion", "colour", "shape", "direction", "fidelity")  # of the tiny world's judge, where nothing is watched
+SHOWN = ("watermark", "motion", "colour", "shape", "direction", "fidelity")  # of the tiny world's judge, if nothing is watched
 
 
 def named_scales(scales):

@@ -1,0 +1,57 @@
+"""
+The study of the guard: on runs that cheat rather than collapse, is what it keeps as good as the best of the run?
+
+The judge is the referee: one score of each video, fixed before these runs (support.watch.add_judge). Each run is looked at by
+three rules, all from the tables of its evaluations: the highest reward, which a run keeps that watches nothing; the guard that
+watches the judge; and the guard that watches measures of pixels alone, as it can for any base. The guard's own settings
+(support/guard.py) were fixed before these runs, too. What a rule keeps should be within 2% of the run's best score. The best is
+the highest of several noisy means, so it is a little too high: that makes the test harder, not easier.
+"""
+from evaluate import prompt_sets
+from support.guard import best_step, find_turn, mean, pool
+from support.run_folder import mean_rewards, read_metrics, read_tables
+from support.tables import paired, summary
+from support.watch import JUDGE, measured_names
+
+SEEDS = (0, 1, 2)
+CHEATING = ("--lr", "0.004", "--steps", "200")  # twice the default's rate, five times its steps
+COUNT = 24
+WATCH = ("--eval-every", "20", "--eval-count", str(COUNT), "--watch", "judge", "--watch", "pixels")
+RULES = {"highest reward": [], "guard, judge watched": [JUDGE], "guard, pixels watched": measured_names(("pixels",))}
+
+
+def guard(lab):
+    """Rows of each seed's run: the step with the best judge score, and what each rule keeps, with its share of that score."""
+    prompts, rows = prompt_sets(lab.base, (), COUNT), []
+    for seed in SEEDS:
+        run = lab.tune(*CHEATING, "--seed", str(seed), watch=WATCH)
+        rewards = mean_rewards(read_metrics(run / "metrics.jsonl"))
+        tables = {step: read_tables(run / "samples" / f"step_{step:06d}.json") for step in rewards}
+        for row in choices(tables, rewards, prompts):
+            label = f"seed {seed}, {row.pop('rule')}"
+            rows.append({"label": label, "set": "all", "num_steps": 20, "guidance": lab.guidance} | row)
+            print(f"{label}: step {row['step']}, judge {row['measures'][JUDGE]:.4f}, "
+                  f"{row['of_best_judge']:.3f} of the best", flush=True)
+    return rows
+
+
+def choices(tables, rewards, prompts):
+    """
+    [{rule, step, turned, of_best_judge, measures, differences from the first evaluation}] of a run, its best judge score first.
+
+    tables: {step: {set: {measure: (n,)}}}. rewards: {step: mean reward}. turned: the step at which the rule says so, or None.
+    """
+    pooled = {step: pool(tables[step], prompts)[0] for step in tables}
+    captions = [caption for texts in prompts.values() for caption in texts]
+    scores = {step: mean(pooled[step][JUDGE]) for step in tables}
+    kept = {"best judge score": (max(scores, key=scores.get), None)}
+    for rule, watched in RULES.items():
+        turn = find_turn(tables, prompts, watched)
+        kept[rule] = best_step(rewards, turn), turn and turn.step
+
+    rows, first = [], pooled[min(pooled)]
+    for rule, (step, turned) in kept.items():
+        table = pooled[step]
+        rows.append({"rule": rule, "step": step, "turned": turned, "of_best_judge": scores[step] / max(scores.values()),
+                     "measures": summary(table), "differences": {k: paired(first, table, k, captions) for k in table}})
+    return rows
