@@ -411,7 +411,7 @@ def hold_memory(base, reward, cfg, dtype):
         train.edit_rewards(base, reward, uncond, batch, settings)[0].sum().backward()
 
     found = {}
-    for name, flags in tqdm(MEMORY_SETTINGS.items(), "measuring", leave=False):
+    for name, flags in progress(MEMORY_SETTINGS.items(), "measuring", leave=False):
         settings = replace(train.PRESETS["modelscope"], num_steps=1, tau=1., **flags)  # as in count_memory
         base.unet.checkpoint_activations(settings.checkpoint_activations or settings.low_memory)
         expected = counted[name][cfg.batch_size]

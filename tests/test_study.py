@@ -45,12 +45,19 @@ def test_a_sweep_compares_each_variant_with_the_base(short, monkeypatch):
 
 def test_tau_is_compared_at_equal_steps_and_at_equal_time(short, monkeypatch):
     monkeypatch.setattr(study, "TAUS", (.1, .6))
-    monkeypatch.setattr(study, "seconds_per_step", lambda run: .25 if "0.1" in run.name else 1.)
+    monkeypatch.setattr(study, "step_seconds", lambda configs: [.25 if cfg.tau == .1 else 1. for cfg in configs])
     base, few, longer, default = short("tau")["rows"]
     assert [r["label"] for r in (few, longer, default)] == ["tau = 0.1", "tau = 0.1, equal time: 4 steps", "tau = 0.6"]
     assert few["seconds_per_step"] == .25
     lines = run_folder.read_metrics(study.Config(study="tau").work / "tau-0.1-steps-4" / "metrics.jsonl")
     assert len(lines) == 4
+
+
+def test_a_steps_time_grows_with_the_chain(short):
+    """12 chain steps against 1, the last of each with gradient."""
+    tiny = replace(train.PRESETS["tiny"], batch_size=1)
+    few, many = study.step_seconds([replace(tiny, tau=.05), replace(tiny, tau=.6)], repeats=2)
+    assert many > 1.3 * few
 
 
 def test_seeds_are_pooled_with_their_spread_and_an_error_over_prompts(short):

@@ -5,6 +5,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import imageio.v3 as iio
 import pytest
 import torch
 
@@ -60,4 +61,9 @@ def test_on_a_real_run_of_a_step(tmp_path, monkeypatch, capsys):
     torch.set_num_threads(threads)
     assert [row["label"] for row in rows] == [f"seed 5, {rule}" for rule in ("best judge score", *study_guard.RULES)]
     assert all(.9 < row["of_best_judge"] <= 1 and row["measures"]["n"] == 3 and row["step"] in (0, 1) for row in rows)
-    assert capsys.readouterr().out.count("of the best") == 4 and json.dumps(rows)  # a study is written as JSON
+    assert capsys.readouterr().out.count("of the best") == 4
+    report = json.loads(json.dumps({"rows": rows, "reward": "HPStiny", "command": "a command", "versions": {"torch": "2"}}))
+    table = study_guard.as_table(report)
+    assert len(table.splitlines()) == 4 + 4 and f"| seed 5, highest reward | {rows[1]['step']} |" in table
+    study_guard.draw(report, tmp_path / "guard.png")
+    assert iio.imread(tmp_path / "guard.png").ndim == 3 and len(rows[0]["curve"]) == 2

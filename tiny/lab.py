@@ -21,7 +21,6 @@ from model import load_base
 from reward import load_reward
 from sampler import GUIDANCE
 from support.files import read_json, write_whole
-from support.run_folder import read_metrics
 from support.settings import first_given, to_json
 from support.tables import paired, summary
 from tiny import world
@@ -144,9 +143,3 @@ def tidy(flags, default):
     pairs = [(f, v) for f, v in zip(flags[::2], flags[1::2])]
     default = to_json(default)
     return tuple(x for f, v in pairs if str(default.get(f.strip("-").replace("-", "_"))) != v for x in (f, v))
-
-
-def seconds_per_step(run):
-    """The median, as the first steps are slower."""
-    seconds = [line["seconds"] for line in read_metrics(run / "metrics.jsonl") if "seconds" in line]
-    return sorted(seconds)[len(seconds) // 2]

@@ -4,6 +4,7 @@ The paper's studies in the tiny world: a few training runs each, compared from p
     python tiny/study.py headline            # eight training seeds with the defaults, all three prompt sets
     python tiny/study.py tau                 # likewise: chain, guidance, lambda, segments, grad_steps, rank, quality, too_long
     python tiny/study.py methods             # every method of both papers, in several sittings (docs/methods.md)
+    python tiny/study.py guard               # does the guard keep what the judge likes best (docs/runs.md)
     python tiny/study.py evolution           # the same videos at several steps of the default run (paper, Fig. 8)
     python tiny/study.py report              # the READMEs' tables and pictures, from tiny/studies/*.json
 
@@ -11,9 +12,11 @@ Every result is a file tiny/studies/NAME.json with command, seeds and versions i
 trends, not that one value is better than its neighbour; the spread over seeds is in the headline.
 """
 import json
+import math
 import shlex
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,17 +25,23 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import lora  # noqa: E402
 import train  # noqa: E402
 from evaluate import REPORT_SEED  # noqa: E402
+from model import load_base  # noqa: E402
+from reward import load_reward  # noqa: E402
 from support.files import read_json, write_whole  # noqa: E402
 from support.pictures import write_png  # noqa: E402
 from support.reports import versions  # noqa: E402
 from support.run_folder import SHOWN  # noqa: E402
+from support.seeds import sample_generator  # noqa: E402
 from support.settings import to_json  # noqa: E402
 from support.tables import summary  # noqa: E402
 from support.videos import to_pixels, write_video  # noqa: E402
 from tiny import world  # noqa: E402
-from tiny.lab import ROOT, SETS, Lab, Settings, differences, seconds_per_step  # noqa: E402
+from tiny.clips import tiny_clips  # noqa: E402
+from tiny.lab import ROOT, SETS, Lab, Settings, differences  # noqa: E402
+from tiny.study_guard import guard  # noqa: E402
 from tiny.study_methods import methods  # noqa: E402
 from tiny.study_report import write_report  # noqa: E402
 
@@ -52,7 +61,7 @@ SWEEPS = {  # name: {label: training flags}, all else as by default
 class Config(Settings):
     """Run a study, or write the READMEs' tables of those that have been run."""
     study: tyro.conf.Positional[Literal["headline", "chain", "guidance", "tau", "lambda", "segments", "grad_steps", "rank",
-                                        "quality", "too_long", "evolution", "methods", "report"]]
+                                        "quality", "too_long", "evolution", "methods", "guard", "report"]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,26 +84,39 @@ def chain(lab):
 
 def tau(lab):
     """Edit ratios at equal steps, and with as many steps as the default's time allows."""
-    default = lab.tune()
+    tiny = train.PRESETS["tiny"]
+    seconds = step_seconds([replace(tiny, tau=t) for t in TAUS])
+    default = seconds[TAUS.index(tiny.tau)]
     rows = [lab.row("base", None)]
-    for t in TAUS:
-        run = lab.tune("--tau", str(t))
-        seconds = seconds_per_step(run)
-        rows.append(lab.row(f"tau = {t}", run, seconds_per_step=seconds))
-        steps = round(train.PRESETS["tiny"].steps * seconds_per_step(default) / seconds)
-        if run != default:
+    for t, needed in zip(TAUS, seconds):
+        rows.append(lab.row(f"tau = {t}", lab.tune("--tau", str(t)), seconds_per_step=needed))
+        steps = round(tiny.steps * default / needed)
+        if t != tiny.tau:
             rows.append(lab.row(f"tau = {t}, equal time: {steps} steps", lab.tune("--tau", str(t), "--steps", str(steps))))
     return rows
 
 
+def step_seconds(configs, repeats=4):
+    """What the gradient of a step takes with each of these settings: by turns, as the machine may be busy; the fastest of each."""
+    base = load_base("tiny")
+    reward, uncond = load_reward(base_folder=base.folder), base.encode_text([""])
+    lora.inject(base.unet, configs[0].rank, generator=sample_generator(0, "lora"))
+    dataset, found = tiny_clips(base, torch.float32, count=8), [math.inf] * len(configs)
+    for step in range(repeats):
+        for i, cfg in enumerate(configs):
+            cfg = replace(cfg, guidance=base.guidance)
+            batch = train.draw_batch(dataset, step, cfg, base.vae.config.scale, base.device)
+            started = time.perf_counter()
+            train.edit_rewards(base, reward, uncond, batch, cfg)[0].sum().backward()
+            found[i] = min(found[i], time.perf_counter() - started)
+    return found
+
+
 def sweep(name):
-    """A study of one setting; none of these settings changes a step's time by much, but for dense frames and K = 2."""
+    """A study of one setting at equal steps; dense frames and K = 2 take more time for each."""
     def study(lab):
         rows = [lab.row("base", None)]
-        for label, flags in SWEEPS[name].items():
-            run = lab.tune(*flags)
-            rows.append(lab.row(label, run, seconds_per_step=seconds_per_step(run)))
-        return rows
+        return rows + [lab.row(label, lab.tune(*flags)) for label, flags in SWEEPS[name].items()]
     return study
 
 
@@ -161,7 +183,7 @@ def strips(run, steps):
 
 
 STUDIES = {"headline": headline, "chain": chain, "tau": tau, "guidance": guidance, "quality": quality, "too_long": too_long,
-           "evolution": evolution, "methods": methods} | {name: sweep(name) for name in SWEEPS}
+           "evolution": evolution, "methods": methods, "guard": guard} | {name: sweep(name) for name in SWEEPS}
 
 
 def run(cfg):
