@@ -97,7 +97,7 @@ def tau(lab):
 
 
 def step_seconds(configs, repeats=4):
-    """What the gradient of a step takes with each of these settings: by turns, as the machine may be busy; the fastest of each."""
+    """What the gradient of a step takes with each of these settings: in turn, as machines are busy; the fastest of each."""
     base = load_base("tiny")
     reward, uncond = load_reward(base_folder=base.folder), base.encode_text([""])
     lora.inject(base.unet, configs[0].rank, generator=sample_generator(0, "lora"))
