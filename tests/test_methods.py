@@ -518,7 +518,7 @@ def test_a_mix_with_a_video_reward_trains_by_every_method(name, monkeypatch):
     mixed, alone = (metrics(folder)[0] for folder in ("mixed", "alone"))
     if name in ("draft", "refl", "vader"):  # the first step's videos are the same
         assert mixed["mine:red"] == pytest.approx(alone["reward"], abs=1e-6)
-        video = next(value for key, value in mixed.items() if "videomae" in key)
+        video = next(value for key, value in mixed.items() if "VideoMAE" in key)
         assert mixed["reward"] == pytest.approx(mixed["mine:red"] + 10 * video, abs=1e-5)
     assert mixed["reward"] > alone["reward"] + 1
 
