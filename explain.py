@@ -266,7 +266,7 @@ def explain(lab):
 
 def main(cfg):
     """Take the step apart, and write the page and the strip."""
-    cfg, out = replace(cfg, batch_size=1, eval_every=0, out=None), cfg.out or Path("out/explain")
+    cfg, out = replace(cfg, batch_size=1, eval_every=0, early_stop=False, out=None), cfg.out or Path("out/explain")
     settings.check_at_least(cfg, step=0)
     settings.check_positive(cfg, "max_mb")
     train.check(cfg)
