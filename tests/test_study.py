@@ -92,11 +92,13 @@ def test_a_cut_short_run_is_continued(short, monkeypatch):
     assert bench.tune("--rank", "2") == run and given[1] == ["--resume", str(run)]
 
 
-@pytest.mark.parametrize("name", ["headline", "chain", "guidance", "quality", "too_long", "evolution"])
+@pytest.mark.parametrize("name", ["headline", "chain", "short_chain", "guidance", "quality", "too_long", "evolution"])
 def test_the_other_studies_run(name, short, monkeypatch):
     monkeypatch.setattr(study, "SEEDS", (0,))
     monkeypatch.setattr(study, "RIVAL_SEEDS", (0,))
     monkeypatch.setattr(study, "GUIDANCES", (1., 3.))
+    monkeypatch.setattr(study, "CHAINS", (10, 20))
+    monkeypatch.setattr(study, "step_seconds", lambda configs: [.5 if cfg.num_steps == 10 else 1. for cfg in configs])
     monkeypatch.setattr(study, "TOO_LONG", ("--steps", "2"))
     monkeypatch.setattr(study, "WATCH", dict.fromkeys(study.WATCH, ("--eval-every", "2", "--eval-count", "1")))
     monkeypatch.setattr(lab, "evaluate", lambda model, reward, prompts, **settings: (
@@ -110,7 +112,8 @@ def test_the_other_studies_run(name, short, monkeypatch):
         assert [r["step"] for r in report["rows"]] == [0, 2] and iio.imread("docs/too_long.png").ndim == 3
     else:
         labels = [r["label"] for r in report["rows"]]
-        assert labels[0] == "base" and len(labels) == {"headline": 10, "chain": 2, "guidance": 3, "quality": 3}[name]
+        expected = {"headline": 10, "chain": 2, "short_chain": 2 + 3 * 2, "guidance": 3, "quality": 3}
+        assert labels[0] == "base" and len(labels) == expected[name]
 
 
 def test_the_report_replaces_what_stands_between_its_markers(short, tmp_path, monkeypatch):

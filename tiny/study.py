@@ -2,7 +2,8 @@
 The paper's studies in the tiny world: a few training runs each, compared from pure noise on held-out prompts.
 
     python tiny/study.py headline            # eight training seeds with the defaults, all three prompt sets
-    python tiny/study.py tau                 # likewise: chain, guidance, lambda, segments, grad_steps, rank, quality, too_long
+    python tiny/study.py tau                 # likewise: chain, short_chain, guidance, lambda, segments, grad_steps, rank,
+                                             # quality, too_long
     python tiny/study.py methods             # every method of both papers, in several sittings (docs/methods.md)
     python tiny/study.py guard               # does the guard keep what the judge likes best (docs/runs.md)
     python tiny/study.py evolution           # the same videos at several steps of the default run (paper, Fig. 8)
@@ -47,6 +48,7 @@ from tiny.study_report import write_report  # noqa: E402
 
 SEEDS, RIVAL_SEEDS = tuple(range(8)), (0, 1, 2)  # of the headline, and against the base at its own best guidance
 TAUS, GUIDANCES = (0.1, 0.3, 0.6, 0.9, 1.0), (1., 1.5, 2., 3.)
+CHAINS, MADE_WITH = (5, 10, 20, 50), (20, 50)  # D in training, and of the videos that are measured
 TOO_LONG = ("--steps", "200", "--lr", "0.01")
 WATCH = {"too_long": ("--eval-every", "40", "--eval-count", "16"), "evolution": ("--eval-every", "10", "--eval-count", "4")}
 SWEEPS = {  # name: {label: training flags}, all else as by default
@@ -55,13 +57,6 @@ SWEEPS = {  # name: {label: training flags}, all else as by default
     "grad_steps": {f"K = {k}": ["--grad-steps", str(k)] for k in (1, 2)},
     "rank": {f"rank {r}": ["--rank", str(r)] for r in (1, 4, 16)},
 }
-
-
-@dataclass(kw_only=True)
-class Config(Settings):
-    """Run a study, or write the READMEs' tables of those that have been run."""
-    study: tyro.conf.Positional[Literal["headline", "chain", "guidance", "tau", "lambda", "segments", "grad_steps", "rank",
-                                        "quality", "too_long", "evolution", "methods", "guard", "report"]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,6 +75,24 @@ def headline(lab):
 def chain(lab):
     """D = 50 after tuning with D = 20 (paper, Table A.1)."""
     return [lab.row("base", None, num_steps=50), lab.row("tuned with D = 20", lab.tune(), num_steps=50)]
+
+
+def short_chain(lab):
+    """Tuned with other D than videos are made with, at equal steps and in equal time (paper, Appendix G): three seeds each."""
+    tiny = train.PRESETS["tiny"]
+    seconds = step_seconds([replace(tiny, num_steps=D) for D in CHAINS])
+    default = seconds[CHAINS.index(tiny.num_steps)]
+    rows = [lab.row("base", None, num_steps=made_with) for made_with in MADE_WITH]
+    for D, needed in zip(CHAINS, seconds):
+        steps = round(tiny.steps * default / needed)
+        variants = {f"tuned with D = {D}": tiny.steps, f"tuned with D = {D}, equal time": steps}
+        for label, steps in variants.items():
+            if D == tiny.num_steps and "equal" in label:
+                continue
+            runs = [lab.tune("--num-steps", str(D), "--steps", str(steps), "--seed", str(seed)) for seed in RIVAL_SEEDS]
+            rows += [lab.seeds_row(f"{label}: {steps} steps", runs, num_steps=made_with) | {"seconds_per_step": needed}
+                     for made_with in MADE_WITH]
+    return rows
 
 
 def tau(lab):
@@ -182,8 +195,15 @@ def strips(run, steps):
     return torch.cat(pictures, dim=1)[:title + (len(pictures[0]) - title) // rows * (rows // 2)].numpy()
 
 
-STUDIES = {"headline": headline, "chain": chain, "tau": tau, "guidance": guidance, "quality": quality, "too_long": too_long,
-           "evolution": evolution, "methods": methods, "guard": guard} | {name: sweep(name) for name in SWEEPS}
+STUDIES = {"headline": headline, "chain": chain, "short_chain": short_chain, "tau": tau, "guidance": guidance,
+           "quality": quality, "too_long": too_long, "evolution": evolution, "methods": methods, "guard": guard,
+           **{name: sweep(name) for name in SWEEPS}}
+
+
+@dataclass(kw_only=True)
+class Config(Settings):
+    """Run a study, or write the pages' tables of those that have been run."""
+    study: tyro.conf.Positional[Literal[(*STUDIES, "report")]]
 
 
 def run(cfg):
