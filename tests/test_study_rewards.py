@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import train
-from tiny import study, study_rewards
+from tiny import study_rewards, world
+from tiny.lab import Lab, Settings
 
 SHORT = ["--tau", "1", "--num-steps", "2", "--grad-steps", "2"]
 
@@ -17,7 +18,7 @@ def test_every_run_is_measured_by_the_judge_and_by_what_watches(monkeypatch, tmp
     monkeypatch.setattr(study_rewards, "SEEDS", (4,))
     mixed = ["--reward", "hpsv2", "--reward", "action:left=0.1"]
     monkeypatch.setattr(study_rewards, "GROUPS", {"mixed": [*mixed, *SHORT]})
-    lab = study.Lab(study.Config("headline", count=1, work=tmp_path / "work"))
+    lab = Lab(Settings(count=1, work=tmp_path / "work"))
     base, tuned = study_rewards.rewards(lab)
     assert (base["group"], tuned["group"], tuned["seed"], tuned["label"]) == ("base", "mixed", 4, "mixed, seed 4")
     for row in (base, tuned):
@@ -29,8 +30,8 @@ def test_every_run_is_measured_by_the_judge_and_by_what_watches(monkeypatch, tmp
 
 
 def test_the_share_of_left_is_the_judges_own_word(tmp_path):
-    lab = study.Lab(study.Config("headline", count=1, work=tmp_path))
-    clips = torch.stack([study.world.make_clip(study.world.Scene("red", "square", d), 5, {})[0] for d in ("left", "right", "up")])
+    lab = Lab(Settings(count=1, work=tmp_path))
+    clips = torch.stack([world.make_clip(world.Scene("red", "square", d), 5, {})[0] for d in ("left", "right", "up")])
     said = study_rewards.watched(lab).judge(clips, ["a red square moving right"] * 3)
     assert said["left"].tolist() == [1, 0, 0] and said["direction"].tolist() == [0, 1, 0]
 

@@ -5,6 +5,7 @@ The paper's studies in the tiny world: a few training runs each, compared from p
     python tiny/study.py tau                 # likewise: chain, short_chain, guidance, lambda, segments, grad_steps, rank,
                                              # quality, too_long
     python tiny/study.py methods             # every method of both papers, in several sittings (docs/methods.md)
+    python tiny/study.py rewards             # an action, a removal, and mixes with HPS (docs/rewards.md)
     python tiny/study.py guard               # does the guard keep what the judge likes best (docs/runs.md)
     python tiny/study.py evolution           # the same videos at several steps of the default run (paper, Fig. 8)
     python tiny/study.py report              # the READMEs' tables and pictures, from tiny/studies/*.json
@@ -45,6 +46,7 @@ from tiny.lab import ROOT, SETS, Lab, Settings, differences  # noqa: E402
 from tiny.study_guard import guard  # noqa: E402
 from tiny.study_methods import methods  # noqa: E402
 from tiny.study_report import write_report  # noqa: E402
+from tiny.study_rewards import rewards  # noqa: E402
 
 SEEDS, RIVAL_SEEDS = tuple(range(8)), (0, 1, 2)  # of the headline, and against the base at its own best guidance
 TAUS, GUIDANCES = (0.1, 0.3, 0.6, 0.9, 1.0), (1., 1.5, 2., 3.)
@@ -197,6 +199,7 @@ def strips(run, steps):
 
 STUDIES = {"headline": headline, "chain": chain, "short_chain": short_chain, "tau": tau, "guidance": guidance,
            "quality": quality, "too_long": too_long, "evolution": evolution, "methods": methods, "guard": guard,
+           "rewards": rewards,
            **{name: sweep(name) for name in SWEEPS}}
 
 

@@ -19,7 +19,7 @@ from tiny.study_tables import SHOWN, as_lines, conditions
 
 SEEDS = (0, 1, 2)
 CHEATING = ("--lr", "0.004", "--steps", "200")  # twice the default's rate, five times its steps
-COUNT = 24
+COUNT = 16
 WATCH = ("--eval-every", "20", "--eval-count", str(COUNT), "--watch", "judge", "--watch", "pixels")
 RULES = {"highest reward": [], "guard, judge watched": [JUDGE], "guard, pixels watched": measured_names(("pixels",))}
 

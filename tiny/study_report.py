@@ -7,11 +7,12 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from support.files import read_json, write_whole
-from tiny import study_guard, study_methods
+from tiny import study_guard, study_methods, study_rewards
 from tiny.lab import ROOT
 from tiny.study_tables import as_summary, as_table
 
-OWN = {"methods": study_methods, "guard": study_guard}  # studies with a table and a picture of their own kind
+# Studies with a table and a picture of their own kind.
+OWN = {"methods": study_methods, "guard": study_guard, "rewards": study_rewards}
 
 
 def write_report(folder):
