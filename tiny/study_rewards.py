@@ -8,8 +8,8 @@ Other rewards than the paper's in the tiny world, held against a judge that noth
 3. A removal: the watermark should go.
 4. HPS alone, while the action, the removal and the judge watch.
 
-Where a shape goes is settled in the first denoising steps; the last one, which carries the gradient by default, only changes
-how it looks. So runs with an action start from noise (--tau 1) and carry the gradient through the whole chain, which has 10
+Where a shape goes is settled in the first denoising steps, so little is expected of the last one, which alone carries the
+gradient by default. So runs with an action start from noise (--tau 1) and carry the gradient through the whole chain, which has 10
 steps in training, or a step would cost several times as much. Evaluations have the usual 20.
 """
 import copy
