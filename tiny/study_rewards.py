@@ -9,8 +9,9 @@ Other rewards than the paper's in the tiny world, held against a judge that noth
 4. HPS alone, while the action, the removal and the judge watch.
 
 Where a shape goes is settled in the first denoising steps, so little is expected of the last one, which alone carries the
-gradient by default. So runs with an action start from noise (--tau 1) and carry the gradient through the whole chain, which has 10
-steps in training, or a step would cost several times as much. Evaluations have the usual 20.
+gradient by default. So runs with an action start from noise (--tau 1) and carry the gradient through the whole chain, which
+has 10 steps in training, or a step would cost several times as much. Evaluations have the usual 20. The step size and number
+of steps that the action needs are not yet found; docs/rewards.md says what was tried.
 """
 import copy
 from dataclasses import replace
