@@ -81,34 +81,36 @@ def chain(lab):
 
 def short_chain(lab):
     """Tuned with other D than videos are made with, at equal steps and in equal time (paper, Appendix G): three seeds each."""
-    tiny = train.PRESETS["tiny"]
-    seconds = step_seconds([replace(tiny, num_steps=D) for D in CHAINS])
-    default = seconds[CHAINS.index(tiny.num_steps)]
-    rows = [lab.row("base", None, num_steps=made_with) for made_with in MADE_WITH]
-    for D, needed in zip(CHAINS, seconds):
-        steps = round(tiny.steps * default / needed)
-        variants = {f"tuned with D = {D}": tiny.steps, f"tuned with D = {D}, equal time": steps}
-        for label, steps in variants.items():
-            if D == tiny.num_steps and "equal" in label:
-                continue
-            runs = [lab.tune("--num-steps", str(D), "--steps", str(steps), "--seed", str(seed)) for seed in RIVAL_SEEDS]
-            rows += [lab.seeds_row(f"{label}: {steps} steps", runs, num_steps=made_with) | {"seconds_per_step": needed}
-                     for made_with in MADE_WITH]
+    tiny, rows = train.PRESETS["tiny"], [lab.row("base", None, num_steps=made_with) for made_with in MADE_WITH]
+    for D, steps in zip(CHAINS, equal_time(lab, "short_chain", [replace(tiny, num_steps=D) for D in CHAINS])):
+        variants = {f"tuned with D = {D}": tiny.steps}
+        if D != tiny.num_steps:
+            variants[f"tuned with D = {D}, equal time"] = steps
+        for label, number in variants.items():
+            runs = [lab.tune("--num-steps", str(D), "--steps", str(number), "--seed", str(seed)) for seed in RIVAL_SEEDS]
+            rows += [lab.seeds_row(f"{label}: {number} steps", runs, num_steps=made_with) for made_with in MADE_WITH]
     return rows
 
 
 def tau(lab):
     """Edit ratios at equal steps, and with as many steps as the default's time allows."""
-    tiny = train.PRESETS["tiny"]
-    seconds = step_seconds([replace(tiny, tau=t) for t in TAUS])
-    default = seconds[TAUS.index(tiny.tau)]
-    rows = [lab.row("base", None)]
-    for t, needed in zip(TAUS, seconds):
-        rows.append(lab.row(f"tau = {t}", lab.tune("--tau", str(t)), seconds_per_step=needed))
-        steps = round(tiny.steps * default / needed)
+    tiny, rows = train.PRESETS["tiny"], [lab.row("base", None)]
+    for t, steps in zip(TAUS, equal_time(lab, "tau", [replace(tiny, tau=t) for t in TAUS])):
+        rows.append(lab.row(f"tau = {t}", lab.tune("--tau", str(t))))
         if t != tiny.tau:
             rows.append(lab.row(f"tau = {t}, equal time: {steps} steps", lab.tune("--tau", str(t), "--steps", str(steps))))
     return rows
+
+
+def equal_time(lab, name, configs):
+    """How many steps with each of these settings take as long as the default's; timed once, and kept beside the runs."""
+    file = lab.cfg.work / f"{name}-equal-time.json"
+    if not file.exists():
+        tiny = train.PRESETS["tiny"]
+        default, *seconds = step_seconds([tiny, *configs])
+        with write_whole(file) as hidden:
+            hidden.write_text(json.dumps({"steps": [round(tiny.steps * default / needed) for needed in seconds]}) + "\n")
+    return read_json(file)["steps"]
 
 
 def step_seconds(configs, repeats=4):
