@@ -4,6 +4,7 @@ What a training step costs: counted, timed part by part, and held against the sa
     python benchmark.py                                     # the tiny world's sizes, on the CPU: a minute or two
     python benchmark.py --base random                       # full size with random weights, on a GPU
     python benchmark.py --base random --device meta         # full size, counted alone, work and memory: no weights, no times
+    python benchmark.py --base random --device meta --methods    # the same for every method of methods/ (benchmark_methods.py)
     python benchmark.py --base random:64 --size 128 --batch-size 1 --host-memory    # the memory count against a measured step
 
 Work is counted by torch.utils.flop_counter on the very functions that train.py runs, with tensors that have no memory. Time is
@@ -95,6 +96,9 @@ class Config:
     host_memory: bool = False
     """instead: hold the expected memory of our step, with each memory setting, against what the process grows by on the CPU
     (Linux)"""
+    methods: bool = False
+    """instead: count a step of each method of methods/ at its preset modelscope's settings, one video at once (needs --device
+    meta)"""
     diffusers: bool = True
     """compare with the two steps built from diffusers (pip install -r requirements-dev.txt)"""
     out: Path = Path("out/benchmark.json")
@@ -107,6 +111,8 @@ def check(cfg):
     check_edit(cfg.tau, cfg.num_steps, train.Config.grad_steps)
     if cfg.host_memory and cfg.device not in (None, "cpu"):
         raise ValueError(f"device {cfg.device!r}: must be cpu with host_memory")
+    if cfg.methods and cfg.device != "meta":
+        raise ValueError(f"device {cfg.device!r}: must be meta with methods")
     check_folder(cfg.out.parent)
     if cfg.out.is_dir():
         raise ValueError(f"out {cfg.out}: is a folder; it must be a file, there or not")
@@ -190,6 +196,12 @@ class Contender:
 # ---------------------------------------------------------------------------------------------------------------------
 # The contenders
 
+def announce_calls(base, reward, meter):
+    """Let decoder and reward say when they are called, and on how much."""
+    base.vae.post_quant_conv.register_forward_pre_hook(lambda _, x: meter.announce("decode", len(x[0])))
+    reward.register_forward_pre_hook(lambda _, x: meter.announce("reward", x[0].shape[:2].numel()))
+
+
 def ours(base, reward, settings, meter):
     """train.edit_rewards on model.py, set up as train.main does."""
     uncond = base.encode_text([""])
@@ -198,7 +210,6 @@ def ours(base, reward, settings, meter):
     if settings.compile:
         base.unet.compile()
     base.denoiser = meter.watch(base.denoiser)
-    base.vae.post_quant_conv.register_forward_pre_hook(lambda _, x: meter.announce("decode", len(x[0])))
     def rewards(batch):
         return train.edit_rewards(base, reward, uncond, batch, settings)[0]
     return Contender(rewards, parameters, [base.unet, base.vae.decoder, reward])
@@ -323,6 +334,15 @@ def on_meta(module, dtype=torch.float32):
     return copy.deepcopy(module, memo).to("meta")
 
 
+def without_numbers(base, reward, dtype):
+    """Copies on meta in `dtype`, the base with adapters and with the features of its captions."""
+    base = Base(on_meta(base.unet, dtype), on_meta(base.vae, dtype), on_meta(base.text_encoder), base.name)
+    base.texts = {caption: torch.empty(base.text_encoder.config.context_length, base.text_encoder.config.width, device="meta")
+                  for caption in ("", CAPTION)}
+    lora.inject(base.unet, train.Config.rank)
+    return base, on_meta(reward, dtype)
+
+
 def synthetic(base, cfg):
     """A batch as train.draw_batch gives it, of noise: what the numbers are costs nothing."""
     size = cfg.size or base.default_size
@@ -338,7 +358,7 @@ def contenders(base, reward, cfg, meter):
     """{name: Contender}, all on the same weights. The base is theirs from here on: it gets adapters."""
     settings = replace(train.PRESETS["modelscope"], tau=cfg.tau, num_steps=cfg.num_steps, compile=cfg.compile,
                        checkpoint_activations=cfg.checkpoint_activations, low_memory=cfg.low_memory)
-    reward.register_forward_pre_hook(lambda _, x: meter.announce("reward", x[0].shape[:2].numel()))
+    announce_calls(base, reward, meter)
     found = {"ours": ours(base, reward, settings, meter)}
     if cfg.diffusers:
         found["diffusers"] = on_diffusers(base, reward, settings, meter, lean=False)
@@ -372,11 +392,7 @@ def count_memory(base, reward, cfg, dtype, at_once=AT_ONCE):
     {memory setting: {clips at once: GiB of a step at its peak, as Peak.in_gib}} of ours, for weights in this dtype. Also
     EVALUATION, of videos at once; its chain needs the most of it.
     """
-    base = Base(on_meta(base.unet, dtype), on_meta(base.vae, dtype), on_meta(base.text_encoder), base.name)
-    reward = on_meta(reward, dtype)
-    base.texts = {caption: torch.empty(base.text_encoder.config.context_length, base.text_encoder.config.width, device="meta")
-                  for caption in ("", CAPTION)}
-    lora.inject(base.unet, train.Config.rank)
+    base, reward = without_numbers(base, reward, dtype)
     uncond, modules, found = base.encode_text([""]), [base.unet, base.vae.decoder, reward], {}
     for name, flags in (MEMORY_SETTINGS | {EVALUATION: {}}).items():
         # One step of the chain has gradient; those without leave nothing behind, so one step is as good as all.
@@ -396,6 +412,17 @@ def count_memory(base, reward, cfg, dtype, at_once=AT_ONCE):
         one, two = measured
         found[name] = {n: {k: one[k] + (n - 1) * (two[k] - one[k]) for k in one} for n in at_once}
     return found
+
+
+def count_methods(base, reward, cfg, dtype):
+    """benchmark_methods.count_methods, from the shapes of base and reward, with this benchmark's sizes and memory settings."""
+    import benchmark_methods  # here: only --methods needs all methods
+    base, reward, meter = *without_numbers(base, reward, dtype), Meter()
+    announce_calls(base, reward, meter)
+    base.unet.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
+    return benchmark_methods.count_methods(base, reward, meter, cfg.tau, dict(
+        num_steps=cfg.num_steps, frames=cfg.frames, size=cfg.size, low_memory=cfg.low_memory,
+        checkpoint_activations=cfg.checkpoint_activations))
 
 
 def hold_memory(base, reward, cfg, dtype):
@@ -530,9 +557,11 @@ def process_peak():
 def measure(cfg, command=None):
     """The whole report, as plain values."""
     check(cfg)
+    if cfg.methods:
+        cfg = replace(cfg, batch_size=1, diffusers=False)
     device = torch.device("meta") if cfg.device == "meta" else pick_device("cpu" if cfg.host_memory else cfg.device)
     base, reward = load(cfg, device)
-    counted = {} if cfg.host_memory else count(base, reward, cfg)
+    counted = {} if cfg.host_memory or cfg.methods else count(base, reward, cfg)
     report = {"command": command, "machine": machine(device), "settings": asdict(cfg) | {"out": str(cfg.out)},
               "versions": {"python": platform.python_version()} | {
                   name: metadata.version(name) for name in ("torch", "open_clip_torch", "diffusers", "peft", "transformers")
@@ -542,6 +571,8 @@ def measure(cfg, command=None):
     timed = {}
     if cfg.host_memory:
         report["host_memory"] = hold_memory(base, reward, cfg, precision(cfg, device))
+    elif cfg.methods:
+        report["methods"] = count_methods(base, reward, cfg, precision(cfg, device))
     elif device.type == "meta":
         report["memory"] = count_memory(base, reward, cfg, precision(cfg, device))
     else:
@@ -584,6 +615,9 @@ def table(report):
     for name, s in report["slower"].items():
         lines.append(f"{name} takes {s['median']:.2f}x our time ({s['min']:.2f} to {s['max']:.2f} over {cfg['steps']} repeats), "
                      f"{rows[name]['tflop']['step'] / rows['ours']['tflop']['step']:.2f}x our work")
+    if report.get("methods"):
+        from benchmark_methods import table as methods_table
+        lines += methods_table(report["methods"])
     if report.get("memory"):
         lines += memory_table(report["memory"])
     for name, gib in report.get("host_memory", {}).items():
