@@ -9,7 +9,7 @@ method is a list of parts, each with how often it is run for one video of an opt
 | method                      | parts, and how often for each video of an optimizer step                                       |
 |-----------------------------|------------------------------------------------------------------------------------------------|
 | InstructVideo, draft, vader | the step, once                                                                                 |
-| refl                        | the step with each m that it draws, all equally often                                          |
+| refl                        | the step with its first and its last m, half of each, which is the mean over all               |
 | ddpo                        | sampling and scoring once, as a round has a video for each that its steps learn from; learning |
 |                             | from one chain step, --timestep-fraction x D times                                             |
 | rwr                         | sampling and scoring, rounds x videos / (steps x batch size) times; learning once              |
@@ -73,10 +73,10 @@ def rewards_of_noise(method, base, reward, cfg):
 
 
 def refl_parts(base, reward, cfg):
-    """The mean over m, where the chain stops."""
+    """The mean over m, where the chain stops: as each m saves the same, that of the first and the last."""
     draw, score = refl.method(replace(cfg, batch_size=1), base, reward)
-    found = sorted({draw(step)[-1][0] for step in range(100)})
-    return [(1 / len(found), lambda m=m: score([*draw(0)[:-1], [m]])[0]) for m in found]
+    drawn = [draw(step)[-1][0] for step in range(100)]
+    return [(1 / 2, lambda m=m: score([*draw(0)[:-1], [m]])[0]) for m in (min(drawn), max(drawn))]
 
 
 def ddpo_parts(base, reward, cfg):
