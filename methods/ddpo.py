@@ -108,12 +108,17 @@ def sample_round(base, reward, uncond, draw, first, history, cfg):
     """This rank's batches of steps first, first + 1, ...: path, log p, text, A (B,), rewards."""
     batches, scored = [], []
     for step in range(first, first + cfg.updates):
-        noise, text, g, captions, seeds = draw(step)
-        path, log_probs = sample_path(base, noise, text, uncond, seeds, cfg)
-        with torch.no_grad():
-            R, logged = train.video_rewards(base, reward, path[-1], g, captions, cfg)     # (B,)
-        batches.append([path, log_probs, text, logged["reward"]])
-        scored.append((captions, R.tolist()))
+        # In the parts that learning takes: they fit into memory, and 16 bits round them alike.
+        whole, parts = draw(step), []
+        for noise, text, g, captions, seeds in train.split_batch(whole, cfg.clips_at_once):
+            path, log_probs = sample_path(base, noise, text, uncond, seeds, cfg)
+            with torch.no_grad():
+                R, logged = train.video_rewards(base, reward, path[-1], g, captions, cfg)
+            parts.append((torch.stack(path), log_probs, R, logged["reward"]))
+        paths, *columns = zip(*parts)
+        log_probs, R, plain = [torch.cat(column) for column in columns]       # (B, D), (B,), (B,)
+        batches.append([torch.cat(paths, dim=1), log_probs, whole[1], plain])
+        scored.append((whole[3], R.tolist()))
 
     # Statistics are over the whole round, in order of step and rank: the same on any number.
     prompts, rewards = [], []

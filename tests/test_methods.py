@@ -13,6 +13,7 @@ import re
 import signal
 import socket
 import sys
+import types
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -362,6 +363,22 @@ def test_a_group_shares_a_prompt_and_not_its_noise(parts):
         torch.testing.assert_close(A.view(2, 2).sum(dim=1), torch.zeros(2), rtol=0, atol=1e-3)  # the group's own mean
     for captions in seen[:2]:
         assert captions[0] == captions[1] != captions[2] == captions[3]
+
+
+def test_a_round_is_sampled_in_the_parts_that_fit_into_memory(parts, monkeypatch):
+    base, reward, _ = parts
+    rows, denoiser, History = [], base.denoiser, types.SimpleNamespace(last={}, add=lambda *line: None)
+    monkeypatch.setattr(base, "denoiser", lambda z_t, *more: rows.append(len(z_t)) or denoiser(z_t, *more), raising=False)
+
+    def sampled(clips_at_once):
+        rows.clear()
+        cfg = config(ddpo, batch_size=3, updates=1, num_steps=2, clips_at_once=clips_at_once)
+        return ddpo.method(cfg, base, reward)[0](0, History)[0]
+    (path, *whole), seen = sampled(0), [*rows]
+    (in_parts, *others), of_two = sampled(2), [*rows]
+    assert seen == [6, 6] and of_two == [4, 4, 2, 2]  # guidance doubles
+    torch.testing.assert_close(in_parts, path, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(others[:3], whole[:3], rtol=1e-4, atol=1e-4)
 
 
 # -------------------------------------------------------- RWR --------------------------------------------------------
