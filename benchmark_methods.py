@@ -48,8 +48,8 @@ class Zeros(TorchDispatchMode):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The parts of each method: [(times for each video of an optimizer step, run)]. If run() returns rewards (B,), with gradient, their
-# backward pass belongs to the part.
+# The parts of each method: [(times for each video of an optimizer step, run)]. If run() returns rewards (B,), with gradient,
+# their backward pass belongs to the part.
 
 def video(base, cfg):
     """Latents and noise (1, C, F, h, w), text (1, N, E) of one video, and t (1,); no numbers."""
@@ -179,8 +179,8 @@ def count_methods(base, reward, meter, tau, settings):
 
 def table(rows):
     """The same as lines of a table in Markdown."""
-    lines = ["| per video of an optimizer step | passes without, with gradient | frames | TFLOP | against InstructVideo | peak GiB |",
-             "|---|---|---|---|---|---|"]
+    head = "| per video of an optimizer step | passes without, with gradient | frames | TFLOP | against InstructVideo | peak GiB |"
+    lines = [head, "|---|---|---|---|---|---|"]
     for name, row in rows.items():
         ratio = row["tflop"] / rows["InstructVideo"]["tflop"]
         lines.append(f"| {name} | {row['without_gradient']:.3g}, {row['with_gradient']:.3g} | {row['frames']:.3g} | "
