@@ -179,8 +179,8 @@ def count_methods(base, reward, meter, tau, settings):
 
 def table(rows):
     """The same as lines of a table in Markdown."""
-    head = "| per video of an optimizer step | passes without, with gradient | frames | TFLOP | against InstructVideo | peak GiB |"
-    lines = [head, "|---|---|---|---|---|---|"]
+    lines = ["| per video of an optimizer step | passes without, with gradient | frames | TFLOP | against InstructVideo "
+             "| peak GiB |", "|---|---|---|---|---|---|"]
     for name, row in rows.items():
         ratio = row["tflop"] / rows["InstructVideo"]["tflop"]
         lines.append(f"| {name} | {row['without_gradient']:.3g}, {row['with_gradient']:.3g} | {row['frames']:.3g} | "
