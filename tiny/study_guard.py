@@ -82,7 +82,8 @@ def draw(report, path):
     """docs/guard.png: reward and judge of each run, step by step, and what each rule keeps."""
     figure = Figure(figsize=(5 * len(SEEDS), 4))
     marks = {"highest reward": "v", "guard, judge watched": "o", "guard, pixels watched": "s"}
-    for axis, seed in zip(figure.subplots(1, len(SEEDS), sharey=True), SEEDS):
+    axes = figure.subplots(1, len(SEEDS), sharey=True, squeeze=False)[0]
+    for axis, seed in zip(axes, SEEDS):
         rows = [row for row in report["rows"] if row["seed"] == seed]
         steps, rewards, scores = zip(*rows[0]["curve"])
         axis.plot(steps, rewards, "k", label="reward")
