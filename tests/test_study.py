@@ -107,6 +107,7 @@ def test_the_other_studies_run(name, short, monkeypatch):
     report = short(name)
     if name == "evolution":
         assert iio.imread("docs/evolution.png").shape[2] == 3
+        assert len(iio.imread("docs/before_after.gif")) == 16  # two prompts of each set
     elif name == "too_long":
         assert [r["step"] for r in report["rows"]] == [0, 2] and iio.imread("docs/too_long.png").ndim == 3
     else:

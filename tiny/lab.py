@@ -17,12 +17,14 @@ from tqdm import tqdm
 import lora
 import train
 from evaluate import REPORT_SEED, evaluate, prompt_sets
-from model import load_base
+from generate import generate
+from model import decode_frames, load_base
 from reward import load_reward
 from sampler import GUIDANCE
 from support.files import read_json, write_whole
 from support.settings import first_given, to_json
 from support.tables import paired, summary
+from support.videos import to_pixels
 from tiny import world
 from tiny.judge import find_judge
 
@@ -82,17 +84,30 @@ class Lab:
         which = "best-" if adapter == "best" else ""
         file = (run or self.cfg.work / "base") / f"{which}{name}-D{num_steps}-guidance{guidance:g}-n{count}.json"
         if not file.exists():
-            if run and (run, adapter) not in self.models:
-                tuned = load_base("tiny")
-                lora.load(tuned.unet, run / f"{adapter}.safetensors")
-                self.models = {(run, adapter): tuned}  # one tuned model at a time
             with tqdm(total=count, desc=f"{file.parent.name}, {file.stem}", leave=False, mininterval=5) as bar:
-                table, _ = evaluate(self.models[run, adapter] if run else self.base, self.reward, self.prompts[name],
-                                    seed=REPORT_SEED + SETS.index(name) * count, num_steps=num_steps, guidance=guidance,
-                                    judge=self.judge, move_on=bar.update)
+                table, _ = evaluate(self.model(run, adapter), self.reward, self.prompts[name], seed=self.seed(name, 0),
+                                    num_steps=num_steps, guidance=guidance, judge=self.judge, move_on=bar.update)
             with write_whole(file) as hidden:
                 hidden.write_text(json.dumps({k: v.tolist() for k, v in table.items()}) + "\n")
         return {k: torch.tensor(v, dtype=torch.float64) for k, v in read_json(file).items()}
+
+    def model(self, run, adapter="lora"):
+        """The base (run None), or with a run's adapter; one tuned model is kept."""
+        if run and (run, adapter) not in self.models:
+            tuned = load_base("tiny")
+            lora.load(tuned.unet, run / f"{adapter}.safetensors")
+            self.models = {(run, adapter): tuned}
+        return self.models[run, adapter] if run else self.base
+
+    def seed(self, name, i):
+        """Of video i of a set; the sets have noise of their own."""
+        return REPORT_SEED + SETS.index(name) * self.cfg.count + i
+
+    def video(self, run, name, i):
+        """Video i of a set as it was measured: (F, H, W, 3) uint8."""
+        model = self.model(run)
+        (_, z_0), = generate(model, [self.prompts[name][i]], [self.seed(name, i)], guidance=self.guidance)
+        return to_pixels(decode_frames(model.vae, z_0[None])[0])
 
     def row(self, label, run, name="in_domain", num_steps=20, guidance=None, against=None, **more):
         """One line of a study: what was measured, and the paired differences from the base (or `against`, a table)."""

@@ -7,7 +7,7 @@ The paper's studies in the tiny world: a few training runs each, compared from p
     python tiny/study.py methods             # every method of both papers, in several sittings (docs/methods.md)
     python tiny/study.py rewards             # an action, a removal, and mixes with HPS (docs/rewards.md)
     python tiny/study.py guard               # does the guard keep what the judge likes best (docs/runs.md)
-    python tiny/study.py evolution           # the same videos at several steps of the default run (paper, Fig. 8)
+    python tiny/study.py evolution           # the same videos at several steps of the default run (paper, Fig. 8), and the GIF
     python tiny/study.py report              # the READMEs' tables and pictures, from tiny/studies/*.json
 
 Every result is a file tiny/studies/NAME.json with command, seeds and versions inside. Sweeps have one training seed: they show
@@ -33,9 +33,9 @@ from evaluate import REPORT_SEED  # noqa: E402
 from model import load_base  # noqa: E402
 from reward import load_reward  # noqa: E402
 from support.files import read_json, write_whole  # noqa: E402
-from support.pictures import write_png  # noqa: E402
+from support.pictures import write_comparison_gif, write_png  # noqa: E402
 from support.reports import versions  # noqa: E402
-from support.run_folder import SHOWN  # noqa: E402
+from support.run_folder import MOVING, SHOWN  # noqa: E402
 from support.seeds import sample_generator  # noqa: E402
 from support.settings import to_json  # noqa: E402
 from support.tables import summary  # noqa: E402
@@ -186,9 +186,17 @@ def evaluated_steps(run):
 
 
 def evolution(lab):
-    """The picture of the same videos at several steps of a default run; no rows."""
+    """Pictures, no rows: the same videos at several steps of a default run; before and after, the prompts that gained most."""
     run = lab.tune(watch=WATCH["evolution"])
     write_png(ROOT / "docs" / "evolution.png", strips(run, evaluated_steps(run)))
+    run, captions, before, after = lab.tune(), [], [], []  # the same run, whose tables other studies have made
+    for name in SETS:
+        gain = lab.table(run, name)["reward"] - lab.table(None, name)["reward"]
+        chosen = gain.topk(min(MOVING, len(gain))).indices.tolist()
+        captions += [lab.prompts[name][i] for i in chosen]
+        before += [lab.video(None, name, i) for i in chosen]
+        after += [lab.video(run, name, i) for i in chosen]
+    write_comparison_gif(ROOT / "docs" / "before_after.gif", [before, after], captions, ["before", "after"], world.FPS)
     return []
 
 
