@@ -1,7 +1,7 @@
 """
 What an optimizer step of each method costs per video, at the preset modelscope's settings: work and peak memory, counted.
 
-    python benchmark.py --base random --device meta --methods      # full size, four minutes on one core: no weights, no times
+    python benchmark.py --base random --device meta --methods      # full size, two minutes of one core: no weights, no times
 
 Each method's own functions run on the meta device, whose tensors have sizes and no memory, one video (DPO: one pair) at once. A
 method is a list of parts, each with how often it is run for one video of an optimizer step. This is where they are divided:
@@ -179,8 +179,8 @@ def count_methods(base, reward, meter, tau, settings):
 
 def table(rows):
     """The same as lines of a table in Markdown."""
-    lines = ["| per video of an optimizer step | passes without, with gradient | frames | TFLOP | against InstructVideo "
-             "| peak GiB |", "|---|---|---|---|---|---|"]
+    head = "| per video of an optimizer step | passes without, with gradient | frames | TFLOP | against InstructVideo | peak GiB |"
+    lines = [head, "|---|---|---|---|---|---|"]
     for name, row in rows.items():
         ratio = row["tflop"] / rows["InstructVideo"]["tflop"]
         lines.append(f"| {name} | {row['without_gradient']:.3g}, {row['with_gradient']:.3g} | {row['frames']:.3g} | "

@@ -1,6 +1,6 @@
 """
-What a step of each method costs (benchmark.py --methods): parts are counted, so they are held here to whole runs of the
-method's own loop, which sample, score and learn with numbers.
+What a step of each method costs (benchmark.py --methods): parts are counted, so they are held here to whole runs of the method's
+own loop, which sample, score and learn with numbers.
 """
 import re
 from dataclasses import replace
