@@ -179,7 +179,7 @@ def count_methods(base, reward, meter, tau, settings):
 
 def table(rows):
     """The same as lines of a table in Markdown."""
-    head = "| per video of an optimizer step | passes without, with gradient | frames | TFLOP | against InstructVideo | peak GiB |"
+    head = "| per video of a step | passes without, with gradient | frames | TFLOP | against InstructVideo | peak GiB |"
     lines = [head, "|---|---|---|---|---|---|"]
     for name, row in rows.items():
         ratio = row["tflop"] / rows["InstructVideo"]["tflop"]
