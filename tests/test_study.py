@@ -9,7 +9,7 @@ import torch
 
 import train
 from methods import rwr
-from support import run_folder
+from support import run_folder, tables
 from tiny import lab, study, study_methods, study_report, study_tables
 
 
@@ -140,33 +140,44 @@ def test_the_report_replaces_what_stands_between_its_markers(short, tmp_path, mo
 
 
 def test_methods_are_compared_at_equal_work_run_by_run(short, monkeypatch, tmp_path):
-    small = {"batch_size": 1, "rounds": 1, "videos": 1, "num_steps": 2}
     monkeypatch.setattr(study_methods, "contenders", lambda: {
-        "InstructVideo": (train, {}), "InstructVideo, own videos": (train, {"data": "own-videos"}), "RWR": (rwr, small)})
+        "InstructVideo, own videos": (train, {"data": "own-videos"}), "RWR": (rwr, {"videos": 2})})
     monkeypatch.setattr(study_methods, "equal_steps", lambda module, cfg: 2)
     for name, value in {"GRID": (1e-3, 2e-3), "SEEDS": (0, 1), "LOOKS": 1, "LOOKED_AT": 1, "OWN_VIDEOS": 2}.items():
         monkeypatch.setattr(study_methods, name, value)
-    measured = []
-    def random_tables(model, reward, prompts, **settings):
-        measured.append(settings["seed"])
-        return {k: torch.rand(len(prompts), dtype=torch.float64) for k in ("reward", *study_tables.MEASURES)}, None
-    monkeypatch.setattr(lab, "evaluate", random_tables)
 
+    def random_table(number):
+        return {k: torch.rand(number, dtype=torch.float64) for k in ("reward", *study_tables.MEASURES)}
+
+    def tune(self, *flags, watch, module):
+        """A run of two steps, as it would be left behind; its flags are those of the method."""
+        train.settings.parse([*flags, *watch], module.PRESETS, "")
+        run = self.cfg.work / f"run-{len(runs)}"
+        run.mkdir(parents=True)
+        lines = [{"step": step, "eval": {"in_domain": tables.summary(random_table(3))}} for step in (0, 2)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 2, "seconds": 1.5}]))
+        runs.append((module, flags))
+        return run
+
+    runs = []
+    monkeypatch.setattr(lab.Lab, "tune", tune)
+    monkeypatch.setattr(lab.Lab, "model", lambda self, run, adapter="lora": self.base)
+    monkeypatch.setattr(lab, "evaluate", lambda model, reward, prompts, **settings: (random_table(len(prompts)), None))
     report = short("methods")
     files = {file.name: json.loads(file.read_text()) for file in (tmp_path / "studies" / "methods").glob("*.json")}
-    assert len(files) == 3 * (2 + 2) and "rwr-rate-0.001-seed-100.json" in files
+    assert len(files) == len(runs) == 2 * (2 + 2) and "rwr-rate-0.001-seed-100.json" in files
+    assert runs[-1] == (rwr, ("--videos", "2", "--steps", "2", "--lr", runs[-1][1][5], "--seed", "1"))
     rows = [row for row in report["rows"] if row["label"] == "RWR"]
-    assert [row["set"] for row in rows] == ["in_domain", "new", "other", "curve"]
+    assert [row["set"] for row in rows] == ["in_domain", "new", "other", "curve"] and rows[0]["seconds"] == [1.5, 1.5]
     best = max((1e-3, 2e-3), key=lambda rate: files[f"rwr-rate-{rate:g}-seed-100.json"]["curve"][-1]["measures"]["reward_mean"])
     assert rows[0]["rate"] == best and set(files[f"rwr-rate-{best:g}-seed-1.json"]["tables"]) == set(lab.SETS)
     own = files["instructvideo-own-videos-rate-0.001-seed-100.json"]["settings"]["data"]
     assert own.endswith("own-videos") and len(list((tmp_path / "out" / "studies" / "own-videos").glob("*.txt"))) == 2
 
     # What has a file is not made again, even where no run is left.
-    monkeypatch.setattr(lab.Lab, "tune", None)
-    assert short("methods")["rows"][-2]["differences"] == rows[-2]["differences"]
+    assert short("methods")["rows"][-2]["differences"] == rows[-2]["differences"] and len(runs) == 8
     table = study_methods.as_table(report)
-    assert "| RWR | " in table and len(table.splitlines()) == 2 + 2 + 4
+    assert "| RWR | " in table and len(table.splitlines()) == 2 + 2 + 3
     study_methods.draw(report, tmp_path / "methods.png")
     assert iio.imread(tmp_path / "methods.png").ndim == 3
 
