@@ -203,6 +203,7 @@ def test_what_is_alive_is_counted_as_an_allocator_would():
     assert peak.saved == 4000 and peak.total <= 8 + 4 * 4000
 
 
+@pytest.mark.slow
 def test_saved_activations_are_those_that_torch_saves():
     """The same step on the CPU, with numbers: distinct storages that its graph keeps, weights left out."""
     base, reward = small()

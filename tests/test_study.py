@@ -2,6 +2,7 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 
 import imageio.v3 as iio
 import pytest
@@ -10,7 +11,7 @@ import torch
 import train
 from methods import rwr
 from support import run_folder, tables
-from tiny import lab, study, study_methods, study_report, study_tables
+from tiny import clips, lab, study, study_methods, study_report, study_tables
 
 
 @pytest.fixture
@@ -19,6 +20,7 @@ def short(monkeypatch, tmp_path):
     monkeypatch.setitem(train.PRESETS, "tiny", train.Config(steps=1, batch_size=1))
     for module in (study, study_report):
         monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(clips, "tiny_clips", partial(clips.tiny_clips, count=4))
     monkeypatch.chdir(tmp_path)
 
     def run(name):

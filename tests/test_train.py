@@ -327,9 +327,10 @@ def not_finite_at(monkeypatch, steps):
     real, calls = train.edit_rewards, []
 
     def spoilt(*args):
-        R, r = real(*args)
+        R, logged = real(*args)
         calls.append(None)
-        return (R * math.nan, r * math.nan) if len(calls) in steps else (R, r)
+        spoil = math.nan if len(calls) in steps else 1.
+        return R * spoil, {name: values * spoil for name, values in logged.items()}
     monkeypatch.setattr(train, "edit_rewards", spoilt)
 
 
