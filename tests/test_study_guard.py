@@ -64,6 +64,7 @@ def test_on_a_real_run_of_a_step(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("of the best") == 4
     report = json.loads(json.dumps({"rows": rows, "reward": "HPStiny", "command": "a command", "versions": {"torch": "2"}}))
     table = study_guard.as_table(report)
+    assert len({line.count("|") for line in table.splitlines()[2:]}) == 1  # as many cells in every row
     assert len(table.splitlines()) == 4 + 4 and f"| seed 5, highest reward | {rows[1]['step']} |" in table
     study_guard.draw(report, tmp_path / "guard.png")
     assert iio.imread(tmp_path / "guard.png").ndim == 3 and len(rows[0]["curve"]) == 2

@@ -15,12 +15,13 @@ from support.guard import best_step, find_turn, mean, pool
 from support.run_folder import mean_rewards, read_metrics, read_tables
 from support.tables import paired, summary
 from support.watch import JUDGE, measured_names
-from tiny.study_tables import SHOWN, as_lines, conditions
+from tiny.study_tables import as_lines, conditions
 
 SEEDS = (0, 1, 2)
 CHEATING = ("--lr", "0.004", "--steps", "200")  # twice the default's rate, five times its steps
 COUNT = 16
 WATCH = ("--eval-every", "20", "--eval-count", str(COUNT), "--watch", "judge", "--watch", "pixels")
+SEEN = ("watermark", "fidelity", "motion")  # of the judge, in the table
 RULES = {"highest reward": [], "guard, judge watched": [JUDGE], "guard, pixels watched": measured_names(("pixels",))}
 
 
@@ -68,13 +69,13 @@ def choices(tables, rewards, prompts):
 
 def as_table(report):
     """Markdown: what each rule keeps of each run."""
-    head = ["", "keeps step", "turned at", "judge score", "of the best", report["reward"], "watermark", "fidelity", "motion"]
+    head = ["", "keeps step", "turned at", "judge score", "of the best", report["reward"], *SEEN]
     lines = []
     for row in report["rows"]:
         m = row["measures"]
         cells = [row["label"], row["step"], "" if row["turned"] is None else row["turned"], f"{m[JUDGE]:.4f}",
                  f"{row['of_best_judge']:.1%}", f"{m['reward_mean']:.4f}"]
-        lines.append([*cells, *(f"{m[k]:.3f}" for k in SHOWN)])
+        lines.append([*cells, *(f"{m[k]:.3f}" for k in SEEN)])
     return "\n".join([conditions(report), "", *as_lines(head, lines)])
 
 
