@@ -43,9 +43,9 @@ def contact_sheet(columns, captions, titles):
 
 def write_png(path, pixels):
     """Save (H, W, 3) uint8, whole or not at all."""
-    import imageio.v3 as iio
+    from PIL import Image  # not imageio, which on a full disk prints a second error when it is collected
     with write_whole(path) as hidden:
-        iio.imwrite(hidden, pixels, extension=".png")
+        Image.fromarray(pixels).save(hidden, format="PNG")
 
 
 def write_comparison_gif(path, rows, captions, titles, fps, tile=112):
