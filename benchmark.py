@@ -398,18 +398,19 @@ def count_memory(base, reward, cfg, dtype, at_once=AT_ONCE):
         # One step of the chain has gradient; those without leave nothing behind, so one step is as good as all.
         settings = replace(train.PRESETS["modelscope"], num_steps=1, tau=1., **flags)
         base.unet.checkpoint_activations(settings.checkpoint_activations or settings.low_memory)
-        measured = []
-        for number in (1, 2):
+
+        def peak(number, settings=settings, samples=name == EVALUATION):
             batch = synthetic(base, replace(cfg, batch_size=number))
             reward.text_features(batch[-1])  # made once a caption, not once a step
-            def forward():
-                if name == EVALUATION:  # noqa: B023
-                    with torch.no_grad():
-                        return sample(base.denoiser, batch[1], batch[2], uncond, num_steps=1)  # noqa: B023
-                return train.edit_rewards(base, reward, uncond, batch, settings)[0]  # noqa: B023
-            measured.append(measure_peak(forward, modules).in_gib())
+            def run():
+                if samples:
+                    return sample(base.denoiser, batch[1], batch[2], uncond, num_steps=1)
+                return train.edit_rewards(base, reward, uncond, batch, settings)[0]
+            with torch.set_grad_enabled(not samples):
+                return measure_peak(run, modules).in_gib()
+
         # Every clip adds as much as the one before: all tensors but the weights have a row for each.
-        one, two = measured
+        one, two = peak(1), peak(2)
         found[name] = {n: {k: one[k] + (n - 1) * (two[k] - one[k]) for k in one} for n in at_once}
     return found
 

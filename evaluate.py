@@ -203,8 +203,9 @@ def compare(cfg, base, reward, sets, strengths, size):
     judge = tiny_judge(cfg, base, sets, *size)
     scales = cfg.guidance or (first_given(base.guidance, GUIDANCE),)
     settings = list(itertools.product(cfg.num_steps, scales))                 # (D, guidance)
-    results, sheets, start = [], {}, dict(zip(sets, itertools.accumulate(
-        map(len, sets.values()), initial=cfg.seed)))  # sets have noise of their own
+    starts = itertools.accumulate(map(len, sets.values()), initial=cfg.seed)
+    start = dict(zip(sets, starts))  # sets have noise of their own
+    results, sheets = [], {}
     with evaluation_bar(sets, settings, strengths) as bar:
         for name, (steps, guidance), model_name in itertools.product(sets, settings, strengths):
             # Videos are shown at the first setting only.

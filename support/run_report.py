@@ -64,10 +64,15 @@ class RunFiles:
                 number += 1
         return found
 
+    def captions(self, set_name, number):
+        """The prompts of a set's videos, by which errors are clustered; None if they are not known."""
+        known = self.prompts.get(set_name, ())
+        return known if len(known) == number else None
+
     def guard_says(self):
         """What the run said of what it watches, found anew; None where nothing is watched, or its prompts are gone."""
         watched, first = self.record.get("watched", []), next(iter(self.tables.values()), {})
-        fit = all(len(table["reward"]) == len(self.prompts.get(name, ())) for name, table in first.items())
+        fit = all(self.captions(name, len(table["reward"])) for name, table in first.items())
         if not watched or not first or not fit:
             return None
         turn = guard.find_turn(self.tables, self.prompts, watched)
@@ -168,12 +173,12 @@ def series(run, sets, measure, color, name):
 
 
 def gain_error(run, set_name, step):
-    """Standard error of the reward's paired difference from the first evaluation; 0 where there are no
-    numbers of each video."""
+    """Standard error over prompts of the reward's paired difference from the first evaluation; 0 where
+    there are no numbers of each video."""
     first, now = (run.tables.get(s, {}).get(set_name) for s in (run.evals[0]["step"], step))
     if not first or not now or not 1 < len(first["reward"]) == len(now["reward"]):
         return 0
-    return paired(first, now)[1]
+    return paired(first, now, clusters=run.captions(set_name, len(now["reward"])))[1]
 
 
 def gain_rows(runs):
@@ -189,7 +194,7 @@ def gain_rows(runs):
                 continue
             measures = {}
             for k in before[name]:
-                gain, error = paired(before[name], after[name], k)
+                gain, error = paired(before[name], after[name], k, run.captions(name, len(before[name][k])))
                 measures[k] = {"before": before[name][k].mean().item(), "after": after[name][k].mean().item(),
                                "std": before[name][k].std(correction=len(before[name][k]) > 1).item(), "gain": gain,
                                "error": error}

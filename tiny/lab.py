@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import lora
 import train
@@ -22,6 +21,7 @@ from model import decode_frames, load_base
 from reward import load_reward
 from sampler import GUIDANCE
 from support.files import read_json, write_whole
+from support.progress import progress
 from support.settings import first_given, to_json
 from support.tables import paired, summary
 from support.videos import to_pixels
@@ -84,7 +84,7 @@ class Lab:
         which = "best-" if adapter == "best" else ""
         file = (run or self.cfg.work / "base") / f"{which}{name}-D{num_steps}-guidance{guidance:g}-n{count}.json"
         if not file.exists():
-            with tqdm(total=count, desc=f"{file.parent.name}, {file.stem}", leave=False, mininterval=5) as bar:
+            with progress(None, f"{file.parent.name}, {file.stem}", count, unit="video", leave=False) as bar:
                 table, _ = evaluate(self.model(run, adapter), self.reward, self.prompts[name], seed=self.seed(name, 0),
                                     num_steps=num_steps, guidance=guidance, judge=self.judge, move_on=bar.update)
             with write_whole(file) as hidden:

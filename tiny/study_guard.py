@@ -13,8 +13,9 @@ from evaluate import prompt_sets
 from support.files import write_whole
 from support.guard import best_step, find_turn, mean, pool
 from support.run_folder import mean_rewards, read_metrics, read_tables
-from support.tables import paired, summary
+from support.tables import summary
 from support.watch import JUDGE, measured_names
+from tiny.lab import differences
 from tiny.study_tables import as_lines, conditions
 
 SEEDS = (0, 1, 2)
@@ -59,7 +60,7 @@ def choices(tables, rewards, prompts):
     for rule, (step, turned) in kept.items():
         table = pooled[step]
         rows.append({"rule": rule, "step": step, "turned": turned, "of_best_judge": scores[step] / max(scores.values()),
-                     "measures": summary(table), "differences": {k: paired(first, table, k, captions) for k in table}})
+                     "measures": summary(table), "differences": differences(first, table, captions)})
     rows[0]["curve"] = [(step, mean(table["reward"]), scores[step]) for step, table in pooled.items()]
     return rows
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 import train
 from generate import generate
 from model import decode_frames
 from support.files import read_json, write_whole
+from support.progress import progress
 from support.reports import versions
 from support.run_folder import read_metrics
 from support.videos import to_pixels, write_video
@@ -121,7 +121,7 @@ def result(lab, label, module, changes, steps, rate, seed, sets):
         curve = [{"step": line["step"], "measures": line["eval"]["in_domain"]} for line in lines if "eval" in line]
         tables = {name: {k: [round(x, 5) for x in v.tolist()] for k, v in lab.table(run, name, adapter="best").items()}
                   for name in sets}
-        found = {"settings": settings | {"data": str(settings.get("data"))}, "versions": versions(),
+        found = {"settings": {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}, "versions": versions(),
                  "seconds": sum(line.get("seconds", 0) for line in lines), "curve": curve, "tables": tables}
         with write_whole(file) as hidden:
             hidden.write_text(json.dumps(found) + "\n")
@@ -137,7 +137,7 @@ def own_videos(lab, folder):
     if not (folder / f"{OWN_VIDEOS - 1:04d}.txt").exists():
         folder.mkdir(parents=True, exist_ok=True)
         made = generate(lab.base, captions, [OWN_SEED + i for i in range(OWN_VIDEOS)], guidance=lab.guidance)
-        for i, z_0 in tqdm(made, "the base's own videos", OWN_VIDEOS, mininterval=5):
+        for i, z_0 in progress(made, "the base's own videos", OWN_VIDEOS, unit="video"):
             write_video(folder / f"{i:04d}.mp4", to_pixels(decode_frames(lab.base.vae, z_0[None])[0]), world.FPS)
             (folder / f"{i:04d}.txt").write_text(captions[i])
     return folder
