@@ -64,7 +64,7 @@ def tiny_judge(cfg, base, sets, height, width):
     ValueError for a measure in cfg.watch that videos of these prompts {set: prompts} do not have.
     """
     from tiny.judge import find_judge
-    judge = None if cfg.prompts else find_judge(base, cfg.frames, height, width)
+    judge = find_judge(base, cfg.frames, height, width, sum(sets.values(), []))
     check_watched(cfg.watch, sets, judge)
     return judge
 

@@ -11,7 +11,8 @@ Paper: DDPO (arXiv:2305.13301), Sec. 4.3, the importance sampling form (DDPO_IS)
 Against train.py: (1) it starts from pure noise and needs prompts only; (2) the chain is stochastic,
 so each step has a probability; (3) the reward needs no gradient; (4) a round samples the videos of
 --updates optimizer steps. From the second of them on the model is not the one that sampled, which
-PPO's ratio and clipping account for. Checkpoints lie between rounds and a signal ends the run at
+PPO's ratio and clipping account for; (5) all videos are scored on the same frames, the first of each
+segment, as R would else say more of the frames than of the video. Checkpoints lie between rounds and a signal ends the run at
 the end of its round, so that a continued run samples each round from the same adapters.
 
 Ours differs from kvablack/ddpo-pytorch: all videos of an update learn from the same chain steps.
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 from data import batch_indices  # noqa: E402
 from evaluate import prompt_sets  # noqa: E402
-from reward import segment_frames  # noqa: E402
+from reward import first_frames  # noqa: E402
 from sampler import GUIDANCE, alpha_bars, ddim_mean_std, ddpm_step, guided_eps  # noqa: E402
 from support import prompting  # noqa: E402
 from support.processes import add_over_ranks, all_gather, rank_and_size, run_script  # noqa: E402
@@ -237,7 +238,7 @@ def method(cfg, base, reward):
         cfg, base, lambda: prompt_sets(base, (), 0)["in_domain"])
     uncond = base.encode_text([""])                                           # (1, N, E)
 
-    pick_frames = lambda own: segment_frames(cfg.frames, cfg.segments, 1, own)[0]         # (S,)
+    pick_frames = lambda _: first_frames(cfg.frames, cfg.segments)  # alike, to compare
 
     def draw(step):
         # Each prompt of the batch has `group` neighbouring positions.

@@ -11,7 +11,9 @@ the better one, as VADER (arXiv:2407.08737) makes its preference data.
 
 Against train.py: (1) no gradient passes through the reward or the chain; (2) --pairs of videos of
 the base are sampled from prompts and scored before the first step; (3) steps learn from batches of
-these pairs; (4) the reference that keeps the model near the base is the base: adapters off.
+these pairs; (4) the reference that keeps the model near the base is the base: adapters off; (5) all
+videos are scored on the same frames, the first of each segment. With frames of their own, R would
+vary by 73% through TAR's weights, and by 11% through the videos that it has to compare.
 
 Ours differs from VADER's DPO baseline: both videos of a pair have one prompt, and one noise in the
 loss. That baseline pairs clips of different prompts and draws two noises.
@@ -33,7 +35,7 @@ import lora  # noqa: E402
 import train  # noqa: E402
 from data import batch_indices  # noqa: E402
 from evaluate import prompt_sets  # noqa: E402
-from reward import segment_frames  # noqa: E402
+from reward import first_frames  # noqa: E402
 from sampler import GUIDANCE, add_noise, alpha_bars, sample  # noqa: E402
 from support import prompting  # noqa: E402
 from support.processes import rank_and_size, run_script  # noqa: E402
@@ -65,7 +67,7 @@ def pair_errors(denoiser, z_w, z_l, eps, t, text):
 @torch.no_grad()
 def sample_pairs(base, reward, prompts, number, cfg):
     """This rank's pairs of a round, 4 at a time: {winner, loser, reward, prompt}."""
-    pick_frames = lambda own: segment_frames(cfg.frames, cfg.segments, 1, own)[0]         # (S,)
+    pick_frames = lambda _: first_frames(cfg.frames, cfg.segments)  # alike, to compare
     uncond = base.encode_text([""])                                           # (1, N, E)
     share = batch_indices(number, cfg.pairs, len(prompts), cfg.seed, *rank_and_size())
     for start in range(0, len(share), 4):

@@ -11,8 +11,10 @@ Paper: reward-weighted regression for text-to-image models (arXiv:2302.12192), a
 
 Against train.py: (1) no gradient passes through the reward or the chain; (2) a round samples
 --videos from prompts, scores them, and weights them by a softmax of their rewards; (3) steps learn
-from the videos of their round by the base's own loss, weighted. With --data real clips take their
-place, each weighted by its own reward, without softmax (VGen, utils/reward/reward.py:406).
+from the videos of their round by the base's own loss, weighted; (4) all videos are scored on the
+same frames, the first of each segment, as R would else say more of the frames than of the video.
+With --data real clips take the videos' place, each weighted by its own reward, without softmax
+(VGen, utils/reward/reward.py:406).
 
 Ours differs from jannerm/ddpo: rewards are standardised before the softmax. HPSv2 spreads by 0.015
 only, and a softmax of such numbers gives every video the same weight.
@@ -32,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 from data import batch_indices  # noqa: E402
 from evaluate import prompt_sets  # noqa: E402
-from reward import segment_frames  # noqa: E402
+from reward import first_frames  # noqa: E402
 from sampler import GUIDANCE, add_noise, alpha_bars, sample  # noqa: E402
 from support import prompting  # noqa: E402
 from support.processes import rank_and_size, run_script  # noqa: E402
@@ -60,7 +62,7 @@ def denoising_errors(denoiser, z, eps, t, text):
 
 def sample_videos(base, reward, prompts, number, cfg):
     """This rank's videos of a round, scored, 8 at a time: {z, R, reward, prompt}."""
-    pick_frames = lambda own: segment_frames(cfg.frames, cfg.segments, 1, own)[0]         # (S,)
+    pick_frames = lambda _: first_frames(cfg.frames, cfg.segments)  # alike, to compare
     uncond = base.encode_text([""])                                           # (1, N, E)
     share = batch_indices(number, cfg.videos, len(prompts), cfg.seed, *rank_and_size())
     for start in range(0, len(share), 8):
@@ -131,6 +133,7 @@ def method(cfg, base, reward):
     def draw_clips(step):
         z, eps, text, g, captions = train.draw_batch(dataset, step, cfg, base.vae.config.scale,
                                                      base.device)
+        g = first_frames(cfg.frames, cfg.segments).to(g).expand_as(g)         # (B, S)
         R, logged = train.video_rewards(base, reward, z, g, captions, cfg)
         return z, eps, text, R, logged["reward"]
 

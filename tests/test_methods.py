@@ -729,6 +729,25 @@ def test_every_option_runs(name, flags):
         assert load_file("run/round_000.safetensors")["prompt"].max() < 3  # of the file's three
 
 
+@pytest.mark.parametrize("name", ["ddpo", "rwr", "dpo"])
+def test_videos_that_are_compared_are_scored_on_the_same_frames(parts, monkeypatch, name):
+    """TAR's weights depend on the frames: by frames of their own, videos that are all alike would get different R."""
+    base, _, _ = parts
+    found, video_rewards = [], train.video_rewards
+    monkeypatch.setattr(train, "video_rewards", lambda *args: found.append(video_rewards(*args)) or found[-1])
+
+    def alike(frames, captions):
+        return torch.ones(frames.shape[:2])
+    if name == "ddpo":
+        ddpo.method(config(ddpo, frames=16, num_steps=1), base, alike)[0](0, types.SimpleNamespace(last={}, add=lambda *_: None))
+    if name == "rwr":
+        list(rwr.sample_videos(base, alike, CAPTIONS, 0, config(rwr, frames=16, num_steps=1, videos=4)))
+    if name == "dpo":
+        list(dpo.sample_pairs(base, alike, CAPTIONS, 0, config(dpo, frames=16, num_steps=1, pairs=2)))
+    R = torch.cat([R for R, _ in found])
+    assert len(R) == 4 and (R == R[0]).all()
+
+
 def test_rwr_weights_real_clips_by_their_own_reward(parts, monkeypatch):
     base, reward, _ = parts
     write_clips()
@@ -737,8 +756,9 @@ def test_rwr_weights_real_clips_by_their_own_reward(parts, monkeypatch):
     z, eps, text, w, plain, t = draw(None, 0)
     batch = train.draw_batch(train.read_clips(cfg, base), 0, cfg, base.vae.config.scale, base.device)
     assert torch.equal(z, batch[0]) and torch.equal(eps, batch[1])
-    scores = train.score_frames(base.vae, reward, z, batch[3], batch[4])
-    torch.testing.assert_close(w, (scores * torch.exp(-(batch[3] - 2).abs())).mean(dim=1), rtol=1e-5, atol=1e-5)
+    g = torch.tensor([[0, 2], [0, 2]])  # the first frames of the two segments
+    scores = train.score_frames(base.vae, reward, z, g, batch[4])
+    torch.testing.assert_close(w, (scores * torch.exp(-(g - 2).abs())).mean(dim=1), rtol=1e-5, atol=1e-5)
     assert not w.requires_grad and t.shape == (2,)
 
 

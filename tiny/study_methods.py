@@ -3,7 +3,8 @@ The methods of both papers side by side: same base, sampler, LoRA, reward, promp
 
 Work is counted in passes of one video through the denoiser, a pass with gradient as three; each run has as many steps as fit
 into four times the default run's. Seconds stand beside it. Every method's learning rate is the best of the same small grid on
-one seed that is not used again, by the reward of in_domain with noise of its own; then three seeds run with it.
+one seed that is not used again, after the first quarter of such a run, by the reward of in_domain with noise of its own; then
+three seeds run with it.
 """
 import importlib
 import json
@@ -14,6 +15,7 @@ import torch
 from matplotlib.figure import Figure
 
 import train
+from evaluate import prompt_sets
 from generate import generate
 from model import decode_frames
 from support.files import read_json, write_whole
@@ -26,7 +28,7 @@ from tiny.lab import SETS, pooled_row
 from tiny.study_tables import SHOWN, as_lines, conditions, widest_error
 
 TIMES, GRID, GRID_SEED, SEEDS = 4, (5e-4, 2e-3, 8e-3), 100, (0, 1, 2)
-LOOKS, LOOKED_AT = 4, 12  # evaluations of a run after its start, and videos of each set in one
+LOOKS, LOOKED_AT = 4, 16  # evaluations of a run after its start, and videos of in_domain in one
 OWN_VIDEOS = 192  # of the base, as many as the world has clips
 OWN_SEED = 6_000_000
 
@@ -88,10 +90,10 @@ def methods(lab):
         steps, (once, each) = equal_steps(module, cfg), passes(module, cfg)
 
         # 1. The rate, by the last evaluation of the grid's seed. 2. Three seeds.
-        grid = {rate: result(lab, label, module, changes, steps, rate, GRID_SEED, ()) for rate in GRID}
+        grid = {rate: result(lab, label, module, changes, steps, rate, GRID_SEED) for rate in GRID}
         grid = {rate: found["curve"][-1]["measures"]["reward_mean"] for rate, found in grid.items()}
         best = max(grid, key=grid.get)
-        seeds = [result(lab, label, module, changes, steps, best, seed, SETS) for seed in SEEDS]
+        seeds = [result(lab, label, module, changes, steps, best, seed) for seed in SEEDS]
 
         more = {"rate": best, "grid": grid, "steps": steps, "passes": once + steps * each,
                 "seconds": [found["seconds"] for found in seeds]}
@@ -102,31 +104,45 @@ def methods(lab):
     return rows
 
 
-def result(lab, label, module, changes, steps, rate, seed, sets):
+def result(lab, label, module, changes, steps, rate, seed):
     """
-    What a run gave, from its file, or made now: seconds of its steps, its curve, tables of its best checkpoint on `sets`.
+    What a run gave, from its file, or made now: seconds of its steps, its curve, tables of its best checkpoint on all sets.
 
     The curve has the measures of in_domain at every evaluation while training, with noise that nothing else is measured by.
+    A run of the grid is the first quarter of a whole one, and has no tables.
     """
     words = f"{label} rate {rate:g} seed {seed}".lower().replace(",", "").replace("'", "").split()
     file = lab.cfg.out / "methods" / f"{'-'.join(words)}.json"
     if not file.exists():
+        whole = seed != GRID_SEED
+        settings = changes | {"steps": steps if whole else steps // LOOKS, "lr": f"{rate:g}", "seed": seed}
+        rounds = getattr(module.PRESETS["tiny"], "rounds", 1)
+        if rounds > 1 and not whole:
+            settings["rounds"] = rounds // LOOKS
         if "data" in changes:
-            changes = {"data": own_videos(lab, lab.cfg.work / changes["data"])}
-        settings = changes | {"steps": steps, "lr": f"{rate:g}", "seed": seed}
+            settings["data"] = own_videos(lab, lab.cfg.work / changes["data"])
         flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-        run = lab.tune(*flags, watch=("--eval-every", str(steps // LOOKS), "--eval-count", str(LOOKED_AT)), module=module)
+        watch = ("--prompts", f"in_domain={looked_at(lab)}", "--eval-count", "0", "--eval-every", str(steps // LOOKS))
+        run = lab.tune(*flags, watch=watch, module=module)
 
         lines = read_metrics(run / "metrics.jsonl")
         curve = [{"step": line["step"], "measures": line["eval"]["in_domain"]} for line in lines if "eval" in line]
         tables = {name: {k: [round(x, 5) for x in v.tolist()] for k, v in lab.table(run, name, adapter="best").items()}
-                  for name in sets}
+                  for name in (SETS if whole else ())}
         found = {"settings": {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}, "versions": versions(),
                  "seconds": sum(line.get("seconds", 0) for line in lines), "curve": curve, "tables": tables}
         with write_whole(file) as hidden:
             hidden.write_text(json.dumps(found) + "\n")
         print(f"{file.name}: {curve[0]['measures']['reward_mean']:.4f} -> {curve[-1]['measures']['reward_mean']:.4f}", flush=True)
     return read_json(file)
+
+
+def looked_at(lab):
+    """The file with the prompts of the evaluations while training."""
+    file = lab.cfg.work / f"in_domain-{LOOKED_AT}.txt"
+    with write_whole(file) as hidden:
+        hidden.write_text("\n".join(prompt_sets(lab.base, (), LOOKED_AT)["in_domain"]) + "\n")
+    return file
 
 
 @torch.no_grad()
