@@ -16,8 +16,11 @@ from tiny import clips, lab, study, study_methods, study_report, study_tables
 
 @pytest.fixture
 def short(monkeypatch, tmp_path):
-    """Studies of one training step and two videos."""
-    monkeypatch.setitem(train.PRESETS, "tiny", train.Config(steps=1, batch_size=1))
+    """Studies of one training step and two videos, with chains of four steps."""
+    monkeypatch.setitem(train.PRESETS, "tiny", train.Config(steps=1, batch_size=1, num_steps=4))
+    for name in ("evaluate", "generate"):
+        real = getattr(lab, name)
+        monkeypatch.setattr(lab, name, lambda *args, real=real, **more: real(*args, **more | {"num_steps": 4}))
     for module in (study, study_report):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(clips, "tiny_clips", partial(clips.tiny_clips, count=4))
@@ -46,17 +49,17 @@ def test_a_sweep_compares_each_variant_with_the_base(short, monkeypatch):
 
 
 def test_tau_is_compared_at_equal_steps_and_at_equal_time(short, monkeypatch):
-    monkeypatch.setattr(study, "TAUS", (.1, .6))
-    monkeypatch.setattr(study, "step_seconds", lambda configs: [.25 if cfg.tau == .1 else 1. for cfg in configs])
+    monkeypatch.setattr(study, "TAUS", (.3, .6))
+    monkeypatch.setattr(study, "step_seconds", lambda configs: [.25 if cfg.tau == .3 else 1. for cfg in configs])
     base, few, longer, default = short("tau")["rows"]
-    assert [r["label"] for r in (few, longer, default)] == ["tau = 0.1", "tau = 0.1, equal time: 4 steps", "tau = 0.6"]
-    lines = run_folder.read_metrics(study.Config(study="tau").work / "tau-0.1-steps-4" / "metrics.jsonl")
+    assert [r["label"] for r in (few, longer, default)] == ["tau = 0.3", "tau = 0.3, equal time: 4 steps", "tau = 0.6"]
+    lines = run_folder.read_metrics(study.Config(study="tau").work / "tau-0.3-steps-4" / "metrics.jsonl")
     assert len(lines) == 4
 
 
 def test_a_steps_time_grows_with_the_chain(short):
     """12 chain steps against 1, the last of each with gradient."""
-    tiny = replace(train.PRESETS["tiny"], batch_size=1)
+    tiny = replace(train.PRESETS["tiny"], batch_size=1, num_steps=20)
     few, many = study.step_seconds([replace(tiny, tau=.05), replace(tiny, tau=.6)], repeats=2)
     assert many > 1.3 * few
 
@@ -98,8 +101,8 @@ def test_the_other_studies_run(name, short, monkeypatch):
     monkeypatch.setattr(study, "SEEDS", (0,))
     monkeypatch.setattr(study, "RIVAL_SEEDS", (0,))
     monkeypatch.setattr(study, "GUIDANCES", (1., 3.))
-    monkeypatch.setattr(study, "CHAINS", (10, 20))
-    monkeypatch.setattr(study, "step_seconds", lambda configs: [.5 if cfg.num_steps == 10 else 1. for cfg in configs])
+    monkeypatch.setattr(study, "CHAINS", (2, 4))
+    monkeypatch.setattr(study, "step_seconds", lambda configs: [.5 if cfg.num_steps == 2 else 1. for cfg in configs])
     monkeypatch.setattr(study, "TOO_LONG", ("--steps", "2"))
     monkeypatch.setattr(study, "WATCH", dict.fromkeys(study.WATCH, ("--eval-every", "2", "--eval-count", "1")))
     monkeypatch.setattr(lab, "evaluate", lambda model, reward, prompts, **settings: (
@@ -145,11 +148,11 @@ def test_methods_are_compared_at_equal_work_run_by_run(short, monkeypatch, tmp_p
     monkeypatch.setattr(study_methods, "contenders", lambda: {
         "InstructVideo, own videos": (train, {"data": "own-videos"}), "RWR": (rwr, {"videos": 2})})
     monkeypatch.setattr(study_methods, "equal_steps", lambda module, cfg: 2)
-    for name, value in {"GRID": (1e-3, 2e-3), "SEEDS": (0, 1), "LOOKS": 1, "LOOKED_AT": 1, "OWN_VIDEOS": 2}.items():
+    for name, value in {"GRID": (1e-3, 2e-3), "SEEDS": (0, 1), "LOOKS": 1, "LOOKED_AT": 2, "OWN_VIDEOS": 2}.items():
         monkeypatch.setattr(study_methods, name, value)
 
     def random_table(number):
-        return {k: torch.rand(number, dtype=torch.float64) for k in ("reward", *study_tables.MEASURES)}
+        return {k: torch.rand(number, dtype=torch.float64) for k in ("reward", "pixel_diversity", *study_tables.MEASURES)}
 
     def tune(self, *flags, watch, module):
         """A run of two steps, as it would be left behind; its flags are those of the method."""

@@ -8,6 +8,7 @@ three seeds run with it.
 """
 import importlib
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,6 +67,14 @@ def passes(module, cfg):
     return 0, B * (2 * (length - K) + 6 * K)
 
 
+def videos_scored(module, cfg, step, steps):
+    """How many videos the reward has scored by this step of a run of `steps`; a round's all at once, at its start."""
+    name = module.__name__.split(".")[-1]
+    if name in ("rwr", "dpo"):
+        return math.ceil(step * cfg.rounds / steps) * (cfg.videos if name == "rwr" else 2 * cfg.pairs)
+    return step * cfg.batch_size
+
+
 def equal_steps(module, cfg):
     """Steps of a method that cost TIMES the default run's work, a multiple of 8, so that rounds and evaluations divide them."""
     tiny = train.PRESETS["tiny"]
@@ -96,11 +105,12 @@ def methods(lab):
         seeds = [result(lab, label, module, changes, steps, best, seed) for seed in SEEDS]
 
         more = {"rate": best, "grid": grid, "steps": steps, "passes": once + steps * each,
-                "seconds": [found["seconds"] for found in seeds]}
+                "videos_scored": videos_scored(module, cfg, steps, steps), "seconds": [found["seconds"] for found in seeds]}
         for name in SETS:
             tables = [{k: torch.tensor(v, dtype=torch.float64) for k, v in found["tables"][name].items()} for found in seeds]
             rows.append(pooled_row(label, name, base[name], tables, lab.prompts[name]) | more)
-        rows.append({"label": label, "set": "curve", "curves": [found["curve"] for found in seeds]})
+        scored = [videos_scored(module, cfg, point["step"], steps) for point in seeds[0]["curve"]]
+        rows.append({"label": label, "set": "curve", "videos_scored": scored, "curves": [found["curve"] for found in seeds]})
     return rows
 
 
@@ -122,7 +132,8 @@ def result(lab, label, module, changes, steps, rate, seed):
         if "data" in changes:
             settings["data"] = own_videos(lab, lab.cfg.work / changes["data"])
         flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-        watch = ("--prompts", f"in_domain={looked_at(lab)}", "--eval-count", "0", "--eval-every", str(steps // LOOKS))
+        watch = ("--prompts", f"in_domain={looked_at(lab)}", "--eval-count", str(LOOKED_AT), "--eval-every", str(steps // LOOKS),
+                 "--watch", "diversity")
         run = lab.tune(*flags, watch=watch, module=module)
 
         lines = read_metrics(run / "metrics.jsonl")
@@ -138,10 +149,10 @@ def result(lab, label, module, changes, steps, rate, seed):
 
 
 def looked_at(lab):
-    """The file with the prompts of the evaluations while training."""
-    file = lab.cfg.work / f"in_domain-{LOOKED_AT}.txt"
+    """The file with the prompts of the evaluations while training, two videos of each, or diversity could not be seen."""
+    file = lab.cfg.work / f"in_domain-{LOOKED_AT // 2}.txt"
     with write_whole(file) as hidden:
-        hidden.write_text("\n".join(prompt_sets(lab.base, (), LOOKED_AT)["in_domain"]) + "\n")
+        hidden.write_text("\n".join(prompt_sets(lab.base, (), LOOKED_AT // 2)["in_domain"]) + "\n")
     return file
 
 
@@ -164,20 +175,26 @@ def own_videos(lab, folder):
 
 def as_table(report):
     """Markdown: the gains of each method on each set, ± the wider of the errors over prompts and over training seeds."""
-    heads = [*SETS, "spread over seeds", "rate", "steps", "s", *(f"{k}, in_domain" for k in SHOWN)]
+    heads = [*SETS, "spread over seeds", "rate", "steps", "videos scored", "s", *(f"{k}, in_domain" for k in SHOWN), "diversity"]
     before, after = rows_of(report, "base"), [row for row in report["rows"] if "spread" in row]
     lines = []
     for label in dict.fromkeys(row["label"] for row in after):
         rows = rows_of(report, label)
-        first = rows["in_domain"]
+        first, curves = rows["in_domain"], rows["curve"]["curves"]
         cells = ["{:+.4f} ± {:.4f}".format(rows[name]["differences"]["reward"][0], widest_error(rows[name], "reward"))
                  for name in SETS]
         cells += ["" if first["spread"]["reward"] is None else f"{first['spread']['reward']:.4f}", f"{first['rate']:g}",
-                  first["steps"], f"{sum(first['seconds']) / len(first['seconds']):.0f}"]
-        lines.append([label, *cells, *(f"{first['measures'][k]:.3f}" for k in SHOWN)])
-    blank = [""] * (len(SETS) + 4)
-    lines.insert(0, ["base", *blank, *(f"{before['in_domain']['measures'][k]:.3f}" for k in SHOWN)])
+                  first["steps"], first["videos_scored"], f"{sum(first['seconds']) / len(first['seconds']):.0f}"]
+        different = sum(best_point(curve)["measures"]["pixel_diversity"] for curve in curves) / len(curves)
+        lines.append([label, *cells, *(f"{first['measures'][k]:.3f}" for k in SHOWN), f"{different:.3f}"])
+    start = curves[0][0]["measures"]["pixel_diversity"]  # every run starts from the base
+    lines.insert(0, ["base", *[""] * (len(SETS) + 5), *(f"{before['in_domain']['measures'][k]:.3f}" for k in SHOWN), f"{start:.3f}"])
     return "\n".join([conditions(report), "", *as_lines(["gain of reward", *heads], lines)])
+
+
+def best_point(curve):
+    """The evaluation whose checkpoint was kept as the best."""
+    return max(curve, key=lambda point: point["measures"]["reward_mean"])
 
 
 def rows_of(report, label):
@@ -186,19 +203,21 @@ def rows_of(report, label):
 
 
 def draw(report, path):
-    """docs/methods.png: reward while training, by the share of the work done; and reward against fidelity, step by step."""
-    figure = Figure(figsize=(13, 5))
-    left, right = figure.subplots(1, 2)
+    """docs/methods.png: reward while training by the share of the work and by videos scored; reward against fidelity."""
+    figure = Figure(figsize=(17, 5))
+    work, queries, judge = figure.subplots(1, 3)
     for row in report["rows"]:
         if row["set"] == "curve":
-            steps = [point["step"] for point in row["curves"][0]]
-            def mean(key, curves=row["curves"]):
-                return [sum(c[i]["measures"][key] for c in curves) / len(curves) for i in range(len(curves[0]))]
-            left.plot([s / steps[-1] for s in steps], mean("reward_mean"), marker="o", label=row["label"])
-            right.plot(mean("reward_mean"), mean("fidelity"), marker="o", label=row["label"])
-    left.set(title="in_domain while training, mean of the seeds", xlabel="share of the work", ylabel="reward")
-    right.set(title="does the judge agree? each line starts at the base", xlabel="reward", ylabel="judge: fidelity")
-    right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, .5))
+            shares = [point["step"] / row["curves"][0][-1]["step"] for point in row["curves"][0]]
+            reward, fidelity = ([sum(curve[i]["measures"][key] for curve in row["curves"]) / len(row["curves"])
+                                 for i in range(len(shares))] for key in ("reward_mean", "fidelity"))
+            work.plot(shares, reward, marker="o", label=row["label"])
+            queries.plot(row["videos_scored"], reward, marker="o")
+            judge.plot(reward, fidelity, marker="o", label=row["label"])
+    work.set(title="in_domain while training, mean of the seeds", xlabel="share of the work", ylabel="reward")
+    queries.set(title="the same by what the reward was asked", xlabel="videos scored", ylabel="reward", xscale="symlog")
+    judge.set(title="does the judge agree? each line starts at the base", xlabel="reward", ylabel="judge: fidelity")
+    judge.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, .5))
     figure.tight_layout()
     with write_whole(path) as hidden:
         figure.savefig(hidden, dpi=90, format="png")
