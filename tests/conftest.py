@@ -1,5 +1,27 @@
 """One thread for all tests and the processes they start: tensors here are too small to share, and waiting threads spin."""
 import os
+from functools import partial
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from tiny import clips  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def aside(tmp_path, monkeypatch):
+    """A folder of its own to work in."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def few_clips():
+    """Six clips in the tiny world."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clips, "tiny_clips", partial(clips.tiny_clips, count=6))
+        yield

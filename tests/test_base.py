@@ -45,13 +45,10 @@ TOKENIZER = cache(open_clip.SimpleTokenizer)
 
 @pytest.fixture(autouse=True)
 def aside(tmp_path, monkeypatch):
-    """Every test in a folder of its own, on one thread; the words of CLIP are read once."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Every test in a folder of its own; the words of CLIP are read once."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(open_clip, "SimpleTokenizer", TOKENIZER)
     yield
-    torch.set_num_threads(threads)
 
 
 def seeded(make, seed=0):

@@ -30,15 +30,7 @@ from support.weights import TINY
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "a red circle moving left"
-
-
-@pytest.fixture(autouse=True)
-def aside(tmp_path, monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.chdir(tmp_path)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("aside")
 
 
 @pytest.fixture(scope="module")

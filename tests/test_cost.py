@@ -27,14 +27,6 @@ UNET, DECODE, ENCODE, IMAGE, TEXT = 4.89, 0.62, 0.27, 0.33, 0.05
 FLOOR = 134.7
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 

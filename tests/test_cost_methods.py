@@ -29,14 +29,6 @@ FEW = {"draft": dict(), "refl": dict(), "vader": dict(eta=.5), "ddpo": dict(upda
        "rwr": dict(rounds=2, videos=3), "dpo": dict(rounds=2, pairs=3)}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def small():
     """(base, reward) of one level: what takes time on the meta device is the number of operations."""
     base = Base(UNet3D(UNetConfig(channels=(16,), blocks_per_level=1, attention_levels=(True,), context_dim=16, head_dim=8,

@@ -40,14 +40,6 @@ pytestmark = pytest.mark.filterwarnings(  # torch's own remarks on the bad files
     "ignore:Detected pickle", "ignore:'torch.load' received a zip", "ignore:`torch.jit.script`", "ignore:Validating sparse")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def drawn(module, seed=0):
     """A module with every weight drawn anew, exact in fp16."""
     g = torch.Generator().manual_seed(seed)

@@ -2,7 +2,6 @@
 import json
 import re
 import types
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,25 +12,10 @@ import train
 from support import guard, run_folder, watch
 from support.mixture import check_rewards, load_mixture
 from support.tables import paired, summary
-from tiny import clips, judge
+from tiny import judge, study_tables
 
 SHORT = ["--device", "cpu", "--batch-size", "1", "--num-steps", "2", "--tau", "1", "--lr", ".01", "--eval-every", "1"]
-
-
-@pytest.fixture(autouse=True)
-def aside(tmp_path, monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.chdir(tmp_path)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_clips():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clips, "tiny_clips", partial(clips.tiny_clips, count=6))
-        yield
+pytestmark = pytest.mark.usefixtures("aside", "few_clips")
 
 
 # ------------------------------------------------- measures of pixels ----------------------------------------------
@@ -142,7 +126,7 @@ def test_an_unknown_name_is_refused_with_those_that_are_allowed():
     (["--early-stop"], "early_stop: needs --watch"),
     (["--early-stop", "--watch", "motion", "--eval-every", "0"], "early_stop: needs --watch, and evaluations")])
 def test_what_cannot_be_watched_is_refused_with_nothing_written(flags, message):
-    Path("prompts.txt").write_text("a red circle moving left\n")
+    Path("prompts.txt").write_text("a red panda\n")
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         train.main([*SHORT, "--eval-count", "1", *flags, "--out", "refused"])
     assert "\n" not in str(error.value) and not Path("refused").exists()
@@ -160,7 +144,8 @@ def test_everything_watched_is_measured(monkeypatch):
     lines = [json.loads(text) for text in Path("run/metrics.jsonl").read_text().splitlines()]
     for line in lines:
         if "eval" in line:
-            assert line["eval"]["a"].keys() == {"reward_mean", "reward_std", "n", *names}
+            # The tiny world's judge takes all prompts that are of its world.
+            assert line["eval"]["a"].keys() == {"reward_mean", "reward_std", "n", *names, *study_tables.MEASURES}
             assert all(0 < line["eval"]["a"][name] < 1 for name in names)
     assert lines[1].keys() == {"step", "reward", "loss", "grad_norm", "seconds"}  # a step measures none of them
     table = json.loads(Path("run/samples/step_000001.json").read_text())["a"]

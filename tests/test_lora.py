@@ -26,14 +26,6 @@ CONFIG = model.UNetConfig(channels=(32, 64), blocks_per_level=1, attention_level
                           stem_heads=8, norm_groups=8)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 

@@ -38,16 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 METHODS = {"draft": draft, "refl": refl, "vader": vader, "ddpo": ddpo, "rwr": rwr, "dpo": dpo}
 SHORT = ["--device", "cpu", "--batch-size", "2", "--num-steps", "2", "--frames", "4", "--segments", "2", "--eval-every", "0"]
 MORE = {"ddpo": ["--updates", "2"], "rwr": ["--rounds", "2", "--videos", "4"], "dpo": ["--rounds", "2", "--pairs", "2"]}
-
-
-@pytest.fixture(autouse=True)
-def aside(tmp_path, monkeypatch):
-    """Every test in a folder of its own, on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.chdir(tmp_path)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("aside")
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +290,6 @@ def test_advantages_by_hand():
 @pytest.fixture(scope="module")
 def sampled(parts):
     """A batch as DDPO samples it, of two videos with the advantages 1 and -0.5: (batch for backward, settings)."""
-    torch.set_num_threads(1)
     base, _, uncond = parts
     noise, text, *_ = inputs(base)
     cfg = config(ddpo)
@@ -657,7 +647,6 @@ def test_a_batch_is_the_same_on_one_rank_and_on_two(parts, monkeypatch, name):
 def be_rank(name, argv, rank, port):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
     try:
         status = METHODS[name].main(argv)
     finally:

@@ -29,15 +29,7 @@ NASTY = 'a cat </script><script>document.title="taken"</script><b id="injected">
 PROMPTS = [NASTY, "a red circle moving left", "a dog & a \"bird\"", "a green square"]
 SCROLL = "document.querySelectorAll('canvas')[1].scrollIntoView({behavior: 'instant'})"
 needs_browser = pytest.mark.skipif(chromium.PROGRAM is None, reason="no chromium here")
-
-
-@pytest.fixture(autouse=True)
-def aside(tmp_path, monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.chdir(tmp_path)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("aside")
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +116,6 @@ def check_in_browser(browser, page):
 @pytest.fixture(scope="module")
 def explained(tmp_path_factory):
     """A page of a short chain: the lab, what it says, the strip, and the page."""
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("explain")
     cfg = explain.Config(num_steps=5, grad_steps=2, step=1, batch_size=1, segments=3, lambda_tar=.7, out=out)
     found, explain_step = [], explain.explain

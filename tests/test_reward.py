@@ -24,14 +24,6 @@ CONFIG = {
 CAPTIONS = ["a red panda riding a bicycle, 4k", "a  Lighthouse &amp; the sea at night"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 

@@ -35,14 +35,6 @@ CAPTIONS = ["A red Panda's book &amp; playing piano, 4k", "a  cat moving left"]
 KINDS = ["pickscore", "aesthetic", "imagereward", "yolos:book", "videomae:playing piano", "videomae", "vjepa"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def random_frames(B=2, S=3, H=40, W=56, seed=0):
     return torch.rand(B, S, 3, H, W, generator=torch.Generator().manual_seed(seed))
 

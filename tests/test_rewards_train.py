@@ -1,7 +1,6 @@
 """Training with every reward on the tiny base: several at once, watched ones, the user's own; resumed, and on two ranks."""
 import json
 import re
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,22 +22,7 @@ KINDS = ["hpsv2", "pickscore", "aesthetic", "imagereward", "yolos:book", "videom
 SHORT = ["--device", "cpu", "--batch-size", "2", "--num-steps", "2", "--tau", "1", "--save-every", "1"]
 MIXED = ["--reward", "hpsv2", "--reward", "aesthetic=0.5", "--reward", "videomae:moving left=2",
          "--reward-weights", "aesthetic=random", "--reward-weights", "videomae=random"]
-
-
-@pytest.fixture(autouse=True)
-def aside(tmp_path, monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.chdir(tmp_path)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_clips():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clips, "tiny_clips", partial(clips.tiny_clips, count=6))
-        yield
+pytestmark = pytest.mark.usefixtures("aside", "few_clips")
 
 
 @pytest.fixture(scope="module")

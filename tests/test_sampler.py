@@ -10,14 +10,6 @@ from model import UNet3D, UNetConfig
 from sampler import add_noise, alpha_bars, check_edit, ddim_step, ddpm_step, edit, edit_steps, guided_eps, noise_step, sample
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 

@@ -37,8 +37,6 @@ def test_what_each_rule_keeps():
 
 
 def test_on_a_real_run_of_a_step(tmp_path, monkeypatch, capsys):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(clips, "tiny_clips", partial(clips.tiny_clips, count=2))
     for writer in ("write_video", "write_comparison_gif", "draw_curves"):
@@ -58,7 +56,6 @@ def test_on_a_real_run_of_a_step(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study_guard, "CHEATING", ("--steps", "1"))
     monkeypatch.setattr(study_guard, "WATCH", ("--eval-every", "1", "--eval-count", "1", *study_guard.WATCH[4:]))
     rows = study_guard.guard(Lab())
-    torch.set_num_threads(threads)
     assert [row["label"] for row in rows] == [f"seed 5, {rule}" for rule in ("best judge score", *study_guard.RULES)]
     assert all(.9 < row["of_best_judge"] <= 1 and row["measures"]["n"] == 3 and row["step"] in (0, 1) for row in rows)
     assert capsys.readouterr().out.count("of the best") == 4

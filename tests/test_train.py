@@ -13,7 +13,6 @@ import signal
 import sys
 import types
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -35,26 +34,16 @@ from tiny import clips
 
 SHORT = ["--device", "cpu", "--batch-size", "2", "--num-steps", "2", "--tau", "1", "--eval-count", "1"]
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("few_clips")
 
 
 @pytest.fixture(autouse=True)
 def aside(tmp_path, monkeypatch):
-    """Every test in a folder of its own, on one thread; a run's signal handlers must have ended with it."""
+    """Every test in a folder of its own; a run's signal handlers must have ended with it."""
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
     yield
-    torch.set_num_threads(threads)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_clips():
-    """Six clips of the tiny world are enough here, and quickly encoded."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clips, "tiny_clips", partial(clips.tiny_clips, count=6))
-        yield
 
 
 def run(*argv):
@@ -395,11 +384,8 @@ WHOLE = ["--steps", "4", "--eval-every", "2", "--save-every", "3"]
 def whole(tmp_path_factory, few_clips):
     """A run of four steps, never interrupted: (folder, what it printed)."""
     folder, said = tmp_path_factory.mktemp("whole") / "run", io.StringIO()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with contextlib.redirect_stdout(said):
         assert run(*SHORT, *WHOLE, "--out", folder) == 0
-    torch.set_num_threads(threads)
     return folder, said.getvalue()
 
 

@@ -187,8 +187,8 @@ def as_table(report):
                   first["steps"], first["videos_scored"], f"{sum(first['seconds']) / len(first['seconds']):.0f}"]
         different = sum(best_point(curve)["measures"]["pixel_diversity"] for curve in curves) / len(curves)
         lines.append([label, *cells, *(f"{first['measures'][k]:.3f}" for k in SHOWN), f"{different:.3f}"])
-    start = curves[0][0]["measures"]["pixel_diversity"]  # every run starts from the base
-    lines.insert(0, ["base", *[""] * (len(SETS) + 5), *(f"{before['in_domain']['measures'][k]:.3f}" for k in SHOWN), f"{start:.3f}"])
+    shown = [before["in_domain"]["measures"][k] for k in SHOWN] + [curves[0][0]["measures"]["pixel_diversity"]]  # of any run
+    lines.insert(0, ["base", *[""] * (len(SETS) + 5), *(f"{value:.3f}" for value in shown)])
     return "\n".join([conditions(report), "", *as_lines(["gain of reward", *heads], lines)])
 
 
