@@ -11,6 +11,7 @@ import os
 import re
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.nn.functional as F_
 from torch.utils.data import DataLoader, Dataset
@@ -189,6 +190,6 @@ def write_mp4(path, pixels, fps):
 
 
 def read_video(path):
-    """All frames of a video file that we wrote: (F, H, W, 3) uint8."""
-    import imageio.v3 as iio
-    return iio.imread(path, plugin="pyav")
+    """All frames of a video file that we wrote: (F, H, W, 3) uint8. By PyAV itself, as above."""
+    with open_video(path) as (container, stream):
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])

@@ -1,4 +1,5 @@
 """One thread for all tests and the processes they start: tensors here are too small to share, and waiting threads spin."""
+import gc
 import os
 from functools import partial
 
@@ -11,6 +12,12 @@ import torch  # noqa: E402
 from tiny import clips  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: imageio collects garbage after each file, which would look at all of it for 0.3 s."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
