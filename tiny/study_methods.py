@@ -175,21 +175,38 @@ def own_videos(lab, folder):
 
 def as_table(report):
     """Markdown: the gains of each method on each set, ± the wider of the errors over prompts and over training seeds."""
-    heads = [*SETS, "spread over seeds", "rate", "steps", "videos scored", "s", *(f"{k}, in_domain" for k in SHOWN), "diversity"]
-    before, after = rows_of(report, "base"), [row for row in report["rows"] if "spread" in row]
-    lines = []
-    for label in dict.fromkeys(row["label"] for row in after):
-        rows = rows_of(report, label)
+    heads = ["gain of reward", *SETS, "spread over seeds", "s", "rate", "steps", "videos scored",
+             *(f"{k}, in_domain" for k in SHOWN), "diversity"]
+    base, lines = rows_of(report, "base"), []
+    for label, rows in tuned(report).items():
         first, curves = rows["in_domain"], rows["curve"]["curves"]
-        cells = ["{:+.4f} ± {:.4f}".format(rows[name]["differences"]["reward"][0], widest_error(rows[name], "reward"))
-                 for name in SETS]
-        cells += ["" if first["spread"]["reward"] is None else f"{first['spread']['reward']:.4f}", f"{first['rate']:g}",
-                  first["steps"], first["videos_scored"], f"{sum(first['seconds']) / len(first['seconds']):.0f}"]
         different = sum(best_point(curve)["measures"]["pixel_diversity"] for curve in curves) / len(curves)
-        lines.append([label, *cells, *(f"{first['measures'][k]:.3f}" for k in SHOWN), f"{different:.3f}"])
-    shown = [before["in_domain"]["measures"][k] for k in SHOWN] + [curves[0][0]["measures"]["pixel_diversity"]]  # of any run
+        lines.append([label, *gains(rows), f"{first['rate']:g}", first["steps"], first["videos_scored"],
+                      *(f"{first['measures'][k]:.3f}" for k in SHOWN), f"{different:.3f}"])
+    shown = [base["in_domain"]["measures"][k] for k in SHOWN] + [curves[0][0]["measures"]["pixel_diversity"]]  # of any run
     lines.insert(0, ["base", *[""] * (len(SETS) + 5), *(f"{value:.3f}" for value in shown)])
-    return "\n".join([conditions(report), "", *as_lines(["gain of reward", *heads], lines)])
+    return "\n".join([conditions(report), "", *as_lines(heads, lines)])
+
+
+def as_summary(report):
+    """The README's table: the gains alone."""
+    lines = [[label, *gains(rows)] for label, rows in tuned(report).items()]
+    return "\n".join([conditions(report), "", *as_lines(["gain of HPStiny", *SETS, "spread over seeds", "s"], lines)])
+
+
+def gains(rows):
+    """Cells of one method: its gain on each set, how much that of in_domain varies with the seed, and seconds of a run."""
+    first = rows["in_domain"]
+    pairs = [(rows[name]["differences"]["reward"][0], widest_error(rows[name], "reward")) for name in SETS]
+    cells = ["{:+.3f} ± {:.3f}".format(*pair) for pair in pairs]
+    spread = first["spread"]["reward"]
+    return [*cells, "" if spread is None else f"{spread:.3f}", f"{sum(first['seconds']) / len(first['seconds']):.0f}"]
+
+
+def tuned(report):
+    """{method: its rows_of} without the base."""
+    labels = dict.fromkeys(row["label"] for row in report["rows"] if "spread" in row)
+    return {label: rows_of(report, label) for label in labels}
 
 
 def best_point(curve):

@@ -25,6 +25,8 @@ def write_report(folder):
     tables = {name: (OWN[name].as_table if name in OWN else as_table)(report) for name, report in reports.items()}
     if "headline" in reports:
         tables["summary"] = as_summary(reports["headline"])
+    if "methods" in reports:
+        tables["methods summary"] = study_methods.as_summary(reports["methods"])
     pages = [ROOT / "README.md", ROOT / "tiny" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     pages = {page: page.read_text() for page in pages}
     for name, table in tables.items():
