@@ -2,8 +2,8 @@
 The methods of both papers side by side: same base, sampler, LoRA, reward, prompts and judge, the same denoising work.
 
 Work is counted in passes of one video through the denoiser, a pass with gradient as three; each run has as many steps as fit
-into four times the default run's. Seconds stand beside it. Every method's learning rate is the best of the same small grid on
-one seed that is not used again, after the first quarter of such a run, by the reward of in_domain with noise of its own; then
+into twice the default run's. Seconds stand beside it. Every method's learning rate is the best of the same small grid on
+one seed that is not used again, after the first half of such a run, by the reward of in_domain with noise of its own; then
 three seeds run with it.
 """
 import importlib
@@ -28,7 +28,8 @@ from tiny import world
 from tiny.lab import SETS, pooled_row
 from tiny.study_tables import SHOWN, as_lines, conditions, widest_error
 
-TIMES, GRID, GRID_SEED, SEEDS = 4, (5e-4, 2e-3, 8e-3), 100, (0, 1, 2)
+TIMES, GRID, GRID_SEED, SEEDS = 2, (5e-4, 2e-3, 8e-3), 100, (0, 1, 2)
+PARTS = 2  # the grid's runs are this fraction of a whole one
 LOOKS, LOOKED_AT = 4, 16  # evaluations of a run after its start, and videos of in_domain in one
 OWN_VIDEOS = 192  # of the base, as many as the world has clips
 OWN_SEED = 6_000_000
@@ -46,7 +47,7 @@ def contenders():
         "VADER": (vader, {}),
         "VADER, four frames, TAR": (vader, {"frames_scored": 4, "lambda_tar": 1.0}),
         "DDPO": (ddpo, {"timestep_fraction": 0.25}),
-        "RWR": (rwr, {}),
+        "RWR": (rwr, {"rounds": 2}),
         "DPO": (dpo, {}),
     }
 
@@ -76,11 +77,11 @@ def videos_scored(module, cfg, step, steps):
 
 
 def equal_steps(module, cfg):
-    """Steps of a method that cost TIMES the default run's work, a multiple of 8, so that rounds and evaluations divide them."""
+    """Steps of a method that cost TIMES the default run's work, a multiple of 4, so that rounds and evaluations divide them."""
     tiny = train.PRESETS["tiny"]
     budget = TIMES * tiny.steps * passes(train, tiny)[1]
     once, each = passes(module, cfg)
-    return max(8, round((budget - once) / each / 8) * 8)
+    return max(4, round((budget - once) / each / 4) * 4)
 
 
 def methods(lab):
@@ -119,16 +120,15 @@ def result(lab, label, module, changes, steps, rate, seed):
     What a run gave, from its file, or made now: seconds of its steps, its curve, tables of its best checkpoint on all sets.
 
     The curve has the measures of in_domain at every evaluation while training, with noise that nothing else is measured by.
-    A run of the grid is the first quarter of a whole one, and has no tables.
+    A run of the grid is the first part of a whole one, and has no tables.
     """
     words = f"{label} rate {rate:g} seed {seed}".lower().replace(",", "").replace("'", "").split()
     file = lab.cfg.out / "methods" / f"{'-'.join(words)}.json"
     if not file.exists():
         whole = seed != GRID_SEED
-        settings = changes | {"steps": steps if whole else steps // LOOKS, "lr": f"{rate:g}", "seed": seed}
-        rounds = getattr(module.PRESETS["tiny"], "rounds", 1)
-        if rounds > 1 and not whole:
-            settings["rounds"] = rounds // LOOKS
+        settings = changes | {"steps": steps if whole else steps // PARTS, "lr": f"{rate:g}", "seed": seed}
+        if "rounds" in changes and not whole:
+            settings["rounds"] = changes["rounds"] // PARTS
         if "data" in changes:
             settings["data"] = own_videos(lab, lab.cfg.work / changes["data"])
         flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
