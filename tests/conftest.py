@@ -20,6 +20,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    gc.unfreeze()  # or libraries would complain of leaks
+
+
 @pytest.fixture
 def aside(tmp_path, monkeypatch):
     """A folder of its own to work in."""

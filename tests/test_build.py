@@ -1,5 +1,6 @@
 """The script that rebuilds the tiny world's weights: every stage runs, what it writes loads, and a seed gives the same files."""
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from tiny.judge import load_judge
 def test_the_stages_build_a_world_that_loads(tmp_path, monkeypatch):
     scenes = [world.Scene(c, "circle", d) for c in ("red", "blue") for d in ("left", "right")]  # near ones differ in one word
     monkeypatch.setattr(build, "all_scenes", lambda: scenes)
+    for name in ("sample", "edit"):
+        monkeypatch.setattr(build, name, partial(getattr(build, name), num_steps=4))
     def run(out, stages):
         build.main(build.Config(stages=stages, out=out, seed=3, device="cpu", threads=1, vae_steps=2, clip_steps=2, image_steps=2,
                                 unet_steps=2, preference_steps=2, judge_steps=2, action_steps=2,

@@ -6,18 +6,18 @@ import pytest
 import torch
 
 import train
+from methods import draft
 from tiny import study_rewards, world
 from tiny.lab import Lab, Settings
 
-SHORT = ["--tau", "1", "--num-steps", "2", "--grad-steps", "2"]
+SHORT = ["--steps", "1", "--batch-size", "1", "--num-steps", "2", "--grad-steps", "2"]
 
 
 def test_every_run_is_measured_by_the_judge_and_by_what_watches(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(train.PRESETS, "tiny", train.Config(steps=1, batch_size=1))
     monkeypatch.setattr(study_rewards, "SEEDS", (4,))
     mixed = ["--reward", "hpsv2", "--reward", "action:left=0.1"]
-    monkeypatch.setattr(study_rewards, "GROUPS", {"mixed": [*mixed, *SHORT]})
+    monkeypatch.setattr(study_rewards, "groups", lambda: {"mixed": (draft, [*mixed, *SHORT])})
     lab = Lab(Settings(count=1, work=tmp_path / "work"))
     base, tuned = study_rewards.rewards(lab)
     assert (base["group"], tuned["group"], tuned["seed"], tuned["label"]) == ("base", "mixed", 4, "mixed, seed 4")
@@ -47,8 +47,10 @@ def test_seeds_are_one_line_of_the_table_and_dots_of_the_picture(tmp_path):
     assert iio.imread(tmp_path / "a.png").shape[2] >= 3
 
 
-@pytest.mark.parametrize("flags", study_rewards.GROUPS.values(), ids=study_rewards.GROUPS)
-def test_every_groups_flags_are_train_pys(flags):
-    cfg = train.settings.parse(["tiny", *flags, "--seed", "0"], train.PRESETS, "")
-    train.check(cfg)
-    assert list(cfg.reward) == flags[1:2] or list(cfg.reward) == [flags[1], flags[3]] or not flags
+@pytest.mark.parametrize("name", study_rewards.groups())
+def test_every_groups_flags_are_its_scripts(name):
+    module, flags = study_rewards.groups()[name]
+    cfg = train.settings.parse(["tiny", *flags, "--seed", "0"], module.PRESETS, "")
+    module.check(cfg)
+    kinds = [reward.partition("=") for reward in cfg.reward or ("hpsv2",)]
+    assert name == " + ".join(f"{weight} {kind}" if weight else kind.replace("hpsv2", "HPS") for kind, _, weight in kinds)

@@ -40,7 +40,7 @@ from model import (  # noqa: E402
     load_vae,
 )
 from rewards import action, removal  # noqa: E402
-from sampler import add_noise, alpha_bars, edit, sample  # noqa: E402
+from sampler import add_noise, alpha_bars, edit, guided_eps, sample  # noqa: E402
 from support.names import unet_to_diffusers, vae_to_diffusers  # noqa: E402
 from support.progress import progress  # noqa: E402
 from tiny import world  # noqa: E402
@@ -60,6 +60,7 @@ CLIP = dict(embed_dim=64,
 # adds it three times, and squares become bow ties.
 GUIDANCE = 1.5
 MAX_WEIGHT = 100.  # of high noise in Eq. (1), where only the words can tell: 1 / abar_t up to this; see tiny/README.md
+ATTACK = 5.  # against the action classifier: 0.02 of each of a clip's values, root mean square
 LATENT_STD = 0.5  # see tiny/README.md: with unit variance, noise at t = 951 still shows the layout, and words go unread
 
 
@@ -78,7 +79,7 @@ class Config:
     unet_steps: int = 1900
     preference_steps: int = 2000
     judge_steps: int = 1200
-    action_steps: int = 2000
+    action_steps: int = 2600
     removal_steps: int = 1000
     gate_count: int = 96
     """videos of each prompt set that the base is judged by at the end"""
@@ -368,9 +369,30 @@ def base_clips(cfg, prompts, tau=None, clips=None):
                 moments = encode_clips(vae, clips[start:start + 12], cfg.device).to(cfg.device)
                 z = posterior(moments, vae.config.scale)
                 z = edit(unet, z, noise, text, uncond, tau=tau, guidance=GUIDANCE)
-            frames = vae.decode(z.transpose(1, 2).flatten(0, 1) / vae.config.scale)
-            out.append(frames.add(1).div(2).clamp(0, 1).half().cpu().unflatten(0, (len(text), world.FRAMES)))
+            out.append(decode_clips(vae, z))
     return torch.cat(out)
+
+
+@torch.no_grad()
+def guessed_clips(cfg, prompts, clips):
+    """What the base takes given clips for when they are noised, at random t: its predicted z_0, blurred the more the noise."""
+    vae, text_encoder = frozen(cfg)
+    unet, alpha_bar, out = load_unet(cfg.out / "unet").to(cfg.device), alpha_bars(), []
+    uncond = text_encoder([""])
+    for start in progress(range(0, len(prompts), 8), desc="guesses of the base"):
+        z = posterior(encode_clips(vae, clips[start:start + 8], cfg.device).to(cfg.device), vae.config.scale)
+        t = torch.randint(100, len(alpha_bar), ()).item()
+        z_t = add_noise(z, torch.randn_like(z), t, alpha_bar)
+        eps = guided_eps(unet, z_t, t, text_encoder(prompts[start:start + 8]), uncond, GUIDANCE)
+        a = float(alpha_bar[t])
+        out.append(decode_clips(vae, (z_t - (1 - a) ** .5 * eps) / a ** .5))
+    return torch.cat(out)
+
+
+def decode_clips(vae, z):
+    """z (B, C, F, h, w) -> (B, F, 3, H, W) in [0, 1], float16, on the CPU."""
+    frames = vae.decode(z.transpose(1, 2).flatten(0, 1) / vae.config.scale)
+    return frames.add(1).div(2).clamp(0, 1).half().cpu().unflatten(0, (len(z), world.FRAMES))
 
 
 def build_preference(cfg):
@@ -483,15 +505,18 @@ def build_judge(cfg):
 
 def build_action(cfg):
     """
-    The classifier of rewards/action.py: clips in motion, and videos that the base makes of captions, which it follows.
+    The classifier of rewards/action.py: clips in motion, videos that the base makes of captions, which it follows, and guesses.
 
     Half of them are played backwards, where all that a single frame says of the direction is wrong; or it would read the trail
-    of stripes, whose motion is small from frame to frame.
+    of stripes, whose motion is small from frame to frame. More and more, five of eight clips are changed against it (adversarial
+    training, arXiv:1706.06083): the gradient of a classifier that has not seen this leads to a pattern, not to motion.
     """
     clips, scenes = clips_in_motion(cfg, 1008, seed=9, crossed=False)
-    asked = all_scenes()
-    clips = torch.cat([clips, base_clips(cfg, [s.caption for s in asked])])
-    direction = labels(scenes + asked)[2]
+    asked = all_scenes() * 2
+    moving = [i for i, scene in enumerate(scenes[:min(1008, cfg.clips)]) if scene.direction][:480]
+    guesses = guessed_clips(cfg, [scenes[i].caption for i in moving], clips[moving])
+    clips = torch.cat([clips, base_clips(cfg, [s.caption for s in asked]), guesses])
+    direction = labels(scenes + asked + [scenes[i] for i in moving])[2]
     turned = torch.tensor([1, 0, 3, 2, 4])  # left and right, up and down, no motion
     classifier = action.Classifier().to(cfg.device)
 
@@ -500,11 +525,30 @@ def build_action(cfg):
         x, target = clips[pick].to(cfg.device).float(), direction[pick]
         x[backwards] = x[backwards].flip(1)
         target = torch.where(backwards, turned[target], target).to(cfg.device)
+        strength = ATTACK * min(1., max(0., step / cfg.action_steps - .2) / .5)
+        if strength:
+            x = torch.cat([x[:12], attacked(classifier, x[12:], target[12:], strength)])
         logits = classifier(x)
-        return F_.cross_entropy(logits, target), f"direction {(logits.argmax(1) == target).float().mean():.0%}"
+        right = (logits.argmax(1) == target).float()
+        return F_.cross_entropy(logits, target), f"direction {right[:12].mean():.0%}, changed clips {right[12:].mean():.0%}"
 
     classifier = fit(cfg, "action", classifier, loss_of, cfg.action_steps, lr=1e-3, ema_decay=.99)
     save_tensors(cfg.out / "action" / "model.safetensors", classifier)
+
+
+def attacked(classifier, clips, target, strength, steps=3):
+    """Clips changed by at most `strength` (the L2 norm of all of a clip's pixels, 0 to 1) so that the classifier errs."""
+    def size(d):
+        return d.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1, 1)
+
+    d = torch.randn_like(clips)
+    d = d / size(d) * strength * torch.rand(len(clips), 1, 1, 1, 1, device=d.device)
+    for _ in range(steps):
+        d.requires_grad_()
+        grad, = torch.autograd.grad(F_.cross_entropy(classifier((clips + d).clamp(0, 1)), target), d)
+        d = d.detach() + grad / size(grad) * strength / 2
+        d = d * (strength / size(d)).clamp(max=1)
+    return (clips + d).clamp(0, 1).detach()
 
 
 def build_removal(cfg):

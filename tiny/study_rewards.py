@@ -8,37 +8,45 @@ Other rewards than the paper's in the tiny world, held against a judge that noth
 3. A removal: the watermark should go.
 4. HPS alone, while the action, the removal and the judge watch.
 
-Where a shape goes is settled in the first denoising steps, so little is expected of the last one, which alone carries the
-gradient by default. So runs with an action start from noise (--tau 1) and carry the gradient through the whole chain, which
-has 10 steps in training, or a step would cost several times as much. Evaluations have the usual 20. The step size and number
-of steps that the action needs are not yet found; docs/rewards.md says what was tried.
+Where a shape goes is settled in the first denoising steps, which the last one's gradient, the default, does not reach. So runs
+with an action start from noise (methods/draft.py) and carry the gradient through the whole chain, which has 10 steps in
+training, or a step would cost several times as much. Evaluations have the usual 20. docs/rewards.md says what else was tried.
 """
 import copy
 from dataclasses import replace
 
+from matplotlib.figure import Figure
+
+import train
+from methods import draft
 from reward import Mixture, load_reward
 from support.files import write_whole
 from tiny.judge import DIRECTIONS, load_judge
+from tiny.study_tables import as_lines
 
 SEEDS = (0, 1, 2)
 WANTED = "left"
 ACTION, REMOVAL = f"action:{WANTED}", "removal:watermark"
-WEIGHTS = ("0.01", "0.03", "0.1")  # of the action beside HPS
-CHAIN = ("--tau", "1", "--num-steps", "10", "--grad-steps", "10")
-GROUPS = {  # name: flags of its training runs
-    ACTION: ["--reward", ACTION, *CHAIN],
-    **{f"HPS + {w} {ACTION}": ["--reward", "hpsv2", "--reward", f"{ACTION}={w}", *CHAIN] for w in WEIGHTS},
-    REMOVAL: ["--reward", REMOVAL],
-    "HPS": []}
+WEIGHTS = ("0.05", "0.2")  # of the action beside HPS
+CHAIN = ("--num-steps", "10", "--grad-steps", "10", "--lambda-tar", "0", "--lr", "0.003", "--steps", "80")
+
+
+def groups():
+    """{name: (module, flags of its training runs)}."""
+    return {
+        ACTION: (draft, ["--reward", ACTION, *CHAIN]),
+        **{f"HPS + {w} {ACTION}": (draft, ["--reward", "hpsv2", "--reward", f"{ACTION}={w}", *CHAIN]) for w in WEIGHTS},
+        REMOVAL: (train, ["--reward", REMOVAL]),
+        "HPS": (train, [])}
 
 
 def rewards(lab):
     """Lab -> rows: the base, then every run of every group; each row says its group and seed."""
     lab = watched(lab)
     rows = [lab.row("base", None, "in_domain") | {"group": "base"}]
-    for group, flags in GROUPS.items():
+    for group, (module, flags) in groups().items():
         for seed in SEEDS:
-            run = lab.tune(*flags, "--seed", str(seed))
+            run = lab.tune(*flags, "--seed", str(seed), module=module)
             rows.append(lab.row(f"{group}, seed {seed}", run, "in_domain") | {"group": group, "seed": seed})
     return rows
 
@@ -82,13 +90,11 @@ def grouped(report):
 
 def as_table(report):
     """Markdown: of each group the mean over its training seeds, ± their standard deviation."""
-    lines = [f"| optimised | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for group, rows in grouped(report).items():
-        cells = [mean_and_spread([row["measures"][key] for row in rows]) for key in COLUMNS]
-        lines.append(f"| {group} | {' | '.join(cells)} |")
-    first = report["rows"][0]["measures"]["n"]
-    return "\n".join([f"`{report['command']}`, {first} videos, mean ± standard deviation over training seeds; the last seven "
-                      "columns are the judge's:", "", *lines])
+    lines = [[group, *(mean_and_spread([row["measures"][key] for row in rows]) for key in COLUMNS)]
+             for group, rows in grouped(report).items()]
+    number = report["rows"][0]["measures"]["n"]
+    return "\n".join([f"`{report['command']}`, {number} videos, mean ± standard deviation over training seeds; the last seven "
+                      "columns are the judge's:", "", *as_lines(["optimised", *COLUMNS.values()], lines)])
 
 
 def mean_and_spread(values):
@@ -101,10 +107,8 @@ def mean_and_spread(values):
 
 def draw(report, path):
     """The picture: HPS against the judge's share of the wanted direction, and the watermark that is left; a dot is a run."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    figure = Figure(figsize=(11, 4))
+    left, right = figure.subplots(1, 2)
     for group, rows in grouped(report).items():
         measures = [row["measures"] for row in rows]
         left.plot([m[WANTED] for m in measures], [m["reward_mean"] for m in measures], "o", label=group)
@@ -116,4 +120,3 @@ def draw(report, path):
     figure.tight_layout()
     with write_whole(path) as hidden:
         figure.savefig(hidden, dpi=90, format="png")
-    plt.close(figure)
