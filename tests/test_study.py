@@ -183,7 +183,7 @@ def test_methods_are_compared_at_equal_work_run_by_run(short, monkeypatch, tmp_p
     assert short("methods")["rows"][-2]["differences"] == rows[-2]["differences"] and len(runs) == 8
     table = study_methods.as_table(report)
     assert "| RWR | " in table and len(table.splitlines()) == 2 + 2 + 3
-    assert len(study_methods.as_summary(report).splitlines()) == 2 + 2 + 2
+    assert len(study_methods.as_summary(report).splitlines()) == 2 + 2
     study_methods.draw(report, tmp_path / "methods.png")
     assert iio.imread(tmp_path / "methods.png").ndim == 3
 

@@ -28,7 +28,7 @@ SEEDS = (0, 1, 2)
 WANTED = "left"
 ACTION, REMOVAL = f"action:{WANTED}", "removal:watermark"
 WEIGHTS = ("0.05", "0.2")  # of the action beside HPS
-CHAIN = ("--num-steps", "10", "--grad-steps", "10", "--lambda-tar", "0", "--lr", "0.003", "--steps", "80")
+CHAIN = ("--num-steps", "10", "--grad-steps", "10", "--lambda-tar", "0", "--lr", "0.003", "--steps", "120")
 
 
 def groups():
