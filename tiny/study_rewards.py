@@ -3,10 +3,10 @@ Other rewards than the paper's in the tiny world, held against a judge that noth
 
     python tiny/study.py rewards
 
-1. An action: "left" is wanted for every caption. The judge's share of videos that move left should rise from a quarter.
-2. The action beside the tiny world's HPS, with several weights: what the one gains and the other loses.
-3. A removal: the watermark should go.
-4. HPS alone, while the action, the removal and the judge watch.
+1. An action beside the tiny world's HPS: "left" is wanted for every caption. The judge's share of videos that move left should
+   rise from a quarter.
+2. A removal: the watermark should go.
+3. HPS alone, while the action, the removal and the judge watch.
 
 Where a shape goes is settled in the first denoising steps, which the last one's gradient, the default, does not reach. So runs
 with an action start from noise (methods/draft.py) and carry the gradient through the whole chain, which has 10 steps in
@@ -27,14 +27,13 @@ from tiny.study_tables import as_lines
 SEEDS = (0, 1, 2)
 WANTED = "left"
 ACTION, REMOVAL = f"action:{WANTED}", "removal:watermark"
-WEIGHTS = ("0.05", "0.2")  # of the action beside HPS
-CHAIN = ("--num-steps", "10", "--grad-steps", "10", "--lambda-tar", "0", "--lr", "0.003", "--steps", "120")
+WEIGHTS = ("0.2",)  # of the action beside HPS
+CHAIN = ("--num-steps", "10", "--grad-steps", "10", "--lambda-tar", "0", "--lr", "0.003", "--steps", "180")
 
 
 def groups():
     """{name: (module, flags of its training runs)}."""
     return {
-        ACTION: (draft, ["--reward", ACTION, *CHAIN]),
         **{f"HPS + {w} {ACTION}": (draft, ["--reward", "hpsv2", "--reward", f"{ACTION}={w}", *CHAIN]) for w in WEIGHTS},
         REMOVAL: (train, ["--reward", REMOVAL]),
         "HPS": (train, [])}
