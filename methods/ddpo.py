@@ -11,9 +11,10 @@ Paper: DDPO (arXiv:2305.13301), Sec. 4.3, the importance sampling form (DDPO_IS)
 Against train.py: (1) it starts from pure noise and needs prompts only; (2) the chain is stochastic,
 so each step has a probability; (3) the reward needs no gradient; (4) a round samples the videos of
 --updates optimizer steps. From the second of them on the model is not the one that sampled, which
-PPO's ratio and clipping account for; (5) all videos are scored on the same frames, the first of each
-segment, as R would else say more of the frames than of the video. Checkpoints lie between rounds and a signal ends the run at
-the end of its round, so that a continued run samples each round from the same adapters.
+PPO's ratio and clipping account for; (5) all videos are scored on the same frames, the first of
+each segment, as R would else say more of the frames than of the video. Checkpoints lie between
+rounds and a signal ends the run at the end of its round, so that a continued run samples each round
+from the same adapters.
 
 Ours differs from kvablack/ddpo-pytorch: all videos of an update learn from the same chain steps.
 

@@ -221,8 +221,12 @@ def test_saved_activations_are_those_that_torch_saves():
         assert expected[2]["total"] >= expected[2]["saved"] + expected[2]["weights"] - 1e-9
 
 
-def test_every_clip_adds_as_much_as_the_one_before():
+TWO = {name: benchmark.MEMORY_SETTINGS[name] for name in ("no flag", "--low-memory")}  # the second is the other two together
+
+
+def test_every_clip_adds_as_much_as_the_one_before(monkeypatch):
     """So that two counts tell all of them."""
+    monkeypatch.setattr(benchmark, "MEMORY_SETTINGS", TWO)
     base, reward = small()
     four = benchmark.count_memory(base, reward, SHORT, torch.float32, (4,))
     for name, flags in benchmark.MEMORY_SETTINGS.items():
@@ -305,8 +309,7 @@ def test_the_report(tmp_path, capsys):
 
 
 def test_the_meta_device_counts_and_times_nothing(monkeypatch):
-    two = {name: benchmark.MEMORY_SETTINGS[name] for name in ("no flag", "--low-memory")}
-    monkeypatch.setattr(benchmark, "MEMORY_SETTINGS", two)
+    monkeypatch.setattr(benchmark, "MEMORY_SETTINGS", TWO)
     report = measure(Config(batch_size=1, frames=4, num_steps=5, device="meta", diffusers=False))
     row = report["contenders"]["ours"]
     assert row["tflop"]["step"] > 0 and row["seconds"] is None and report["matrix_tflops"] is None

@@ -102,6 +102,7 @@ def test_the_other_studies_run(name, short, monkeypatch):
     monkeypatch.setattr(study, "RIVAL_SEEDS", (0,))
     monkeypatch.setattr(study, "GUIDANCES", (1., 3.))
     monkeypatch.setattr(study, "CHAINS", (2, 4))
+    monkeypatch.setattr(study, "SHOWN", 1)
     monkeypatch.setattr(study, "step_seconds", lambda configs: [.5 if cfg.num_steps == 2 else 1. for cfg in configs])
     monkeypatch.setattr(study, "TOO_LONG", ("--steps", "2"))
     monkeypatch.setattr(study, "WATCH", dict.fromkeys(study.WATCH, ("--eval-every", "2", "--eval-count", "1")))
@@ -112,7 +113,7 @@ def test_the_other_studies_run(name, short, monkeypatch):
     report = short(name)
     if name == "evolution":
         assert iio.imread("docs/evolution.png").shape[2] == 3
-        assert len(iio.imread("docs/before_after.gif")) == 16  # two prompts of each set
+        assert len(iio.imread("docs/before_after.gif")) == 16
     elif name == "too_long":
         assert [r["step"] for r in report["rows"]] == [0, 2] and iio.imread("docs/too_long.png").ndim == 3
     else:
