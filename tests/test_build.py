@@ -19,7 +19,7 @@ def test_the_stages_build_a_world_that_loads(tmp_path, monkeypatch):
     def run(out, stages):
         build.main(build.Config(stages=stages, out=out, seed=3, device="cpu", threads=1, vae_steps=2, clip_steps=2, image_steps=2,
                                 unet_steps=2, preference_steps=2, judge_steps=2, action_steps=2,
-                                removal_steps=2, clips=8, gate_count=2))
+                                removal_steps=2, clips=8, gate_count=1))
         return json.loads((out / "manifest.json").read_text())
     with pytest.raises(SystemExit, match="gates missed: fresh clips: action "):  # after two steps of everything
         run(tmp_path / "a", tuple(build.STAGES))
