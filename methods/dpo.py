@@ -130,7 +130,7 @@ def method(cfg, base, reward):
     """DPO as two functions: train.train's, but that draw has the run as its first argument."""
     prompts = prompting.training_prompts(
         cfg, base, lambda: prompt_sets(base, (), 0)["in_domain"])
-    rounds = Rounds()
+    rounds = Rounds(cfg.pairs)
 
     def draw(run, step):
         number = round_of(step, cfg)

@@ -113,7 +113,7 @@ def method(cfg, base, reward):
     prompts = [] if cfg.data else prompting.training_prompts(
         cfg, base, lambda: prompt_sets(base, (), 0)["in_domain"])
     dataset = train.read_clips(cfg, base) if cfg.data else None
-    rounds = Rounds()
+    rounds = Rounds(cfg.videos)
 
     def draw_videos(run, step, share):
         number = round_of(step, cfg)

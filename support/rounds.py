@@ -35,10 +35,10 @@ def round_of(step, cfg):
 
 
 class Rounds:
-    """The videos of one round after another, in memory and in the run folder."""
+    """The videos of one round after another, in memory and in the run folder. size: videos, or pairs, of one, over all ranks."""
 
-    def __init__(self):
-        self.number, self.tensors = None, {}
+    def __init__(self, size):
+        self.size, self.number, self.tensors = size, None, {}
 
     def get(self, run, number, make):
         """
@@ -50,18 +50,20 @@ class Rounds:
         if number != self.number:
             path = run.folder / f"round_{number:03d}.safetensors"
             if not on_rank_0(path.is_file):
-                write_round(path, run, number, make)
+                write_round(path, run, number, make, self.size)
             self.tensors, self.number = on_rank_0(lambda: read_tensors(path)), number
         return self.tensors
 
 
-def write_round(path, run, number, make):
-    """Make a round's videos, all ranks their share, and write them."""
-    parts = []
-    for part in progress(make(), f"sampling round {number}", leave=False, disable=not is_main_process()):
-        parts.append({name: tensor.cpu() for name, tensor in part.items()})
-        if run.stop() and rank_and_size()[1] == 1:  # with more ranks, leaving alone would keep the others waiting
-            raise Stopped
+def write_round(path, run, number, make, size):
+    """Make a round's `size` videos, all ranks their share, and write them."""
+    parts, ranks = [], rank_and_size()[1]
+    with progress(None, f"sampling round {number}", size, leave=False, disable=not is_main_process()) as bar:
+        for part in make():
+            parts.append({name: tensor.cpu() for name, tensor in part.items()})
+            bar.update(ranks * len(next(iter(part.values()))))
+            if run.stop() and ranks == 1:  # with more ranks, leaving alone would keep the others waiting
+                raise Stopped
     parts = [part for share in gather(parts) for part in share]
     if is_main_process():
         with write_whole(path) as hidden:

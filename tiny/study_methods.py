@@ -31,6 +31,8 @@ from tiny.study_tables import SHOWN, as_lines, conditions, widest_error
 TIMES, GRID, GRID_SEED, SEEDS = 2, (5e-4, 2e-3, 8e-3), 100, (0, 1, 2)
 PARTS = 2  # a run of the grid is the first of so many equal parts of a whole one
 LOOKS, LOOKED_AT = 4, 16  # evaluations of a run after its start, and videos of in_domain in one
+# Tried again where a method hardly rises: twice the batch, for four times the steps, one seed; DPO with more pairs to learn from.
+MORE = {"DDPO": {"batch_size": 16}, "DPO": {"batch_size": 32, "pairs": 256}}
 OWN_VIDEOS = 192  # of the base, as many as the world has clips
 OWN_SEED = 6_000_000
 
@@ -91,28 +93,39 @@ def methods(lab):
     Each run's result is a file of its own, tiny/studies/methods/*.json, so the study may be done in several sittings.
     """
     runs = sum(len(GRID) + len(SEEDS) for _ in contenders())
-    print(f"{runs} runs, each of {TIMES} times the default run's work, and {len(SETS) * lab.cfg.count} videos of each of "
-          f"{len(contenders()) * len(SEEDS)} of them; those that have a file are not made again", flush=True)
+    print(f"{runs} runs of {TIMES} times the default run's work, {len(MORE)} of {8 * TIMES} times, and "
+          f"{len(SETS) * lab.cfg.count} videos of each of {len(contenders()) * len(SEEDS) + len(MORE)} of them. What has a "
+          "file is not made again", flush=True)
     base = {name: lab.table(None, name) for name in SETS}
     rows = [lab.row("base", None, name) for name in SETS]
     for label, (module, changes) in contenders().items():
         cfg = replace(module.PRESETS["tiny"], **changes)
-        steps, (once, each) = equal_steps(module, cfg), passes(module, cfg)
+        steps = equal_steps(module, cfg)
 
-        # 1. The rate, by the last evaluation of the grid's seed. 2. Three seeds.
+        # 1. The rate, by the last evaluation of the grid's seed. 2. Three seeds. 3. What four times the steps change.
         grid = {rate: result(lab, label, module, changes, steps, rate, GRID_SEED) for rate in GRID}
         grid = {rate: found["curve"][-1]["measures"]["reward_mean"] for rate, found in grid.items()}
         best = max(grid, key=grid.get)
         seeds = [result(lab, label, module, changes, steps, best, seed) for seed in SEEDS]
 
-        more = {"rate": best, "grid": grid, "steps": steps, "passes": once + steps * each,
-                "seconds": [found["seconds"] for found in seeds]}
-        for name in SETS:
-            tables = [{k: torch.tensor(v, dtype=torch.float64) for k, v in found["tables"][name].items()} for found in seeds]
-            rows.append(pooled_row(label, name, base[name], tables, lab.prompts[name]) | more)
-        scored = [videos_scored(module, cfg, point["step"], steps) for point in seeds[0]["curve"]]
-        rows.append({"label": label, "set": "curve", "videos_scored": scored, "curves": [found["curve"] for found in seeds]})
+        rows += rows_of_runs(lab, base, label, module, cfg, steps, seeds, {"rate": best, "grid": grid})
+        if label in MORE:
+            found = result(lab, f"{label}, more", module, changes | MORE[label], 4 * steps, best, SEEDS[0])
+            cfg = replace(cfg, **MORE[label])
+            rows += rows_of_runs(lab, base, f"{label}, more", module, cfg, 4 * steps, [found], {"rate": best})
     return rows
+
+
+def rows_of_runs(lab, base, label, module, cfg, steps, seeds, more):
+    """One row for each set, seeds (what result gave) together, and one with their curves. base: {set: its table}."""
+    once, each = passes(module, cfg)
+    more = more | {"steps": steps, "passes": once + steps * each, "seconds": [found["seconds"] for found in seeds]}
+    rows = []
+    for name in SETS:
+        tables = [{k: torch.tensor(v, dtype=torch.float64) for k, v in found["tables"][name].items()} for found in seeds]
+        rows.append(pooled_row(label, name, base[name], tables, lab.prompts[name]) | more)
+    scored = [videos_scored(module, cfg, point["step"], steps) for point in seeds[0]["curve"]]
+    return [*rows, {"label": label, "set": "curve", "videos_scored": scored, "curves": [found["curve"] for found in seeds]}]
 
 
 def result(lab, label, module, changes, steps, rate, seed):
@@ -224,7 +237,7 @@ def draw(report, path):
     figure = Figure(figsize=(17, 5))
     work, queries, judge = figure.subplots(1, 3)
     for row in report["rows"]:
-        if row["set"] == "curve":
+        if row["set"] == "curve" and len(row["curves"]) > 1:
             shares = [point["step"] / row["curves"][0][-1]["step"] for point in row["curves"][0]]
             reward, fidelity = ([sum(curve[i]["measures"][key] for curve in row["curves"]) / len(row["curves"])
                                  for i in range(len(shares))] for key in ("reward_mean", "fidelity"))
