@@ -6,7 +6,7 @@ The paper's metric, for the base and the fine-tuned model on the same prompts an
 
 Paper: InstructVideo (arXiv:2312.12490), Sec. 3.3, Table 1 (D = 20) and Table A.1 (D = 50): the mean
 reward of the first frame of every segment (frames 0, 4, 8, 12), without the weights of Eq. (7).
-Videos come from pure noise, which training never starts from. Differences are paired, video by
+Videos come from pure noise, which train.py never starts from. Differences are paired, video by
 video, which takes out most of the noise between videos.
 
 A reward that rises can hide a video that got worse. In the tiny world an independent judge, which

@@ -49,7 +49,8 @@ class Config(train.Config):
     """Take one training step apart, on one clip. Flags of train.py mean the same; those that concern a
     whole run (its length, evaluation, saving) change nothing here."""
     step: int = 0
-    """which step of a run, from 0: with the seed it decides the clip, its noise and its frames"""
+    """with the seed it decides the clip, its noise, its frames and the warm-up; a run takes more clips a
+    step, so its step of this number has others"""
     lora: Path | None = None
     """adapters to start from; default fresh ones, as a run starts"""
     max_mb: float = 8.

@@ -1,10 +1,10 @@
 """
 Look at runs: one page of them, a blind comparison of two models, and what the votes say.
 
-    python report.py out/tiny                                  # or several: clips, curves, tables, what
-    changed python report.py out/tiny tiny/studies/tau.json --open python report.py --blind out/tiny@0
-    out/tiny               # before against after; or two folders of generate.py python report.py --tally
-    votes-anna.json votes-ben.json
+    python report.py out/tiny                               # or several: clips, curves, tables, changes
+    python report.py out/tiny tiny/studies/tau.json --open
+    python report.py --blind out/tiny@0 out/tiny            # or two folders of generate.py
+    python report.py --tally votes-anna.json votes-ben.json
 
 The pages open from disk and fetch nothing. A blind comparison is two files: blind.html for the voters, and
 key.json, which says whose clips are on which side, for whoever counts. Votes are exported by the page.

@@ -175,7 +175,7 @@ def draw_batch(dataset, step, cfg, scale, device):
 
 @dataclass(frozen=True)
 class Config(settings.TrainingSettings):
-    """Fine-tune a text-to-video model on an image reward.
+    """Fine-tune a text-to-video model on rewards of its frames or clips.
 
     `train.py modelscope` has the paper's defaults, these are the tiny world's."""
     frames: int = 16

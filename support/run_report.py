@@ -147,7 +147,7 @@ def curves(runs):
     for i, run in enumerate(runs):
         points = [(line["step"], line.get("reward"), 0) for line in run.lines if "eval" not in line]
         training.append({"name": run.name, "color": i, "points": points})
-    charts, title = [line_chart("reward of edits, in training", training)], "reward of videos from pure noise"
+    charts, title = [line_chart("reward in training", training)], "reward of videos from pure noise"
     if len(runs) == 1:
         charts.append(line_chart(title, of_sets("reward_mean")))
     else:
@@ -242,6 +242,8 @@ def study_rows(path):
     rows = []
     try:
         for row in study["rows"]:
+            if row["set"] == "curve":  # of a study that looked while training
+                continue
             m = row["measures"]
             label = row["label"] + (f", step {row['step']}" if "step" in row else "")
             others = {k: v for k, v in m.items() if k not in ("n", "reward_mean", "reward_std")}

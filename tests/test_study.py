@@ -150,7 +150,7 @@ def test_methods_are_compared_at_equal_work_run_by_run(short, monkeypatch, tmp_p
         "InstructVideo, own videos": (train, {"data": "own-videos"}), "RWR": (rwr, {"videos": 2})})
     monkeypatch.setattr(study_methods, "equal_steps", lambda module, cfg: 2)
     settings = {"GRID": (1e-3, 2e-3), "SEEDS": (0, 1), "LOOKS": 1, "LOOKED_AT": 2, "OWN_VIDEOS": 2,
-                "MORE": {"RWR": {"videos": 4}}}
+                "MORE": {"RWR": (4e-3, {"videos": 4})}}
     for name, value in settings.items():
         monkeypatch.setattr(study_methods, name, value)
 
@@ -175,7 +175,7 @@ def test_methods_are_compared_at_equal_work_run_by_run(short, monkeypatch, tmp_p
     files = {file.name: json.loads(file.read_text()) for file in (tmp_path / "studies" / "methods").glob("*.json")}
     assert len(files) == len(runs) == 2 * (2 + 2) + 1 and "rwr-rate-0.001-seed-100.json" in files
     assert runs[-2] == (rwr, ("--videos", "2", "--steps", "2", "--lr", runs[-2][1][5], "--seed", "1"))
-    assert runs[-1] == (rwr, ("--videos", "4", "--steps", "8", "--lr", runs[-2][1][5], "--seed", "0"))  # tried again
+    assert runs[-1] == (rwr, ("--videos", "4", "--steps", "8", "--lr", "0.004", "--seed", "0"))  # tried again
     rows = [row for row in report["rows"] if row["label"] == "RWR"]
     assert [row["set"] for row in rows] == ["in_domain", "new", "other", "curve"] and rows[0]["seconds"] == [1.5, 1.5]
     best = max((1e-3, 2e-3), key=lambda rate: files[f"rwr-rate-{rate:g}-seed-100.json"]["curve"][-1]["measures"]["reward_mean"])

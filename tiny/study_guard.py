@@ -77,7 +77,7 @@ def as_table(report):
         cells = [row["label"], row["step"], "" if row["turned"] is None else row["turned"], f"{m[JUDGE]:.4f}",
                  f"{row['of_best_judge']:.1%}", f"{m['reward_mean']:.4f}"]
         lines.append([*cells, *(f"{m[k]:.3f}" for k in SEEN)])
-    return "\n".join([conditions(report), "", *as_lines(head, lines)])
+    return "\n".join([conditions(report, "of the three sets together"), "", *as_lines(head, lines)])
 
 
 def draw(report, path):

@@ -6,9 +6,9 @@ SUMMED_UP = ("watermark", "motion", "fidelity", "direction")
 SHOWN = ("watermark", "motion", "fidelity", "steadiness", "colour", "shape", "direction", "static")
 
 
-def conditions(report):
+def conditions(report, of="of each set"):
     """What a table was made with, for the line above it."""
-    return f"`{report['command']}`, {report['rows'][0]['measures']['n']} videos of each set, torch {report['versions']['torch']}:"
+    return f"`{report['command']}`, {report['rows'][0]['measures']['n']} videos {of}, torch {report['versions']['torch']}:"
 
 
 def as_table(report):
