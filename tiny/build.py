@@ -508,23 +508,28 @@ def build_action(cfg):
     The classifier of rewards/action.py: clips in motion, videos that the base makes of captions, which it follows, and guesses.
 
     Half of them are played backwards, where all that a single frame says of the direction is wrong; or it would read the trail
-    of stripes, whose motion is small from frame to frame. More and more, five of eight clips are changed against it (adversarial
-    training, arXiv:1706.06083): the gradient of a classifier that has not seen this leads to a pattern, not to motion.
+    of stripes, whose motion is small from frame to frame; and stripes come three times as often as other shapes. A fifth are
+    slowed, below three fifths of their pace, and then do not count as moving: or a shape that hardly moves would satisfy the
+    reward. More and more, five of eight clips are changed against it (adversarial training, arXiv:1706.06083): the gradient of
+    a classifier that has not seen this leads to a pattern, not to motion.
     """
     clips, scenes = clips_in_motion(cfg, 1008, seed=9, crossed=False)
     asked = all_scenes() * 2
     moving = [i for i, scene in enumerate(scenes[:min(1008, cfg.clips)]) if scene.direction][:480]
     guesses = guessed_clips(cfg, [scenes[i].caption for i in moving], clips[moving])
     clips = torch.cat([clips, base_clips(cfg, [s.caption for s in asked]), guesses])
-    direction = labels(scenes + asked + [scenes[i] for i in moving])[2]
-    turned = torch.tensor([1, 0, 3, 2, 4])  # left and right, up and down, no motion
+    scenes = scenes + asked + [scenes[i] for i in moving]
+    often = torch.tensor([3. if scene.shape == "stripes" else 1. for scene in scenes])
+    direction = labels(scenes)[2]
+    turned, still = torch.tensor([1, 0, 3, 2, 4]), 4  # left and right, up and down, no motion
     classifier = action.Classifier().to(cfg.device)
 
     def loss_of(step):
-        pick, backwards = torch.randint(len(clips), (32,)), torch.rand(32) < .5
+        pick, backwards, slow = torch.multinomial(often, 32), torch.rand(32) < .5, torch.rand(32) < .2
         x, target = clips[pick].to(cfg.device).float(), direction[pick]
         x[backwards] = x[backwards].flip(1)
-        target = torch.where(backwards, turned[target], target).to(cfg.device)
+        x[slow] = slowed(x[slow], .6 * torch.rand(()).item())
+        target = torch.where(backwards, turned[target], target).masked_fill(slow, still).to(cfg.device)
         strength = ATTACK * min(1., max(0., step / cfg.action_steps - .2) / .5)
         if strength:
             x = torch.cat([x[:12], attacked(classifier, x[12:], target[12:], strength)])
@@ -534,6 +539,15 @@ def build_action(cfg):
 
     classifier = fit(cfg, "action", classifier, loss_of, cfg.action_steps, lr=1e-3, ema_decay=.99)
     save_tensors(cfg.out / "action" / "model.safetensors", classifier)
+
+
+def slowed(clips, pace):
+    """Clips (B, F, 3, H, W) played at a share of their pace, around their middle; frames in between are blended."""
+    middle = (clips.shape[1] - 1) / 2
+    at = middle + pace * (torch.arange(clips.shape[1], device=clips.device) - middle)     # (F,)
+    first = at.floor().long()
+    part = (at - first)[:, None, None, None]
+    return (1 - part) * clips[:, first] + part * clips[:, first + 1]
 
 
 def attacked(classifier, clips, target, strength, steps=3):
