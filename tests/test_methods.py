@@ -332,6 +332,25 @@ def test_the_first_gradient_is_that_of_reinforce(parts, sampled):
         p.grad = None
 
 
+def test_the_policys_gradient_is_that_of_the_expected_reward():
+    """A million videos of one number, a model of one weight: log p leads where the gradient through the chain leads."""
+    number, D, g = 1_000_000, 4, torch.Generator().manual_seed(0)
+    theta, text, cfg = torch.tensor(.3, requires_grad=True), torch.zeros(number, 1, 1), ddpo.Config(num_steps=4, guidance=1.)
+    base = types.SimpleNamespace(denoiser=lambda z_t, t, text: theta * z_t + .1)
+    path = [torch.randn(number, 1, 1, 1, 1, generator=g)]
+    for i in range(D, 0, -1):
+        mean, std = ddpo.policy(base, path[-1], i, text, text[:1], cfg)
+        path.append(mean + std * torch.randn(path[0].shape, generator=g))
+    R = -(path[-1].flatten() - 1) ** 2
+    expected, = torch.autograd.grad(R.mean(), theta)
+    A, found = (R - R.mean()).detach(), 0.
+    for i in range(D, 0, -1):
+        mean, std = ddpo.policy(base, path[D - i].detach(), i, text, text[:1], cfg)
+        log_p = ddpo.log_prob(path[D - i + 1], mean, std)
+        found -= torch.autograd.grad(ddpo.ppo_loss(log_p, log_p.detach(), A), theta)[0].item()
+    assert found == pytest.approx(expected.item(), rel=.1)
+
+
 def test_a_group_shares_a_prompt_and_not_its_noise(parts):
     base, reward, _ = parts
     cfg = config(ddpo, batch_size=4, group=2)
