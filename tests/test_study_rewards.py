@@ -15,9 +15,8 @@ SHORT = ["--steps", "1", "--batch-size", "1", "--num-steps", "2", "--grad-steps"
 
 def test_every_run_is_measured_by_the_judge_and_by_what_watches(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(study_rewards, "SEEDS", (4,))
     mixed = ["--reward", "hpsv2", "--reward", "action:left=0.1"]
-    monkeypatch.setattr(study_rewards, "groups", lambda: {"mixed": (draft, [*mixed, *SHORT])})
+    monkeypatch.setattr(study_rewards, "groups", lambda: {"mixed": (draft, [*mixed, *SHORT], (4,))})
     lab = Lab(Settings(count=1, work=tmp_path / "work"))
     base, tuned = study_rewards.rewards(lab)
     assert (base["group"], tuned["group"], tuned["seed"], tuned["label"]) == ("base", "mixed", 4, "mixed, seed 4")
@@ -49,7 +48,7 @@ def test_seeds_are_one_line_of_the_table_and_dots_of_the_picture(tmp_path):
 
 @pytest.mark.parametrize("name", study_rewards.groups())
 def test_every_groups_flags_are_its_scripts(name):
-    module, flags = study_rewards.groups()[name]
+    module, flags, _ = study_rewards.groups()[name]
     cfg = train.settings.parse(["tiny", *flags, "--seed", "0"], module.PRESETS, "")
     module.check(cfg)
     kinds = [reward.partition("=") for reward in cfg.reward or ("hpsv2",)]

@@ -1,5 +1,6 @@
 """
-Other rewards than the paper's in the tiny world, held against a judge that nothing optimises. Three training seeds of each.
+Other rewards than the paper's in the tiny world, held against a judge that nothing optimises. Three training seeds of each; the
+weights that are only there to be compared have one.
 
     python tiny/study.py rewards
 
@@ -27,24 +28,25 @@ from tiny.study_tables import as_lines
 SEEDS = (0, 1, 2)
 WANTED = "left"
 ACTION, REMOVAL = f"action:{WANTED}", "removal:watermark"
-WEIGHTS = ("0.2",)  # of the action beside HPS
+WEIGHTS = {"0.05": SEEDS[:1], "0.2": SEEDS, "1": SEEDS[:1]}  # of the action beside HPS, and the seeds of each
 CHAIN = ("--num-steps", "10", "--grad-steps", "10", "--lambda-tar", "0", "--lr", "0.003", "--steps", "180")
 
 
 def groups():
-    """{name: (module, flags of its training runs)}."""
+    """{name: (module, flags of its training runs, their seeds)}."""
     return {
-        **{f"HPS + {w} {ACTION}": (draft, ["--reward", "hpsv2", "--reward", f"{ACTION}={w}", *CHAIN]) for w in WEIGHTS},
-        REMOVAL: (train, ["--reward", REMOVAL]),
-        "HPS": (train, [])}
+        **{f"HPS + {w} {ACTION}": (draft, ["--reward", "hpsv2", "--reward", f"{ACTION}={w}", *CHAIN], seeds)
+           for w, seeds in WEIGHTS.items()},
+        REMOVAL: (train, ["--reward", REMOVAL], SEEDS),
+        "HPS": (train, [], SEEDS)}
 
 
 def rewards(lab):
     """Lab -> rows: the base, then every run of every group; each row says its group and seed."""
     lab = watched(lab)
     rows = [lab.row("base", None, "in_domain") | {"group": "base"}]
-    for group, (module, flags) in groups().items():
-        for seed in SEEDS:
+    for group, (module, flags, seeds) in groups().items():
+        for seed in seeds:
             run = lab.tune(*flags, "--seed", str(seed), module=module)
             rows.append(lab.row(f"{group}, seed {seed}", run, "in_domain") | {"group": group, "seed": seed})
     return rows
