@@ -187,7 +187,7 @@ def test_methods_are_compared_at_equal_work_run_by_run(short, monkeypatch, tmp_p
     assert [row for row in short("methods")["rows"] if row["label"] == "RWR"] == rows and len(runs) == 9
     table = study_methods.as_table(report)
     assert "| RWR | " in table and "| RWR, more | " in table and len(table.splitlines()) == 2 + 2 + 4
-    assert len(study_methods.as_summary(report).splitlines()) == 2 + 3
+    assert len(study_methods.as_summary(report).splitlines()) == 2 + 2
     study_methods.draw(report, tmp_path / "methods.png")
     assert iio.imread(tmp_path / "methods.png").ndim == 3
 
