@@ -248,7 +248,7 @@ def draw(report, path):
             queries.plot(row["videos_scored"], reward, marker="o")
             judge.plot(reward, fidelity, marker="o", label=row["label"])
     work.set(title="in_domain while training, mean of the seeds", xlabel="share of the work", ylabel="reward")
-    queries.set(title="the same by what the reward was asked", xlabel="videos scored", ylabel="reward", xscale="symlog")
+    queries.set(title="the same by what the reward was asked", xlabel="videos scored", ylabel="reward")
     judge.set(title="does the judge agree? each line starts at the base", xlabel="reward", ylabel="judge: fidelity")
     judge.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, .5))
     figure.tight_layout()
