@@ -28,7 +28,7 @@ from tiny.study_tables import as_lines
 SEEDS = (0, 1, 2)
 WANTED = "left"
 ACTION, REMOVAL = f"action:{WANTED}", "removal:watermark"
-WEIGHTS = {"0.05": SEEDS[:1], "0.2": SEEDS, "1": SEEDS[:1]}  # of the action beside HPS, and the seeds of each
+WEIGHTS = {"0.05": SEEDS[:1], "0.2": SEEDS}  # of the action beside HPS, and the seeds of each
 CHAIN = ("--num-steps", "10", "--grad-steps", "10", "--lambda-tar", "0", "--lr", "0.003", "--steps", "180")
 
 
