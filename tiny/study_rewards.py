@@ -115,7 +115,7 @@ def draw(report, path):
         left.plot([m[WANTED] for m in measures], [m["reward_mean"] for m in measures], "o", label=group)
         right.plot([m["watermark"] for m in measures], [group] * len(measures), "o")
     left.set(xlabel=f"judge: share that moves {WANTED}", ylabel="HPStiny", xlim=(-.05, 1.05), title="an action beside HPS")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="center")
     right.set(xlabel="judge: contrast of the watermark", title="the watermark", xlim=(0, None))
     right.invert_yaxis()
     figure.tight_layout()
