@@ -200,7 +200,7 @@ class Config(prompting.PromptSettings, train.Config):
     """optimizer steps that learn from one round of videos (kvablack: 2 to 4); divides --steps,
     --save-every and --eval-every"""
     group: int = 1
-    """videos of each prompt in a batch; above 1, a prompt's videos of a round are compared (GRPO)"""
+    """videos of each prompt in a batch; above 1, those of a round are compared (GRPO)"""
     clip_range: float = 1e-4
     """how far PPO lets the ratio move (kvablack: config/base.py)"""
     timestep_fraction: float = 1.0
