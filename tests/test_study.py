@@ -10,7 +10,7 @@ import torch
 
 import train
 from methods import rwr
-from support import run_folder, tables
+from support import run_folder, run_report, tables
 from tiny import clips, lab, study, study_methods, study_report, study_tables
 
 
@@ -69,7 +69,7 @@ def test_seeds_are_pooled_with_their_spread_and_an_error_over_prompts(short):
     bench = lab.Lab(study.Config(study="headline", count=4))
     bench.prompts = {"in_domain": ["a", "a", "b", "b"]}
     tables = {None: [0., 0., 0., 0.], "one": [.1, .3, .1, .3], "two": [.3, .5, .5, .7]}
-    bench.table = lambda run, name, num_steps: {"reward": torch.tensor(tables[run], dtype=torch.float64)}
+    bench.table = lambda run, name: {"reward": torch.tensor(tables[run], dtype=torch.float64)}
     row = bench.seeds_row("all seeds", ["one", "two"])
     # Means over seeds .2 .4 .3 .5: mean .35, sums of deviations -.1 and .1; seeds gain .2 and .5.
     assert row["differences"]["reward"] == pytest.approx((.35, (2 * .02) ** .5 / 4))
@@ -185,6 +185,8 @@ def test_methods_are_compared_at_equal_work_run_by_run(short, monkeypatch, tmp_p
 
     # What has a file is not made again, even where no run is left.
     assert [row for row in short("methods")["rows"] if row["label"] == "RWR"] == rows and len(runs) == 9
+    shown = run_report.study_rows(tmp_path / "studies" / "methods.json")["rows"]  # report.py shows all but the curves
+    assert [row["label"] for row in shown[-3:]] == ["RWR, more"] * 3
     table = study_methods.as_table(report)
     assert "| RWR | " in table and "| RWR, more | " in table and len(table.splitlines()) == 2 + 2 + 4
     assert len(study_methods.as_summary(report).splitlines()) == 2 + 2
