@@ -160,13 +160,17 @@ def check_training(cfg, world_size):
         read_prompt_sets(cfg.prompts, cfg.base)
 
 
+TINY_CLIPS = 16, 32  # frames, and pixel rows and columns: tiny/world.py's FRAMES and SIZE
+
+
 def check_clips(cfg):
     """Only the tiny world comes with clips, and only with those of its size."""
     if cfg.data is None and cfg.base != "tiny":
         raise ValueError("no clips: --data LIST must name some (only the tiny world draws its own)")
-    if cfg.data is None and (cfg.frames, cfg.size or 32) != (16, 32):
-        raise ValueError(f"frames = {cfg.frames}, size = {cfg.size}: the tiny world draws 16 frames of 32 x 32 pixels; --data is "
-                         "needed for others")
+    frames, size = TINY_CLIPS
+    if cfg.data is None and (cfg.frames, cfg.size or size) != TINY_CLIPS:
+        raise ValueError(f"frames = {cfg.frames}, size = {cfg.size}: the tiny world draws {frames} frames of {size} x {size} "
+                         "pixels; --data is needed for others")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

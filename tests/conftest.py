@@ -9,7 +9,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from tiny import clips  # noqa: E402
+from support import settings  # noqa: E402
+from tiny import clips, world  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -35,4 +36,13 @@ def few_clips():
     """Six clips in the tiny world."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(clips, "tiny_clips", partial(clips.tiny_clips, count=6))
+        yield
+
+
+@pytest.fixture(scope="module")
+def short_clips(few_clips):
+    """Of four frames: a run of two steps, with --frames 4, takes half the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world, "FRAMES", 4)
+        patch.setattr(settings, "TINY_CLIPS", (4, world.SIZE))
         yield

@@ -7,15 +7,17 @@ import torch
 
 from model import UNet3D, load_base
 from reward import load_reward
+from rewards import action
 from tiny import build, world
 from tiny.judge import load_judge
 
 
-def test_the_stages_build_a_world_that_loads(tmp_path, monkeypatch):
+def test_the_stages_build_a_world_that_loads(short_clips, tmp_path, monkeypatch):
     scenes = [world.Scene(c, "circle", d) for c in ("red", "blue") for d in ("left", "right")]  # near ones differ in one word
     monkeypatch.setattr(build, "all_scenes", lambda: scenes)
+    monkeypatch.setattr(action, "FRAMES", world.FRAMES)
     for name in ("sample", "edit"):
-        monkeypatch.setattr(build, name, partial(getattr(build, name), num_steps=4))
+        monkeypatch.setattr(build, name, partial(getattr(build, name), num_steps=2))
     def run(out, stages):
         build.main(build.Config(stages=stages, out=out, seed=3, device="cpu", threads=1, vae_steps=2, clip_steps=2, image_steps=2,
                                 unet_steps=2, preference_steps=2, judge_steps=2, action_steps=2,
@@ -33,9 +35,9 @@ def test_the_stages_build_a_world_that_loads(tmp_path, monkeypatch):
     base = load_base(str(tmp_path / "a"))
     assert base.default_size == world.SIZE and base.encode_text(["a red circle moving left"]).shape == (1, 8, 64)
     assert load_reward(base_folder=base.folder).name == "HPStiny"
-    assert load_judge(tmp_path / "a/judge.safetensors")(torch.rand(1, 16, 3, 32, 32))[2].shape == (1, 5)
-    for kind, shape in (("action:up", (1, 1)), ("removal:watermark", (1, 16))):
-        assert load_reward(kind, base_folder=base.folder)(torch.rand(1, 16, 3, 32, 32), ["a"]).shape == shape
+    assert load_judge(tmp_path / "a/judge.safetensors")(torch.rand(1, 4, 3, 32, 32))[2].shape == (1, 5)
+    for kind, shape in (("action:up", (1, 1)), ("removal:watermark", (1, 4))):
+        assert load_reward(kind, base_folder=base.folder)(torch.rand(1, 4, 3, 32, 32), ["a"]).shape == shape
 
     again = run(tmp_path / "b", ("vae", "clip"))  # a stage alone gives what it gave among the others
     assert again == {name: digest for name, digest in whole.items() if name in again}

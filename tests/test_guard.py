@@ -14,8 +14,9 @@ from support.mixture import check_rewards, load_mixture
 from support.tables import paired, summary
 from tiny import judge, study_tables
 
-SHORT = ["--device", "cpu", "--batch-size", "1", "--num-steps", "2", "--tau", "1", "--lr", ".01", "--eval-every", "1"]
-pytestmark = pytest.mark.usefixtures("aside", "few_clips")
+SHORT = ["--device", "cpu", "--frames", "4", "--segments", "2", "--batch-size", "1", "--num-steps", "2", "--tau", "1",
+         "--lr", ".01", "--eval-every", "1"]
+pytestmark = pytest.mark.usefixtures("aside", "short_clips")
 
 
 # ------------------------------------------------- measures of pixels ----------------------------------------------

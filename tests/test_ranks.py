@@ -22,7 +22,8 @@ from support import clip_lists, processes, run_folder
 from tiny import clips
 
 PATIENCE = 120
-SHORT = ["--device", "cpu", "--batch-size", "2", "--num-steps", "2", "--tau", "1", "--eval-every", "0", "--save-every", "1"]
+SHORT = ["--device", "cpu", "--frames", "4", "--segments", "2", "--batch-size", "2", "--num-steps", "2", "--tau", "1",
+         "--eval-every", "0", "--save-every", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,8 @@ def two_ranks(function, **environment):
     while any(p.is_alive() for p in ranks) and time.monotonic() - began < PATIENCE:
         time.sleep(.05)
         if any(p.exitcode for p in ranks):  # torchrun ends the others then, but not at once: they may have something to say
-            time.sleep(1)
+            for p in ranks:
+                p.join(1)
             break
     for process in ranks:
         if process.is_alive():
@@ -105,7 +107,8 @@ def test_an_error_that_nobody_expected_shows_its_traceback_at_once(monkeypatch):
     assert "KeyError: 'a mistake in the code'" in ended[1][2] and ended[1][0] == 1 and seconds < PATIENCE / 4
 
 
-def test_what_one_rank_alone_finds_wrong_is_printed_by_it_and_what_all_find_once():
+def test_what_one_rank_alone_finds_wrong_is_printed_by_it_and_what_all_find_once(monkeypatch):
+    monkeypatch.setattr(processes, "line_to_print", partial(processes.line_to_print, patience=1))
     def alone(rank):
         if rank == 1:
             raise ValueError("data clips.txt: no such file or folder")
@@ -125,13 +128,13 @@ def test_what_one_rank_alone_finds_wrong_is_printed_by_it_and_what_all_find_once
 
 
 def test_a_long_wait_for_another_rank_is_no_error(monkeypatch):
-    """Encoding may take longer than the half hour after which a step counts as hung; here that is a second."""
-    monkeypatch.setattr(processes, "timedelta", lambda **_: timedelta(seconds=1))
+    """Encoding may take longer than the half hour after which a step counts as hung; here that is half a second."""
+    monkeypatch.setattr(processes, "timedelta", lambda **_: timedelta(seconds=.5))
 
     def main(rank):
         for wait in (processes.barrier, lambda: processes.all_gather(rank), lambda: processes.on_rank_0(lambda: 1)):
             if rank == 0:
-                time.sleep(1.5)
+                time.sleep(.9)
             wait()
     ended, _ = two_ranks(script(main))
     assert [status for status, _, _ in ended] == [0, 0], ended
@@ -144,12 +147,11 @@ def train_in(folders, *argv, before=lambda rank: None):
     def run(rank):
         os.chdir(folders[rank])
         before(rank)
-        clips.tiny_clips = partial(clips.tiny_clips, count=6)
         processes.run_script("script.py", lambda: train.main([*SHORT, "--out", "run", *map(str, argv)]))
     return run
 
 
-def test_a_restart_on_two_nodes_whose_disks_are_their_own(tmp_path):
+def test_a_restart_on_two_nodes_whose_disks_are_their_own(short_clips):
     """Only rank 0 has the run's folder, from which both go on."""
     for name in ("node0", "node1", "whole0", "whole1"):
         Path(name).mkdir()
@@ -172,7 +174,7 @@ def test_a_restart_on_two_nodes_whose_disks_are_their_own(tmp_path):
     assert rewards[0] == rewards[1] and len(rewards[0]) == 4
 
 
-def test_nodes_that_have_other_clips_are_told():
+def test_nodes_that_have_other_clips_are_told(short_clips):
     for name in ("node0", "node1"):
         Path(name).mkdir()
 

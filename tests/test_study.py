@@ -2,7 +2,6 @@
 import json
 import sys
 from dataclasses import replace
-from functools import partial
 
 import imageio.v3 as iio
 import pytest
@@ -11,19 +10,19 @@ import torch
 import train
 from methods import rwr
 from support import run_folder, run_report, tables
-from tiny import clips, lab, study, study_methods, study_report, study_tables
+from tiny import lab, study, study_methods, study_report, study_tables
 
 
 @pytest.fixture
-def short(monkeypatch, tmp_path):
-    """Studies of one training step and two videos, with chains of four steps."""
-    monkeypatch.setitem(train.PRESETS, "tiny", train.Config(steps=1, batch_size=1, num_steps=4))
+def short(short_clips, monkeypatch, tmp_path):
+    """Studies of one training step and two videos of four frames, with chains of four steps."""
+    monkeypatch.setitem(train.PRESETS, "tiny", train.Config(steps=1, batch_size=1, num_steps=4, frames=4))
     for name in ("evaluate", "generate"):
-        real = getattr(lab, name)
-        monkeypatch.setattr(lab, name, lambda *args, real=real, **more: real(*args, **more | {"num_steps": 4}))
+        def in_short(*args, real=getattr(lab, name), **more):  # noqa: B008
+            return real(*args, **more | {"num_steps": 4, "frames": 4})
+        monkeypatch.setattr(lab, name, in_short)
     for module in (study, study_report):
         monkeypatch.setattr(module, "ROOT", tmp_path)
-    monkeypatch.setattr(clips, "tiny_clips", partial(clips.tiny_clips, count=4))
     monkeypatch.chdir(tmp_path)
 
     def run(name):
@@ -113,7 +112,7 @@ def test_the_other_studies_run(name, short, monkeypatch):
     report = short(name)
     if name == "evolution":
         assert iio.imread("docs/evolution.png").shape[2] == 3
-        assert len(iio.imread("docs/before_after.gif")) == 16
+        assert len(iio.imread("docs/before_after.gif")) == 4
     elif name == "too_long":
         assert [r["step"] for r in report["rows"]] == [0, 2] and iio.imread("docs/too_long.png").ndim == 3
     else:

@@ -30,11 +30,12 @@ from model import decode_frames, load_base
 from reward import load_reward
 from support import adapters, run_folder, settings, videos, weights
 from support.weights import TINY
-from tiny import clips
+from tiny import clips, world
 
-SHORT = ["--device", "cpu", "--batch-size", "2", "--num-steps", "2", "--tau", "1", "--eval-count", "1"]
+SHORT = ["--device", "cpu", "--frames", "4", "--segments", "2", "--batch-size", "2", "--num-steps", "2", "--tau", "1",
+         "--eval-count", "1"]
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.usefixtures("few_clips")
+pytestmark = pytest.mark.usefixtures("short_clips")
 
 
 @pytest.fixture(autouse=True)
@@ -381,7 +382,7 @@ WHOLE = ["--steps", "4", "--eval-every", "2", "--save-every", "3"]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, few_clips):
+def whole(tmp_path_factory, short_clips):
     """A run of four steps, never interrupted: (folder, what it printed)."""
     folder, said = tmp_path_factory.mktemp("whole") / "run", io.StringIO()
     with contextlib.redirect_stdout(said):
@@ -400,12 +401,12 @@ def test_the_run_folder_holds_what_the_readme_lists(whole):
         clips = of_step[2:]
         assert len(clips) == 3 and all(f.endswith(".mp4") for f in clips)  # a video of each prompt set
     video, about = iio.imread(folder / clips[0]), iio.immeta(folder / clips[0], plugin="pyav")
-    assert video.shape == (16, 256, 256, 3) and about["fps"] == 8
+    assert video.shape == (4, 256, 256, 3) and about["fps"] == 8
     assert len(files) == 9 + 3 * 5
     strips, pair = iio.imread(folder / "samples/step_000004.png"), iio.imread(folder / "before_after.png")
     assert pair.shape == (strips.shape[0], 2 * strips.shape[1], 3)
     moving = iio.imread(folder / "before_after.gif")
-    assert moving.shape[0] == 16 and moving.shape[1] > 2 * 112 and moving.shape[2] > 3 * 112  # three videos, before and after
+    assert moving.shape[0] == 4 and moving.shape[1] > 2 * 112 and moving.shape[2] > 3 * 112  # three videos, before and after
 
     config = json.loads((folder / "config.json").read_text())
     own = settings.first_given(load_base("tiny").guidance, 3.)  # what --guidance is by default
@@ -452,7 +453,8 @@ def test_evaluation_during_training_is_the_metric_of_evaluate(whole):
     base = load_base("tiny")
     lora.load(base.unet, whole[0] / "lora.safetensors")
     prompts = train.prompt_sets(base, (), 1)["other"]
-    table, _ = evaluate(base, load_reward(base_folder=base.folder), prompts, seed=train.EVAL_SEED + 2, num_steps=2)
+    table, _ = evaluate(base, load_reward(base_folder=base.folder), prompts, seed=train.EVAL_SEED + 2, segments=2, frames=4,
+                        num_steps=2)
     assert metrics(whole[0])[-1]["eval"]["other"]["reward_mean"] == pytest.approx(table["reward"].item(), abs=1e-6)
 
 
@@ -758,7 +760,7 @@ def test_precision_compilation_tensorboard_and_memory_settings_together(plain, m
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
     assert run(*SHORT, "--steps", 1, "--eval-every", 1, "--save-every", 5, "--dtype", "bfloat16", "--compile", "--tensorboard",
-               "--low-memory", "--segments", 16, "--seed", 3, "--out", "run") == 0
+               "--low-memory", "--segments", 4, "--seed", 3, "--out", "run") == 0
     assert compiled == ["UNet3D"]
     reward = metrics("run")[1]["reward"]
     assert board[0] == Path("run/tensorboard") and board[-1] == "closed" and ("reward", 1, reward) in board
@@ -786,10 +788,11 @@ def write_list(path="clips.txt", root="videos", count=3, **options):
     Path(path).write_text("".join(f"{i}.mp4|||a red circle moving {d}\n" for i, d in zip(range(count), ("left", "right", "up"))))
 
 
-REAL = [*SHORT, "--data", "clips.txt", "--data-root", "videos", "--frames", "4", "--size", "32", "--steps", "1"]
+REAL = [*SHORT, "--data", "clips.txt", "--data-root", "videos", "--size", "32", "--steps", "1"]
 
 
 def test_real_clips_another_autoencoder_text_encoder_and_reward(plain, capsys, monkeypatch):
+    monkeypatch.setattr(world, "FRAMES", 16)  # the judge's world: it has nothing to say of clips of four
     write_list()
     with open("clips.txt", "a") as file:
         file.write("gone.mp4|||a video that is not there\n")
@@ -804,7 +807,7 @@ def test_real_clips_another_autoencoder_text_encoder_and_reward(plain, capsys, m
     assert "left out: videos/gone.mp4: cannot be read: no such file" in said and "3 of 4 clips can be used" in said
     assert adapters.read_adapter("one/lora.safetensors").rank == 2
     lines = metrics("one")
-    assert lines[0]["eval"]["a"].keys() == {"reward_mean", "reward_std", "n"}  # the judge knows the tiny world's captions only
+    assert lines[0]["eval"]["a"].keys() == {"reward_mean", "reward_std", "n"}
     assert lines[0]["eval"].keys() == {"a", "b"} and lines[0]["eval"]["b"]["n"] == 2
     assert lines[1]["loss"] == pytest.approx(-lines[1]["reward"], abs=1e-6)
     kept = listing("kept")
