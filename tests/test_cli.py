@@ -27,6 +27,7 @@ from sampler import sample
 from support import pictures, tables, tradeoff, videos
 from support.clip_lists import read_list, usable_clips
 from support.weights import TINY
+from tiny import world
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "a red circle moving left"
@@ -250,8 +251,10 @@ def test_base_and_fine_tuned_on_two_sets_at_several_d_and_guidance(adapter, capf
     assert sheet.shape == (22 + 2 * (strip.shape[1] + 22), 2 * (strip.shape[2] + 14), 3)
 
 
-def test_several_strengths_draw_what_the_reward_gains_against_what_is_lost(adapter, capfd):
-    flags = [*EVALUATE, "--lora", adapter, "--count", 2, "--sheet", 0, "--watch", "judge", "--watch", "motion"]
+def test_several_strengths_draw_what_the_reward_gains_against_what_is_lost(adapter, monkeypatch, capfd):
+    monkeypatch.setattr(world, "FRAMES", 4)
+    flags = [*EVALUATE, "--frames", 4, "--segments", 2, "--lora", adapter, "--count", 2, "--sheet", 0,
+             "--watch", "judge", "--watch", "motion"]
     assert script("evaluate.py", *flags, "--lora-scale", 0, 1.5, .5) == 0
     assert "written: report/table.md, table.json, tradeoff.png" in capfd.readouterr().out
     rows = json.loads(Path("report/table.json").read_text())["results"]

@@ -79,11 +79,14 @@ SMALL = UNetConfig(channels=(16, 32), blocks_per_level=1, attention_levels=(Fals
 SHORT = Config(base="small", batch_size=2, frames=4, size=16, num_steps=5, steps=1)
 
 
-def small(seed=0):
+ONE_LEVEL = replace(SMALL, channels=(16,), attention_levels=(True,), stem_heads=1)  # on meta what takes time is operations
+
+
+def small(config=ONE_LEVEL, seed=0):
     """(base, reward) on which a step takes a fraction of a second."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        base = Base(UNet3D(SMALL), Autoencoder(VAEConfig(channels=(8, 16), blocks_per_level=1, norm_groups=4)),
+        base = Base(UNet3D(config), Autoencoder(VAEConfig(channels=(8, 16), blocks_per_level=1, norm_groups=4)),
                     TextEncoder(TextConfig(width=16, heads=1, layers=1)), "small")
         for module in (base.unet, base.vae, base.text_encoder):
             module.eval().requires_grad_(False)
@@ -108,7 +111,7 @@ def gradient(contender, batch):
 
 
 def test_the_steps_on_diffusers_are_the_same_method():
-    (base, reward), meter = small(), Meter()
+    (base, reward), meter = small(SMALL), Meter()
     cfg = replace(SHORT, diffusers=False)
     field = contenders(base, reward, cfg, meter)
     trained(base)
@@ -138,6 +141,7 @@ def test_counting_the_chain_by_one_of_its_calls():
     assert counter.get_total_flops() / 1e12 == pytest.approx(sum(work.values()), rel=1e-2)
 
 
+@pytest.mark.slow
 def test_saving_memory_recomputes():
     """Activations: the UNet's blocks. Low memory: those, the decoder and the reward, each once more."""
     (base, reward), cfg = small(), replace(SHORT, batch_size=1, num_steps=2, tau=1., diffusers=False)
@@ -221,23 +225,27 @@ def test_saved_activations_are_those_that_torch_saves():
         assert expected[2]["total"] >= expected[2]["saved"] + expected[2]["weights"] - 1e-9
 
 
-def test_every_clip_adds_as_much_as_the_one_before(monkeypatch):
+@pytest.fixture(scope="module")
+def least():
+    """count_memory with the setting that has all the others in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "MEMORY_SETTINGS", {"--low-memory": {"low_memory": True}})
+        return benchmark.count_memory(*small(), SHORT, torch.float32, (1, 2, 4))
+
+
+def test_every_clip_adds_as_much_as_the_one_before(least):
     """So that two counts tell all of them."""
-    monkeypatch.setattr(benchmark, "MEMORY_SETTINGS", {"--low-memory": {"low_memory": True}})  # all the others together
+    settings = replace(train.PRESETS["modelscope"], num_steps=1, tau=1., low_memory=True)
     base, reward = small()
-    four = benchmark.count_memory(base, reward, SHORT, torch.float32, (4,))
-    for name, flags in benchmark.MEMORY_SETTINGS.items():
-        settings = replace(train.PRESETS["modelscope"], num_steps=1, tau=1., **flags)
-        other = Base(*(on_meta(part) for part in (base.unet, base.vae, base.text_encoder)), "small")
-        other_reward, batch = on_meta(reward), None
-        lora.inject(other.unet)
-        other.unet.checkpoint_activations(settings.checkpoint_activations or settings.low_memory)
-        batch, uncond = synthetic(other, replace(SHORT, batch_size=4)), other.encode_text([""])
-        other_reward.text_features(batch[-1])
-        peak = measure_peak(lambda: train.edit_rewards(other, other_reward, uncond, batch, settings)[0],  # noqa: B023
-                            [other.unet, other.vae.decoder, other_reward]).in_gib()
-        assert four[name][4]["total"] == pytest.approx(peak["total"], rel=0.02), name
-        assert four[name][4]["saved"] == pytest.approx(peak["saved"], rel=0.02), name
+    base, reward = Base(*(on_meta(part) for part in (base.unet, base.vae, base.text_encoder)), "small"), on_meta(reward)
+    lora.inject(base.unet)
+    base.unet.checkpoint_activations()
+    batch, uncond = synthetic(base, replace(SHORT, batch_size=4)), base.encode_text([""])
+    reward.text_features(batch[-1])
+    peak = measure_peak(lambda: train.edit_rewards(base, reward, uncond, batch, settings)[0],
+                        [base.unet, base.vae.decoder, reward]).in_gib()
+    for part in ("total", "saved"):
+        assert least["--low-memory"][4][part] == pytest.approx(peak[part], rel=0.02), part
 
 
 @pytest.mark.slow
@@ -261,12 +269,10 @@ def test_host_memory_is_the_cpus_and_linuxs(monkeypatch, tmp_path):
         measure_host_peak(lambda: None)
 
 
-def test_an_evaluation_needs_less_memory_than_a_step(monkeypatch):
+def test_an_evaluation_needs_less_memory_than_a_step(least):
     """Of as many videos as clips; else what fits while training would not when it is evaluated."""
-    monkeypatch.setattr(benchmark, "MEMORY_SETTINGS", {"low": {"low_memory": True}})
-    counted = benchmark.count_memory(*small(), SHORT, torch.float32, (1, 2))
-    for clips, peak in counted[benchmark.EVALUATION].items():
-        assert peak["saved"] == 0 < peak["transient"] and peak["total"] < counted["low"][clips]["total"]
+    for clips, peak in least[benchmark.EVALUATION].items():
+        assert peak["saved"] == 0 < peak["transient"] and peak["total"] < least["--low-memory"][clips]["total"]
 
 
 @pytest.mark.slow
@@ -333,7 +339,7 @@ def test_settings_that_are_refused(settings, message, tmp_path):
 
 
 def test_a_base_that_diffusers_can_build():
-    (base, _) = small()
+    (base, _) = small(SMALL)
     assert comparable(base) is base
     tiny = model.load_base("tiny")
     other = comparable(tiny)

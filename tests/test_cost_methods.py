@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_cost import FULL
+from test_cost import FULL, small
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,25 +19,12 @@ import lora
 import train
 from benchmark_methods import METHODS, table
 from methods import ddpo, dpo, draft, refl, rwr, vader
-from model import Autoencoder, Base, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig
-from reward import load_reward
 from support.memory import Peak
 
 SIZES = dict(frames=4, size=16, num_steps=4)
 SHORT = benchmark.Config(base="small", batch_size=1, tau=.5, diffusers=False, **SIZES)
 FEW = {"draft": dict(), "refl": dict(), "vader": dict(eta=.5), "ddpo": dict(updates=2, timestep_fraction=.5),
        "rwr": dict(rounds=2, videos=3), "dpo": dict(rounds=2, pairs=3)}
-
-
-def small():
-    """(base, reward) of one level: what takes time on the meta device is the number of operations."""
-    base = Base(UNet3D(UNetConfig(channels=(16,), blocks_per_level=1, attention_levels=(True,), context_dim=16, head_dim=8,
-                                  stem_heads=1, norm_groups=8, sample_size=8)),
-                Autoencoder(VAEConfig(channels=(8, 16), blocks_per_level=1, norm_groups=4)),
-                TextEncoder(TextConfig(width=16, heads=1, layers=1)), "small")
-    for module in (base.unet, base.vae, base.text_encoder):
-        module.eval().requires_grad_(False)
-    return base, load_reward(weights="random:32")
 
 
 def count(monkeypatch, name, **changes):
@@ -52,7 +39,9 @@ def loop_of(module):
     return getattr(module, "learn", train.train)
 
 
-@pytest.mark.parametrize("module", [draft, refl, vader, ddpo, rwr, dpo], ids=lambda module: module.__name__)
+# One is quick; the others, counted in the same way, are among the slow tests.
+@pytest.mark.parametrize("module", [ddpo, *(pytest.param(m, marks=pytest.mark.slow) for m in (draft, refl, vader, rwr, dpo))],
+                         ids=lambda module: module.__name__)
 def test_the_parts_of_a_method_add_up_to_a_run_of_it(module, monkeypatch, tmp_path):
     """TFLOP and frames of every video of every step, on the CPU with numbers; DPO's steps are of pairs."""
     name = module.__name__.removeprefix("methods.")
@@ -89,6 +78,7 @@ def test_refl_takes_the_mean_of_all_its_steps(monkeypatch):
     assert times == [.5, .5] and seen == [1, 5]  # of 1..5, the last quarter of 20
 
 
+@pytest.mark.slow
 def test_instruct_video_is_counted_as_the_step_of_train(monkeypatch):
     """The yardstick: the work and the memory that benchmark.py counts for ours."""
     monkeypatch.setattr(benchmark, "MEMORY_SETTINGS", {"no flag": {}})

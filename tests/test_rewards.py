@@ -2,9 +2,9 @@
 rewards/: each reward against the live classes of transformers on small random weights, scores and pixel gradients; preprocessing
 against torchvision; what is refused.
 """
+import importlib
 import json
 import re
-import subprocess
 import sys
 import types
 import zlib
@@ -583,11 +583,11 @@ net = Net()
     assert reward.name == "net-v1" and not reward.training and [p.requires_grad for p in reward.parameters()] == [False, False]
 
 
-def test_nobody_pays_for_other_rewards():
-    code = ("import sys, reward; reward.load_reward('hpsv2', 'random:32'); "
-            "print([m for m in sys.modules if m.startswith('rewards')])")
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+def test_nobody_pays_for_other_rewards(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("reward", "rewards")]:
+        monkeypatch.delitem(sys.modules, name)
+    importlib.import_module("reward").load_reward("hpsv2", "random:32")
+    assert "reward" in sys.modules and not any(name.startswith("rewards") for name in sys.modules)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -74,7 +74,9 @@ def test_a_mixture_alone_is_the_plain_run_bit_for_bit():
 
 def test_several_rewards_are_logged_resumed_and_shared_among_ranks(monkeypatch):
     Path("my_reward.py").write_text("def red(frames, captions):\n    return frames[:, :, 0].mean((2, 3))\n")
-    flags = [*SHORT, *MIXED, "--watch", "my_reward.py:red", "--eval-count", "1", "--eval-every"]
+    Path("prompts.txt").write_text("a red circle moving left\n")
+    flags = [*SHORT, *MIXED, "--watch", "my_reward.py:red", "--prompts", "mine=prompts.txt",
+             "--eval-count", "1", "--eval-every"]
     assert run(*flags, 2, "--steps", 2, "--out", "whole") == 0
     first, one, two, last = metrics("whole")
     names = ["HPStiny", "aesthetic-random", "VideoMAE-random:moving left"]

@@ -38,7 +38,7 @@ from support.reports import versions  # noqa: E402
 from support.run_folder import MOVING, SHOWN  # noqa: E402
 from support.seeds import sample_generator  # noqa: E402
 from support.settings import to_json  # noqa: E402
-from support.tables import summary  # noqa: E402
+from support.tables import number, summary  # noqa: E402
 from support.videos import to_pixels, write_video  # noqa: E402
 from tiny import world  # noqa: E402
 from tiny.clips import tiny_clips  # noqa: E402
@@ -86,9 +86,9 @@ def short_chain(lab):
         variants = {f"tuned with D = {D}": tiny.steps}
         if D != tiny.num_steps:
             variants[f"tuned with D = {D}, equal time"] = steps
-        for label, number in variants.items():
-            run = lab.tune("--num-steps", str(D), "--steps", str(number))
-            rows += [lab.row(f"{label}: {number} steps", run, num_steps=made_with) for made_with in MADE_WITH]
+        for label, total in variants.items():
+            run = lab.tune("--num-steps", str(D), "--steps", str(total))
+            rows += [lab.row(f"{label}: {total} steps", run, num_steps=made_with) for made_with in MADE_WITH]
     return rows
 
 
@@ -173,7 +173,7 @@ def too_long(lab):
     steps, rows, tables = evaluated_steps(run), [], []
     for step in steps:
         table = read_json(run / "samples" / f"step_{step:06d}.json")["in_domain"]
-        tables.append({k: torch.tensor(v, dtype=torch.float64) for k, v in table.items()})
+        tables.append({k: torch.tensor([*map(number, v)], dtype=torch.float64) for k, v in table.items()})
         rows.append({"label": f"step {step}", "step": step, "set": "in_domain", "num_steps": 20, "guidance": lab.guidance,
                      "measures": summary(tables[-1]),
                      "differences": differences(tables[0], tables[-1], None)})
