@@ -223,19 +223,12 @@ def recomputed(module):
     module.forward = run
 
 
-def on_diffusers(base, reward, settings, meter, lean):
-    """The same step on UNet3DConditionModel, AutoencoderKL, DDIMScheduler and PEFT; `lean`: see the table above. After `ours`."""
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel  # here: only the comparison needs them
-    from diffusers.models.resnet import ResnetBlock2D, TemporalConvLayer
-    from diffusers.models.transformers.transformer_2d import Transformer2DModel
-    from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
+def diffusers_networks(base, dtype):
+    """UNet3DConditionModel and AutoencoderKL with our weights, in this dtype: the tensor names are the same."""
+    from diffusers import AutoencoderKL, UNet3DConditionModel  # here: only the comparison needs them
     from diffusers.utils import logging
-    from peft import LoraConfig, inject_adapter_in_model
 
     logging.set_verbosity_error()  # it warns of every change of precision
-
-    # The networks, with our weights: the tensor names are the same.
-    dtype, uncond = base.unet.conv_in.weight.dtype, base.encode_text([""])
     structure = unet_to_diffusers(base.unet.config)
     del structure["stem_heads"]  # diffusers has no such field, it is always 8 there
     with torch.device(base.device):
@@ -243,23 +236,46 @@ def on_diffusers(base, reward, settings, meter, lean):
         vae = AutoencoderKL.from_config(vae_to_diffusers(base.vae.config))
     unet.load_state_dict({k: v for k, v in base.unet.state_dict().items() if "lora_" not in k})
     vae.load_state_dict(base.vae.state_dict())
-    unet.requires_grad_(False).eval().to(dtype if lean else torch.float32)
-    vae.requires_grad_(False).eval().to(dtype)
+    for network in (unet, vae):
+        network.requires_grad_(False).eval().to(dtype)
     vae.encoder = None  # ours needs no memory for it either
-    vae.post_quant_conv.register_forward_pre_hook(lambda _, x: meter.announce("decode", len(x[0])))
+    return unet, vae
 
-    # The adapters, with our numbers.
-    unet = inject_adapter_in_model(LoraConfig(r=settings.rank, lora_alpha=settings.rank, init_lora_weights=False,
+
+def peft_adapters(unet, base, rank):
+    """The UNet with PEFT's adapters, which have the numbers of ours, and their parameters."""
+    from peft import LoraConfig, inject_adapter_in_model
+    unet = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=False,
                                               target_modules=["to_q", "to_k", "to_v", "to_out.0"]), unet)
     parameters = []
     for path, layer in lora.layers(base.unet).items():
         for side in ("lora_A", "lora_B"):
             parameters.append(getattr(unet.get_submodule(path), side)["default"].weight)
             parameters[-1].data = getattr(layer, side).detach().clone()  # float32, whatever the weights are
-    if not lean:  # diffusers' 3D UNet has no checkpointing; VADER's copy of it (models/unet_3d_blocks.py) recomputes these
-        for module in [*unet.modules()]:
-            if isinstance(module, (ResnetBlock2D, TemporalConvLayer, Transformer2DModel, TransformerTemporalModel)):
-                recomputed(module)
+    return unet, parameters
+
+
+def checkpoint_blocks(unet):
+    """diffusers' 3D UNet has no checkpointing; VADER's copy of it (models/unet_3d_blocks.py) recomputes these."""
+    from diffusers.models.resnet import ResnetBlock2D, TemporalConvLayer
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+    from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
+    for module in [*unet.modules()]:
+        if isinstance(module, (ResnetBlock2D, TemporalConvLayer, Transformer2DModel, TransformerTemporalModel)):
+            recomputed(module)
+
+
+def on_diffusers(base, reward, settings, meter, lean):
+    """The same step on UNet3DConditionModel, AutoencoderKL, DDIMScheduler and PEFT; `lean`: see the table above. After `ours`."""
+    from diffusers import DDIMScheduler
+    dtype, uncond = base.unet.conv_in.weight.dtype, base.encode_text([""])
+    unet, vae = diffusers_networks(base, dtype)
+    if not lean:
+        unet.float()
+    vae.post_quant_conv.register_forward_pre_hook(lambda _, x: meter.announce("decode", len(x[0])))
+    unet, parameters = peft_adapters(unet, base, settings.rank)
+    if not lean:
+        checkpoint_blocks(unet)
 
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
                               set_alpha_to_one=False, steps_offset=1)

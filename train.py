@@ -33,6 +33,7 @@ from model import decode_frames, load_base
 from reward import Mixture, aggregate, load_rewards, segment_edges, segment_frames, tar_weights
 from sampler import GUIDANCE, check_edit, edit
 from support import card, exact_scores, processes, run_folder, settings
+from support.deep_cache import denoiser
 from support.mixture import watched_names
 from support.processes import add_over_ranks, rank_and_size
 from support.published import fingerprint
@@ -54,8 +55,8 @@ def edit_rewards(base, reward, uncond, batch, cfg):
     z, eps, text, g, captions = batch
 
     # Noise the real clip part of the way, and denoise it back (Eqs. 3-5). Score it (Eqs. 6-8).
-    z_0 = edit(base.denoiser, z, eps, text, uncond, cfg.tau, cfg.num_steps, cfg.guidance,
-               cfg.grad_steps)                                                # (B, C, F, h, w)
+    z_0 = edit(denoiser(base, cfg.cache_interval), z, eps, text, uncond, cfg.tau, cfg.num_steps,
+               cfg.guidance, cfg.grad_steps)                                  # (B, C, F, h, w)
     return video_rewards(base, reward, z_0, g, captions, cfg)
 
 
@@ -192,6 +193,8 @@ class Config(settings.TrainingSettings):
     """D, DDIM steps of the whole chain (paper, Sec. 3.3)"""
     grad_steps: int = 1
     """K, last steps that carry gradient (paper, Sec. 3.3)"""
+    cache_interval: int = 1
+    """steps without gradient that share what the UNet's inner levels make (DeepCache); 1: none"""
     segments: int = 4
     """S, frames scored, one of each segment (paper, Sec. 3.3); dense scoring is S = F"""
     lambda_tar: float = 1.0

@@ -208,6 +208,7 @@ class Config(prompting.PromptSettings, train.Config):
     batch_size: int = 8
     """videos behind an optimizer step, over all ranks"""
     grad_steps: Suppress[Fixed[int]] = 1
+    cache_interval: Suppress[Fixed[int]] = 1
 
 
 PRESETS = {

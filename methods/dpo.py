@@ -110,6 +110,7 @@ class Config(prompting.PromptSettings, train.Config):
     batch_size: int = 16
     """pairs behind an optimizer step, over all ranks"""
     grad_steps: Suppress[Fixed[int]] = 1
+    cache_interval: Suppress[Fixed[int]] = 1
 
 
 PRESETS = {

@@ -29,6 +29,7 @@ from evaluate import prompt_sets  # noqa: E402
 from reward import segment_frames  # noqa: E402
 from sampler import GUIDANCE, alpha_bars, chain  # noqa: E402
 from support import prompting  # noqa: E402
+from support.deep_cache import denoiser  # noqa: E402
 from support.processes import rank_and_size, run_script  # noqa: E402
 from support.seeds import sample_generator  # noqa: E402
 
@@ -44,7 +45,8 @@ def draft_rewards(base, reward, uncond, batch, cfg):
 
     # 1. The whole chain; only its last K steps build a graph. K is the same for a whole step.
     D, K = cfg.num_steps, grad_steps[0]
-    z_0 = chain(base.denoiser, noise, text, uncond, D, D, cfg.guidance, alpha_bars(), K)
+    z_0 = chain(denoiser(base, cfg.cache_interval), noise, text, uncond, D, D, cfg.guidance,
+                alpha_bars(), K)                                              # (B, C, F, h, w)
 
     # 2. Score one frame of each segment (SegVR), weighted by the distance from the centre (TAR).
     return train.video_rewards(base, reward, z_0, g, captions, cfg)

@@ -33,6 +33,7 @@ from evaluate import prompt_sets  # noqa: E402
 from reward import segment_frames  # noqa: E402
 from sampler import GUIDANCE, alpha_bars, ddim_step, ddpm_step, guided_eps  # noqa: E402
 from support import prompting  # noqa: E402
+from support.deep_cache import denoiser  # noqa: E402
 from support.processes import rank_and_size, run_script  # noqa: E402
 from support.seeds import sample_generator  # noqa: E402
 
@@ -46,15 +47,15 @@ def predict(base, noise, text, uncond, m, cfg):
     """
     alpha_bar = alpha_bars()
     stride = len(alpha_bar) // cfg.num_steps
-    z = noise
+    z, eps_model = noise, denoiser(base, cfg.cache_interval)
     with torch.no_grad():
         for i in range(cfg.num_steps, m, -1):
             t = ddpm_step(i, cfg.num_steps)
-            eps = guided_eps(base.denoiser, z, t, text, uncond, cfg.guidance)
+            eps = guided_eps(eps_model, z, t, text, uncond, cfg.guidance)
             z = ddim_step(z, eps, t, t - stride, alpha_bar)                   # (B, C, F, h, w)
 
     t = ddpm_step(m, cfg.num_steps)
-    eps = guided_eps(base.denoiser, z, t, text, uncond, cfg.guidance)         # with gradient
+    eps = guided_eps(eps_model, z, t, text, uncond, cfg.guidance)             # with gradient
     a = float(alpha_bar[t])
     return (z - (1 - a) ** 0.5 * eps) / a**0.5                                # (B, C, F, h, w)
 

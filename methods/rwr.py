@@ -90,6 +90,7 @@ class Config(prompting.NoiseSettings, train.Config):
     batch_size: int = 16
     """videos behind an optimizer step, over all ranks"""
     grad_steps: Suppress[Fixed[int]] = 1
+    cache_interval: Suppress[Fixed[int]] = 1
 
 
 PRESETS = {

@@ -32,6 +32,7 @@ from data import batch_indices  # noqa: E402
 from evaluate import prompt_sets  # noqa: E402
 from sampler import GUIDANCE, alpha_bars, ddim_mean_std, ddpm_step, guided_eps  # noqa: E402
 from support import prompting  # noqa: E402
+from support.deep_cache import denoiser  # noqa: E402
 from support.processes import rank_and_size, run_script  # noqa: E402
 from support.seeds import sample_generator  # noqa: E402
 
@@ -45,14 +46,14 @@ def vader_rewards(base, reward, uncond, batch, cfg):
     """
     z, text, g, captions, seeds = batch
     generators = [sample_generator(*seed) for seed in seeds]
-    alpha_bar = alpha_bars()
+    alpha_bar, eps_model = alpha_bars(), denoiser(base, cfg.cache_interval)
     stride = len(alpha_bar) // cfg.num_steps
 
     # 1. The whole chain; fresh noise comes in at every step, and the last K build a graph.
     for i in range(cfg.num_steps, 0, -1):
         t = ddpm_step(i, cfg.num_steps)
         with torch.set_grad_enabled(i <= cfg.grad_steps):
-            eps = guided_eps(base.denoiser, z, t, text, uncond, cfg.guidance)
+            eps = guided_eps(eps_model, z, t, text, uncond, cfg.guidance)
             mean, std = ddim_mean_std(z, eps, t, t - stride, alpha_bar, cfg.eta)
             fresh = [torch.randn(z.shape[1:], generator=own) for own in generators]
             z = mean + std * torch.stack(fresh).to(z)                         # (B, C, F, h, w)

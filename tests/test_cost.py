@@ -19,6 +19,7 @@ import train
 from benchmark import PARTS, Config, Meter, comparable, contenders, count, measure, on_meta, synthetic
 from model import Autoencoder, Base, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig
 from reward import load_reward
+from support.deep_cache import denoiser
 from support.memory import measure_host_peak, measure_peak
 
 # TFLOP of the networks at full size, 16 x 32 x 32 latents (multiply-adds x 2), and of a step's least work for one video with
@@ -69,6 +70,13 @@ def test_the_step_at_full_size_does_the_least_work(full):
     # No gradient of frozen weights and nothing recomputed: the way back costs what the way there did.
     assert work["backward"] == pytest.approx(sum(forward.values()) - forward["chain"], rel=0.02)
     assert work["optimizer"] == 0
+
+
+def test_a_chain_step_from_the_cache_does_two_fifths_of_the_work(full):
+    """DeepCache: the outermost level, whose latents have the most pixels."""
+    base, _ = full
+    cached, shapes = denoiser(base, 2), ((1, 4, 16, 32, 32), (1,), (1, 77, 1024))
+    assert tflop(cached, *shapes) == pytest.approx(UNET, rel=.02) and tflop(cached, *shapes) == pytest.approx(1.95, rel=.01)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

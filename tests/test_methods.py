@@ -712,9 +712,11 @@ def write_clips():
 
 
 @pytest.mark.parametrize("name, flags", [
-    ("draft", ["--truncate", "random", "--grad-steps", "2", "--guidance", "1", "--lambda-tar", "0", "--low-memory"]),
-    ("refl", ["--late", "1", "--decode-chunk", "1", "--checkpoint-activations"]),
-    ("vader", ["--eta", "0.5", "--frames-scored", "3", "--grad-steps", "2", "--lambda-tar", "1", "--clips-at-once", "1"]),
+    ("draft", ["--truncate", "random", "--grad-steps", "2", "--guidance", "1", "--lambda-tar", "0", "--low-memory",
+               "--cache-interval", "2"]),
+    ("refl", ["--late", "1", "--cache-interval", "2", "--decode-chunk", "1", "--checkpoint-activations"]),
+    ("vader", ["--eta", "0.5", "--frames-scored", "3", "--grad-steps", "2", "--lambda-tar", "1", "--clips-at-once", "1",
+               "--cache-interval", "3"]),
     ("ddpo", ["--updates", "1", "--group", "2", "--clip-range", "0.1", "--timestep-fraction", "0.5", "--clips-at-once", "1"]),
     ("rwr", ["--rounds", "1", "--videos", "3", "--temperature", "0.5", "--offset-noise", "0.1", "--clips-at-once", "1"]),
     ("rwr", ["--data", "clips.txt", "--size", "32", "--workers", "0", "--no-cache", "--offset-noise", "0.1"]),

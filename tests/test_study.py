@@ -68,7 +68,7 @@ def test_seeds_are_pooled_with_their_spread_and_an_error_over_prompts(short):
     bench = lab.Lab(study.Config(study="headline", count=4))
     bench.prompts = {"in_domain": ["a", "a", "b", "b"]}
     tables = {None: [0., 0., 0., 0.], "one": [.1, .3, .1, .3], "two": [.3, .5, .5, .7]}
-    bench.table = lambda run, name: {"reward": torch.tensor(tables[run], dtype=torch.float64)}
+    bench.table = lambda run, name, num_steps: {"reward": torch.tensor(tables[run], dtype=torch.float64)}
     row = bench.seeds_row("all seeds", ["one", "two"])
     # Means over seeds .2 .4 .3 .5: mean .35, sums of deviations -.1 and .1; seeds gain .2 and .5.
     assert row["differences"]["reward"] == pytest.approx((.35, (2 * .02) ** .5 / 4))
@@ -95,12 +95,14 @@ def test_a_cut_short_run_is_continued(short, monkeypatch):
     assert bench.tune("--rank", "2") == run and given[1] == ["--resume", str(run)]
 
 
-@pytest.mark.parametrize("name", ["headline", "chain", "short_chain", "guidance", "quality", "too_long", "evolution"])
+@pytest.mark.parametrize("name", [
+    "headline", "chain", "short_chain", "deep_cache", "guidance", "quality", "too_long", "evolution"])
 def test_the_other_studies_run(name, short, monkeypatch):
     monkeypatch.setattr(study, "SEEDS", (0,))
     monkeypatch.setattr(study, "RIVAL_SEEDS", (0,))
     monkeypatch.setattr(study, "GUIDANCES", (1., 3.))
     monkeypatch.setattr(study, "CHAINS", (2, 4))
+    monkeypatch.setattr(study, "INTERVALS", (1, 2))
     monkeypatch.setattr(study, "SHOWN", 1)
     monkeypatch.setattr(study, "step_seconds", lambda configs: [.5 if cfg.num_steps == 2 else 1. for cfg in configs])
     monkeypatch.setattr(study, "TOO_LONG", ("--steps", "2"))
@@ -117,7 +119,7 @@ def test_the_other_studies_run(name, short, monkeypatch):
         assert [r["step"] for r in report["rows"]] == [0, 2] and iio.imread("docs/too_long.png").ndim == 3
     else:
         labels = [r["label"] for r in report["rows"]]
-        expected = {"headline": 10, "chain": 2, "short_chain": 2 + 3 * 2, "guidance": 3, "quality": 3}
+        expected = {"headline": 10, "chain": 2, "short_chain": 2 + 3 * 2, "deep_cache": 4, "guidance": 3, "quality": 3}
         assert labels[0] == "base" and len(labels) == expected[name]
 
 

@@ -120,13 +120,13 @@ class Lab:
         print(f"{label}, {name}: {row['measures']['reward_mean']:.4f}", row.get("differences", {}).get("reward", ""), flush=True)
         return row
 
-    def seeds_row(self, label, runs, names=("in_domain",)):
+    def seeds_row(self, label, runs, names=("in_domain",), num_steps=20):
         """One line for several training seeds, and several sets together, as pooled_row has it."""
-        before = join([self.table(None, name) for name in names])
-        after = [join([self.table(run, name) for name in names]) for run in runs]
+        before = join([self.table(None, name, num_steps) for name in names])
+        after = [join([self.table(run, name, num_steps) for name in names]) for run in runs]
         prompts = [prompt for name in names for prompt in self.prompts[name]]
         row = pooled_row(label, names[0] if len(names) == 1 else "all", before, after, prompts)
-        return row | {"num_steps": 20, "guidance": self.guidance}
+        return row | {"num_steps": num_steps, "guidance": self.guidance}
 
 
 def pooled_row(label, name, before, after, prompts):

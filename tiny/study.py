@@ -51,6 +51,7 @@ from tiny.study_rewards import rewards  # noqa: E402
 SEEDS, RIVAL_SEEDS = tuple(range(8)), (0, 1, 2)  # of the headline, and against the base at its own best guidance
 TAUS, GUIDANCES = (0.1, 0.3, 0.6, 0.9, 1.0), (1., 1.5, 2., 3.)
 CHAINS, MADE_WITH = (5, 10, 20, 50), (20, 50)  # D in training, and of the videos that are measured
+INTERVALS = (1, 2, 3, 6)  # N of DeepCache
 TOO_LONG = ("--steps", "200", "--lr", "0.01")
 WATCH = {"too_long": ("--eval-every", "40", "--eval-count", "16"), "evolution": ("--eval-every", "10", "--eval-count", "4")}
 SWEEPS = {  # name: {label: training flags}, all else as by default
@@ -80,15 +81,27 @@ def chain(lab):
 
 
 def short_chain(lab):
-    """Tuned with other D than videos are made with, at equal steps and in equal time (paper, Appendix G)."""
-    tiny, rows = train.PRESETS["tiny"], [lab.row("base", None, num_steps=made_with) for made_with in MADE_WITH]
-    for D, steps in zip(CHAINS, equal_time(lab, "short_chain", [replace(tiny, num_steps=D) for D in CHAINS])):
-        variants = {f"tuned with D = {D}": tiny.steps}
-        if D != tiny.num_steps:
-            variants[f"tuned with D = {D}, equal time"] = steps
-        for label, total in variants.items():
-            run = lab.tune("--num-steps", str(D), "--steps", str(total))
-            rows += [lab.row(f"{label}: {total} steps", run, num_steps=made_with) for made_with in MADE_WITH]
+    """Tuned with other D than videos are made with, at equal steps and in equal time (paper, Appendix G), over three seeds."""
+    return at_equal_time(lab, "short_chain", "num_steps", {f"tuned with D = {D}": D for D in CHAINS}, MADE_WITH)
+
+
+def deep_cache(lab):
+    """Chain steps without gradient that share what the UNet's inner levels make (DeepCache), likewise."""
+    return at_equal_time(lab, "deep_cache", "cache_interval", {f"N = {N}": N for N in INTERVALS}, (20,))
+
+
+def at_equal_time(lab, study, setting, variants, made_with):
+    """Other values {label: value} of a setting, at equal steps and in equal time; videos made with these D."""
+    tiny, rows = train.PRESETS["tiny"], [lab.row("base", None, num_steps=D) for D in made_with]
+    steps = equal_time(lab, study, [replace(tiny, **{setting: value}) for value in variants.values()])
+    for (label, value), in_equal_time in zip(variants.items(), steps):
+        totals = {label: tiny.steps}
+        if value != getattr(tiny, setting):
+            totals[f"{label}, equal time"] = in_equal_time
+        for name, total in totals.items():
+            runs = [lab.tune(f"--{setting.replace('_', '-')}", str(value), "--steps", str(total), "--seed", str(s))
+                    for s in RIVAL_SEEDS]
+            rows += [lab.seeds_row(f"{name}: {total} steps", runs, num_steps=D) for D in made_with]
     return rows
 
 
@@ -207,7 +220,8 @@ def strips(run, steps):
     return torch.cat(pictures, dim=1)[:title + (len(pictures[0]) - title) // rows * (rows // 2)].numpy()
 
 
-STUDIES = {"headline": headline, "chain": chain, "short_chain": short_chain, "tau": tau, "guidance": guidance,
+STUDIES = {"headline": headline, "chain": chain, "short_chain": short_chain, "deep_cache": deep_cache, "tau": tau,
+           "guidance": guidance,
            "quality": quality, "too_long": too_long, "evolution": evolution, "methods": methods, "guard": guard,
            "rewards": rewards,
            **{name: sweep(name) for name in SWEEPS}}

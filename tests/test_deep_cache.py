@@ -1,0 +1,92 @@
+"""DeepCache: which calls of a chain compute the UNet's inner levels, what the others take instead, and what stays behind."""
+from dataclasses import replace
+
+import pytest
+import torch
+
+import lora
+import train
+from methods import draft, refl, vader
+from model import load_base
+from reward import load_reward
+from support.deep_cache import DeepCache, denoiser
+
+CAPTIONS = ["a red circle moving left", "a green square moving up"]
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """(base with adapters that do something, reward, the empty caption's features)."""
+    base, g = load_base("tiny"), torch.Generator().manual_seed(0)
+    lora.inject(base.unet, 4, generator=g)
+    with torch.no_grad():
+        for layer in lora.layers(base.unet).values():
+            layer.lora_B.normal_(std=.05, generator=g)
+    return base, load_reward(base_folder=base.folder), base.encode_text([""])
+
+
+def inputs(base, seed=0):
+    """(z_t, text) of two videos of four frames."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 4, 4, *base.latent_size(32, 32), generator=g), base.encode_text(CAPTIONS)
+
+
+@torch.no_grad()
+def test_every_nth_call_is_exact_and_the_others_see_the_new_z_in_the_outermost_level_alone(parts):
+    base, seen = parts[0], []
+    hook = base.unet.up_blocks[-1].resnets[0].register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    cached, t = denoiser(base, 2), torch.tensor([501, 501])
+    for i in range(4):
+        z, text = inputs(base, seed=i)
+        same = torch.equal(cached(z, t, text), base.denoiser(z, t, text))
+        assert same == (i % 2 == 0), i
+    hook.remove()
+    # What reaches the way up's last level: from below, as it was; beside it, what the way down kept, new.
+    kept, exact, (below, beside) = seen[0], seen[3], seen[2].split(base.unet.config.channels[::-1], dim=1)
+    assert torch.equal(below, kept[:, :below.shape[1]]) and not torch.equal(below, exact[:, :below.shape[1]])
+    assert torch.equal(beside, exact[:, below.shape[1]:])
+
+
+def test_with_gradient_it_is_exact_and_keeps_no_graph(parts):
+    base = parts[0]
+    cached, (z, text), t = denoiser(base, 3), inputs(base), torch.tensor([1, 1])
+    with torch.no_grad():
+        cached(inputs(base, seed=1)[0], t, text)
+    torch.testing.assert_close(cached(z, t, text), base.denoiser(z, t, text), rtol=0, atol=0)
+    assert cached.kept and not any(tensor.requires_grad for tensor in cached.kept.values())
+
+
+def test_nothing_stays_behind(parts):
+    base = parts[0]
+    (z, text), cached = inputs(base), DeepCache(base, 2)
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        cached(z, torch.tensor([1, 1]), text[..., :-1])
+    assert not any("block" in vars(level) for level in (*base.unet.down_blocks, base.unet.mid_block, *base.unet.up_blocks))
+    assert denoiser(base, 1) == base.denoiser
+
+
+KEYS = [(0, 0, 0, "chain"), (0, 0, 1, "chain")]
+
+
+@pytest.mark.parametrize(("step", "config", "last"), [
+    (train.edit_rewards, train.Config(tau=1.), None), (draft.draft_rewards, draft.Config(), [1, 1]),
+    (refl.refl_rewards, refl.Config(), [1, 1]), (vader.vader_rewards, vader.Config(), KEYS)],
+    ids=["InstructVideo", "draft", "refl", "vader"])
+def test_a_step_saves_calls_and_the_fewer_the_nearer_is_its_gradient(parts, step, config, last):
+    """Of the five calls without gradient N = 2 computes the inner levels in the first, third and fifth."""
+    base, reward, uncond = parts
+    noise, text = inputs(base)
+    batch = (noise, text, torch.tensor([[0, 3], [1, 2]]), CAPTIONS, last) if last else (
+        torch.zeros_like(noise), noise, text, torch.tensor([[0, 3], [1, 2]]), CAPTIONS)
+    calls, found = [], []
+    hook = base.unet.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(None))
+    for interval, number in ((1, 6), (2, 4), (6, 2)):
+        cfg = replace(config, frames=4, segments=2, num_steps=6, guidance=1.5, cache_interval=interval)
+        calls.clear()
+        R, _ = step(base, reward, uncond, batch, cfg)
+        assert len(calls) == number
+        found.append(torch.cat([p.flatten() for p in torch.autograd.grad(R.sum(), lora.parameters(base.unet))]))
+    hook.remove()
+    # A chain of six steps goes far in each.
+    two, six = (torch.cosine_similarity(grad, found[0], dim=0) for grad in found[1:])
+    assert .7 < two < .99999 and six < two
