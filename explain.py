@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tyro.conf import Fixed, Suppress
 
 import lora
 import train
@@ -53,6 +54,7 @@ class Config(train.Config):
     step, so its step of this number has others"""
     lora: Path | None = None
     """adapters to start from; default fresh ones, as a run starts"""
+    cache_interval: Suppress[Fixed[int]] = 1
     max_mb: float = 8.
     """largest size of the page; clips of large videos are compressed until it fits"""
 

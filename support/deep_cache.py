@@ -1,43 +1,57 @@
 """
-DeepCache (arXiv:2312.00858): what the UNet's inner levels make changes little from one chain step to the next, so steps without
-gradient may take it from the step before, and compute the outermost level alone.
+DeepCache (arXiv:2312.00858): what the UNet makes below its outermost level changes little from one chain step to the next, so
+steps without gradient may take it from a step before, and compute the outermost level alone.
 """
-from functools import partial
+import copy
 
 import torch
+from torch import nn
 
 
 def denoiser(base, interval):
-    """base.denoiser for one chain. interval: N, chain steps between two that compute the inner levels; 1 computes them always."""
-    return base.denoiser if interval == 1 else DeepCache(base, interval)
+    """base.denoiser for one chain, or with interval above 1, and a UNet of two levels or more, a DeepCache."""
+    return base.denoiser if interval == 1 or len(base.unet.up_blocks) == 1 else DeepCache(base, interval)
 
 
 class DeepCache:
     """
-    eps(z_t, t, text) of the calls of one chain, in order: the first, every N-th after it, and all with gradient are exact.
-
-    Of a level that is not computed, each block gives again what it gave last.
+    eps(z_t, t, text) of the calls of one chain, in order. Calls with gradient are exact, and of the others the first and every
+    `interval`-th after it; the rest take what the last exact one of these had made below the outermost level.
     """
 
     def __init__(self, base, interval):
-        self.base, self.interval, self.calls, self.kept = base, interval, 0, {}
-        unet = base.unet
-        self.inner = [*unet.down_blocks[1:], unet.mid_block, *unet.up_blocks[:-1]]
+        self.base, self.interval, self.calls, self.kept = base, interval, 0, Kept()
+        self.shallow = outermost(base.unet, self.kept)
 
     def __call__(self, z_t, t, text):
         if torch.is_grad_enabled():
             return self.base.denoiser(z_t, t, text)
-        fresh = self.calls % self.interval == 0
         self.calls += 1
-        for level in self.inner:
-            level.block = partial(self.block, level, fresh)
+        if (self.calls - 1) % self.interval:
+            dtype = self.base.unet.conv_in.weight.dtype
+            return self.shallow(z_t.to(dtype), t, text.to(dtype)).to(z_t.dtype)
+        hook = self.base.unet.up_blocks[-2].upsamplers[0].register_forward_hook(self.kept.keep)
         try:
             return self.base.denoiser(z_t, t, text)
         finally:
-            for level in self.inner:
-                del level.block  # the class's own again
+            hook.remove()
 
-    def block(self, level, fresh, j, *inputs):
-        if fresh:
-            self.kept[level, j] = type(level).block(level, j, *inputs)
-        return self.kept[level, j]
+
+class Kept(nn.Module):
+    """Stands where a UNet has its middle, and gives what was kept."""
+
+    def keep(self, module, inputs, output):
+        self.output = output                                                                  # (B*F, C, H, W)
+
+    def block(self, j, x, emb, text, num_frames):
+        return self.output
+
+
+def outermost(unet, middle):
+    """The same UNet with `middle` for all that is below its outermost level. Their weights are the same."""
+    down = copy.copy(unet.down_blocks[0])
+    down._modules = {name: module for name, module in down._modules.items() if name != "downsamplers"}
+    shallow = copy.copy(unet)
+    shallow._modules = unet._modules | {"down_blocks": nn.ModuleList([down]), "mid_block": middle,
+                                        "up_blocks": nn.ModuleList([unet.up_blocks[-1]])}
+    return shallow

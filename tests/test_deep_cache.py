@@ -53,15 +53,19 @@ def test_with_gradient_it_is_exact_and_keeps_no_graph(parts):
     with torch.no_grad():
         cached(inputs(base, seed=1)[0], t, text)
     torch.testing.assert_close(cached(z, t, text), base.denoiser(z, t, text), rtol=0, atol=0)
-    assert cached.kept and not any(tensor.requires_grad for tensor in cached.kept.values())
+    assert not cached.kept.output.requires_grad
 
 
 def test_nothing_stays_behind(parts):
     base = parts[0]
-    (z, text), cached = inputs(base), DeepCache(base, 2)
-    with torch.no_grad(), pytest.raises(RuntimeError):
-        cached(z, torch.tensor([1, 1]), text[..., :-1])
-    assert not any("block" in vars(level) for level in (*base.unet.down_blocks, base.unet.mid_block, *base.unet.up_blocks))
+    (z, text), cached, names = inputs(base), DeepCache(base, 2), [name for name, _ in base.unet.named_modules()]
+    with torch.no_grad():
+        cached(z, torch.tensor([1, 1]), text)
+        cached(z, torch.tensor([1, 1]), text)
+        with pytest.raises(RuntimeError):
+            cached(z, torch.tensor([1, 1]), text[..., :-1])
+    assert [name for name, _ in base.unet.named_modules()] == names
+    assert not any(module._forward_hooks for module in base.unet.modules())
     assert denoiser(base, 1) == base.denoiser
 
 
@@ -90,3 +94,20 @@ def test_a_step_saves_calls_and_the_fewer_the_nearer_is_its_gradient(parts, step
     # A chain of six steps goes far in each.
     two, six = (torch.cosine_similarity(grad, found[0], dim=0) for grad in found[1:])
     assert .7 < two < .99999 and six < two
+
+
+def test_a_whole_run_in_parts_and_with_little_memory_serves_from_the_cache(short_clips, monkeypatch, tmp_path):
+    """Two clips one by one, each with three calls without gradient, of which the second is served; the last call runs twice."""
+    monkeypatch.chdir(tmp_path)
+    calls, real = [], train.load_base
+
+    def watched(*args):
+        base = real(*args)
+        base.unet.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(None))
+        return base
+    monkeypatch.setattr(train, "load_base", watched)
+    flags = ["--device", "cpu", "--frames", "4", "--segments", "2", "--batch-size", "2", "--num-steps", "4", "--tau", "1",
+             "--steps", "1", "--eval-every", "0", "--clips-at-once", "1", "--low-memory"]
+    assert train.main([*flags, "--cache-interval", "2", "--out", "cached"]) == 0 and len(calls) == 2 * (2 + 2)
+    calls.clear()
+    assert train.main([*flags, "--out", "exact"]) == 0 and len(calls) == 2 * (3 + 2)

@@ -491,7 +491,10 @@ def test_random_base_is_seeded():
     first, again, another = (published.fingerprint(base.unet.state_dict()) for base in (one, same, other))
     assert first == again != another
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert structures.random_sizes("random:96")[0]["channels"] == (96, 192, 384, 384)
+    for width in (64, 96):
+        unet, autoencoder, text = structures.random_sizes(f"random:{width}")
+        assert UNet3D(UNetConfig(**unet)).config.channels == (width, 2 * width, 4 * width, 4 * width)
+        assert Autoencoder(VAEConfig(**autoencoder)) and unet["context_dim"] == text["width"]
 
 
 @pytest.mark.parametrize("spec", ["random:0", "random:33", "random:-32", "random:big", "random:99999999968"])

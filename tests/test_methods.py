@@ -537,7 +537,7 @@ def test_a_mix_with_a_video_reward_trains_by_every_method(name):
     """Image rewards see the method's own frames, video rewards whole clips in order; both are logged beside their sum."""
     Path("mine.py").write_text("red = lambda frames, captions: frames[:, :, 0].mean((2, 3))\n"
                                "last = lambda frames, captions: frames[:, -1:].mean((2, 3, 4))\nlast.num_frames = 4\n")
-    steps = 2 if name in MORE else 1  # a round
+    steps = 2 if name in MORE else 1  # the updates of a round
     flags = [*SHORT, *MORE.get(name, []), "--steps", steps, "--save-every", 2]
     mix = ["--reward", "mine.py:red", "--reward", "mine.py:last=10"]
     assert run(name, *flags, *mix, "--out", "mixed") == 0 and run(name, *flags, "--reward", "mine.py:red", "--out", "alone") == 0

@@ -108,7 +108,7 @@ def test_an_error_that_nobody_expected_shows_its_traceback_at_once(monkeypatch):
 
 
 def test_what_one_rank_alone_finds_wrong_is_printed_by_it_and_what_all_find_once(monkeypatch):
-    monkeypatch.setattr(processes, "line_to_print", partial(processes.line_to_print, patience=1))
+    monkeypatch.setattr(processes, "line_to_print", partial(processes.line_to_print, patience=2))
     def alone(rank):
         if rank == 1:
             raise ValueError("data clips.txt: no such file or folder")
@@ -128,13 +128,13 @@ def test_what_one_rank_alone_finds_wrong_is_printed_by_it_and_what_all_find_once
 
 
 def test_a_long_wait_for_another_rank_is_no_error(monkeypatch):
-    """Encoding may take longer than the half hour after which a step counts as hung; here that is half a second."""
-    monkeypatch.setattr(processes, "timedelta", lambda **_: timedelta(seconds=.5))
+    """Encoding may take longer than the half hour after which a step counts as hung; here that is a second."""
+    monkeypatch.setattr(processes, "timedelta", lambda **_: timedelta(seconds=1))
 
     def main(rank):
         for wait in (processes.barrier, lambda: processes.all_gather(rank), lambda: processes.on_rank_0(lambda: 1)):
             if rank == 0:
-                time.sleep(.9)
+                time.sleep(1.5)
             wait()
     ended, _ = two_ranks(script(main))
     assert [status for status, _, _ in ended] == [0, 0], ended

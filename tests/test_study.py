@@ -104,7 +104,8 @@ def test_the_other_studies_run(name, short, monkeypatch):
     monkeypatch.setattr(study, "CHAINS", (2, 4))
     monkeypatch.setattr(study, "INTERVALS", (1, 2))
     monkeypatch.setattr(study, "SHOWN", 1)
-    monkeypatch.setattr(study, "step_seconds", lambda configs: [.5 if cfg.num_steps == 2 else 1. for cfg in configs])
+    monkeypatch.setattr(study, "step_seconds",
+                        lambda configs: [.5 if cfg.num_steps == 2 else 1 / cfg.cache_interval for cfg in configs])
     monkeypatch.setattr(study, "TOO_LONG", ("--steps", "2"))
     monkeypatch.setattr(study, "WATCH", dict.fromkeys(study.WATCH, ("--eval-every", "2", "--eval-count", "1")))
     monkeypatch.setattr(lab, "evaluate", lambda model, reward, prompts, **settings: (
@@ -119,8 +120,12 @@ def test_the_other_studies_run(name, short, monkeypatch):
         assert [r["step"] for r in report["rows"]] == [0, 2] and iio.imread("docs/too_long.png").ndim == 3
     else:
         labels = [r["label"] for r in report["rows"]]
-        expected = {"headline": 10, "chain": 2, "short_chain": 2 + 3 * 2, "deep_cache": 4, "guidance": 3, "quality": 3}
+        expected = {"headline": 10, "chain": 2, "short_chain": 2 + 3 * 2, "deep_cache": 3, "guidance": 3, "quality": 3}
         assert labels[0] == "base" and len(labels) == expected[name]
+    if name == "deep_cache":
+        assert labels[1:] == ["N = 1, 100% of the time", "N = 2, 50% of the time"]
+        config = study.Config(study=name).work / "cache-interval-2" / "config.json"
+        assert json.loads(config.read_text())["cache_interval"] == 2
 
 
 def test_the_report_replaces_what_stands_between_its_markers(short, tmp_path, monkeypatch):

@@ -2,16 +2,16 @@
 The paper's studies in the tiny world: a few training runs each, compared from pure noise on held-out prompts.
 
     python tiny/study.py headline            # eight training seeds with the defaults, all three prompt sets
-    python tiny/study.py tau                 # likewise: chain, short_chain, guidance, lambda, segments, grad_steps, rank,
-                                             # quality, too_long
+    python tiny/study.py tau                 # likewise: chain, short_chain, deep_cache, guidance, lambda, segments, grad_steps,
+                                             # rank, quality, too_long
     python tiny/study.py methods             # every method of both papers, in several sittings (docs/methods.md)
     python tiny/study.py rewards             # an action, a removal, and mixes with HPS (docs/rewards.md)
     python tiny/study.py guard               # does the guard keep what the judge likes best (docs/runs.md)
     python tiny/study.py evolution           # the same videos at several steps of the default run (paper, Fig. 8), and the GIF
     python tiny/study.py report              # the READMEs' tables and pictures, from tiny/studies/*.json
 
-Every result is a file tiny/studies/NAME.json with command, seeds and versions inside. Sweeps have one training seed: they show
-trends, not that one value is better than its neighbour; the spread over seeds is in the headline.
+Every result is a file tiny/studies/NAME.json with command, seeds and versions inside. Sweeps have one training seed (short_chain
+and deep_cache three): they show trends, not that one value is better than its neighbour; the headline has the spread over seeds.
 """
 import json
 import math
@@ -51,7 +51,7 @@ from tiny.study_rewards import rewards  # noqa: E402
 SEEDS, RIVAL_SEEDS = tuple(range(8)), (0, 1, 2)  # of the headline, and against the base at its own best guidance
 TAUS, GUIDANCES = (0.1, 0.3, 0.6, 0.9, 1.0), (1., 1.5, 2., 3.)
 CHAINS, MADE_WITH = (5, 10, 20, 50), (20, 50)  # D in training, and of the videos that are measured
-INTERVALS = (1, 2, 3, 6)  # N of DeepCache
+INTERVALS = (1, 2, 3)  # N of DeepCache
 TOO_LONG = ("--steps", "200", "--lr", "0.01")
 WATCH = {"too_long": ("--eval-every", "40", "--eval-count", "16"), "evolution": ("--eval-every", "10", "--eval-count", "4")}
 SWEEPS = {  # name: {label: training flags}, all else as by default
@@ -82,26 +82,24 @@ def chain(lab):
 
 def short_chain(lab):
     """Tuned with other D than videos are made with, at equal steps and in equal time (paper, Appendix G), over three seeds."""
-    return at_equal_time(lab, "short_chain", "num_steps", {f"tuned with D = {D}": D for D in CHAINS}, MADE_WITH)
+    tiny, rows = train.PRESETS["tiny"], [lab.row("base", None, num_steps=made_with) for made_with in MADE_WITH]
+    for D, steps in zip(CHAINS, equal_time(lab, "short_chain", [replace(tiny, num_steps=D) for D in CHAINS])):
+        totals = {f"tuned with D = {D}": tiny.steps}
+        if D != tiny.num_steps:
+            totals[f"tuned with D = {D}, equal time"] = steps
+        for label, total in totals.items():
+            runs = [lab.tune("--num-steps", str(D), "--steps", str(total), "--seed", str(s)) for s in RIVAL_SEEDS]
+            rows += [lab.seeds_row(f"{label}: {total} steps", runs, num_steps=made_with) for made_with in MADE_WITH]
+    return rows
 
 
 def deep_cache(lab):
-    """Chain steps without gradient that share what the UNet's inner levels make (DeepCache), likewise."""
-    return at_equal_time(lab, "deep_cache", "cache_interval", {f"N = {N}": N for N in INTERVALS}, (20,))
-
-
-def at_equal_time(lab, study, setting, variants, made_with):
-    """Other values {label: value} of a setting, at equal steps and in equal time; videos made with these D."""
-    tiny, rows = train.PRESETS["tiny"], [lab.row("base", None, num_steps=D) for D in made_with]
-    steps = equal_time(lab, study, [replace(tiny, **{setting: value}) for value in variants.values()])
-    for (label, value), in_equal_time in zip(variants.items(), steps):
-        totals = {label: tiny.steps}
-        if value != getattr(tiny, setting):
-            totals[f"{label}, equal time"] = in_equal_time
-        for name, total in totals.items():
-            runs = [lab.tune(f"--{setting.replace('_', '-')}", str(value), "--steps", str(total), "--seed", str(s))
-                    for s in RIVAL_SEEDS]
-            rows += [lab.seeds_row(f"{name}: {total} steps", runs, num_steps=D) for D in made_with]
+    """Chain steps without gradient that share what the UNet makes below its outermost level (DeepCache), over three seeds."""
+    seconds = step_seconds([replace(train.PRESETS["tiny"], cache_interval=N) for N in INTERVALS])
+    rows = [lab.row("base", None)]
+    for N, needed in zip(INTERVALS, seconds):
+        runs = [lab.tune("--cache-interval", str(N), "--seed", str(s)) for s in RIVAL_SEEDS]
+        rows.append(lab.seeds_row(f"N = {N}, {needed / seconds[0]:.0%} of the time", runs))
     return rows
 
 
@@ -116,11 +114,11 @@ def tau(lab):
 
 
 def equal_time(lab, name, configs):
-    """How many steps with each of these settings take as long as the default's; timed once, and kept beside the runs."""
+    """How many steps with each of these settings take as long as the default's, which is one of them; timed once, and kept."""
     file = lab.cfg.work / f"{name}-equal-time.json"
     if not file.exists():
-        tiny = train.PRESETS["tiny"]
-        default, *seconds = step_seconds([tiny, *configs])
+        tiny, seconds = train.PRESETS["tiny"], step_seconds(configs)
+        default = seconds[configs.index(tiny)]
         with write_whole(file) as hidden:
             hidden.write_text(json.dumps({"steps": [round(tiny.steps * default / needed) for needed in seconds]}) + "\n")
     return read_json(file)["steps"]
