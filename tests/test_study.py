@@ -105,7 +105,7 @@ def test_the_other_studies_run(name, short, monkeypatch):
     monkeypatch.setattr(study, "INTERVALS", (1, 2))
     monkeypatch.setattr(study, "SHOWN", 1)
     monkeypatch.setattr(study, "step_seconds",
-                        lambda configs: [.5 if cfg.num_steps == 2 else 1 / cfg.cache_interval for cfg in configs])
+                        lambda configs, **_: [.5 if cfg.num_steps == 2 else 1 / cfg.cache_interval for cfg in configs])
     monkeypatch.setattr(study, "TOO_LONG", ("--steps", "2"))
     monkeypatch.setattr(study, "WATCH", dict.fromkeys(study.WATCH, ("--eval-every", "2", "--eval-count", "1")))
     monkeypatch.setattr(lab, "evaluate", lambda model, reward, prompts, **settings: (

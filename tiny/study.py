@@ -95,7 +95,7 @@ def short_chain(lab):
 
 def deep_cache(lab):
     """Chain steps without gradient that share what the UNet makes below its outermost level (DeepCache), over three seeds."""
-    seconds = step_seconds([replace(train.PRESETS["tiny"], cache_interval=N) for N in INTERVALS])
+    seconds = step_seconds([replace(train.PRESETS["tiny"], cache_interval=N) for N in INTERVALS], repeats=10)
     rows = [lab.row("base", None)]
     for N, needed in zip(INTERVALS, seconds):
         runs = [lab.tune("--cache-interval", str(N), "--seed", str(s)) for s in RIVAL_SEEDS]

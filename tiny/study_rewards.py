@@ -4,8 +4,8 @@ weights that are only there to be compared have one.
 
     python tiny/study.py rewards
 
-1. An action, alone and beside the tiny world's HPS: "left" is wanted for every caption. The judge's share of videos that move
-   left should rise from a quarter.
+1. An action beside the tiny world's HPS: "left" is wanted for every caption. The judge's share of videos that move left should
+   rise from a quarter.
 2. A removal: the watermark should go.
 3. HPS alone, while the action, the removal and the judge watch.
 
@@ -35,7 +35,6 @@ CHAIN = ("--num-steps", "10", "--grad-steps", "10", "--lambda-tar", "0", "--lr",
 def groups():
     """{name: (module, flags of its training runs, their seeds)}."""
     return {
-        ACTION: (draft, ["--reward", ACTION, *CHAIN], SEEDS),
         **{f"HPS + {w} {ACTION}": (draft, ["--reward", "hpsv2", "--reward", f"{ACTION}={w}", *CHAIN], seeds)
            for w, seeds in WEIGHTS.items()},
         REMOVAL: (train, ["--reward", REMOVAL], SEEDS),
