@@ -194,7 +194,7 @@ class Config(settings.TrainingSettings):
     grad_steps: int = 1
     """K, last steps that carry gradient (paper, Sec. 3.3)"""
     cache_interval: int = 1
-    """steps without gradient that share what the UNet's inner levels make (DeepCache); 1: none"""
+    """N: all of the UNet runs in every N-th step without gradient (DeepCache); faster, not exact"""
     segments: int = 4
     """S, frames scored, one of each segment (paper, Sec. 3.3); dense scoring is S = F"""
     lambda_tar: float = 1.0

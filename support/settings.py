@@ -147,7 +147,7 @@ def check_training(cfg, world_size):
     check_at_least(cfg, steps=1, batch_size=1, clips_at_once=0, max_bad_steps=1, eval_every=0, eval_count=0, save_every=1, keep=1,
                    workers=0, decode_chunk=0, max_skip=0, cache_interval=1)
     if cfg.compile and cfg.cache_interval > 1:
-        raise ValueError(f"cache_interval = {cfg.cache_interval}: must be 1 with --compile, which takes the UNet as a whole")
+        raise ValueError(f"compile: cannot be had with cache_interval = {cfg.cache_interval}, as it takes the UNet as a whole")
     check_finite(cfg, "max_skip")
     check_rewards(cfg)
     if cfg.early_stop and not (cfg.watch and cfg.eval_every):

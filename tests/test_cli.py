@@ -383,7 +383,7 @@ def bad_files():
     ("--clips-at-once -1", "clips_at_once = -1: must be at least 0"), ("--grad-accum 2", "Unrecognized options"),
     ("--warmup -1", "warmup = -1: must be at least 0"), ("--max-bad-steps 0", "max_bad_steps"), ("--fps 0", "fps = 0"),
     ("--eval-every -1", "eval_every"), ("--eval-count -1", "eval_count"), ("--save-every 0", "save_every"), ("--keep 0", "keep"),
-    ("--cache-interval 0", "cache_interval = 0: must be at least 1"), ("--cache-interval 2 --compile", "must be 1 with --comp"),
+    ("--cache-interval 0", "cache_interval = 0: must be at least 1"), ("--cache-interval 2 --compile", "compile: cannot be had"),
     ("--workers -1", "workers"), ("--decode-chunk -1", "decode_chunk"), ("--frames 0 --data clips.txt", "frames = 0"),
     ("--frames 8", "frames = 8, size = None: the tiny world draws 16 frames of 32 x 32 pixels; --data is needed for others"),
     ("--size 64", "size = 64: the tiny world draws"),
