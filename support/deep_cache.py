@@ -3,6 +3,7 @@ DeepCache (arXiv:2312.00858): what the UNet makes below its outermost level chan
 steps without gradient may take it from a step before, and compute the outermost level alone.
 """
 import copy
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -21,15 +22,14 @@ class DeepCache:
 
     def __init__(self, base, interval):
         self.base, self.interval, self.calls, self.kept = base, interval, 0, Kept()
-        self.shallow = outermost(base.unet, self.kept)
+        self.shallow = replace(base, unet=outermost(base.unet, self.kept))
 
     def __call__(self, z_t, t, text):
         if torch.is_grad_enabled():
             return self.base.denoiser(z_t, t, text)
         self.calls += 1
         if (self.calls - 1) % self.interval:
-            dtype = self.base.unet.conv_in.weight.dtype
-            return self.shallow(z_t.to(dtype), t, text.to(dtype)).to(z_t.dtype)
+            return self.shallow.denoiser(z_t, t, text)
         hook = self.base.unet.up_blocks[-2].upsamplers[0].register_forward_hook(self.kept.keep)
         try:
             return self.base.denoiser(z_t, t, text)

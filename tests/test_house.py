@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from support import settings
+from tiny import world
+
 ROOT = Path(__file__).resolve().parent.parent
 LEAVES = ("model", "sampler", "reward", "lora", "data")
 MAY_IMPORT = {name: set() for name in LEAVES} | {
@@ -136,3 +139,8 @@ def test_the_core_explains_itself():
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 170
+
+
+def test_settings_know_the_tiny_worlds_clips():
+    """Which support/ may not import."""
+    assert settings.TINY_CLIPS == (world.FRAMES, world.SIZE)
