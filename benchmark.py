@@ -45,14 +45,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lora
 import train
+from formats.names import unet_to_diffusers, vae_to_diffusers
 from model import Base, UNet3D, load_base
 from reward import aggregate, load_reward, segment_frames, tar_weights
 from sampler import check_edit, edit_steps, sample
 from support.files import check_folder, write_text
 from support.memory import GIB, measure_host_peak, measure_peak
-from support.names import unet_to_diffusers, vae_to_diffusers
-from support.processes import DTYPES, pick_device, pick_dtype, run_script
 from support.progress import progress
+from support.ranks import DTYPES, pick_device, pick_dtype, run_script
 from support.seeds import sample_generator
 from support.settings import check_at_least
 

@@ -29,17 +29,9 @@ import torch
 from tqdm import tqdm
 
 from support import cache
-from support.clip_lists import (  # noqa: F401  read_list, usable_clips: offered from here
-    CACHE_VERSION,
-    describe_clips,
-    describe_file,
-    find_problems,
-    leave_out,
-    read_list,
-    usable_clips,
-)
-from support.processes import barrier, is_main_process, rank_and_size
+from support.clips import CACHE_VERSION, describe_clips, describe_file, find_problems, leave_out, read_list, usable_clips  # noqa: F401  read_list, usable_clips: offered from here
 from support.progress import progress
+from support.ranks import barrier, is_main_process, rank_and_size
 from support.seeds import sample_generator
 from support.videos import read_all_windows
 

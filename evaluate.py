@@ -22,14 +22,14 @@ import torch
 import tyro
 
 import lora
+from formats.mixture import check_rewards, measure, sees_whole_clips, watched_names
 from generate import generate, load_model
 from model import decode_frames
 from reward import first_frames, load_rewards
 from sampler import GUIDANCE, ddpm_step
-from support.clip_lists import read_prompt_sets
+from support.clips import read_prompt_sets
 from support.files import check_exists, check_folder
-from support.mixture import check_rewards, measure, sees_whole_clips, watched_names
-from support.processes import all_gather, join_ranks, rank_and_size, run_script
+from support.ranks import all_gather, join_ranks, rank_and_size, run_script
 from support.reports import evaluation_bar, save_evaluation
 from support.settings import RewardSettings, check_at_least, check_finite, check_given, first_given
 from support.tables import paired, summary
@@ -191,7 +191,7 @@ def main(cfg):
     if rank_and_size()[0] == 0:
         official_gaps = []
         if cfg.official_hps:
-            from support.hps_package import official_distances
+            from formats.hps_package import official_distances
             index = first_frames(cfg.frames, cfg.segments)                    # (S,)
             official_gaps = official_distances(reward, sheets, sets, index)
         save_evaluation(cfg, results, sheets, sets, list(strengths), reward.name,

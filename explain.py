@@ -25,15 +25,15 @@ from tyro.conf import Fixed, Suppress
 import lora
 import train
 from model import decode_frames, load_base
+from pages.html import Clips, heat, picture_uri, write_page
+from pages.step import draw_step, unet_table
 from reward import aggregate, load_rewards, segment_edges, tar_weights
 from sampler import GUIDANCE, add_noise, alpha_bars, ddim_step, edit, edit_steps, guided_eps, noise_step
 from support import settings
 from support.files import check_folder
-from support.pages import Clips, heat, picture_uri, write_page
-from support.processes import pick_device, pick_dtype, run_script
+from support.ranks import pick_device, pick_dtype, run_script
 from support.reports import versions
 from support.seeds import sample_generator
-from support.step_pictures import draw_step, unet_table
 from support.videos import to_pixels
 from tiny.clips import tiny_clips
 
@@ -236,7 +236,7 @@ def other_settings(lab):
 
 
 def explain(lab):
-    """Everything that support/templates/explain.html shows, and what the strip shows."""
+    """Everything that pages/templates/explain.html shows, and what the strip shows."""
     cfg, started, first = lab.cfg, time.perf_counter(), edit_steps(lab.cfg.tau, lab.cfg.num_steps)
     others, (noised, z_0) = other_settings(lab), lab.edit(cfg.tau)
     t_noi = noise_step(cfg.tau, cfg.num_steps)

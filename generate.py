@@ -19,16 +19,16 @@ import tyro
 from tqdm import tqdm
 
 import lora
+from formats.words import cut_captions
 from model import Base, decode_frames, load_base
 from sampler import GUIDANCE, ddpm_step, sample
-from support.clip_lists import read_prompts
+from support.clips import read_prompts
 from support.files import check_exists, check_folder, write_text
-from support.processes import gather, join_ranks, pick_dtype, rank_and_size, run_script
 from support.progress import progress
+from support.ranks import gather, join_ranks, pick_dtype, rank_and_size, run_script
 from support.seeds import sample_generator
 from support.settings import ModelSettings, check_at_least, check_finite, first_given
 from support.videos import to_pixels, video_name, write_video
-from support.words import cut_captions
 
 
 @torch.no_grad()

@@ -28,12 +28,12 @@ import tyro
 from safetensors.torch import save_file
 from torch import nn
 
-from support import adapters
+from formats import adapters
+from formats.names import split_lora
+from formats.tensors import fingerprint, read_tensors
 from support.files import write_whole
-from support.names import split_lora
 from support.optimizers import steps_taken
-from support.processes import run_script
-from support.published import fingerprint, read_tensors
+from support.ranks import run_script
 
 # ----------------------------------------------------------------------------------------------
 # The layer
@@ -203,7 +203,7 @@ def set_scale(module, strength):
 
 
 # ----------------------------------------------------------------------------------------------
-# Files. support/adapters.py has their forms.
+# Files. formats/adapters.py has their forms.
 
 def adapter_state(module):
     """{name in our files: tensor}, sharing memory with the parameters."""
@@ -246,7 +246,7 @@ def load(module, path):
     """
     Put the adapters of a file or PEFT folder into `module`, injected if need be; returns them.
 
-    path: ours, official or PEFT's (support/adapters.py). ValueError, and an unchanged module, if
+    path: ours, official or PEFT's (formats/adapters.py). ValueError, and an unchanged module, if
     tensors, rank, alpha or base are not those that the module has.
     """
     # 1. Read. Official names are translated by the module's structure, if it is one of ours.

@@ -7,7 +7,7 @@ A text-to-video model has three parts. The text tower turns a caption into featu
 turns frames into latents with an eighth of their rows, and back. The UNet guesses the noise in such
 latents; it is Stable Diffusion's image UNet with layers along time put in after each of its own.
 InstructVideo freezes all three and adapts the UNet's attention (lora.py). Tensors carry the names
-of the diffusers checkpoints; support/names.py translates the other published ones.
+of the diffusers checkpoints; formats/names.py translates the other published ones.
 
 Ours differs from the official code: (1) a clip stays one channels-last block of memory, read as B*F
 images by the spatial layers and as B images of F rows and H*W columns by the temporal ones, so the
@@ -28,11 +28,11 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from support import names, structures
-from support.processes import move_to
-from support.published import component_config, load_strict, read_tensors
-from support.weights import find_parts
-from support.words import WordTokenizer, read_words
+from formats import names, structures
+from formats.tensors import component_config, load_strict, read_tensors
+from formats.weights import find_parts
+from formats.words import WordTokenizer, read_words
+from support.ranks import move_to
 
 
 @dataclass(frozen=True)
@@ -517,7 +517,7 @@ class Autoencoder(nn.Module):
 
     encode: x (n, 3, H, W) in [-1, 1] -> moments (n, 2C, h, w), mean then log variance, with
     h = H / downscale. decode: latent (n, C, h, w) -> x (n, 3, H, W) in about [-1, 1], not clamped:
-    the reward clamps what it scores (support/frames.py, limit).
+    the reward clamps what it scores (formats/frames.py, limit).
     """
 
     def __init__(self, config=VAEConfig()):
@@ -633,7 +633,7 @@ class Base:
 
 
 # ----------------------------------------------------------------------------------------------
-# Loading. Any published format; support/names.py says what each calls our tensors.
+# Loading. Any published format; formats/names.py says what each calls our tensors.
 
 def load_unet(path, config=None, dtype=None):
     """

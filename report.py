@@ -21,24 +21,15 @@ from types import SimpleNamespace
 import tyro
 
 from evaluate import prompt_sets
-from support.clip_lists import read_prompt_sets
+from pages.html import Clips, write_page
+from pages.runs import RunFiles, changed_settings, clip_rows, curves, gain_rows, pair_up, read_pair, study_rows
+from pages.votes import QUESTIONS, draw_key, read_key, read_votes, tally, unblind
+from support.clips import read_prompt_sets
 from support.files import check_folder, write_text
-from support.pages import Clips, write_page
 from support.pictures import markdown
-from support.processes import run_script
+from support.ranks import run_script
 from support.reports import versions
-from support.run_report import (
-    RunFiles,
-    changed_settings,
-    clip_rows,
-    curves,
-    gain_rows,
-    pair_up,
-    read_pair,
-    study_rows,
-)
 from support.settings import check_positive
-from support.votes import QUESTIONS, draw_key, read_key, read_votes, tally, unblind
 
 
 @dataclass(frozen=True)

@@ -36,14 +36,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F_
 
-from support.clip_configs import SMALL_CLIP, clip_tokenizer, read_clip_config
-from support.frames import clip_normalize, crop_centre, letterbox, stretch
-from support.mixture import Mixture, load_mixture  # noqa: F401
-from support.own_reward import load_own
-from support.published import load_strict, read_tensors
-from support.reward_model import RewardModel
-from support.weights import REWARD_FILES, find_hub_reward, find_reward, reward_kind
-from support.words import read_words
+from formats.clip_configs import SMALL_CLIP, clip_tokenizer, read_clip_config
+from formats.frames import clip_normalize, crop_centre, letterbox, stretch
+from formats.mixture import Mixture, load_mixture  # noqa: F401
+from formats.reward_model import RewardModel
+from formats.tensors import load_strict, read_tensors
+from formats.weights import REWARD_FILES, find_hub_reward, find_reward, reward_kind
+from formats.words import read_words
+from rewards.own import load_own
 
 # ----------------------------------------------------------------------------------------------
 # From frames to a video (Sec. 3.2.2). Frames are numbered 0..F-1.

@@ -27,19 +27,22 @@ from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 
 import lora
+from bases.deep_cache import denoiser
 from data import ClipConfig, batch_indices, encode_clips, read_list, sample_posterior
 from evaluate import EVAL_SEED, evaluate, prompt_sets, tiny_judge
+from formats import card, exact_scores
+from formats.mixture import watched_names
+from formats.tensors import fingerprint
+from formats.weights import HUB_BASE
 from model import decode_frames, load_base
 from reward import Mixture, aggregate, load_rewards, segment_edges, segment_frames, tar_weights
 from sampler import GUIDANCE, check_edit, edit
-from support import card, exact_scores, processes, run_folder, settings
-from support.deep_cache import denoiser
-from support.mixture import watched_names
-from support.processes import add_over_ranks, rank_and_size
-from support.published import fingerprint
+from support import ranks as processes
+from support import run as run_folder
+from support import settings
+from support.ranks import add_over_ranks, rank_and_size
 from support.seeds import sample_generator
 from support.tables import add_means
-from support.weights import HUB_BASE
 
 # ----------------------------------------------------------------------------------------------
 # The step

@@ -28,12 +28,12 @@ from safetensors import SafetensorError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
+from bases.deep_cache import denoiser  # noqa: E402
 from data import batch_indices  # noqa: E402
 from evaluate import prompt_sets  # noqa: E402
+from methods import common as prompting  # noqa: E402
 from sampler import GUIDANCE, alpha_bars, ddim_mean_std, ddpm_step, guided_eps  # noqa: E402
-from support import prompting  # noqa: E402
-from support.deep_cache import denoiser  # noqa: E402
-from support.processes import rank_and_size, run_script  # noqa: E402
+from support.ranks import rank_and_size, run_script  # noqa: E402
 from support.seeds import sample_generator  # noqa: E402
 
 

@@ -16,9 +16,9 @@ Letters: B videos, F frames, C classes.
 import torch
 from torch import nn
 
-from support.frames import crop_centre
-from support.hub_models import build
-from support.reward_model import RewardModel
+from formats.frames import crop_centre
+from formats.reward_model import RewardModel
+from rewards.hub import build
 
 FRAMES, SIZE = 16, 32  # the tiny world's
 DIRECTIONS = ("left", "right", "up", "down")  # and a last class, no motion

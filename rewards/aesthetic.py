@@ -15,11 +15,11 @@ Letters: B videos, S frames, E width of CLIP's features.
 """
 import torch.nn.functional as F_
 
-from support.frames import clip_normalize, crop_centre
-from support.hub_models import build, read_model_config
-from support.published import read_tensors
-from support.reward_model import LinearHead, RewardModel
-from support.weights import hub_file
+from formats.frames import clip_normalize, crop_centre
+from formats.reward_model import LinearHead, RewardModel
+from formats.tensors import read_tensors
+from formats.weights import hub_file
+from rewards.hub import build, read_model_config
 
 HEAD_REPO = "trl-lib/ddpo-aesthetic-predictor"
 HEADS = ("aesthetic-model.pth", "sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.safetensors")

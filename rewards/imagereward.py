@@ -14,12 +14,12 @@ Letters: B videos, S frames, N = B S pictures, T tokens.
 import torch
 from torch import nn
 
+from formats.frames import clip_normalize, crop_centre
+from formats.reward_model import LinearHead, RewardModel
+from formats.tensors import read_tensors
+from formats.weights import hub_file
+from rewards.hub import build
 from support.files import read_text
-from support.frames import clip_normalize, crop_centre
-from support.hub_models import build
-from support.published import read_tensors
-from support.reward_model import LinearHead, RewardModel
-from support.weights import hub_file
 
 BERT = "google-bert/bert-base-uncased"  # whose words these are
 MEAN, STD, TOKENS = 0.16717362830052426, 1.0333394966054072, 35  # the published code's

@@ -15,10 +15,10 @@ Letters: B videos, S frames, E width of the features.
 import torch
 import torch.nn.functional as F_
 
-from support.clip_configs import clip_tokenizer
-from support.frames import clip_normalize, crop_centre
-from support.hub_models import build, read_model_config
-from support.reward_model import RewardModel
+from formats.clip_configs import clip_tokenizer
+from formats.frames import clip_normalize, crop_centre
+from formats.reward_model import RewardModel
+from rewards.hub import build, read_model_config
 
 TOWER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
              projection_dim=24, hidden_act="gelu")

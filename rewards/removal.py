@@ -15,9 +15,9 @@ Letters: B videos, S frames, N = B S pictures.
 import torch.nn.functional as F_
 from torch import nn
 
-from support.frames import crop_centre
-from support.hub_models import build
-from support.reward_model import RewardModel
+from formats.frames import crop_centre
+from formats.reward_model import RewardModel
+from rewards.hub import build
 
 SIZE = 32  # the tiny world's
 THINGS = ("watermark",)

@@ -16,9 +16,9 @@ import re
 
 import torch
 
-from support.frames import crop_centre, imagenet_normalize
-from support.hub_models import build, read_model_config, size_name, wanted_label
-from support.reward_model import RewardModel, say_non_commercial
+from formats.frames import crop_centre, imagenet_normalize
+from formats.reward_model import RewardModel, say_non_commercial
+from rewards.hub import build, read_model_config, size_name, wanted_label
 
 SPELLINGS = [  # transformers 5 has the second of each
     ("attention.q_bias", "attention.query.bias"), ("attention.v_bias", "attention.value.bias")]

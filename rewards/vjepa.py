@@ -20,10 +20,10 @@ import zlib
 import torch
 import torch.nn.functional as F_
 
-from support.frames import crop_centre, imagenet_normalize
-from support.hub_models import build, read_model_config, size_name
-from support.reward_model import RewardModel
-from support.weights import WHOLE_CLIPS
+from formats.frames import crop_centre, imagenet_normalize
+from formats.reward_model import RewardModel
+from formats.weights import WHOLE_CLIPS
+from rewards.hub import build, read_model_config, size_name
 
 FRAMES = WHOLE_CLIPS["vjepa"]
 BLOCKS, SHARE = 8, .15  # V-JEPA's: 8 blocks of 15% of the picture, through all frames; they overlap

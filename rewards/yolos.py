@@ -14,9 +14,9 @@ back to zero within its loop, so that one frame counts; here each frame has a sc
 
 Letters: B videos, S frames, N = B S pictures, Q queries, C classes.
 """
-from support.frames import fit_within, imagenet_normalize
-from support.hub_models import build, read_model_config, size_name, wanted_label
-from support.reward_model import RewardModel
+from formats.frames import fit_within, imagenet_normalize
+from formats.reward_model import RewardModel
+from rewards.hub import build, read_model_config, size_name, wanted_label
 
 SHORTEST, LONGEST = 512, 864  # yolos-tiny's own preprocessor
 SPELLINGS = [  # transformers 5 has the second

@@ -8,8 +8,8 @@ import torch
 
 from support.files import write_text
 from support.pictures import contact_sheet, markdown, write_png
-from support.processes import rank_and_size
 from support.progress import progress
+from support.ranks import rank_and_size
 from support.tables import json_numbers, with_error
 from support.tradeoff import draw_tradeoff
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import tyro
 
-from support.clip_lists import read_list, read_prompt_sets
+from formats.mixture import check_rewards
+from support.clips import read_list, read_prompt_sets
 from support.files import read_json
-from support.mixture import check_rewards
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,11 @@ import lora
 import model
 import reward
 import train
+from formats import adapters, clip_configs, names, weights, words
+from formats import tensors as published
 from model import Autoencoder, Base, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig, decode_frames, load_base
-from support import adapters, clip_configs, names, processes, published, run_folder, weights, words
+from support import ranks as processes
+from support import run as run_folder
 from tiny import clips
 
 ROOT = Path(__file__).resolve().parents[1]

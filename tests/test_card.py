@@ -8,7 +8,7 @@ import torch
 
 import benchmark
 import train
-from support import card
+from formats import card
 
 PRESET = train.PRESETS["modelscope"]
 HALF = replace(PRESET, device="cpu", dtype="bfloat16")

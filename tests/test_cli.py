@@ -22,11 +22,11 @@ import lora
 import reward
 import train
 from data import ClipConfig
+from formats.weights import TINY
 from model import load_base
 from sampler import sample
 from support import pictures, tables, tradeoff, videos
-from support.clip_lists import read_list, usable_clips
-from support.weights import TINY
+from support.clips import read_list, usable_clips
 from tiny import world
 
 ROOT = Path(__file__).resolve().parent.parent

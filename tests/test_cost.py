@@ -16,10 +16,10 @@ import benchmark
 import lora
 import model
 import train
+from bases.deep_cache import denoiser
 from benchmark import PARTS, Config, Meter, comparable, contenders, count, measure, on_meta, synthetic
 from model import Autoencoder, Base, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig
 from reward import load_reward
-from support.deep_cache import denoiser
 from support.memory import measure_host_peak, measure_peak
 
 # TFLOP of the networks at full size, 16 x 32 x 32 latents (multiply-adds x 2), and of a step's least work for one video with

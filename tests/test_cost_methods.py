@@ -70,7 +70,7 @@ def test_refl_takes_the_mean_of_all_its_steps(monkeypatch):
     seen = []
     monkeypatch.setattr(refl, "refl_rewards", lambda base, reward, uncond, batch, cfg: (seen.extend(batch[-1]), {}))
     base, reward = small()
-    monkeypatch.setattr("support.prompting.training_prompts", lambda *args: ["a bear"])
+    monkeypatch.setattr("methods.common.training_prompts", lambda *args: ["a bear"])
     times = []
     for share, run in benchmark_methods.refl_parts(base, reward, replace(refl.PRESETS["modelscope"], frames=4)):
         times.append(share)

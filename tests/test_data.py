@@ -18,8 +18,10 @@ from safetensors import safe_open
 
 import data
 from data import ClipConfig, LatentDataset, batch_indices, encode_captions, encode_clips, epoch_order, sample_posterior
-from support import cache, clip_lists, processes, videos
-from support.clip_lists import Clip, read_list, usable_clips
+from support import cache, videos
+from support import clips as clip_lists
+from support import ranks as processes
+from support.clips import Clip, read_list, usable_clips
 from support.seeds import sample_generator
 from support.videos import read_clip
 

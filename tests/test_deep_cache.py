@@ -6,10 +6,10 @@ import torch
 
 import lora
 import train
+from bases.deep_cache import DeepCache, denoiser
 from methods import draft, refl, vader
 from model import load_base
 from reward import load_reward
-from support.deep_cache import DeepCache, denoiser
 
 CAPTIONS = ["a red circle moving left", "a green square moving up"]
 

@@ -27,8 +27,8 @@ from safetensors.torch import load_file
 
 import lora
 import train  # noqa: F401  as above
+from formats import adapters
 from model import load_base
-from support import adapters
 
 pytestmark = pytest.mark.slow
 

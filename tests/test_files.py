@@ -29,8 +29,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import model
+from formats import names, structures
+from formats import tensors as published
 from model import Autoencoder, UNet3D, UNetConfig, VAEConfig, load_text_encoder, load_unet, load_vae
-from support import files, names, published, structures
+from support import files
 
 UNET = UNetConfig(channels=(8, 16), blocks_per_level=1, attention_levels=(True, False), context_dim=128, head_dim=4,
                   norm_groups=4)
@@ -974,7 +976,7 @@ def test_files_may_be_read_by_whom_the_umask_allows(tmp_path, monkeypatch):
 
 
 def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
-    from support import published
+    from formats import tensors as published
     (tmp_path / "a.safetensors").write_bytes(b"")
 
     def locked(path):

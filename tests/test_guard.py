@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from support import guard, run_folder, watch
-from support.mixture import check_rewards, load_mixture
+from formats.mixture import check_rewards, load_mixture
+from support import guard, watch
+from support import run as run_folder
 from support.tables import paired, summary
 from tiny import judge, study_tables
 

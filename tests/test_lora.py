@@ -16,10 +16,10 @@ from torch import nn
 
 import lora
 import model
+from formats import adapters, names
+from formats.tensors import fingerprint
 from lora import LoRALinear, adapter_state, inject, layers, load, merge, save, set_scale, unmerge
-from support import adapters, names
-from support.processes import run_script
-from support.published import fingerprint
+from support.ranks import run_script
 
 # ModelScopeT2V's structure, small. Eight heads in the first temporal transformer, as diffusers has them.
 CONFIG = model.UNetConfig(channels=(32, 64), blocks_per_level=1, attention_levels=(True, False), context_dim=32, head_dim=8,

@@ -27,11 +27,12 @@ from safetensors.torch import load_file
 import lora
 import sampler
 import train
+from formats.tensors import fingerprint
 from methods import ddpo, dpo, draft, refl, rwr, vader
 from model import load_base
 from reward import load_reward
-from support import run_folder, settings
-from support.published import fingerprint
+from support import run as run_folder
+from support import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = {"draft": draft, "refl": refl, "vader": vader, "ddpo": ddpo, "rwr": rwr, "dpo": dpo}

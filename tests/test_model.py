@@ -11,9 +11,11 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import model
+from formats import names
+from formats import tensors as published
+from formats.words import WordTokenizer, cut_captions
 from model import Autoencoder, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig
-from support import names, processes, published
-from support.words import WordTokenizer, cut_captions
+from support import ranks as processes
 
 
 def seeded(seed=0):

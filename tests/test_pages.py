@@ -19,7 +19,9 @@ import torch
 
 import explain
 import train
-from support import pages, run_report, votes
+from pages import html as pages
+from pages import runs as run_report
+from pages import votes
 from support.settings import to_json
 from support.videos import enlarge, read_video, video_name, write_video
 from tests import browser as chromium
@@ -205,7 +207,7 @@ def test_where_projections_stand():
               "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k": ("down 1", "to the caption"),
               "mid_block.attentions.0.transformer_blocks.0.attn1.to_v": ("middle", "within a frame"),
               "up_blocks.0.temp_attentions.1.transformer_blocks.0.attn2.to_out.0": ("up 0", "across frames")}
-    from support.step_pictures import block_and_kind, unet_table
+    from pages.step import block_and_kind, unet_table
     assert {path: block_and_kind(path) for path in places} == places
     blocks, projections = unet_table(dict.fromkeys(places, 2.))
     assert blocks["up 0"]["across frames"] == .25 and projections == dict.fromkeys("qkv", .25) | {"out": .25}

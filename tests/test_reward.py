@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from formats import hps_package
+from formats.frames import clip_normalize, letterbox, limit, stretch
 from reward import HPSv2, aggregate, first_frames, load_hpsv2, segment_frames, tar_weights
-from support import hps_package
-from support.frames import clip_normalize, letterbox, limit, stretch
 
 # ViT-H-14's structure, small: 28 x 28 pictures in patches of 7, the real vocabulary.
 CONFIG = {

@@ -20,15 +20,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import CenterCrop, InterpolationMode, Normalize, Resize
 
+from formats.clip_configs import SMALL_CLIP
+from formats.exact_scores import scoring_exactly
+from formats.frames import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, crop_centre, fit_within, spread_frames
+from formats.mixture import Mixture, check_rewards, measure, read_mixture, sees_whole_clips
+from formats.reward_model import LinearHead, RewardModel
 from reward import HPSv2, aggregate, load_reward, load_rewards, tar_weights
 from rewards import aesthetic, imagereward, pickscore, videomae, vjepa, yolos
-from support.clip_configs import SMALL_CLIP
-from support.exact_scores import scoring_exactly
-from support.frames import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, crop_centre, fit_within, spread_frames
-from support.hub_models import SIZES
+from rewards.hub import SIZES
 from support.memory import measure_peak
-from support.mixture import Mixture, check_rewards, measure, read_mixture, sees_whole_clips
-from support.reward_model import LinearHead, RewardModel
 
 YOLOS_SIZE = {"shortest_edge": 512, "longest_edge": 864}  # yolos-tiny's preprocessor_config.json
 CAPTIONS = ["A red Panda's book &amp; playing piano, 4k", "a  cat moving left"]

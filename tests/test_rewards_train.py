@@ -13,7 +13,7 @@ import lora
 import train
 from model import load_base
 from reward import load_rewards
-from support import processes
+from support import ranks as processes
 from support.settings import from_json, to_record
 from tiny import clips
 

@@ -9,7 +9,9 @@ import torch
 
 import train
 from methods import rwr
-from support import run_folder, run_report, tables
+from pages import runs as run_report
+from support import run as run_folder
+from support import tables
 from tiny import lab, study, study_methods, study_report, study_tables
 
 

@@ -11,7 +11,7 @@ import torch
 
 import train
 from model import load_base
-from support import run_folder
+from support import run as run_folder
 from tiny import clips, study_guard
 
 

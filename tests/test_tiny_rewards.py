@@ -2,9 +2,9 @@
 import pytest
 import torch
 
+from formats.weights import TINY
 from reward import load_reward
 from rewards import action, removal
-from support.weights import TINY
 from tiny import build, judge, world
 
 

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from formats.names import unet_to_diffusers, vae_to_diffusers  # noqa: E402
 from model import (  # noqa: E402
     Autoencoder,
     TemporalConv,
@@ -41,7 +42,6 @@ from model import (  # noqa: E402
 )
 from rewards import action, removal  # noqa: E402
 from sampler import add_noise, alpha_bars, edit, guided_eps, sample  # noqa: E402
-from support.names import unet_to_diffusers, vae_to_diffusers  # noqa: E402
 from support.progress import progress  # noqa: E402
 from tiny import world  # noqa: E402
 from tiny.judge import Judge, judge_clips, labels, load_judge  # noqa: E402

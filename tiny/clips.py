@@ -2,8 +2,8 @@
 import torch
 
 from data import LatentDataset
-from support.processes import is_main_process
 from support.progress import progress
+from support.ranks import is_main_process
 from tiny.world import make_clip, scenes
 
 CLIP_SEED = 2_000_000  # evaluation noise has other seeds

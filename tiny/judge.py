@@ -13,7 +13,7 @@ import math
 import torch
 from torch import nn
 
-from support.published import load_strict, read_tensors
+from formats.tensors import load_strict, read_tensors
 from support.watch import saturation, sharpness
 from tiny import world
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from evaluate import prompt_sets
 from support.files import write_whole
 from support.guard import best_step, find_turn, mean, pool
-from support.run_folder import mean_rewards, read_metrics, read_tables
+from support.run import mean_rewards, read_metrics, read_tables
 from support.tables import summary
 from support.watch import JUDGE, measured_names
 from tiny.lab import differences

@@ -22,7 +22,7 @@ from model import decode_frames
 from support.files import read_json, write_whole
 from support.progress import progress
 from support.reports import versions
-from support.run_folder import read_metrics
+from support.run import read_metrics
 from support.videos import to_pixels, write_video
 from tiny import world
 from tiny.lab import SETS, pooled_row

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F_
 
-from support.words import WordTokenizer
+from formats.words import WordTokenizer
 
 SIZE, FRAMES, FPS = 32, 16, 8
 COLOURS = {"red": (.90, .12, .12), "green": (.10, .72, .18), "blue": (.16, .28, .95),

@@ -1,7 +1,7 @@
 """
 Pages that people look at: self-contained HTML that opens from disk, with clips that play in step.
 
-A page is a template of support/templates, filled by jinja2 with autoescape on, so a caption is always shown
+A page is a template of pages/templates, filled by jinja2 with autoescape on, so a caption is always shown
 as text. Nothing is fetched: style, script, pictures and clips are inside. A clip is one WebP picture of all
 its frames, which the page's script draws frame by frame. So clips side by side stay in step to the frame, any
 browser plays them, and only those on screen are decoded.

@@ -9,11 +9,11 @@ import json
 import torch
 from safetensors.torch import save_file
 
+from formats.tensors import read_tensors
 from support.files import read_json, write_text, write_whole
-from support.processes import gather, is_main_process, on_rank_0, rank_and_size
 from support.progress import progress
-from support.published import read_tensors
-from support.run_folder import Stopped, read_metrics
+from support.ranks import gather, is_main_process, on_rank_0, rank_and_size
+from support.run import Stopped, read_metrics
 from support.settings import check_at_least
 
 

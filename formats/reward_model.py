@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from support.frames import limit
-from support.processes import is_main_process
+from formats.frames import limit
+from support.ranks import is_main_process
 
 
 class RewardModel(nn.Module):

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from support.frames import spread_frames
-from support.reward_checks import check_kind
+from formats.frames import spread_frames
+from formats.reward_checks import check_kind
+from formats.weights import reward_kind
 from support.watch import PIXELS, measured_names, pixel_measures, pixel_names, reward_kinds
-from support.weights import reward_kind
 
 
 class Mixture(nn.Module):

@@ -18,8 +18,7 @@ import torch
 import tyro
 from safetensors import safe_open
 
-from support.files import first_names, read_json, write_folder, write_whole
-from support.names import (
+from formats.names import (
     MODELSCOPE_UNET,
     UNET_RESNET,
     official_unet_blocks,
@@ -31,9 +30,10 @@ from support.names import (
     unet_to_diffusers,
     unet_to_official,
 )
-from support.published import check_tensors, component_config, fingerprint, read_tensors
-from support.structures import check_unet
-from support.weights import find_base, find_part
+from formats.structures import check_unet
+from formats.tensors import check_tensors, component_config, fingerprint, read_tensors
+from formats.weights import find_base, find_part
+from support.files import first_names, read_json, write_folder, write_whole
 
 PREFIX = "base_model.model."  # what PEFT's wrapper puts before the path of a layer
 NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")

@@ -6,8 +6,8 @@ way. Here a reward says which piece of a name may stand for which, and either is
 """
 import torch
 
+from formats.tensors import load_strict, read_tensors
 from support.files import first_line, read_json
-from support.published import load_strict, read_tensors
 
 SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}  # widths of the published models
 

@@ -17,12 +17,12 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from formats.tensors import check_tensors
 from support import guard
 from support.files import check_folder, first_line, read_json, write_text, write_whole
 from support.pictures import contact_sheet, draw_curves, write_comparison_gif, write_png
-from support.processes import check_alike, is_main_process, on_rank_0, rank_and_size
 from support.progress import progress
-from support.published import check_tensors
+from support.ranks import check_alike, is_main_process, on_rank_0, rank_and_size
 from support.settings import to_record, translate
 from support.tables import json_numbers, number, paired, summary, with_error
 from support.videos import read_video, to_pixels, video_name, write_video
@@ -289,7 +289,7 @@ def train_and_report(run, train, caught, script="train.py"):
     """
     Train to the end, or until a signal: what is then printed, and the exit status.
 
-    train() -> whether it came to the end. caught: the signals that have come (support.processes.catch_signals).
+    train() -> whether it came to the end. caught: the signals that have come (support.ranks.catch_signals).
     """
     if run.writes:
         print(f"run folder: {run.folder}" + (f", from step {run.step}" if run.step else ""))

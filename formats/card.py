@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from formats.mixture import read_mixture
 from support.files import read_json
-from support.mixture import read_mixture
-from support.processes import is_main_process, pick_device, pick_dtype
+from support.ranks import is_main_process, pick_device, pick_dtype
 
 GIB = 2**30
 FULL_SIZE = [320, 640, 1280, 1280]  # channels of ModelScopeT2V's UNet, to which alone these numbers belong

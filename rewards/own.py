@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from formats.reward_model import RewardModel
 from support.files import first_line
-from support.reward_model import RewardModel
 
 
 class OwnReward(RewardModel):

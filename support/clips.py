@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from support.files import read_text
-from support.processes import all_gather, rank_and_size
+from support.ranks import all_gather, rank_and_size
 from support.videos import measure
 
 SUFFIXES = (".mp4", ".webm", ".avi", ".mov", ".mkv", ".gif")

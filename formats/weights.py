@@ -8,8 +8,8 @@ import hashlib
 import re
 from pathlib import Path
 
+from formats.tensors import WEIGHT_FILES
 from support.files import check_exists, first_line, read_json
-from support.published import WEIGHT_FILES
 
 TINY = Path(__file__).resolve().parents[1] / "tiny" / "weights"
 HUB_BASE = "ali-vilab/text-to-video-ms-1.7b"

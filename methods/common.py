@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from tyro.conf import Fixed, Suppress
 
-from support.clip_lists import read_prompts
+from formats.weights import HUB_BASE
+from support.clips import read_prompts
 from support.files import read_json
 from support.seeds import sample_generator
-from support.weights import HUB_BASE
 
 # What the preset "modelscope" of every method shares with train.py's.
 MODELSCOPE = dict(preset="modelscope", base=HUB_BASE, eval_every=1000, eval_count=0, save_every=500,

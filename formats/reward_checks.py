@@ -3,9 +3,9 @@ import ast
 import re
 from pathlib import Path
 
+from formats.frames import spread_frames
+from formats.weights import WHOLE_CLIPS, reward_kind
 from support.files import first_line, read_text
-from support.frames import spread_frames
-from support.weights import WHOLE_CLIPS, reward_kind
 
 
 def check_kind(kind, weights, num_frames):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from pages.html import line_chart, undo_enlarging
 from support import guard
 from support.files import first_names, read_json, read_text
-from support.pages import line_chart, undo_enlarging
-from support.run_folder import SHOWN, mean_rewards, read_metrics, read_tables
+from support.run import SHOWN, mean_rewards, read_metrics, read_tables
 from support.tables import paired
 from support.videos import open_video, video_name
 
@@ -209,7 +209,7 @@ def clip_rows(runs, clips):
     Prompts whose clips are shown, those with the largest and with the smallest gains first: [{caption, set,
     gain, runs: [...]}].
 
-    clips: support.pages.Clips. A run's row has the reward before and after and a clip for each of a few
+    clips: pages.html.Clips. A run's row has the reward before and after and a clip for each of a few
     evaluations.
     """
     rows = {}
