@@ -51,9 +51,7 @@ from reward import aggregate, load_reward, segment_frames, tar_weights
 from sampler import check_edit, edit_steps, sample
 from support.files import check_folder, write_text
 from support.memory import GIB, measure_host_peak, measure_peak
-from support.progress import progress
-from support.ranks import DTYPES, pick_device, pick_dtype, run_script
-from support.seeds import sample_generator
+from support.ranks import DTYPES, pick_device, pick_dtype, progress, run_script, sample_generator
 from support.settings import check_at_least
 
 PARTS = ("chain", "last step", "decode", "reward", "backward", "optimizer")

@@ -28,11 +28,9 @@ from dataclasses import asdict, dataclass
 import torch
 from tqdm import tqdm
 
-from support import cache
+from support import clips as cache
 from support.clips import CACHE_VERSION, describe_clips, describe_file, find_problems, leave_out, read_list, usable_clips  # noqa: F401  read_list, usable_clips: offered from here
-from support.progress import progress
-from support.ranks import barrier, is_main_process, rank_and_size
-from support.seeds import sample_generator
+from support.ranks import barrier, is_main_process, progress, rank_and_size, sample_generator
 from support.videos import read_all_windows
 
 # ----------------------------------------------------------------------------------------------
@@ -148,7 +146,7 @@ def encode_clips(clips, config, encode, encode_text, vae_name, text_name, cache_
     say = tqdm.write if is_main else lambda line: None
     paths = list(dict.fromkeys(clip.path for clip in clips))
     made_from = {path: describe_file(path, vae_name, config) for path in paths if path.is_file()}
-    found = {path: cache.find(cache_dir, key) for path, key in made_from.items()}
+    found = {path: cache.find_cached(cache_dir, key) for path, key in made_from.items()}
 
     # 1. Cached clips were checked when they were encoded. Check the others before the long work.
     problems = find_problems(clips, config, say, found)
@@ -196,7 +194,7 @@ def encode_captions(captions, encode_text, text_name, cache_dir=None):
     made_from = {}
     for caption in captions:
         made_from[caption] = json.dumps([CACHE_VERSION, "text", text_name, caption])
-    found = {caption: cache.find(cache_dir, key) for caption, key in made_from.items()}
+    found = {caption: cache.find_cached(cache_dir, key) for caption, key in made_from.items()}
     fill_cache(found, made_from, encode_missing, cache_dir)
     return [found[caption] for caption in captions]
 
@@ -204,4 +202,4 @@ def encode_captions(captions, encode_text, text_name, cache_dir=None):
 def fill_cache(found, made_from, compute, folder):
     """Compute what is missing, this rank's share of it if there is a folder to share."""
     rank, world_size = rank_and_size()
-    cache.fill(found, made_from, compute, folder, rank, world_size, barrier)
+    cache.fill_cached(found, made_from, compute, folder, rank, world_size, barrier)

@@ -29,12 +29,11 @@ from reward import first_frames, load_rewards
 from sampler import GUIDANCE, ddpm_step
 from support.clips import read_prompt_sets
 from support.files import check_exists, check_folder
+from support.pictures import evaluation_bar, save_evaluation
 from support.ranks import all_gather, join_ranks, rank_and_size, run_script
-from support.reports import evaluation_bar, save_evaluation
 from support.settings import RewardSettings, check_at_least, check_finite, check_given, first_given
-from support.tables import paired, summary
+from support.tables import add_judge, as_table, check_watched, paired, summary
 from support.tradeoff import named_scales
-from support.watch import add_judge, as_table, check_watched
 
 EVAL_SEED = 1_000_000  # the noise of evaluations while training, by which the best one is chosen
 REPORT_SEED = 2_000_000  # and of this script: what was chosen by some noise is measured on other

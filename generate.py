@@ -24,9 +24,7 @@ from model import Base, decode_frames, load_base
 from sampler import GUIDANCE, ddpm_step, sample
 from support.clips import read_prompts
 from support.files import check_exists, check_folder, write_text
-from support.progress import progress
-from support.ranks import gather, join_ranks, pick_dtype, rank_and_size, run_script
-from support.seeds import sample_generator
+from support.ranks import gather, join_ranks, pick_dtype, progress, rank_and_size, run_script, sample_generator
 from support.settings import ModelSettings, check_at_least, check_finite, first_given
 from support.videos import to_pixels, video_name, write_video
 

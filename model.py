@@ -517,7 +517,7 @@ class Autoencoder(nn.Module):
 
     encode: x (n, 3, H, W) in [-1, 1] -> moments (n, 2C, h, w), mean then log variance, with
     h = H / downscale. decode: latent (n, C, h, w) -> x (n, 3, H, W) in about [-1, 1], not clamped:
-    the reward clamps what it scores (formats/frames.py, limit).
+    the reward clamps what it scores (formats/reward_model.py, limit).
     """
 
     def __init__(self, config=VAEConfig()):

@@ -26,9 +26,8 @@ from pages.runs import RunFiles, changed_settings, clip_rows, curves, gain_rows,
 from pages.votes import QUESTIONS, draw_key, read_key, read_votes, tally, unblind
 from support.clips import read_prompt_sets
 from support.files import check_folder, write_text
-from support.pictures import markdown
+from support.pictures import markdown, versions
 from support.ranks import run_script
-from support.reports import versions
 from support.settings import check_positive
 
 

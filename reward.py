@@ -36,10 +36,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F_
 
-from formats.clip_configs import SMALL_CLIP, clip_tokenizer, read_clip_config
-from formats.frames import clip_normalize, crop_centre, letterbox, stretch
 from formats.mixture import Mixture, load_mixture  # noqa: F401
-from formats.reward_model import RewardModel
+from formats.reward_model import (
+    SMALL_CLIP,
+    RewardModel,
+    clip_normalize,
+    clip_tokenizer,
+    crop_centre,
+    letterbox,
+    read_clip_config,
+    stretch,
+)
 from formats.tensors import load_strict, read_tensors
 from formats.weights import REWARD_FILES, find_hub_reward, find_reward, reward_kind
 from formats.words import read_words

@@ -40,8 +40,7 @@ from sampler import GUIDANCE, check_edit, edit
 from support import ranks as processes
 from support import run as run_folder
 from support import settings
-from support.ranks import add_over_ranks, rank_and_size
-from support.seeds import sample_generator
+from support.ranks import add_over_ranks, rank_and_size, sample_generator
 from support.tables import add_means
 
 # ----------------------------------------------------------------------------------------------

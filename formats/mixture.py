@@ -5,7 +5,7 @@ Several rewards as one, rewards that see whole videos, and what only watches: re
 
 R = sum_k w_k R_k. R_k of an image reward is Eq. (8)'s, after the weights of Eq. (7), which average 0.135 at lambda 1; of a video
 reward it is its score. A watched reward is measured at evaluations and never optimised, so that a reward that rises can be held
-against one that is not; so are the measures of pixels and the judge of support/watch.py.
+against one that is not; so are the measures of pixels and the judge of support/tables.py.
 
 Letters: B videos, F frames, S segments, n videos of a set.
 """
@@ -15,15 +15,15 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from formats.frames import spread_frames
 from formats.reward_checks import check_kind
+from formats.reward_model import spread_frames
 from formats.weights import reward_kind
-from support.watch import PIXELS, measured_names, pixel_measures, pixel_names, reward_kinds
+from support.tables import PIXELS, measured_names, pixel_measures, pixel_names, reward_kinds
 
 
 class Mixture(nn.Module):
     """
-    parts: [(weight, reward)], at least one; watched: rewards; pixels: names of support.watch.PIXELS. ValueError if two rewards
+    parts: [(weight, reward)], at least one; watched: rewards; pixels: names of support.tables.PIXELS. ValueError if two rewards
     have the same name.
     """
     num_frames = None
@@ -116,7 +116,7 @@ def sees_whole_clips(reward):
 def measure(reward, frames, video, captions):
     """
     One video's measures {"reward": mean over frames (1, S, 3, H, W)}; of a mixture also those of its parts and what watches:
-    numbers, but for "pixel_diversity" (support.watch.as_table).
+    numbers, but for "pixel_diversity" (support.tables.as_table).
 
     video (1, F, 3, H, W): all of its frames, if sees_whole_clips(reward).
     """

@@ -3,7 +3,7 @@ import ast
 import re
 from pathlib import Path
 
-from formats.frames import spread_frames
+from formats.reward_model import spread_frames
 from formats.weights import WHOLE_CLIPS, reward_kind
 from support.files import first_line, read_text
 

@@ -34,11 +34,16 @@ import train  # noqa: E402
 from data import batch_indices  # noqa: E402
 from evaluate import prompt_sets  # noqa: E402
 from methods import common as prompting  # noqa: E402
-from methods.rounds import RewardHistory  # noqa: E402
+from methods.common import RewardHistory  # noqa: E402
 from reward import first_frames  # noqa: E402
 from sampler import GUIDANCE, alpha_bars, ddim_mean_std, ddpm_step, guided_eps  # noqa: E402
-from support.ranks import add_over_ranks, all_gather, rank_and_size, run_script  # noqa: E402
-from support.seeds import sample_generator  # noqa: E402
+from support.ranks import (  # noqa: E402
+    add_over_ranks,
+    all_gather,
+    rank_and_size,
+    run_script,
+    sample_generator,  # noqa: E402
+)
 from support.settings import check_at_least, check_positive  # noqa: E402
 
 BUFFER = 16  # rewards of a prompt that its statistics need (kvablack: config/base.py)

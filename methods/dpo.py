@@ -36,11 +36,14 @@ import train  # noqa: E402
 from data import batch_indices  # noqa: E402
 from evaluate import prompt_sets  # noqa: E402
 from methods import common as prompting  # noqa: E402
-from methods.rounds import Rounds, check_rounds, round_of  # noqa: E402
+from methods.common import Rounds, check_rounds, round_of  # noqa: E402
 from reward import first_frames  # noqa: E402
 from sampler import GUIDANCE, add_noise, alpha_bars, sample  # noqa: E402
-from support.ranks import rank_and_size, run_script  # noqa: E402
-from support.seeds import sample_generator  # noqa: E402
+from support.ranks import (  # noqa: E402
+    rank_and_size,
+    run_script,
+    sample_generator,  # noqa: E402
+)
 from support.settings import check_positive  # noqa: E402
 
 

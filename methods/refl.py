@@ -34,8 +34,11 @@ from evaluate import prompt_sets  # noqa: E402
 from methods import common as prompting  # noqa: E402
 from reward import segment_frames  # noqa: E402
 from sampler import GUIDANCE, alpha_bars, ddim_step, ddpm_step, guided_eps  # noqa: E402
-from support.ranks import rank_and_size, run_script  # noqa: E402
-from support.seeds import sample_generator  # noqa: E402
+from support.ranks import (  # noqa: E402
+    rank_and_size,
+    run_script,
+    sample_generator,  # noqa: E402
+)
 
 
 def predict(base, noise, text, uncond, m, cfg):

@@ -33,8 +33,11 @@ from data import batch_indices  # noqa: E402
 from evaluate import prompt_sets  # noqa: E402
 from methods import common as prompting  # noqa: E402
 from sampler import GUIDANCE, alpha_bars, ddim_mean_std, ddpm_step, guided_eps  # noqa: E402
-from support.ranks import rank_and_size, run_script  # noqa: E402
-from support.seeds import sample_generator  # noqa: E402
+from support.ranks import (  # noqa: E402
+    rank_and_size,
+    run_script,
+    sample_generator,  # noqa: E402
+)
 
 
 def vader_rewards(base, reward, uncond, batch, cfg):

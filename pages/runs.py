@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pages.html import line_chart, undo_enlarging
-from support import guard
+from support import tables as guard
 from support.files import first_names, read_json, read_text
 from support.run import SHOWN, mean_rewards, read_metrics, read_tables
 from support.tables import paired

@@ -16,8 +16,7 @@ Letters: B videos, F frames, C classes.
 import torch
 from torch import nn
 
-from formats.frames import crop_centre
-from formats.reward_model import RewardModel
+from formats.reward_model import RewardModel, crop_centre
 from rewards.hub import build
 
 FRAMES, SIZE = 16, 32  # the tiny world's

@@ -15,8 +15,7 @@ Letters: B videos, S frames, E width of CLIP's features.
 """
 import torch.nn.functional as F_
 
-from formats.frames import clip_normalize, crop_centre
-from formats.reward_model import LinearHead, RewardModel
+from formats.reward_model import LinearHead, RewardModel, clip_normalize, crop_centre
 from formats.tensors import read_tensors
 from formats.weights import hub_file
 from rewards.hub import build, read_model_config

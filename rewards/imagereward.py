@@ -14,8 +14,7 @@ Letters: B videos, S frames, N = B S pictures, T tokens.
 import torch
 from torch import nn
 
-from formats.frames import clip_normalize, crop_centre
-from formats.reward_model import LinearHead, RewardModel
+from formats.reward_model import LinearHead, RewardModel, clip_normalize, crop_centre
 from formats.tensors import read_tensors
 from formats.weights import hub_file
 from rewards.hub import build

@@ -15,9 +15,7 @@ Letters: B videos, S frames, E width of the features.
 import torch
 import torch.nn.functional as F_
 
-from formats.clip_configs import clip_tokenizer
-from formats.frames import clip_normalize, crop_centre
-from formats.reward_model import RewardModel
+from formats.reward_model import RewardModel, clip_normalize, clip_tokenizer, crop_centre
 from rewards.hub import build, read_model_config
 
 TOWER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,

@@ -15,8 +15,7 @@ Letters: B videos, S frames, N = B S pictures.
 import torch.nn.functional as F_
 from torch import nn
 
-from formats.frames import crop_centre
-from formats.reward_model import RewardModel
+from formats.reward_model import RewardModel, crop_centre
 from rewards.hub import build
 
 SIZE = 32  # the tiny world's

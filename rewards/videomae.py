@@ -16,8 +16,7 @@ import re
 
 import torch
 
-from formats.frames import crop_centre, imagenet_normalize
-from formats.reward_model import RewardModel, say_non_commercial
+from formats.reward_model import RewardModel, crop_centre, imagenet_normalize, say_non_commercial
 from rewards.hub import build, read_model_config, size_name, wanted_label
 
 SPELLINGS = [  # transformers 5 has the second of each

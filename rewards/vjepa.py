@@ -20,8 +20,7 @@ import zlib
 import torch
 import torch.nn.functional as F_
 
-from formats.frames import crop_centre, imagenet_normalize
-from formats.reward_model import RewardModel
+from formats.reward_model import RewardModel, crop_centre, imagenet_normalize
 from formats.weights import WHOLE_CLIPS
 from rewards.hub import build, read_model_config, size_name
 

@@ -14,8 +14,7 @@ back to zero within its loop, so that one frame counts; here each frame has a sc
 
 Letters: B videos, S frames, N = B S pictures, Q queries, C classes.
 """
-from formats.frames import fit_within, imagenet_normalize
-from formats.reward_model import RewardModel
+from formats.reward_model import RewardModel, fit_within, imagenet_normalize
 from rewards.hub import build, read_model_config, size_name, wanted_label
 
 SHORTEST, LONGEST = 512, 864  # yolos-tiny's own preprocessor

@@ -1,5 +1,6 @@
 """Devices, precisions, the processes ("ranks") that torchrun starts, and how a script ends."""
 import hashlib
+import json
 import os
 import signal
 import sys
@@ -229,3 +230,54 @@ def line_to_print(message, rank, patience=5):
             return f"rank {rank}: {message}" if store.add(f"{key} without rank 0", 1) == 1 else ""
     except RuntimeError:  # no store any more
         return f"rank {rank}: {message}" if rank else message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Progress bars for long jobs: what is being done, how the reward stands, how much time is left.
+#
+# On a terminal a bar redraws itself. A log file or a notebook keeps all that is written, so there it is a line now and then.
+
+LINE_EVERY = 30.  # seconds between the lines of a job where nobody watches a terminal
+
+
+class Lines:
+    """Where a bar that is no terminal's writes: each state as a line of its own, without control characters, and once."""
+
+    def __init__(self, file):
+        self.file, self.last = file, ""
+
+    def write(self, text):
+        line = text.replace("\x1b[A", "").strip()
+        if line and line != self.last:
+            self.file.write(line + "\n")
+        self.last = line or self.last
+
+    def flush(self):
+        self.file.flush()
+
+
+def progress(iterable=None, desc=None, total=None, *, unit="it", initial=0, leave=True, disable=False):
+    """
+    tqdm's bar, on the standard error stream. `set_postfix_str(text, refresh=False)` says more with its next state.
+
+    leave: whether its end stays on the terminal. In a log such a job has a line at its start and one at its end; a part of a job
+    has lines only if it takes longer than LINE_EVERY.
+    """
+    given = {"desc": desc, "total": total, "unit": unit, "initial": initial, "leave": leave, "disable": disable}
+    if not sys.stderr.isatty():
+        given |= {"file": Lines(sys.stderr), "mininterval": LINE_EVERY, "maxinterval": LINE_EVERY,
+                  "delay": 0 if leave else LINE_EVERY,
+                  "bar_format": "{desc}: {n_fmt}/{total_fmt} {unit}, {elapsed} gone, {remaining} left{postfix}"}
+    return tqdm(iterable, **given)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Randomness that belongs to the sample.
+#
+# A sample's noise comes from a generator of its own, seeded by what the sample is (seed, step, position in the batch), never
+# from global state. It is then the same in any batch, on any number of processes, before and after resuming.
+
+def sample_generator(seed, *key):
+    """A CPU generator that depends on nothing but (seed, *key), whole numbers and words."""
+    digest = hashlib.sha256(json.dumps([seed, *key]).encode()).digest()  # hashed: neighbouring seeds stay unrelated
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))  # torch's CPU generator uses 32 bits of a seed

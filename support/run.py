@@ -18,15 +18,13 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from formats.tensors import check_tensors
-from support import guard
+from support import tables as guard
 from support.files import check_folder, first_line, read_json, write_text, write_whole
 from support.pictures import contact_sheet, draw_curves, write_comparison_gif, write_png
-from support.progress import progress
-from support.ranks import check_alike, is_main_process, on_rank_0, rank_and_size
+from support.ranks import check_alike, is_main_process, on_rank_0, progress, rank_and_size
 from support.settings import to_record, translate
-from support.tables import json_numbers, number, paired, summary, with_error
+from support.tables import add_judge, json_numbers, number, paired, summary, with_error
 from support.videos import read_video, to_pixels, video_name, write_video
-from support.watch import add_judge
 
 VERSION = 1  # of the run folder's files
 SHOWN, MOVING = 4, 2  # videos of each prompt set on the strips, and in before_after.gif

@@ -4,6 +4,10 @@ Numbers of many videos: a table is {measure: (n,) tensor}, one entry a video, "r
 Means with their errors. Differences are paired: the same prompt and the same noise before and after.
 """
 import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F_
 
 
 def json_numbers(value):
@@ -54,3 +58,237 @@ def paired(before, after, measure="reward", clusters=None):
 def with_error(value, error, sign=""):
     """Both as text; the error of a single video is not 0, there is none."""
     return f"{value:{sign}.4f} ± {error:.4f}" if math.isfinite(error) else f"{value:{sign}.4f} ± undefined"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What `--watch` can name beside rewards: measures of a video's own pixels, for any base, and the tiny world's judge.
+#
+# They are measured at evaluations and never optimised, so that a reward that rises can be held against them (support/tables.py).
+# Clips are (B, F, 3, H, W) in [0, 1]: B clips of F frames of H x W pixels.
+
+PIXELS = ("motion", "flicker", "consistency", "sharpness", "saturation", "diversity")
+JUDGE = "judge"
+SMALL = (4, 16, 16)  # frames, rows and columns that diversity compares: noise averages out, and many videos fit into memory
+
+
+def pixel_names(watched):
+    """The measures of pixels that `watch` names, each once, in the order of PIXELS; "pixels" is all that one video has."""
+    return tuple(name for name in PIXELS if name in watched or ("pixels" in watched and name != "diversity"))
+
+
+def reward_kinds(watched):
+    """What else it names: kinds of rewards."""
+    return [name for name in watched if name not in (*PIXELS, "pixels", JUDGE)]
+
+
+def measured_names(watched):
+    """The names under which logs have the measures of pixels and the judge's score."""
+    return [f"pixel_{name}" for name in pixel_names(watched)] + [JUDGE] * (JUDGE in watched)
+
+
+def check_watched(watched, prompts, judge):
+    """ValueError if these prompts {set: captions} lack something that `watch` needs; judge: the base's own, or None."""
+    if JUDGE in watched and prompts and judge is None:
+        raise ValueError("watch judge: only the tiny world has one, for its own prompts and 16 frames of 32 x 32 pixels")
+    if "diversity" in pixel_names(watched) and prompts and all(len(set(p)) == len(p) for p in prompts.values()):
+        raise ValueError("watch diversity: needs several videos of a prompt, and no set has any; an eval_count (in evaluate.py "
+                         "count) above the number of a set's prompts repeats them")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measures of pixels
+
+def quantile(values, q):
+    """torch.quantile of each row (B, n) -> (B,), of any n; torch's own refuses more than 16 million values."""
+    values = values.sort(dim=1).values
+    place = q * (values.shape[1] - 1)
+    low = int(place)
+    return torch.lerp(values[:, low], values[:, min(low + 1, values.shape[1] - 1)], place - low)
+
+
+def sharpness(clips):
+    """(B,): the steepest hundredth of the differences between horizontal neighbours, the largest of the channels, 0 to 1."""
+    return quantile(clips.diff(dim=-1).abs().amax(dim=2).flatten(1), .99)
+
+
+def saturation(clips):
+    """(B,): of the most saturated tenth of the pixels, largest minus smallest channel, 0 to 1."""
+    return quantile((clips.amax(dim=2) - clips.amin(dim=2)).flatten(1), .9)
+
+
+def consistency(clips):
+    """
+    (B,): how much adjacent frames are alike, the mean over pairs, -1 to 1; 1 for a still clip.
+
+    SSIM (Wang et al. 2004, Eq. 13) without its luminance term, over whole frames: twice their covariance by the sum of their
+    variances, each with SSIM's constant, so that frames without any contrast have a value, too.
+    """
+    frames = clips.flatten(2)                                                             # (B, F, 3 H W)
+    frames = frames - frames.mean(dim=2, keepdim=True)
+    variance, c2 = frames.square().mean(dim=2), .03 ** 2
+    covariance = (frames[:, 1:] * frames[:, :-1]).mean(dim=2)
+    return ((2 * covariance + c2) / (variance[:, 1:] + variance[:, :-1] + c2)).mean(dim=1)
+
+
+def pixel_measures(clips, names):
+    """
+    {"pixel_" and the name: (B,)} of these PIXELS; of "diversity", which needs other videos, small copies (B, 3, *SMALL).
+
+    motion       mean absolute change of a pixel from frame to frame, 0 to 1
+    flicker      mean absolute second difference over three frames, 0 to 2: what changes there and back
+    Others have a function each. nan where a clip has too few frames.
+    """
+    clips = clips.float()
+    found = {
+        "motion": clips.diff(dim=1).abs().mean(dim=(1, 2, 3, 4)),
+        "flicker": clips.diff(n=2, dim=1).abs().mean(dim=(1, 2, 3, 4)),
+        "consistency": consistency(clips), "sharpness": sharpness(clips), "saturation": saturation(clips),
+        "diversity": F_.adaptive_avg_pool3d(clips.transpose(1, 2), SMALL)}
+    return {f"pixel_{name}": found[name] for name in names}
+
+
+def diversity(copies, captions):
+    """
+    How much videos of one prompt differ: small copies (n, ...), captions [n] -> (n,), 0 to 1.
+
+    A video's is the mean absolute difference from the others with its caption; nan where there is no other.
+    """
+    found = torch.full((len(captions),), torch.nan, dtype=torch.float64)
+    for caption in set(captions):
+        same = [i for i, other in enumerate(captions) if other == caption]
+        if len(same) > 1:
+            group = copies[same].flatten(1).double()                                      # (m, pixels)
+            found[same] = torch.cdist(group, group, p=1).sum(dim=1) / (len(same) - 1) / group.shape[1]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+def as_table(rows, captions):
+    """{measure: (n,) float64} of a row {measure: number} for each video; captions [n]."""
+    table = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        numbers = name != "pixel_diversity"
+        table[name] = torch.tensor(values, dtype=torch.float64) if numbers else diversity(torch.stack(values), captions)
+    return table
+
+
+def add_judge(watched, table, base):
+    """
+    Add the judge's score of each video, 0 to 1, if it is watched: the tiny world's judge in one number, fixed before its use.
+
+    The mean of colour, shape, direction, fidelity, 1 - watermark, and motion kept: min(1, motion / the base's motion), the mean
+    of `base`, the table of the same videos before training.
+    """
+    if JUDGE in watched:
+        kept = (table["motion"] / base["motion"].mean().clamp(min=1e-6)).clamp(max=1)
+        parts = [table["colour"], table["shape"], table["direction"], table["fidelity"], 1 - table["watermark"], kept]
+        table[JUDGE] = torch.stack(parts).mean(dim=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The guard against over-optimisation: when what is watched got worse while the reward was up, and which adapter to keep.
+#
+# It reads the tables of a run's evaluations, {step: {set: {measure: (n,)}}} (samples/step_*.json), and stores nothing, so a run
+# that is continued decides the same. Every evaluation has the same videos (prompts and noise), so each difference is paired,
+# video by video, over all sets together; its standard error is clustered by caption. There is no verdict from a difference of
+# less than ERRORS of them, nor where there is no error (a single caption).
+#
+# The rule, for each watched measure at each evaluation:
+# - a score (a watched reward, the judge) has turned when it is lower than at its best evaluation so far;
+# - a measure of pixels, of which nobody knows the best value, when it is further from its first value, in the direction
+#   that LIMITS names, than the share of that value that stands there;
+# - and only where the reward is higher than at the first evaluation: the guard is about a reward that hides something. Of one
+#   that falls the highest is kept anyway.
+
+ERRORS = 3.  # of which a difference must have more: several measures at many evaluations pass 2 by chance now and then
+LIMITS = {  # of pixels: the direction that is worse (0 is both), and the share of the first value that it may change by
+    "pixel_motion": (-1, .5), "pixel_flicker": (1, .5), "pixel_consistency": (-1, .1), "pixel_sharpness": (0, .5),
+    "pixel_saturation": (0, .5), "pixel_diversity": (-1, .5)}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Where watched measures turned, and by how much: [(measure, the step that it is compared with, (difference, error))]."""
+    step: int
+    measures: list
+    reward: tuple[float, float]
+    """paired difference of the reward from the first evaluation, and its error"""
+
+    def words(self, reward_name):
+        """One line for a person."""
+        found = [f"{name} {with_error(*change, sign='+')} since step {since}" for name, since, change in self.measures]
+        return f"turned at step {self.step}: {', '.join(found)}, while {reward_name} was {with_error(*self.reward, sign='+')}"
+
+
+def pool(table, prompts):
+    """The videos of all sets as one table {measure: (n,)}, and their captions."""
+    sets = list(table)
+    pooled = {name: torch.cat([table[s][name] for s in sets]) for name in table[sets[0]]}
+    return pooled, [caption for s in sets for caption in prompts[s]]
+
+
+def change(before, after, measure, captions):
+    """Paired difference of a measure and its error, over the videos of which both are known: diversity needs another one."""
+    known = (before[measure].isfinite() & after[measure].isfinite()).tolist()
+    if not any(known):
+        return math.nan, math.nan
+    rows = [i for i, is_known in enumerate(known) if is_known]
+    return paired({measure: before[measure][rows]}, {measure: after[measure][rows]}, measure, [captions[i] for i in rows])
+
+
+def counts(difference, error):
+    """Whether a difference is beyond its noise; never where its error is not known."""
+    return math.isfinite(error) and abs(difference) > ERRORS * error
+
+
+def find_turn(tables, prompts, watched):
+    """
+    The first evaluation at which a watched measure has turned, by the rule above, as a Turn; None if there is none.
+
+    tables: as above; prompts: {set: captions}, those of the videos; watched: names of measures.
+    """
+    steps, pooled = sorted(tables) if watched else [], {}
+    for step in steps:
+        pooled[step], captions = pool(tables[step], prompts)
+    for i, step in enumerate(steps[1:], 1):
+        reward = change(pooled[steps[0]], pooled[step], "reward", captions)
+        if reward[0] > 0 and counts(*reward):
+            found = []
+            for name in watched:
+                since = steps[0] if name in LIMITS else highest(pooled, steps[:i], name)
+                difference = change(pooled[since], pooled[step], name, captions)
+                if is_worse(name, *difference, mean(pooled[since][name])):
+                    found.append((name, since, difference))
+            if found:
+                return Turn(step, found, reward)
+    return None
+
+
+def mean(values):
+    """Of those that are known (n,); nan if none is."""
+    return values[values.isfinite()].mean().item()
+
+
+def highest(pooled, steps, name):
+    """The step of the highest mean of a score; the first of them if none is known."""
+    means = {step: mean(pooled[step][name]) for step in steps}
+    return max((step for step in steps if math.isfinite(means[step])), key=means.get, default=steps[0])
+
+
+def is_worse(name, difference, error, first):
+    """Whether a difference counts, is in the direction that is worse, and beyond what LIMITS allows of the `first` value."""
+    direction, share = LIMITS.get(name, (-1, 0.))
+    return counts(difference, error) and difference * (direction or difference) > 0 and abs(difference) > share * abs(first)
+
+
+def best_step(rewards, turn):
+    """
+    The step whose adapter is best.safetensors: the one with the highest mean reward, of the evaluations before the turn.
+
+    rewards: {step: mean reward of an evaluation, -inf if it is not finite} in order. The first of equal ones; None for none.
+    """
+    before = [step for step in rewards if rewards[step] > -math.inf and (turn is None or step < turn.step)]
+    return max(before, key=rewards.get, default=None)

@@ -29,7 +29,8 @@ import lora
 import model
 import reward
 import train
-from formats import adapters, clip_configs, names, weights, words
+from formats import adapters, names, weights, words
+from formats import reward_model as clip_configs
 from formats import tensors as published
 from model import Autoencoder, Base, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig, decode_frames, load_base
 from support import ranks as processes

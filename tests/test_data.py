@@ -18,11 +18,12 @@ from safetensors import safe_open
 
 import data
 from data import ClipConfig, LatentDataset, batch_indices, encode_captions, encode_clips, epoch_order, sample_posterior
-from support import cache, videos
+from support import clips as cache
 from support import clips as clip_lists
 from support import ranks as processes
+from support import videos
 from support.clips import Clip, read_list, usable_clips
-from support.seeds import sample_generator
+from support.ranks import sample_generator
 from support.videos import read_clip
 
 SMALL = ClipConfig(num_frames=4, height=16, width=16, starts=3)

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 import train
 from formats.mixture import check_rewards, load_mixture
-from support import guard, watch
 from support import run as run_folder
+from support import tables as guard
+from support import tables as watch
 from support.tables import paired, summary
 from tiny import judge, study_tables
 

@@ -207,7 +207,7 @@ def test_where_projections_stand():
               "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k": ("down 1", "to the caption"),
               "mid_block.attentions.0.transformer_blocks.0.attn1.to_v": ("middle", "within a frame"),
               "up_blocks.0.temp_attentions.1.transformer_blocks.0.attn2.to_out.0": ("up 0", "across frames")}
-    from pages.step import block_and_kind, unet_table
+    from explain import block_and_kind, unet_table
     assert {path: block_and_kind(path) for path in places} == places
     blocks, projections = unet_table(dict.fromkeys(places, 2.))
     assert blocks["up 0"]["across frames"] == .25 and projections == dict.fromkeys("qkv", .25) | {"out": .25}

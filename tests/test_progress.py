@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from support import progress as module
-from support.progress import progress
+from support import ranks as module
+from support.ranks import progress
 
 ROOT = Path(__file__).resolve().parent.parent
 

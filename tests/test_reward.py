@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from formats import hps_package
-from formats.frames import clip_normalize, letterbox, limit, stretch
+from formats.reward_model import clip_normalize, letterbox, limit, stretch
 from reward import HPSv2, aggregate, first_frames, load_hpsv2, segment_frames, tar_weights
 
 # ViT-H-14's structure, small: 28 x 28 pictures in patches of 7, the real vocabulary.

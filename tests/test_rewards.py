@@ -20,11 +20,20 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import CenterCrop, InterpolationMode, Normalize, Resize
 
-from formats.clip_configs import SMALL_CLIP
 from formats.exact_scores import scoring_exactly
-from formats.frames import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, crop_centre, fit_within, spread_frames
 from formats.mixture import Mixture, check_rewards, measure, read_mixture, sees_whole_clips
-from formats.reward_model import LinearHead, RewardModel
+from formats.reward_model import (
+    CLIP_MEAN,
+    CLIP_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    SMALL_CLIP,
+    LinearHead,
+    RewardModel,
+    crop_centre,
+    fit_within,
+    spread_frames,
+)
 from reward import HPSv2, aggregate, load_reward, load_rewards, tar_weights
 from rewards import aesthetic, imagereward, pickscore, videomae, vjepa, yolos
 from rewards.hub import SIZES

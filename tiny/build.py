@@ -42,7 +42,7 @@ from model import (  # noqa: E402
 )
 from rewards import action, removal  # noqa: E402
 from sampler import add_noise, alpha_bars, edit, guided_eps, sample  # noqa: E402
-from support.progress import progress  # noqa: E402
+from support.ranks import progress  # noqa: E402
 from tiny import world  # noqa: E402
 from tiny.judge import Judge, judge_clips, labels, load_judge  # noqa: E402
 

@@ -2,8 +2,7 @@
 import torch
 
 from data import LatentDataset
-from support.progress import progress
-from support.ranks import is_main_process
+from support.ranks import is_main_process, progress
 from tiny.world import make_clip, scenes
 
 CLIP_SEED = 2_000_000  # evaluation noise has other seeds

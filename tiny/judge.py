@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from formats.tensors import load_strict, read_tensors
-from support.watch import saturation, sharpness
+from support.tables import saturation, sharpness
 from tiny import world
 
 SHAPES = (*world.SHAPES, "stripes")
@@ -74,8 +74,8 @@ def pixel_measures(clips):
     Clips (B, F, 3, H, W) in [0, 1] -> {measure: (B,)}.
 
     watermark   contrast of the band's dashes in the time average of the clip; 0.00 without a band, 0.25 to 0.4 with one
-    sharpness   support.watch.sharpness, off the band; blur and wash-out both lower it
-    saturation  support.watch.saturation
+    sharpness   support.tables.sharpness, off the band; blur and wash-out both lower it
+    saturation  support.tables.saturation
     noise       quartile of changes of a pixel between frames: the background's, where only the light changes, slowly
     motion      change of saturation over four frames, relative to all saturation; near 0 when nothing moves
     """

@@ -21,7 +21,7 @@ from model import decode_frames, load_base
 from reward import load_reward
 from sampler import GUIDANCE
 from support.files import read_json, write_whole
-from support.progress import progress
+from support.ranks import progress
 from support.settings import first_given, to_json
 from support.tables import paired, summary
 from support.videos import to_pixels

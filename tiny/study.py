@@ -33,10 +33,9 @@ from evaluate import REPORT_SEED  # noqa: E402
 from model import load_base  # noqa: E402
 from reward import load_reward  # noqa: E402
 from support.files import read_json, write_whole  # noqa: E402
-from support.pictures import write_comparison_gif, write_png  # noqa: E402
-from support.reports import versions  # noqa: E402
+from support.pictures import versions, write_comparison_gif, write_png  # noqa: E402
+from support.ranks import sample_generator  # noqa: E402
 from support.run import MOVING, SHOWN  # noqa: E402
-from support.seeds import sample_generator  # noqa: E402
 from support.settings import to_json  # noqa: E402
 from support.tables import number, summary  # noqa: E402
 from support.videos import to_pixels, write_video  # noqa: E402

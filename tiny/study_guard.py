@@ -1,20 +1,18 @@
 """
 The study of the guard: on runs that cheat rather than collapse, is what it keeps as good as the best of the run?
 
-The judge is the referee: one score of each video, fixed before these runs (support.watch.add_judge). Each run is looked at by
+The judge is the referee: one score of each video, fixed before these runs (support.tables.add_judge). Each run is looked at by
 three rules, all from the tables of its evaluations: the highest reward, which a run keeps that watches nothing; the guard that
 watches the judge; and the guard that watches measures of pixels alone, as it can for any base. The guard's own settings
-(support/guard.py) were fixed before these runs, too. What a rule keeps should be within 2% of the run's best score. The best is
+(support/tables.py) were fixed before these runs, too. What a rule keeps should be within 2% of the run's best score. The best is
 the highest of several noisy means, so it is a little too high: that makes the test harder, not easier.
 """
 from matplotlib.figure import Figure
 
 from evaluate import prompt_sets
 from support.files import write_whole
-from support.guard import best_step, find_turn, mean, pool
 from support.run import mean_rewards, read_metrics, read_tables
-from support.tables import summary
-from support.watch import JUDGE, measured_names
+from support.tables import JUDGE, best_step, find_turn, mean, measured_names, pool, summary
 from tiny.lab import differences
 from tiny.study_tables import as_lines, conditions
 

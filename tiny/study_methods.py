@@ -20,8 +20,8 @@ from evaluate import prompt_sets
 from generate import generate
 from model import decode_frames
 from support.files import read_json, write_whole
-from support.progress import progress
-from support.reports import versions
+from support.pictures import versions
+from support.ranks import progress
 from support.run import read_metrics
 from support.videos import to_pixels, write_video
 from tiny import world
