@@ -14,7 +14,6 @@ import torch.nn.functional as F_
 from support.files import write_text, write_whole
 from support.ranks import progress, rank_and_size
 from support.tables import json_numbers, number, with_error
-from support.tradeoff import draw_tradeoff
 
 
 def strip(video, segments=4, zoom=None):
@@ -189,13 +188,12 @@ def as_markdown(results, reward_name):
     return markdown(rows)
 
 
-def save_evaluation(cfg, results, sheets, sets, models, reward_name, apart, watched=()):
+def save_evaluation(cfg, results, sheets, sets, models, reward_name, apart):
     """
     Write the report into cfg.out and print its table.
 
     results: rows of set, num_steps, guidance, model, measures and differences. sheets: {set: [videos (k, F, 3, H, W) of each
     model]}. sets: {set: prompts}. models: their names. apart: distances from the hpsv2 package's own scores, if it was asked.
-    watched: names of measures; with several strengths of the adapter the reward is drawn against them.
     """
     report = {"command": shlex.join(["python", "evaluate.py", *sys.argv[1:]]), "reward": reward_name, "seed": cfg.seed,
               "versions": versions(), "results": results}
@@ -207,10 +205,9 @@ def save_evaluation(cfg, results, sheets, sets, models, reward_name, apart, watc
     write_text(cfg.out / "table.md", table)
     if cfg.sheet:
         columns = [torch.cat([videos[k] for videos in sheets.values()]) for k in range(len(models))]
-        captions = [prompt for name in sheets for prompt in sets[name][:cfg.sheet]]
+        captions = []
+        for name in sheets:
+            captions += sets[name][:cfg.sheet]
         write_png(cfg.out / "sheet.png", contact_sheet(columns, captions, models))
-    if len(models) > 2:
-        draw_tradeoff(json_numbers(results), reward_name, watched, cfg.out / "tradeoff.png")
     print(table)
-    pictures = (", sheet.png" if cfg.sheet else "") + (", tradeoff.png" if len(models) > 2 else "")
-    print(f"written: {cfg.out}/table.md, table.json{pictures}")
+    print(f"written: {cfg.out}/table.md, table.json{', sheet.png' if cfg.sheet else ''}")

@@ -41,19 +41,6 @@ def load_judge(path):
     return load_strict(Judge(), read_tensors(path), path, torch.float32)
 
 
-def find_judge(base, frames, height, width, prompts=()):
-    """judge(clips, captions) if this base has one beside it, and clips and all prompts are of this world, else None."""
-    file = base.folder and base.folder / "judge.safetensors"
-    if not file or not file.is_file() or (frames, height, width) != (world.FRAMES, world.SIZE, world.SIZE):
-        return None
-    try:
-        [world.parse(prompt) for prompt in prompts]
-    except ValueError:
-        return None
-    judge = load_judge(file).to(base.device)
-    return lambda clips, captions: judge_clips(judge, clips, captions)
-
-
 def labels(scenes):
     """What each classifier should say: three (B,) tensors of class numbers."""
     names = (tuple(world.COLOURS), SHAPES, DIRECTIONS)
