@@ -5,6 +5,7 @@ Means with their errors. Differences are paired: the same prompt and the same no
 """
 import math
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
 import torch
 from torch.nn import functional as F_
@@ -53,6 +54,23 @@ def paired(before, after, measure="reward", clusters=None):
     if groups < 2:
         return mean.item(), math.nan
     return mean.item(), (groups / (groups - 1) * sum(s * s for s in sums.values())) ** .5 / len(d)
+
+
+def over_seeds(label, rows):
+    """
+    Rows of several training seeds as one: means of measures, of gains, and of the gains' errors over prompts.
+
+    "spread" is the standard deviation over the seeds of each measure's gain.
+    """
+    measures = {key: fmean(row["measures"][key] for row in rows) for key in rows[0]["measures"]}
+    differences = {}
+    spread = {}
+    for key in rows[0].get("differences", {}):
+        gains = [row["differences"][key][0] for row in rows]
+        errors = [row["differences"][key][1] for row in rows]
+        differences[key] = fmean(gains), fmean(errors)
+        spread[key] = stdev(gains) if len(rows) > 1 else None
+    return rows[0] | {"label": label, "measures": measures, "differences": differences, "spread": spread, "seeds": len(rows)}
 
 
 def with_error(value, error, sign=""):
