@@ -5,8 +5,8 @@ The studies in the tiny world: a few training runs each, measured on the same pr
     python -m tiny.study report        # write the tables and pictures alone, from tiny/studies/*.json
     python -m tiny.study evolution     # draw docs/evolution.png and docs/too_long.png, which need runs of their own
 
-STUDIES lists every run. Each is trained and measured once and kept in out/studies, so a study that was stopped goes on where it
-stood when it is started again. Studies with one training seed show trends; the headline says how much seeds differ.
+Each run of STUDIES is trained and measured once and kept in out/studies, so a study that was stopped goes on from there when it
+is started again. Studies with one training seed show trends; the headline says how much seeds differ.
 """
 import sys
 
@@ -17,6 +17,7 @@ if not __package__:
 import importlib
 import json
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -85,30 +86,28 @@ STUDIES = {
     "guard": {
         "highest reward": ("train", CHEATING, THREE),
         "guard, judge watched": ("train", f"{CHEATING} --watch judge", THREE),
-        "guard, pixels watched": ("train", f"{CHEATING} --watch pixels", THREE)},
-}
+        "guard, pixels watched": ("train", f"{CHEATING} --watch pixels", THREE)}}
 # What evaluate.py is told. Other studies measure 64 videos of in_domain, with D = 20, at the base's own guidance.
 MEASURED = {
     "headline": "", "methods": "--count 32", "guard": "--watch judge", "chain": f"{IN_DOMAIN} --num-steps 50",
     "short_chain": f"{IN_DOMAIN} --num-steps 20 50 --count 16", "guidance": f"{IN_DOMAIN} --guidance 1 1.5 2 3",
-    "rewards": f"{IN_DOMAIN} --count 32 --watch action:left --watch removal:watermark --watch {ROOT}/tiny/judge.py:left"}
-BEST = ("methods", "guard")  # these measure each run's best checkpoint, not its last
+    "rewards": f"{IN_DOMAIN} --count 32 --watch action:left --watch removal:watermark --watch tiny/judge.py:left"}
 
 
 def run_study(name):
     """Train and measure what is missing of a study, and write its file: a row for each label, prompt set, D and guidance."""
-    adapter = "best.safetensors" if name in BEST else "lora.safetensors"
+    adapter = "best.safetensors" if name in ("methods", "guard") else "lora.safetensors"  # the best checkpoint, or the last
     rows = []
     for label, (module_name, flags, seeds) in STUDIES[name].items():
         runs = [trained(module_name, f"{flags} --seed {seed}") for seed in seeds]
         reports = [measured(run, adapter, MEASURED.get(name, IN_DOMAIN)) for run in runs]
-        results = [report["results"] for report in reports]
         seconds = [sum(line.get("seconds", 0) for line in read_metrics(runs[0] / "metrics.jsonl"))]
         needs_base = not rows  # it is the same for all labels
-        for alike in zip(*results):  # the seeds' rows of one prompt set, D and guidance: of the base, then of the tuned model
-            if alike[0]["model"] == "base":
+        for alike in zip(*[report["results"] for report in reports]):  # the seeds' rows of one prompt set, D and guidance
+            if alike[0]["model"] == "base":  # its row comes before the tuned model's
                 base = alike[0] | {"label": "base"}
-                rows += [base] * needs_base
+                if needs_base:
+                    rows.append(base)
             else:
                 row = over_seeds(label, alike) | {"base_std": base["measures"]["reward_std"]}
                 rows.append(row | {"flags": f"{module_name} {flags}".strip(), "seconds": seconds})
@@ -122,8 +121,8 @@ def trained(module_name, flags):
     run = WORK / "-".join([module_name, *shlex.split(flags)]).replace("--", "").replace("/", "_")
     if not (run / "done").exists():
         write_inputs(flags)
-        resumed = (run / "config.json").exists()
-        argv = ["--resume", str(run)] if resumed else ["--eval-every", "0", *shlex.split(flags), "--out", str(run)]
+        new = ["--eval-every", "0", *shlex.split(flags), "--out", str(run)]
+        argv = ["--resume", str(run)] if (run / "config.json").exists() else new
         if status := importlib.import_module(module_name).main(argv):
             sys.exit(status)
         (run / "done").touch()
@@ -155,31 +154,26 @@ def write_inputs(flags):
                     write_text(hidden / f"{i:04d}.txt", caption)
 
 
-def drawn_clips(name, count=192):
+def drawn_clips(name):
     """(caption, video (F, 3, H, W)) of the world's own clips, flawed like web video; of "clips-clean" without any flaw."""
-    scenes = world.scenes("in_domain")
-    for i in range(count):
-        scene = scenes[i % len(scenes)]
+    for i, scene in enumerate(2 * world.scenes("in_domain")):
         yield scene.caption, world.make_clip(scene, clips.CLIP_SEED + i, {} if name == "clips-clean" else None)[0]
 
 
-def own_videos(count=192):
+def own_videos():
     """The same of videos that the base makes for these captions."""
-    scenes = world.scenes("in_domain")
-    captions = [scenes[i % len(scenes)].caption for i in range(count)]
     base = load_base("tiny")
-    for i, z_0 in generate(base, captions, range(6_000_000, 6_000_000 + count), guidance=base.guidance):
+    captions = [scene.caption for scene in 2 * world.scenes("in_domain")]
+    for i, z_0 in generate(base, captions, range(6_000_000, 6_000_000 + len(captions))):
         yield captions[i], decode_frames(base.vae, z_0[None])[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables and pictures, from the files alone. A table is {head of a column: what it shows of a row}.
-
 def for_each(keys, template):
-    """The columns of several measures or prompt sets."""
+    """The columns of a table for several measures or prompt sets."""
     return {key: template.replace("KEY", key) for key in keys}
 
 
+# What a table shows of a row: {head of a column: template}.
 MEASURES = ("watermark", "sharpness", "saturation", "noise", "motion", "fidelity", "steadiness", "colour", "shape", "direction",
             "static")  # the judge's
 EVERY_ROW = {
@@ -211,10 +205,7 @@ PICTURES = {  # {file in docs: (study, measure) of each panel}
 
 
 def read_rows(report):
-    """
-    The rows of a study's file with "before", each measure's value, and "error", of its gain: that over prompts or over seeds,
-    whichever is larger. Rows of one "group", which older files have for each seed, become one.
-    """
+    """The rows of a study's file with what else is shown. Rows of one "group", which older files have by seed, become one."""
     groups = {}
     for number, row in enumerate(report["rows"]):
         groups.setdefault(row.get("group", number), []).append(row)
@@ -224,7 +215,7 @@ def read_rows(report):
         for key, (gain, over_prompts) in row.get("differences", {}).items():
             spread = row.get("spread", {}).get(key) or 0
             row["before"][key] = row["measures"]["reward_mean" if key == "reward" else key] - gain
-            row["error"][key] = max(over_prompts, spread / row.get("seeds", 1) ** 0.5)
+            row["error"][key] = max(over_prompts, spread / row.get("seeds", 1) ** 0.5)  # the wider one
         if "base_std" in row:
             row["gain_in_base_std"] = row["differences"]["reward"][0] / row["base_std"]
             row["mean_seconds"] = fmean(row.get("seconds", [0]))
@@ -239,11 +230,9 @@ def read_rows(report):
 def filled(template, row):
     """A column's template with a row's values, up to the "±" behind which one is missing."""
     parts = []
-    for part in template.split(" ± "):
-        try:
+    with suppress(KeyError, TypeError):
+        for part in template.split(" ± "):
             parts.append(part.format_map(row))
-        except (KeyError, TypeError):
-            break
     return " ± ".join(parts)
 
 
@@ -273,8 +262,7 @@ def write_report():
     """Replace what stands between the markers <!-- study NAME --> and <!-- end --> in the pages, and draw the pictures."""
     reports = {file.stem: read_json(file) for file in sorted(RESULTS.glob("*.json"))}
     pages = [ROOT / "README.md", ROOT / "tiny" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    tables = {name: (name, EVERY_ROW) for name in reports} | TABLES
-    for marker, (name, columns) in tables.items():
+    for marker, (name, columns) in ({name: (name, EVERY_ROW) for name in reports} | TABLES).items():
         if name in reports:
             start = f"<!-- study {marker} -->\n"
             page = next((page for page in pages if start in page.read_text()), None)
