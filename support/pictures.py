@@ -175,7 +175,7 @@ def draw_gains(panels, path):
         axis.set_ylim(len(labels) - 0.5, -0.5)
         axis.margins(x=0.08)
         axis.grid(axis="x", lw=0.4)
-        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
     with write_whole(path) as hidden:
         figure.savefig(hidden, dpi=90, format="png")
 
