@@ -154,14 +154,14 @@ def draw_gains(panels, path):
     Panels (title, rows, measure), three side by side: how much each row changed the measure, with the error of that.
 
     rows: {label, set, num_steps, differences {measure: (change, its error over prompts)}, error {measure: the one to draw}}.
-    A label's prompt sets and D have colours. Rows without the measure are left out.
+    Colours tell prompt sets and D apart. Rows without an error of the measure are left out.
     """
     from matplotlib.figure import Figure  # not pyplot: no window system is wanted
     columns = min(3, len(panels))
     figure = Figure(figsize=(5.3 * columns, 4 * -(-len(panels) // 3)), layout="constrained")
     for place, (title, rows, measure) in enumerate(panels, 1):
         axis = figure.add_subplot(-(-len(panels) // 3), columns, place)
-        rows = [row for row in rows if measure in row.get("differences", {})]
+        rows = [row for row in rows if measure in row["error"]]
         labels = list(dict.fromkeys(row["label"] for row in rows))
         kinds = list(dict.fromkeys(f"{row['set']}, D = {row['num_steps']}" for row in rows))
         for i, kind in enumerate(kinds):

@@ -5,7 +5,6 @@ Means with their errors. Differences are paired: the same prompt and the same no
 """
 import math
 from dataclasses import dataclass
-from statistics import fmean, stdev
 
 import torch
 from torch.nn import functional as F_
@@ -58,19 +57,27 @@ def paired(before, after, measure="reward", clusters=None):
 
 def over_seeds(label, rows):
     """
-    Rows of several training seeds as one: means of measures, of gains, and of the gains' errors over prompts.
+    Rows {measures, differences, ...} of several training seeds as one: means of measures, of gains and of the gains' errors.
 
-    "spread" is the standard deviation over the seeds of each measure's gain.
+    "spread" is the standard deviation over the seeds of each measure's gain. The error over prompts of a mean over seeds is at
+    most the mean of the seeds' errors.
     """
-    measures = {key: fmean(row["measures"][key] for row in rows) for key in rows[0]["measures"]}
+    measures = {}
+    for key in rows[0]["measures"]:
+        measures[key] = column([row["measures"][key] for row in rows]).mean().item()
     differences = {}
     spread = {}
     for key in rows[0].get("differences", {}):
-        gains = [row["differences"][key][0] for row in rows]
-        errors = [row["differences"][key][1] for row in rows]
-        differences[key] = fmean(gains), fmean(errors)
-        spread[key] = stdev(gains) if len(rows) > 1 else None
+        gains = column([row["differences"][key][0] for row in rows])
+        errors = column([row["differences"][key][1] for row in rows])
+        differences[key] = gains.mean().item(), errors.mean().item()
+        spread[key] = gains.std().item() if len(rows) > 1 else None
     return rows[0] | {"label": label, "measures": measures, "differences": differences, "spread": spread, "seeds": len(rows)}
+
+
+def column(values):
+    """Numbers as JSON has them -> (n,) float64."""
+    return torch.tensor([number(value) for value in values], dtype=torch.float64)
 
 
 def with_error(value, error, sign=""):

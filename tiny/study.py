@@ -41,7 +41,8 @@ from tiny import clips, world
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tiny" / "studies"
 WORK = Path("out/studies")  # of runs and what they read; a run made with other weights has to be removed by hand
-ONE, THREE = (0,), (0, 1, 2)  # training seeds
+ONE = (0,)  # training seeds
+THREE = (0, 1, 2)
 IN_DOMAIN = f"--prompts in_domain={WORK}/in_domain.txt"
 SEEN = f"{IN_DOMAIN} --eval-count 16 --eval-every"  # by which a run's best checkpoint is chosen
 CHEATING = "--steps 200 --lr 0.004 --eval-every 20 --eval-count 16"  # five times the default's steps, twice its rate
@@ -87,8 +88,7 @@ STUDIES = {
         "highest reward": ("train", CHEATING, THREE),
         "guard, judge watched": ("train", f"{CHEATING} --watch judge", THREE),
         "guard, pixels watched": ("train", f"{CHEATING} --watch pixels", THREE)}}
-# What evaluate.py is told. Other studies measure 64 videos of in_domain, with D = 20, at the base's own guidance.
-MEASURED = {
+MEASURED = {  # what evaluate.py is told; for other studies 64 videos of in_domain, D = 20, the base's own guidance
     "headline": "", "methods": "--count 32", "guard": "--watch judge", "chain": f"{IN_DOMAIN} --num-steps 50",
     "short_chain": f"{IN_DOMAIN} --num-steps 20 50 --count 16", "guidance": f"{IN_DOMAIN} --guidance 1 1.5 2 3",
     "rewards": f"{IN_DOMAIN} --count 32 --watch action:left --watch removal:watermark --watch tiny/judge.py:left"}
@@ -101,7 +101,7 @@ def run_study(name):
     for label, (module_name, flags, seeds) in STUDIES[name].items():
         runs = [trained(module_name, f"{flags} --seed {seed}") for seed in seeds]
         reports = [measured(run, adapter, MEASURED.get(name, IN_DOMAIN)) for run in runs]
-        seconds = [sum(line.get("seconds", 0) for line in read_metrics(runs[0] / "metrics.jsonl"))]
+        seconds = sum(line.get("seconds", 0) for line in read_metrics(runs[0] / "metrics.jsonl"))
         needs_base = not rows  # it is the same for all labels
         for alike in zip(*[report["results"] for report in reports]):  # the seeds' rows of one prompt set, D and guidance
             if alike[0]["model"] == "base":  # its row comes before the tuned model's
@@ -109,8 +109,8 @@ def run_study(name):
                 if needs_base:
                     rows.append(base)
             else:
-                row = over_seeds(label, alike) | {"base_std": base["measures"]["reward_std"]}
-                rows.append(row | {"flags": f"{module_name} {flags}".strip(), "seconds": seconds})
+                base_std = base["measures"]["reward_std"]
+                rows.append(over_seeds(label, alike) | {"base_std": base_std, "flags": flags, "seconds": [seconds]})
     report = {"command": f"python -m tiny.study {name}", "reward": reports[0]["reward"], "evaluation_seed": reports[0]["seed"],
               "versions": reports[0]["versions"], "rows": rows}
     write_text(RESULTS / f"{name}.json", json.dumps(json_numbers(report), indent=1) + "\n")
@@ -213,16 +213,18 @@ def read_rows(report):
     for group, alike in groups.items():
         row = (over_seeds(group, alike) if "group" in alike[0] else alike[0]) | {"before": {}, "error": {}}
         for key, (gain, over_prompts) in row.get("differences", {}).items():
-            spread = row.get("spread", {}).get(key) or 0
-            row["before"][key] = row["measures"]["reward_mean" if key == "reward" else key] - gain
-            row["error"][key] = max(over_prompts, spread / row.get("seeds", 1) ** 0.5)  # the wider one
+            if over_prompts is not None:  # of a single prompt it is not known
+                spread = row.get("spread", {}).get(key) or 0
+                row["before"][key] = row["measures"]["reward_mean" if key == "reward" else key] - gain
+                row["error"][key] = max(over_prompts, spread / row.get("seeds", 1) ** 0.5)  # the wider one
         if "base_std" in row:
             row["gain_in_base_std"] = row["differences"]["reward"][0] / row["base_std"]
-            row["mean_seconds"] = fmean(row.get("seconds", [0]))
+        if "seconds" in row:
+            row["mean_seconds"] = fmean(row["seconds"])
         if "curves" in row:  # evaluations while training
             best = [max(curve, key=lambda point: point["measures"]["reward_mean"]) for curve in row["curves"]]
-            row["diversity"] = fmean(point["measures"]["pixel_diversity"] for point in best)
-            row["scored"] = row["videos_scored"][-1]
+            diversity = fmean(point["measures"]["pixel_diversity"] for point in best)
+            row |= {"diversity": diversity, "scored": row["videos_scored"][-1]}
         rows.append(row)
     return rows
 
@@ -255,7 +257,7 @@ def as_table(name, report, columns):
     table = [f"`python -m tiny.study {name}`, {videos}, torch {report['versions']['torch']}:", ""]
     for cells in (shown, ["---"] * len(shown), *zip(*shown.values())):
         table.append("| " + " | ".join(cells) + " |")
-    return "\n".join(table)
+    return "\n".join(table[2:] if columns is METHODS_SUMMARY else table)  # of which the README's text says the rest
 
 
 def write_report():
@@ -265,12 +267,12 @@ def write_report():
     for marker, (name, columns) in ({name: (name, EVERY_ROW) for name in reports} | TABLES).items():
         if name in reports:
             start = f"<!-- study {marker} -->\n"
-            page = next((page for page in pages if start in page.read_text()), None)
-            if page is None:
+            found = [page for page in pages if start in page.read_text()]
+            if not found:
                 raise ValueError(f"no page has the marker {start.strip()}")
-            before, _, rest = page.read_text().partition(start)
+            before, _, rest = found[0].read_text().partition(start)
             after = rest.partition("<!-- end -->")[2]
-            write_text(page, f"{before}{start}{as_table(name, reports[name], columns)}\n<!-- end -->{after}")
+            write_text(found[0], f"{before}{start}{as_table(name, reports[name], columns)}\n<!-- end -->{after}")
     for picture, panels in PICTURES.items():
         shown = [(name, read_rows(reports[name]), measure) for name, measure in panels if name in reports]
         if shown:
@@ -279,9 +281,8 @@ def write_report():
 
 def draw_evolution():
     """docs/evolution.png and too_long.png: the same videos at several steps of a run."""
-    for name, flags, steps in (("evolution", "--eval-every 10", (0, 10, 20, 30, 40)),
-                               ("too_long", "--steps 200 --lr 0.01 --eval-every 40", (0, 40, 200))):
-        run = trained("train", f"{flags} --eval-count 2")
+    for name, flags, steps in (("evolution", "10", range(0, 50, 10)), ("too_long", "40 --steps 200 --lr 0.01", (0, 40, 200))):
+        run = trained("train", f"--eval-count 2 --eval-every {flags}")
         pictures = [iio.imread(run / "samples" / f"step_{step:06d}.png") for step in steps]
         write_png(ROOT / "docs" / f"{name}.png", np.concatenate(pictures, axis=1))
 
@@ -289,10 +290,8 @@ def draw_evolution():
 def main(studies: tyro.conf.Positional[tuple[Literal[(*STUDIES, "evolution", "report")], ...]] = ()):
     """What the command line asks for, in its order, then all tables and pictures."""
     for name in studies:
-        if name in STUDIES:
-            run_study(name)
-        elif name == "evolution":
-            draw_evolution()
+        if name != "report":
+            draw_evolution() if name == "evolution" else run_study(name)
     write_report()
 
 
