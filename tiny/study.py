@@ -195,7 +195,7 @@ METHODS_SUMMARY = {  # of a line that has the row of each prompt set
     "spread over seeds": "{in_domain[spread][reward]:.3f}", "s": "{in_domain[mean_seconds]:.0f}"}
 METHODS = METHODS_SUMMARY | {
     "rate": "{in_domain[rate]:g}", "steps": "{in_domain[steps]}", "videos scored": "{curve[scored]}",
-    **for_each(MEASURES, "{in_domain[measures][KEY]:.3f}"), "diversity": "{curve[diversity]:.3f}"}
+    **for_each(MEASURES, "{in_domain[measures][KEY]:.3f}"), "diversity": "{curve[diversity]}"}
 TABLES = {"summary": ("headline", SUMMARY), "methods": ("methods", METHODS), "methods summary": ("methods", METHODS_SUMMARY)}
 PICTURES = {  # {file in docs: (study, measure) of each panel}
     "studies": [(name, "reward") for name in ("headline", "tau", "short_chain", "lambda", "quality", "too_long")],
@@ -223,8 +223,9 @@ def read_rows(report):
             row["mean_seconds"] = fmean(row["seconds"])
         if "curves" in row:  # evaluations while training
             best = [max(curve, key=lambda point: point["measures"]["reward_mean"]) for curve in row["curves"]]
+            before = row["curves"][0][0]["measures"]["pixel_diversity"]
             diversity = fmean(point["measures"]["pixel_diversity"] for point in best)
-            row |= {"diversity": diversity, "scored": row["videos_scored"][-1]}
+            row |= {"diversity": f"{before:.3f} → {diversity:.3f}", "scored": row["videos_scored"][-1]}
         rows.append(row)
     return rows
 
