@@ -55,6 +55,31 @@ def paired(before, after, measure="reward", clusters=None):
     return mean.item(), (groups / (groups - 1) * sum(s * s for s in sums.values())) ** .5 / len(d)
 
 
+def over_seeds(label, rows):
+    """
+    Rows {measures, differences, ...} of several training seeds as one: means of measures, of gains and of the gains' errors.
+
+    "spread" is the standard deviation over the seeds of each measure's gain. The error over prompts of a mean over seeds is at
+    most the mean of the seeds' errors.
+    """
+    measures = {}
+    for key in rows[0]["measures"]:
+        measures[key] = column([row["measures"][key] for row in rows]).mean().item()
+    differences = {}
+    spread = {}
+    for key in rows[0].get("differences", {}):
+        gains = column([row["differences"][key][0] for row in rows])
+        errors = column([row["differences"][key][1] for row in rows])
+        differences[key] = gains.mean().item(), errors.mean().item()
+        spread[key] = gains.std().item() if len(rows) > 1 else None
+    return rows[0] | {"label": label, "measures": measures, "differences": differences, "spread": spread, "seeds": len(rows)}
+
+
+def column(values):
+    """Numbers as JSON has them -> (n,) float64."""
+    return torch.tensor([number(value) for value in values], dtype=torch.float64)
+
+
 def with_error(value, error, sign=""):
     """Both as text; the error of a single video is not 0, there is none."""
     return f"{value:{sign}.4f} ± {error:.4f}" if math.isfinite(error) else f"{value:{sign}.4f} ± undefined"

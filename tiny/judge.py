@@ -9,6 +9,7 @@ has to tell five shapes apart, and calls a square with hollow sides a square; fi
 Letters: B clips, F frames, H and W pixel rows and columns.
 """
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -39,6 +40,16 @@ class Judge(nn.Module):
 def load_judge(path):
     """The shipped judge from a safetensors file, frozen. ValueError if it is another file, or damaged."""
     return load_strict(Judge(), read_tensors(path), path, torch.float32)
+
+
+def left(frames, captions):
+    """1 for a clip (B, F, 3, H, W) that the judge sees move left, whatever its caption says, else 0 -> (B, 1). To be watched."""
+    judge = load_judge(Path(__file__).parent / "weights" / "judge.safetensors").to(frames.device)
+    return (judge(frames)[2].argmax(dim=1) == DIRECTIONS.index("left")).float()[:, None]
+
+
+left.name = "left"  # in tables; as a reward it is called for with --watch tiny/judge.py:left
+left.num_frames = world.FRAMES
 
 
 def labels(scenes):
