@@ -56,7 +56,8 @@ class Run:
         self.lines, self.optimizer, self.optimizer_state, self.bar, self.board = [], None, None, None, None
         self.writes = is_main_process()
         check_alike("clips", data)
-        self.record = {"launch": launch(), "data": data, "watched": self.watched, "changes": []}
+        self.record = {"launch": launch(), "data": data, "watched": self.watched, "prompts": prompts,
+                       "changes": []}
         if resumed:
             self.take_up(on_rank_0(self.read_folder))
         if self.writes:
