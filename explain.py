@@ -123,12 +123,19 @@ class Setup:
 
     @torch.no_grad()
     def edit(self, tau):
-        """The clip's edit, its reward R and the plain mean reward of its frames."""
+        """The clip noised to t_noi and its edit, and what the page says of them, R of Eq. (8) among it."""
         cfg = self.cfg
+        t_noi = noise_step(tau, cfg.num_steps)
+        noised = add_noise(self.z, self.eps, t_noi, alpha_bars())
         z_0 = edit(self.base.denoiser, self.z, self.eps, self.text, self.uncond, tau, cfg.num_steps,
                    cfg.guidance)
         R, logged = train.video_rewards(self.base, self.reward, z_0, self.g, self.captions, cfg)
-        return z_0, {"R": R.item(), "reward": logged["reward"].item()}
+        return noised, z_0, {"tau": tau, "t": t_noi, "steps": edit_steps(tau, cfg.num_steps), "R": R.item(),
+                             "reward": logged["reward"].item(), "noised": self.show(noised), "edit": self.show(z_0)}
+
+    def rewards(self, batch, cfg):
+        """train.edit_rewards, with this setup's networks."""
+        return train.edit_rewards(self.base, self.reward, self.uncond, batch, cfg)
 
     def train_one_step(self):
         """train.train itself, for one step, which moves the adapters: the numbers that it logs."""
@@ -136,21 +143,22 @@ class Setup:
         run = SimpleNamespace(steps=lambda optimizer: [self.cfg.step], stop=lambda: False,
                               finish_step=lambda step, numbers, finite, stopping: logged.append(numbers))
         train.train(self.cfg, self.parameters, lambda step: self.batch,
-                    lambda part: train.edit_rewards(self.base, self.reward, self.uncond, part, self.cfg), run)
+                    lambda part: self.rewards(part, self.cfg), run)
         return logged[0]
 
     def gradient(self, grad_steps):
-        """For this K: the adapters' gradient, {path of a projection: its squared norm}, and seconds."""
+        """For this K: the adapters' gradient, and what the page says of it but for the cosine."""
         self.base.unet.zero_grad()
         started = time.perf_counter()
-        cfg = replace(self.cfg, grad_steps=grad_steps)
-        R, _ = train.edit_rewards(self.base, self.reward, self.uncond, self.batch, cfg)
+        R, _ = self.rewards(self.batch, replace(self.cfg, grad_steps=grad_steps))
         (-R.mean()).backward()                                                # Eq. (9)
         seconds = time.perf_counter() - started
         squares = {}
         for path, layer in lora.layers(self.base.unet).items():
             squares[path] = sum(p.grad.square().sum().item() for p in (layer.lora_A, layer.lora_B))
-        return torch.cat([p.grad.flatten() for p in self.parameters]), squares, seconds
+        blocks, projections = gradient_shares(squares)
+        return torch.cat([p.grad.flatten() for p in self.parameters]), {
+            "norm": sum(squares.values()) ** .5, "seconds": seconds, "blocks": blocks, "projections": projections}
 
     def scored(self, z_0, segments):
         """
@@ -187,69 +195,52 @@ def source_lines():
     return [(line, next((panel for words, panel in PANELS.items() if words in line), "")) for line in lines]
 
 
-def try_grad_steps(setup, most):
-    """The step's gradient with other K, of `most` at most: {K: its length, its cosine with the smallest K's,
-    where in the network it is}."""
-    sweep = {}
-    for K in sorted({k for k in GRAD_STEPS if k <= most} | {setup.cfg.grad_steps}):
-        gradient, squares, seconds = setup.gradient(K)
-        if not sweep:
-            smallest = gradient
-        blocks, projections = gradient_shares(squares)
-        cosine = torch.cosine_similarity(gradient, smallest, dim=0).item()
-        sweep[K] = {"norm": gradient.norm().item(), "cosine": cosine, "seconds": seconds, "blocks": blocks,
-                    "projections": projections}
-    return sweep
-
-
 def explain(setup):
     """Everything that pages/templates/explain.html shows, and what the strip shows."""
     started = time.perf_counter()
     cfg = setup.cfg
-    first = edit_steps(cfg.tau, cfg.num_steps)
-    t_noi = noise_step(cfg.tau, cfg.num_steps)
-    abar = alpha_bars()[t_noi].item()
 
-    # What the step would be with other K, tau, S and lambda; nothing here changes the adapters.
-    sweep = try_grad_steps(setup, first)
+    # What the step would be with other tau, K, S and lambda; nothing here changes the adapters.
     taus = []
     for tau in sorted({t for t in TAUS if round(t * cfg.num_steps)} | {cfg.tau}):
-        t = noise_step(tau, cfg.num_steps)
-        noised = add_noise(setup.z, setup.eps, t, alpha_bars())
-        edited, rewards = setup.edit(tau)
-        taus.append({"tau": tau, "t": t, "steps": edit_steps(tau, cfg.num_steps), "noised": setup.show(noised),
-                     "edit": setup.show(edited), **rewards})
+        noised, z_0, found = setup.edit(tau)
+        taus.append(found)
         if tau == cfg.tau:
-            z_0, z_noi, before = edited, noised, rewards
+            z_noi, edited, here = noised, z_0, found
+    first = here["steps"]
+    sweep = {}
+    for K in sorted({k for k in GRAD_STEPS if k <= first} | {cfg.grad_steps}):
+        gradient, found = setup.gradient(K)
+        if not sweep:
+            smallest = gradient
+        sweep[K] = found | {"cosine": torch.cosine_similarity(gradient, smallest, dim=0).item()}
     states = {}
     for segments in sorted({S for S in SEGMENTS if S <= cfg.frames} | {cfg.segments}):
-        states[segments], pictures = setup.scored(z_0, segments)
+        states[segments], pictures = setup.scored(edited, segments)
         if segments == cfg.segments:
             heats = pictures
     guesses = guess_clips(setup.base.denoiser, setup.z, setup.eps, setup.text, setup.uncond, cfg)
-    shown = [{"i": first - n, "t": t, "clip": setup.show(z), "gradient": first - n <= cfg.grad_steps}
-             for n, (t, z) in enumerate(guesses)]
 
     # The step itself, which moves the adapters.
     numbers = setup.train_one_step()
-    after = setup.edit(cfg.tau)[1]
-    frames = [picture_uri(picture) for picture in setup.pixels(z_0)]
     page = {"cfg": cfg, "caption": setup.captions[0], "reward": setup.reward.name, "versions": versions(),
-            "t_noi": t_noi, "first": first, "signal": abar ** .5, "noise": (1 - abar) ** .5, "real": setup.show(setup.z),
-            "noised": setup.show(z_noi), "edit": setup.show(z_0), "guesses": shown, "pictures": frames,
-            "source": source_lines(), "numbers": numbers, "before": before, "after": after, "sweep": sweep,
-            "taus": taus, "states": states, "seconds": time.perf_counter() - started}
+            "abar": alpha_bars()[here["t"]].item(), "real": setup.show(setup.z), "source": source_lines(),
+            "guesses": [{"i": first - n, "t": t, "clip": setup.show(z)} for n, (t, z) in enumerate(guesses)],
+            "pictures": [picture_uri(picture) for picture in setup.pixels(edited)], "numbers": numbers,
+            "here": here, "after": setup.edit(cfg.tau)[2], "sweep": sweep, "taus": taus, "states": states,
+            "seconds": time.perf_counter() - started}
 
     # The strip: the frames that were drawn, from the real clip to the gradient.
-    latents = [("real clip", "z", setup.z), ("noised", f"t = {t_noi}, Eq. 5", z_noi)]
+    latents = [("real clip", "z", setup.z), ("noised", f"t = {here['t']}, Eq. 5", z_noi)]
     for n in sorted({0, first // 3, 2 * first // 3}):
         latents.append((f"guess, step {first - n}", f"t = {guesses[n][0]}", guesses[n][1]))
-    latents.append(("the edit", "$z_0$", z_0))
+    latents.append(("the edit", "$z_0$", edited))
     mine = states[cfg.segments]
     columns = [(title, below, setup.pixels(z)[mine["g"]]) for title, below, z in latents]
     columns.append(("gradient of R", "on these pixels", heats))
-    strip = {"columns": columns, "g": mine["g"], "r": mine["r"], "caption": page["caption"],
-             "reward": page["reward"], **mine["lambdas"][f"{cfg.lambda_tar:g}"]}
+    weighted = mine["lambdas"][f"{cfg.lambda_tar:g}"]
+    strip = {"columns": columns, "g": mine["g"], "r": mine["r"], "f": weighted["f"], "R": weighted["R"],
+             "caption": page["caption"], "reward": page["reward"]}
     return page, strip
 
 

@@ -14,16 +14,14 @@ from support.tables import paired
 from support.videos import read_video
 
 COLUMNS = 5  # evaluations whose clips are shown: the first, the last, and some between
-CLIP = re.compile(r"(?:step_(\d{6})_)?((\d{4,})(?:-[a-z0-9-]*)?)")  # a clip's file, a run's or generate.py's
 
 
 class RunFiles:
     """
     One run folder, as its files tell it. ValueError if it holds no run.
 
-    tables: {step: {set: {measure: (n,)}}} of its evaluations. prompts: {set: captions} of these videos, {} for
-    runs from before run.json had them; then the names of files stand in for captions, and errors take every
-    video for independent evidence.
+    tables: {step: {set: {measure: (n,)}}} of its evaluations. prompts: {set: captions} of these videos; {} of
+    older runs, whose run.json has none: then file names stand in, and errors are not clustered by caption.
     """
 
     def __init__(self, folder):
@@ -45,18 +43,15 @@ class RunFiles:
 
     def clips(self, step):
         """The clips of an evaluation, the first few of each set: {name: {file, set, caption, score}}."""
-        files = clip_files(self.folder / "samples", step)
-        names = {int(CLIP.fullmatch(name)[3]): name for name in files}
-        found = {}
-        number = 0
+        expected = []
         for set_name, table in self.tables[step].items():
-            captions = self.prompts.get(set_name, [])
-            for index, score in enumerate(table["reward"][:SHOWN].tolist()):
-                name = names.get(number)
-                if name is not None:
-                    caption = captions[index] if captions else words_of(name)
-                    found[name] = {"file": files[name], "set": set_name, "caption": caption, "score": score}
-                number += 1
+            scores = table["reward"][:SHOWN].tolist()
+            captions = self.prompts.get(set_name, [None] * len(scores))
+            expected += [(set_name, caption, score) for caption, score in zip(captions, scores)]
+        found = {}
+        for name, file in clip_files(self.folder / "samples", f"step_{step:06d}_").items():
+            set_name, caption, score = expected[number_of(name)]
+            found[name] = {"file": file, "set": set_name, "caption": caption or words_of(name), "score": score}
         return found
 
     def difference(self, set_name, measure, step):
@@ -75,19 +70,24 @@ class RunFiles:
         return f"{said}; best.safetensors is step {guard.best_step(mean_rewards(self.lines), turn)}"
 
 
+def number_of(name):
+    """Which of all videos a clip is, by the name that support.videos.video_name gave it."""
+    return int(name.partition("-")[0])
+
+
 def words_of(name):
     """The words that the name of a clip has kept of its prompt; the name itself if there are none."""
     return name.partition("-")[2].replace("-", " ") or name
 
 
-def clip_files(folder, step=None):
-    """{name: file} of the clips of an evaluation, or of a folder that generate.py wrote; .gif where there is
-    no .mp4."""
+def clip_files(folder, prefix=""):
+    """{name: file} of the clips of a folder, of an evaluation by its prefix; .gif where there is no .mp4."""
     found = {}
-    for path in (*sorted(folder.glob("*.gif")), *sorted(folder.glob("*.mp4"))):
-        match = CLIP.fullmatch(path.stem)
-        if match and step == (int(match[1]) if match[1] else None):
-            found[match[2]] = path
+    for suffix in (".gif", ".mp4"):
+        for path in folder.glob(f"{prefix}*{suffix}"):
+            name = path.stem.removeprefix(prefix)
+            if re.fullmatch(r"\d{4,}(-[a-z0-9-]*)?", name):
+                found[name] = path
     return dict(sorted(found.items()))
 
 
@@ -128,7 +128,8 @@ def curves(runs):
             for name in sets:
                 charts.append((f"{title}, {name}", {run.name: curve(run, [name], measure) for run in runs}))
         else:
-            charts.append((f"{title}, mean over the sets", {run.name: curve(run, sets, measure) for run in runs}))
+            lines = {run.name: curve(run, sets, measure) for run in runs}
+            charts.append((f"{title}, mean over the sets", lines))
     return [line_chart(title, lines) for title, lines in charts if any(lines.values())]
 
 
@@ -159,37 +160,35 @@ def gain_rows(runs):
             measures = {}
             for name, values in before.items():
                 gain, error = run.difference(set_name, name, last)
-                std = values.std(correction=len(values) > 1).item()
                 after = run.tables[last][set_name][name].mean().item()
-                measures[name] = {"before": values.mean().item(), "after": after, "std": std, "gain": gain,
-                                  "error": error}
-            row = {"run": run.name, "set": set_name, "n": len(before["reward"]), "steps": last,
-                   "measures": measures}
-            rows.setdefault(set_name, []).append(row)
+                measures[name] = {"before": values.mean().item(), "after": after, "gain": gain, "error": error}
+            reward = before["reward"]
+            rows.setdefault(set_name, []).append({
+                "run": run.name, "set": set_name, "n": len(reward), "steps": last, "measures": measures,
+                "std": reward.std(correction=len(reward) > 1).item()})
     return sum(rows.values(), [])
 
 
 def clip_rows(runs, clips):
     """
     Prompts whose clips are shown, those with the largest and with the smallest gains first: {title: [{caption,
-    set, gain, runs: [...]}]}.
+    set, gain, runs: {run's name: {gain, shown: [{step, clip, score}]}}}]}, of a few evaluations.
 
-    clips: pages.html.Clips. A run's row has the reward before and after and a clip for each of a few
-    evaluations.
+    clips: pages.html.Clips.
     """
     rows = {}
     for run in runs:
         steps = list(run.tables)
-        for i in sorted({round(i * (len(steps) - 1) / (COLUMNS - 1)) for i in range(COLUMNS)} if steps else ()):
-            for name, clip in run.clips(steps[i]).items():
-                row = rows.setdefault((clip["set"], name), {"caption": clip["caption"], "set": clip["set"], "runs": {}})
+        chosen = {round(i * (len(steps) - 1) / (COLUMNS - 1)) for i in range(COLUMNS if steps else 0)}
+        for step in [steps[i] for i in sorted(chosen)]:
+            for name, clip in run.clips(step).items():
+                row = rows.setdefault((clip["set"], name), clip | {"runs": {}})
+                mine = row["runs"].setdefault(run.name, {"shown": []})
                 number = clips.add(undo_enlarging(read_video(clip["file"])))
-                shown = {"step": steps[i], "clip": number, "score": clip["score"]}
-                row["runs"].setdefault(run.name, []).append(shown)
+                mine["shown"].append({"step": step, "clip": number, "score": clip["score"]})
+                mine["gain"] = clip["score"] - mine["shown"][0]["score"]
     for row in rows.values():
-        row["runs"] = [{"name": name, "gain": shown[-1]["score"] - shown[0]["score"], "shown": shown}
-                       for name, shown in row["runs"].items()]
-        row["gain"] = sum(run["gain"] for run in row["runs"]) / len(row["runs"])
+        row["gain"] = sum(mine["gain"] for mine in row["runs"].values()) / len(row["runs"])
     ordered = sorted(rows.values(), key=lambda row: (math.isnan(row["gain"]), -row["gain"]))
     few = min(3, len(ordered) // 2)
     parts = {"Largest gains": ordered[:few], "Smallest gains": ordered[len(ordered) - few:][::-1],
@@ -244,9 +243,8 @@ def read_side(argument, prompts):
     for name, file in clip_files(path).items():
         beside = file.with_suffix(".txt")  # generate.py writes the prompt there
         caption = read_text(beside).strip() if beside.is_file() else words_of(name)
-        number = int(CLIP.fullmatch(name)[3])
-        found[name] = {"file": file, "set": sets[number] if number < len(sets) else "all", "caption": caption,
-                       "score": None}
+        set_name = sets[number_of(name)] if number_of(name) < len(sets) else "all"
+        found[name] = {"file": file, "set": set_name, "caption": caption, "score": None}
     return found, None
 
 

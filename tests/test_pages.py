@@ -123,7 +123,7 @@ def explained(tmp_path_factory):
     found, explain_step = [], explain.explain
 
     def listen(setup):
-        setup.z_0 = setup.edit(.6)[0]  # before the step is taken
+        setup.z_0 = setup.edit(.6)[1]  # before the step is taken
         found.extend([setup, *explain_step(setup)])
         return found[1:]
     with pytest.MonkeyPatch.context() as patch:
@@ -139,21 +139,21 @@ def test_the_page_has_the_numbers_of_the_step_that_train_takes(explained):
     """The sliders' own setting, the numbers before the step, and what train.train logged are one and the same."""
     setup, page, strip, _ = explained
     mine = page["states"][3]["lambdas"]["0.7"]
-    assert -page["numbers"]["loss"] == pytest.approx(mine["R"], rel=1e-4) == pytest.approx(page["before"]["R"], rel=1e-4)
+    assert -page["numbers"]["loss"] == pytest.approx(mine["R"], rel=1e-4) == pytest.approx(page["here"]["R"], rel=1e-4)
     assert page["numbers"]["reward"] == pytest.approx(np.mean(page["states"][3]["r"]), rel=1e-4)
     assert page["numbers"]["grad_norm"] == pytest.approx(page["sweep"][2]["norm"], rel=1e-3)
     assert page["states"][3]["g"] == setup.g[0].tolist() == strip["g"]
     R = sum(f * r for f, r in zip(mine["f"], page["states"][3]["r"])) / 3
     assert mine["R"] == pytest.approx(R, rel=1e-5)
-    assert page["after"]["R"] != page["before"]["R"]  # the step was taken
+    assert page["after"]["R"] != page["here"]["R"]  # the step was taken
 
 
 def test_the_guesses_lead_to_the_edit(explained):
     """One for each step of the chain; taking the noise out at its last step gives nearly the edit, at the first not yet."""
     setup, page, _, _ = explained
     assert [(g["i"], g["t"]) for g in page["guesses"]] == [(3, 401), (2, 201), (1, 1)]
-    assert [g["gradient"] for g in page["guesses"]] == [False, True, True]
-    edit = setup.clips.pixels[page["edit"]].astype(float)
+    assert explained[3].read_text().count("carries gradient</b>") == 2  # K
+    edit = setup.clips.pixels[page["here"]["edit"]].astype(float)
     far, _, near = (np.abs(setup.clips.pixels[g["clip"]] - edit).mean() for g in page["guesses"])
     assert near < 1.5 < far
 
