@@ -36,7 +36,10 @@ from support.ranks import pick_device, pick_dtype, run_script, sample_generator
 from support.videos import to_pixels
 
 CLIPS = 12  # of the tiny world's: encoding all 192 would take longer than all the rest
-TAUS, GRAD_STEPS, LAMBDAS, SEGMENTS = (.1, .3, .6, 1.), (1, 2, 4, 8), (0., .5, 1., 2.), (1, 2, 4, 8, 16)
+TAUS = (.1, .3, .6, 1.)
+GRAD_STEPS = (1, 2, 4, 8)
+LAMBDAS = (0., .5, 1., 2.)
+SEGMENTS = (1, 2, 4, 8, 16)
 PANELS = {  # a fragment of the step's source: the panel that shows it
     "draw(step)": "clip", "= edit(": "chain", "score_frames(": "reward", "tar_weights(": "reward",
     "aggregate(": "reward", "loss = ": "reward", ".backward()": "pixels", "clip_grad_norm_": "unet",
@@ -84,7 +87,7 @@ def guess_clips(denoiser, z, eps, text, uncond, cfg):
 
 
 class Setup:
-    """What train.py loads for a run, and one step's batch of one clip: what the page asks its questions of."""
+    """What train.py loads for a run, one step's batch of one clip, and what the page asks of them."""
 
     def __init__(self, cfg):
         device = pick_device(cfg.device)
@@ -123,7 +126,7 @@ class Setup:
 
     @torch.no_grad()
     def edit(self, tau):
-        """The clip noised to t_noi and its edit, and what the page says of them, R of Eq. (8) among it."""
+        """The clip noised to t_noi, its edit, and numbers of them, R of Eq. (8) among these."""
         cfg = self.cfg
         t_noi = noise_step(tau, cfg.num_steps)
         noised = add_noise(self.z, self.eps, t_noi, alpha_bars())
@@ -131,7 +134,7 @@ class Setup:
                    cfg.guidance)
         R, logged = train.video_rewards(self.base, self.reward, z_0, self.g, self.captions, cfg)
         return noised, z_0, {"tau": tau, "t": t_noi, "steps": edit_steps(tau, cfg.num_steps), "R": R.item(),
-                             "reward": logged["reward"].item(), "noised": self.show(noised), "edit": self.show(z_0)}
+                             "reward": logged["reward"].item()}
 
     def rewards(self, batch, cfg):
         """train.edit_rewards, with this setup's networks."""
@@ -156,9 +159,10 @@ class Setup:
         squares = {}
         for path, layer in lora.layers(self.base.unet).items():
             squares[path] = sum(p.grad.square().sum().item() for p in (layer.lora_A, layer.lora_B))
+        gradient = torch.cat([p.grad.flatten() for p in self.parameters])
         blocks, projections = gradient_shares(squares)
-        return torch.cat([p.grad.flatten() for p in self.parameters]), {
-            "norm": sum(squares.values()) ** .5, "seconds": seconds, "blocks": blocks, "projections": projections}
+        return gradient, {"norm": gradient.norm().item(), "seconds": seconds, "blocks": blocks,
+                          "projections": projections}
 
     def scored(self, z_0, segments):
         """
@@ -166,14 +170,15 @@ class Setup:
         gradient on each frame's pixels; and that gradient as pictures (S, H, W, 3).
         """
         g = self.draw(segments)[3]
-        frames = decode_frames(self.base.vae, z_0, g).detach().requires_grad_()               # (1, S, 3, H, W)
-        r = self.reward(frames, self.captions)                                                # Eq. (6)
+        with torch.no_grad():
+            frames = decode_frames(self.base.vae, z_0, g)                     # (1, S, 3, H, W)
+        r = self.reward(frames.requires_grad_(), self.captions)               # Eq. (6)
         [gradient] = torch.autograd.grad(r.sum(), frames)
         lengths = gradient[0].flatten(1).norm(dim=1).cpu()
         lambdas = {}
         for lambda_tar in sorted({*LAMBDAS, self.cfg.lambda_tar}):
-            f = tar_weights(g, self.cfg.frames, lambda_tar).cpu()                             # Eq. (7)
-            R = aggregate(r, f)                                                               # Eq. (8)
+            f = tar_weights(g, self.cfg.frames, lambda_tar).cpu()             # Eq. (7)
+            R = aggregate(r, f)                                               # Eq. (8)
             # R is a sum of f r / S, so weights make a frame's gradient longer or shorter, and that is all.
             norms = f[0] * lengths / segments
             lambdas[f"{lambda_tar:g}"] = {"f": f[0].tolist(), "R": R.item(), "norms": norms.tolist()}
@@ -188,11 +193,15 @@ class Setup:
 def source_lines():
     """The step's source as it stands in train.py: [(line, the panel that shows it, or "")]."""
     loop = inspect.getsource(train.train)
-    loop = loop[loop.index("        # 1. The gradient"):loop.index("        # 4. Log")].rstrip()
-    functions = [re.sub(r'""".*?"""\n\s*', "", inspect.getsource(f), count=1, flags=re.DOTALL)
-                 for f in (train.edit_rewards, train.video_rewards)]
-    lines = "\n\n".join([loop, *functions]).splitlines()
-    return [(line, next((panel for words, panel in PANELS.items() if words in line), "")) for line in lines]
+    parts = [loop[loop.index("        # 1. The gradient"):loop.index("        # 4. Log")].rstrip()]
+    for function in (train.edit_rewards, train.video_rewards):
+        docstring = r'""".*?"""\n\s*'
+        parts.append(re.sub(docstring, "", inspect.getsource(function), count=1, flags=re.DOTALL))
+    lines = []
+    for line in "\n\n".join(parts).splitlines():
+        shown = [panel for words, panel in PANELS.items() if words in line]
+        lines.append((line, shown[0] if shown else ""))
+    return lines
 
 
 def explain(setup):
@@ -204,9 +213,10 @@ def explain(setup):
     taus = []
     for tau in sorted({t for t in TAUS if round(t * cfg.num_steps)} | {cfg.tau}):
         noised, z_0, found = setup.edit(tau)
-        taus.append(found)
+        taus.append(found | {"noised": setup.show(noised), "edit": setup.show(z_0)})
         if tau == cfg.tau:
-            z_noi, edited, here = noised, z_0, found
+            z_noi, edited = noised, z_0
+            here = taus[-1]
     first = here["steps"]
     sweep = {}
     for K in sorted({k for k in GRAD_STEPS if k <= first} | {cfg.grad_steps}):

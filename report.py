@@ -19,8 +19,8 @@ from pathlib import Path
 
 import tyro
 
+from pages import runs as run_pages
 from pages.html import Clips, write_page
-from pages.runs import RunFiles, changed_settings, clip_rows, curves, gain_rows, pair_up, read_pair, study_rows
 from pages.votes import QUESTIONS, draw_key, read_key, read_votes, tally, unblind
 from support.clips import read_prompt_sets
 from support.files import check_folder, write_text
@@ -80,7 +80,7 @@ def run_folders(paths):
     studies = []
     for path in paths:
         if path.suffix == ".json":
-            studies.append(study_rows(path))
+            studies.append(run_pages.study_rows(path))
         elif path.is_dir() and not (path / "config.json").is_file():
             inside = sorted(p.parent for p in path.glob("*/config.json"))
             if not inside:
@@ -94,7 +94,7 @@ def run_folders(paths):
 def report(cfg):
     """One page of runs and studies."""
     folders, studies = run_folders(cfg.runs)
-    runs = [RunFiles(folder) for folder in folders]
+    runs = [run_pages.RunFiles(folder) for folder in folders]
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:
@@ -102,12 +102,12 @@ def report(cfg):
 
     title = "Report: " + ", ".join([run.name for run in runs] + [study["name"] for study in studies])
     clips = Clips()
-    parts = clip_rows(runs, clips)
+    parts = run_pages.clip_rows(runs, clips)
     packed = clips.pack(cfg.max_mb * .9)
     path = (cfg.out or Path("out/report")) / "report.html"
     size = write_page(
         path, "report.html", cfg.max_mb, title=title[:120], fps=cfg.fps, runs=runs, studies=studies,
-        parts=parts, changed=changed_settings(runs), charts=curves(runs), gains=gain_rows(runs),
+        parts=parts, changed=run_pages.changed_settings(runs), charts=run_pages.curves(runs), gains=run_pages.gain_rows(runs),
         versions=versions(), clips=packed, quality=clips.quality, halved=clips.halved)
     finish(cfg, path, size)
 
@@ -119,12 +119,11 @@ def blind(cfg):
         raise ValueError(f"out {out}: holds the key of an earlier comparison, which its votes need; "
                          "choose another folder")
     prompts = read_prompt_sets(cfg.prompts, "tiny")  # may be none, as for the tiny world
-    pairs, files = pair_up(*cfg.blind, prompts)
-    key = draw_key(cfg.blind, pairs)
+    key = draw_key(cfg.blind, run_pages.pair_up(*cfg.blind, prompts))
     clips = Clips()
     shown = []
     for pair in key["pairs"]:
-        pixels = dict(zip("ab", read_pair(*files[pair["name"]])))
+        pixels = run_pages.read_pair(pair["files"])
         left = clips.add(pixels[unblind(pair, "left")])
         right = clips.add(pixels[unblind(pair, "right")])
         shown.append({"caption": pair["caption"], "left": left, "right": right})
@@ -133,7 +132,7 @@ def blind(cfg):
     size = write_page(out / "blind.html", "blind.html", cfg.max_mb, title="Which of the two?", fps=cfg.fps,
                       clips=packed, comparison=key["comparison"], pairs=shown, questions=QUESTIONS)
     write_text(out / "key.json", json.dumps(key, indent=1) + "\n")
-    words = f", {len(pairs)} prompts; {out / 'key.json'} says whose clips are where: keep it from the voters"
+    words = f", {len(shown)} prompts; {out / 'key.json'} says whose clips are where: keep it from the voters"
     if clips.quality < 80 or clips.halved:
         words += f"; clips are compressed to WebP quality {clips.quality}, --max-mb allows more"
     finish(cfg, out / "blind.html", size, words)

@@ -147,8 +147,8 @@ class Clips:
 
     def pack(self, max_mb):
         """
-        pack_clip of each, at the best WebP quality at which all of them fit into max_mb; if even the lowest is
-        too large, at half the size, and so on. self.quality and self.halved say what was lost.
+        pack_clip of each, at the best WebP quality at which all of them fit into max_mb; if the lowest is too
+        large, at half the size, and so on. self.quality and self.halved say what was lost.
         """
         for self.halved in range(4):
             clips = [block_means(clip, 2 ** self.halved) for clip in self.pixels]
@@ -182,17 +182,19 @@ def line_chart(title, lines):
     lines: {name: [(step, y, error)]}, at least one point.
     """
     every = sum(lines.values(), [])
-    left, right = min(x for x, _, _ in every), max(x for x, _, _ in every)
-    right = max(right, left + 1)
-    bottom, top = min(y - e for _, y, e in every), max(y + e for _, y, e in every)
+    left = min(x for x, _, _ in every)
+    right = max(left + 1, *(x for x, _, _ in every))
+    bottom = min(y - e for _, y, e in every)
+    top = max(y + e for _, y, e in every)
     width, height = CHART_SIZE
     margin = .06 * (top - bottom) or .05 * abs(top) or .1
     bottom -= margin
     top += margin
 
     def place(x, y):
-        across, down = (x - left) / (right - left), (top - y) / (top - bottom)
-        return round(48 + across * (width - 60), 1), round(10 + down * (height - 46), 1)
+        across = 48 + (x - left) / (right - left) * (width - 60)
+        down = 10 + (top - y) / (top - bottom) * (height - 46)
+        return round(across, 1), round(down, 1)
 
     def path(points):
         return " ".join(f"{x},{y}" for x, y in points)

@@ -51,7 +51,8 @@ class RunFiles:
         found = {}
         for name, file in clip_files(self.folder / "samples", f"step_{step:06d}_").items():
             set_name, caption, score = expected[number_of(name)]
-            found[name] = {"file": file, "set": set_name, "caption": caption or words_of(name), "score": score}
+            caption = caption or words_of(name)
+            found[name] = {"file": file, "set": set_name, "caption": caption, "score": score}
         return found
 
     def difference(self, set_name, measure, step):
@@ -161,7 +162,8 @@ def gain_rows(runs):
             for name, values in before.items():
                 gain, error = run.difference(set_name, name, last)
                 after = run.tables[last][set_name][name].mean().item()
-                measures[name] = {"before": values.mean().item(), "after": after, "gain": gain, "error": error}
+                measures[name] = {"before": values.mean().item(), "after": after, "gain": gain,
+                                  "error": error}
             reward = before["reward"]
             rows.setdefault(set_name, []).append({
                 "run": run.name, "set": set_name, "n": len(reward), "steps": last, "measures": measures,
@@ -171,10 +173,8 @@ def gain_rows(runs):
 
 def clip_rows(runs, clips):
     """
-    Prompts whose clips are shown, those with the largest and with the smallest gains first: {title: [{caption,
-    set, gain, runs: {run's name: {gain, shown: [{step, clip, score}]}}}]}, of a few evaluations.
-
-    clips: pages.html.Clips.
+    The clips of a few evaluations, largest and smallest gains first: {title: [{caption, set, gain, runs: {run's
+    name: {gain, shown: [{step, clip: its number in clips, a pages.html.Clips, score}]}}}]}.
     """
     rows = {}
     for run in runs:
@@ -218,8 +218,8 @@ def study_rows(path):
 
 def read_side(argument, prompts):
     """
-    One model's clips, {name: {file, set, caption, score}}, and the reward that scores them; both of these None
-    for a folder of generate.py.
+    One model's clips, {name: {file, set, caption, score}}, and the reward that scored them; score and reward
+    are None for a folder of generate.py.
 
     argument: FOLDER, or FOLDER@STEP for an evaluation of a run. prompts: {set: prompts} that generate.py was
     given, in this order, or {}.
@@ -250,8 +250,8 @@ def read_side(argument, prompts):
 
 def pair_up(first, second, prompts):
     """
-    Pairs of clips with the same name, which means the same prompt and seed: [{name, caption, set, reward}],
-    and the files of both, [(A's, B's)].
+    Pairs of clips with the same name, which means the same prompt and seed: [{name, caption, set, files,
+    reward}], the last two A's and B's; reward is None unless both were scored by the same one.
 
     first, second, prompts: as read_side's. ValueError unless both have the same clips.
     """
@@ -262,23 +262,22 @@ def pair_up(first, second, prompts):
         raise ValueError(f"{first} and {second}: must have clips of the same prompts and seeds; not in both: "
                          f"{different}")
     pairs = []
-    files = {}
     for name, clip in a.items():
+        files = {"a": str(clip["file"]), "b": str(b[name]["file"])}
+        scores = {"a": clip["score"], "b": b[name]["score"]}
         known = reward_a is not None and reward_a == reward_b
-        reward = {"a": clip["score"], "b": b[name]["score"]} if known else None
-        pairs.append({"name": name, "caption": clip["caption"], "set": clip["set"], "reward": reward})
-        files[name] = clip["file"], b[name]["file"]
-    return pairs, files
+        pairs.append({"name": name, "caption": clip["caption"], "set": clip["set"], "files": files,
+                      "reward": scores if known else None})
+    return pairs
 
 
-def read_pair(first, second):
-    """Both clips' pixels; ValueError if size or length differ, which would tell them apart."""
-    a, b = read_video(first), read_video(second)
-    small_a, small_b = undo_enlarging(a), undo_enlarging(b)
-    if small_a.shape == small_b.shape:  # if one alone were shown small, it would tell them apart
-        return small_a, small_b
-    if a.shape != b.shape:
-        raise ValueError(f"{first} and {second}: {a.shape[0]} frames of {a.shape[2]} x {a.shape[1]} and "
-                         f"{b.shape[0]} of {b.shape[2]} x {b.shape[1]}; both must be alike, or the page "
-                         "would tell the models apart")
-    return a, b
+def read_pair(files):
+    """The pixels of both clips, {"a", "b"}; ValueError if size or length would tell them apart."""
+    pixels = {side: read_video(file) for side, file in files.items()}
+    small = {side: undo_enlarging(clip) for side, clip in pixels.items()}
+    if small["a"].shape == small["b"].shape:  # if one alone were shown small, it would tell them apart
+        return small
+    if pixels["a"].shape != pixels["b"].shape:
+        raise ValueError(f"{files['a']} and {files['b']}: frames, rows, columns are {pixels['a'].shape[:3]} and "
+                         f"{pixels['b'].shape[:3]}; both must be alike, or the page would tell them apart")
+    return pixels

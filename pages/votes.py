@@ -18,8 +18,7 @@ SIDES = ("left", "tie", "right")
 
 def draw_key(names, pairs):
     """
-    The key of a new comparison: pairs [{name, caption, set, reward: {"a", "b"} or None}] in random order,
-    each with who is left.
+    The key of a new comparison: pairs as pages.runs.pair_up has them, in random order, each with who is left.
 
     names: (A's, B's). A is left in half of the pairs, so that a habit of voting left favours neither. Drawn
     from the system's own randomness: with a seed, whoever knows the default could work out the sides.
@@ -124,16 +123,20 @@ def fleiss_kappa(rows):
     """Agreement of m raters beyond chance (Fleiss 1971): rows [n] of the m choices of each prompt."""
     if not rows:
         return None
-    n, m = len(rows), len(rows[0])
-    counts = [Counter(row) for row in rows]
-    seen = sum((sum(v * v for v in c.values()) - m) / (m * (m - 1)) for c in counts) / n
-    total = Counter(choice for row in rows for choice in row)
+    n = len(rows)
+    m = len(rows[0])
+    seen = 0.
+    total = Counter()
+    for row in rows:
+        counts = Counter(row)
+        total += counts
+        seen += (sum(v * v for v in counts.values()) - m) / (m * (m - 1)) / n
     chance = sum((v / (n * m)) ** 2 for v in total.values())
     return None if chance == 1 else (seen - chance) / (1 - chance)
 
 
 def kappa_of(rows):
-    """The measure's name, kappa or None, and how many prompts: rows [n] of all raters' choices of a prompt."""
+    """The measure's name, kappa or None, and how many prompts. rows [n]: all raters' choices of a prompt."""
     if rows and len(rows[0]) > 2:
         return {"measure": "Fleiss' kappa", "kappa": fleiss_kappa(rows), "prompts": len(rows)}
     kappa = cohen_kappa([row[0] for row in rows], [row[1] for row in rows])
@@ -146,7 +149,8 @@ def reward_choices(key):
     for pair in key["pairs"]:
         choice = None
         if pair["reward"]:
-            a, b = pair["reward"]["a"], pair["reward"]["b"]
+            a = pair["reward"]["a"]
+            b = pair["reward"]["b"]
             choice = "tie" if a == b else "a" if a > b else "b"
         choices.append(choice)
     return choices
