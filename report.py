@@ -80,7 +80,7 @@ def run_folders(paths):
     studies = []
     for path in paths:
         if path.suffix == ".json":
-            studies.append(run_pages.study_rows(path))
+            studies.append(run_pages.read_study(path))
         elif path.is_dir() and not (path / "config.json").is_file():
             inside = sorted(p.parent for p in path.glob("*/config.json"))
             if not inside:
@@ -107,8 +107,9 @@ def report(cfg):
     path = (cfg.out or Path("out/report")) / "report.html"
     size = write_page(
         path, "report.html", cfg.max_mb, title=title[:120], fps=cfg.fps, runs=runs, studies=studies,
-        parts=parts, changed=run_pages.changed_settings(runs), charts=run_pages.curves(runs), gains=run_pages.gain_rows(runs),
-        versions=versions(), clips=packed, quality=clips.quality, halved=clips.halved)
+        parts=parts, changed=run_pages.changed_settings(runs), charts=run_pages.curves(runs),
+        gains=run_pages.gain_rows(runs), versions=versions(), clips=packed, quality=clips.quality,
+        halved=clips.halved)
     finish(cfg, path, size)
 
 

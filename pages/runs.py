@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pages.html import line_chart, undo_enlarging
 from support import tables as guard
-from support.files import first_line, first_names, read_json, read_text
+from support.files import first_names, read_json, read_text
 from support.run import SHOWN, mean_rewards, read_metrics, read_record, read_tables
 from support.tables import paired
 from support.videos import read_video
@@ -196,20 +196,12 @@ def clip_rows(runs, clips):
     return {title: part for title, part in parts.items() if part}
 
 
-def study_rows(path):
-    """A study's file, with rows as the table shows them. ValueError if it is none."""
+def read_study(path):
+    """A study's file, without what it saw while training. ValueError if it is none."""
     study = read_json(path)
-    rows = []
-    try:
-        for row in study["rows"]:
-            if row["set"] == "curve":  # of a study that looked while training
-                continue
-            label = row["label"] + (f", step {row['step']}" if "step" in row else "")
-            others = {k: v for k, v in row["measures"].items() if k not in ("n", "reward_mean", "reward_std")}
-            gain = row.get("differences", {}).get("reward")
-            rows.append(row | {"label": label, "others": others, "gain": gain})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not the file of a study ({first_line(error)})") from None
+    rows = [row for row in study.get("rows", []) if row.get("set") != "curve"]
+    if not rows or not all({"label", "set", "measures"} <= row.keys() for row in rows):
+        raise ValueError(f"{path}: not the file of a study (no rows of label, set and measures)")
     return study | {"name": path.stem, "rows": rows}
 
 
@@ -278,6 +270,7 @@ def read_pair(files):
     if small["a"].shape == small["b"].shape:  # if one alone were shown small, it would tell them apart
         return small
     if pixels["a"].shape != pixels["b"].shape:
-        raise ValueError(f"{files['a']} and {files['b']}: frames, rows, columns are {pixels['a'].shape[:3]} and "
-                         f"{pixels['b'].shape[:3]}; both must be alike, or the page would tell them apart")
+        shapes = f"{pixels['a'].shape[:3]} and {pixels['b'].shape[:3]}"
+        raise ValueError(f"{files['a']} and {files['b']}: frames, rows and columns are {shapes}; both must be "
+                         "alike, or the page would tell the models apart")
     return pixels

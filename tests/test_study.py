@@ -193,7 +193,7 @@ def test_methods_are_compared_at_equal_work_run_by_run(short, monkeypatch, tmp_p
 
     # What has a file is not made again, even where no run is left.
     assert [row for row in short("methods")["rows"] if row["label"] == "RWR"] == rows and len(runs) == 9
-    shown = run_report.study_rows(tmp_path / "studies" / "methods.json")["rows"]  # report.py shows all but the curves
+    shown = run_report.read_study(tmp_path / "studies" / "methods.json")["rows"]  # report.py shows all but the curves
     assert [row["label"] for row in shown[-3:]] == ["RWR, more"] * 3
     table = study_methods.as_table(report)
     assert "| RWR | " in table and "| RWR, more | " in table and len(table.splitlines()) == 2 + 2 + 4
