@@ -241,6 +241,8 @@ def test_a_report_puts_largest_and_smallest_gains_first(capfd):
     assert row["measures"]["reward"]["gain"] == pytest.approx(.0625) and row["n"] == 4
     assert row["measures"]["reward"]["error"] == pytest.approx(np.std([.1, -.2, .05, .3], ddof=1) / 2)
     assert "+0.0625" in text and "rank 16" in text
+    runs[0].prompts = {"things": ["a", "a", "b", "b"]}  # videos of one prompt are no independent evidence
+    assert runs[0].difference("things", "reward", 20) == pytest.approx((.0625, .1125))
     assert script("report.py", "runs", "--out", "both") == 0  # a folder of runs is all of them
     assert Path("both/report.html").read_text().count('<div class="soft">a: ') == 4
 
