@@ -27,8 +27,8 @@ import train
 from model import decode_frames, load_base
 from pages.html import Clips, heat, picture_uri, write_page
 from pages.step import draw_step, gradient_shares
-from reward import Mixture, aggregate, load_rewards, segment_edges, tar_weights
-from sampler import GUIDANCE, add_noise, alpha_bars, ddim_step, edit, edit_steps, guided_eps, noise_step
+from reward import Rewards, aggregate, load_rewards, segment_edges, tar_weights
+from sampler import add_noise, alpha_bars, ddim_step, edit, edit_steps, guided_eps, noise_step
 from support import settings
 from support.files import check_folder
 from support.pictures import versions
@@ -93,18 +93,21 @@ class Setup:
         device = pick_device(cfg.device)
         dtype = pick_dtype(cfg.dtype, device)
         self.base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype, device, cfg.seed)
-        guidance = settings.first_given(cfg.guidance, self.base.guidance, GUIDANCE)
-        self.cfg = replace(cfg, guidance=guidance)
-        self.parameters = lora.load(self.base.unet, cfg.lora) if cfg.lora else lora.load_or_inject(
-            self.base.unet, self.base.unet_file, cfg.rank, sample_generator(cfg.seed, "lora"))
+        self.cfg = cfg if cfg.guidance is not None else replace(cfg, guidance=self.base.guidance)
+        if cfg.lora:
+            self.parameters = lora.load(self.base.unet, cfg.lora)
+        else:
+            beside = lora.load_beside(self.base.unet, self.base.unet_file, cfg.rank)
+            generator = sample_generator(cfg.seed, "lora")
+            self.parameters = beside or lora.inject(self.base.unet, cfg.rank, generator=generator)
         self.reward = load_rewards(cfg, self.base.folder, dtype, device)
-        if isinstance(self.reward, Mixture):
+        if isinstance(self.reward, Rewards) or self.reward.num_frames:
             raise ValueError(f"reward {self.reward.name}: the page needs a single reward, of frames")
         if cfg.data:
             self.dataset = train.read_clips(cfg, self.base)
         else:
-            from tiny.clips import tiny_clips
-            self.dataset = tiny_clips(self.base, dtype, CLIPS)
+            pixels = cfg.size or self.base.default_size
+            self.dataset = self.base.world.clips(self.base, cfg.frames, pixels, CLIPS)
         self.uncond = self.base.encode_text([""])
         self.batch = self.draw(cfg.segments)
         self.z, self.eps, self.text, self.g, self.captions = self.batch
@@ -145,8 +148,8 @@ class Setup:
         logged = []
         run = SimpleNamespace(steps=lambda optimizer: [self.cfg.step], stop=lambda: False,
                               finish_step=lambda step, numbers, finite, stopping: logged.append(numbers))
-        train.train(self.cfg, self.parameters, lambda step: self.batch,
-                    lambda part: self.rewards(part, self.cfg), run)
+        method = train.Method(lambda step: self.batch, lambda part: self.rewards(part, self.cfg))
+        train.train(self.cfg, self.parameters, method, run)
         return logged[0]
 
     def gradient(self, grad_steps):

@@ -255,15 +255,9 @@ def as_rewards(reward):
     return reward if isinstance(reward, Rewards) else Rewards([(1., reward)])
 
 
-def frames_seen(reward, g, num_frames, lambda_tar):
-    """
-    Which frames a reward is shown, and their weights: g (B, S) and Eq. (7)'s f for an image reward;
-    a video reward has its own frames, in order, and one score, which counts as it is.
-    """
-    wanted = getattr(reward, "num_frames", None)
-    if not wanted:
-        return g, tar_weights(g, num_frames, lambda_tar)                      # (B, S), (B, S)
-    index = spread_frames(num_frames, wanted).to(g.device)                    # (n,)
+def own_frames(reward, g, num_frames):
+    """The frames of each clip that a video reward sees (B, n), whatever g (B, S) is; f (B, 1) is 1."""
+    index = spread_frames(num_frames, reward.num_frames).to(g.device)         # (n,)
     return index.expand(len(g), -1), torch.ones(len(g), 1)                    # (B, n), (B, 1)
 
 

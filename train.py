@@ -32,7 +32,15 @@ from data import ClipConfig, batch_indices, encode_clips, read_list, sample_post
 from evaluate import evaluate, prompt_sets
 from formats.weights import HUB_BASE, named_rewards
 from model import decode_frames, load_base
-from reward import aggregate, as_rewards, frames_seen, load_rewards, segment_edges, segment_frames
+from reward import (
+    aggregate,
+    as_rewards,
+    load_rewards,
+    own_frames,
+    segment_edges,
+    segment_frames,
+    tar_weights,
+)
 from sampler import GUIDANCE, check_edit, edit
 from support import ranks, settings
 from support import run as run_folder
@@ -61,10 +69,12 @@ def edit_rewards(base, rewards, uncond, batch, cfg):
 def video_rewards(base, rewards, z_0, g, captions, cfg):
     """SegVR and TAR: z_0 (B, C, F, h, w), g (B, S) -> as above. Other methods share this."""
     parts, chunk = as_rewards(rewards).parts, 1 if cfg.low_memory else cfg.decode_chunk
-    R, logged = 0., {"reward": 0.}
+    F, R, logged = z_0.shape[2], 0., {"reward": 0.}
     for weight, reward in parts:
-        # 1. Frames near the centre count more (Eq. 7). A video reward sees its own frames.
-        index, f = frames_seen(reward, g, z_0.shape[2], cfg.lambda_tar)       # (B, S), (B, S)
+        # 1. Frames near the centre count more (Eq. 7). A video reward sees its own, in order.
+        index, f = g, tar_weights(g, F, cfg.lambda_tar)                       # (B, S), (B, S)
+        if getattr(reward, "num_frames", None):
+            index, f = own_frames(reward, g, F)                               # (B, n), (B, 1)
 
         # 2. Score one frame of each segment (Eq. 6). Only these frames are decoded.
         frame_scores = score_frames(base.vae, reward, z_0, index, captions, chunk)    # (B, S)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from formats.mixture import check_rewards, load_mixture
 from safetensors.torch import load_file
 
 import train
-from formats.mixture import check_rewards, load_mixture
 from support import run as run_folder
 from support import tables as guard
 from support import tables as watch
