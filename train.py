@@ -30,7 +30,7 @@ import lora
 from bases.deep_cache import denoiser
 from data import ClipConfig, batch_indices, encode_clips, read_list, sample_posterior
 from evaluate import EVAL_SEED, evaluate, prompt_sets, tiny_judge
-from formats import card, exact_scores
+from formats import exact_scores
 from formats.mixture import watched_names
 from formats.tensors import fingerprint
 from formats.weights import HUB_BASE
@@ -243,10 +243,9 @@ def check(cfg, needs_clips=True):
     segment_edges(cfg.frames, cfg.segments)  # raises for more segments than frames
     tar_weights(torch.zeros(1, 1), cfg.frames, cfg.lambda_tar)  # raises for a bad lambda
 
-    # What it takes to begin: clips, and a GPU with room for a step.
+    # What it takes to begin: clips.
     if needs_clips:
         settings.check_clips(cfg)
-        card.check_card(cfg, rank_and_size()[1])
     if cfg.tensorboard:
         run_folder.tensorboard_writer()
 
