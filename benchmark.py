@@ -6,9 +6,9 @@ What a training step costs: work and memory counted from shapes alone, time meas
     python benchmark.py --base random --device meta         # full size, counted alone: no weights, no times
     python benchmark.py --base random --device meta --methods    # the same for every method of methods/
 
-Counting runs train.py's own functions on the meta device, whose tensors have shapes and no memory. Timing is interleaved: a repeat
-runs every contender once, and what counts is the ratio within a repeat, so that a busy machine slows all of them alike. They take
-the same clips, noise, frames, weights, adapters and reward:
+Counting runs train.py's own functions on the meta device, whose tensors have shapes and no memory. In timing a repeat runs every
+contender once, and what counts is the ratio within a repeat, so that a busy machine slows all of them alike. They take the same
+clips, noise, frames, weights, adapters and reward:
 
 | contender      | UNet and autoencoder | 16 bits                        | decodes      | recomputes in the backward pass |
 |----------------|----------------------|--------------------------------|--------------|---------------------------------|
@@ -16,9 +16,9 @@ the same clips, noise, frames, weights, adapters and reward:
 | diffusers      | the library's        | autocast, float32 UNet weights | all F        | every part of the UNet          |
 | diffusers lean | the library's        | frozen weights                 | the S scored | nothing                         |
 
-`diffusers` is in the manner of VADER (arXiv:2407.08737, train_t2v_lora.py; decoding as in InstructVideo's reward.py:138-162), `lean`
-as far as the library goes when told what we know of the method. Where it gave a choice, theirs is the cheaper one: text, reward
-captions and latents are cached, guidance is one call on a doubled batch, no dropout.
+`diffusers` is in the manner of VADER (arXiv:2407.08737, train_t2v_lora.py; decoding as in InstructVideo's reward.py:138-162), and
+`lean` knows of the method what we know. Where the library gave a choice, theirs is the cheaper one: text, reward captions and
+latents are cached, guidance is one call on a doubled batch, no dropout.
 
 Letters: B clips, F frames, S segments, C channels, h and w latent rows and columns, N text tokens, E their width.
 """
@@ -31,7 +31,6 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -43,7 +42,7 @@ from unittest import mock
 import torch
 import tyro
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing as recompute
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -56,7 +55,7 @@ from model import Base, UNet3D, load_base
 from reward import aggregate, load_reward, segment_frames, tar_weights
 from sampler import check_edit, edit_steps, sample
 from support.files import check_folder, write_text
-from support.ranks import DTYPES, pick_device, pick_dtype, progress, run_script, sample_generator
+from support.ranks import pick_device, pick_dtype, progress, run_script, sample_generator
 from support.settings import check_at_least
 
 GIB = 2**30
@@ -71,20 +70,16 @@ MEMORY_SETTINGS = {"no flag": {}, "--decode-chunk 1": {"decode_chunk": 1},
 
 class Meter:
     """
-    Divides what a step costs among its PARTS. `read` returns something that only grows, seconds or operations, and is read whenever
+    Divides what a step costs among its PARTS. `read` returns something that only grows, seconds or operations, and is read when
     another part begins. The step itself does not say which part it is in, so the networks call `announce` when they run.
     """
-
-    def __init__(self):
-        self.start(lambda: 0)
 
     def start(self, read):
         """Forget the last step and begin with another."""
         self.read = read
         self.readings = [("chain", read())]
         self.calls = dict.fromkeys(PARTS[:4], 0)  # items that each network was called on
-        self.chain_call = None  # cost of one call of the chain, on meta
-        self.left_out = 0       # cost of those that were not made
+        self.chain_calls = 0                      # on meta, where they all cost the same: only the first is made
 
     def enter(self, part):
         self.readings.append((part, self.read()))
@@ -98,19 +93,15 @@ class Meter:
                 self.enter(part)
 
     def watch(self, denoise):
-        """A denoiser that announces its calls. On meta all calls of the chain cost the same: one is made, the rest are added."""
+        """A denoiser that announces its calls."""
         def call(z_t, t, text):
             part = "last step" if torch.is_grad_enabled() else "chain"
             self.announce(part, len(z_t))
-            if part == "last step" or not z_t.is_meta:
-                return denoise(z_t, t, text)
-            if self.chain_call is None:
-                before = self.read()
-                denoise(z_t, t, text)
-                self.chain_call = self.read() - before
-            else:
-                self.left_out += self.chain_call
-            return torch.empty_like(z_t)
+            if part == "chain" and z_t.is_meta:
+                self.chain_calls += 1
+                if self.chain_calls > 1:
+                    return torch.empty_like(z_t)
+            return denoise(z_t, t, text)
         return call
 
     def watch_pictures(self, module, part):
@@ -122,18 +113,18 @@ class Meter:
         shares = dict.fromkeys(PARTS, 0)
         for (part, start), (_, end) in zip(self.readings, self.readings[1:]):
             shares[part] += end - start
+        shares["chain"] *= max(1, self.chain_calls)
         return shares
 
 
-@dataclass
 class Contender:
-    """One way to compute the step. rewards(batch as train.draw_batch's) -> R (B,) of Eq. (8), with gradient."""
-    rewards: Callable
-    parameters: list  # the adapters, A and B in turn
-    modules: list     # whose weights must be in memory
+    """One way to compute the step: rewards(a batch as train.draw_batch gives it) -> R (B,) of Eq. (8), with gradient."""
 
-    def __post_init__(self):
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=train.Config.lr, weight_decay=0)
+    def __init__(self, rewards, parameters, modules):
+        self.rewards = rewards
+        self.parameters = parameters  # the adapters, A and B in turn
+        self.modules = modules        # whose weights must be in memory
+        self.optimizer = torch.optim.AdamW(parameters, lr=train.Config.lr, weight_decay=0)
 
     def step(self, batch, meter):
         """One optimizer step, as in train.train."""
@@ -170,13 +161,11 @@ def contenders(base, reward, cfg, meter):
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The same step built from diffusers and PEFT, imported inside functions because nothing else needs them
-
-def diffusers_networks(base, dtype):
-    """UNet3DConditionModel and AutoencoderKL with our weights, in this dtype: the tensor names are the same."""
+def diffusers_networks(base, dtype, rank):
+    """UNet3DConditionModel with PEFT's adapters, AutoencoderKL, all with our numbers and names, and the adapters' parameters."""
     from diffusers import AutoencoderKL, UNet3DConditionModel
     from diffusers.utils import logging
+    from peft import LoraConfig, inject_adapter_in_model
 
     logging.set_verbosity_error()  # it warns of every change of precision
     structure = unet_to_diffusers(base.unet.config)
@@ -186,15 +175,9 @@ def diffusers_networks(base, dtype):
         vae = AutoencoderKL.from_config(vae_to_diffusers(base.vae.config))
     unet.load_state_dict({k: v for k, v in base.unet.state_dict().items() if "lora_" not in k})
     vae.load_state_dict(base.vae.state_dict())
-    for network in (unet, vae):
-        network.requires_grad_(False).eval().to(dtype)
+    unet.requires_grad_(False).eval().to(dtype)
+    vae.requires_grad_(False).eval().to(base.unet.conv_in.weight.dtype)
     vae.encoder = None  # ours needs no memory for it either
-    return unet, vae
-
-
-def peft_adapters(unet, base, rank):
-    """The UNet with PEFT's adapters, which have the numbers of ours, and their parameters."""
-    from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
     unet = inject_adapter_in_model(config, unet)
@@ -204,7 +187,7 @@ def peft_adapters(unet, base, rank):
             weight = getattr(unet.get_submodule(path), side)["default"].weight
             weight.data = getattr(layer, side).detach().clone()  # float32, whatever the weights are
             parameters.append(weight)
-    return unet, parameters
+    return unet, vae, parameters
 
 
 def on_diffusers(base, reward, settings, meter, lean):
@@ -216,14 +199,11 @@ def on_diffusers(base, reward, settings, meter, lean):
 
     dtype = base.unet.conv_in.weight.dtype
     uncond = base.encode_text([""])
-    unet, vae = diffusers_networks(base, dtype)
+    unet, vae, parameters = diffusers_networks(base, dtype if lean else torch.float32, settings.rank)
     meter.watch_pictures(vae.post_quant_conv, "decode")
-    if not lean:
-        unet.float()
-    unet, parameters = peft_adapters(unet, base, settings.rank)
     if not lean:  # diffusers' 3D UNet cannot recompute anything; VADER's copy (models/unet_3d_blocks.py) recomputes these blocks
         blocks = (ResnetBlock2D, TemporalConvLayer, Transformer2DModel, TransformerTemporalModel)
-        apply_activation_checkpointing(unet, check_fn=lambda module: isinstance(module, blocks))
+        recompute(unet, check_fn=lambda module: isinstance(module, blocks))
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
                               set_alpha_to_one=False, steps_offset=1)
     steps = edit_steps(settings.tau, settings.num_steps)
@@ -255,9 +235,6 @@ def on_diffusers(base, reward, settings, meter, lean):
         return aggregate(reward(frames / 2 + .5, captions), tar_weights(g, z.shape[2], settings.lambda_tar))
     return Contender(rewards, parameters, [unet, vae, reward])
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What they are run on
 
 def load(cfg, device):
     """(base, reward) of a Config, on `device`. What is counted on meta is counted for a GPU, so in bfloat16."""
@@ -303,25 +280,32 @@ def synthetic(base, cfg, batch_size):
 # ---------------------------------------------------------------------------------------------------------------------
 # Counting work and memory
 
+def count_work(run, meter):
+    """{"tflop": {part: ...}, "calls": {part: items that its network was called on}} of run() and its result's backward pass."""
+    with FlopCounterMode(display=False) as counter:
+        meter.start(counter.get_total_flops)
+        result = run()
+        if isinstance(result, torch.Tensor) and result.requires_grad:
+            meter.enter("backward")
+            result.sum().backward()
+        meter.enter("end")
+    tflop = {part: operations / 1e12 for part, operations in meter.split().items()}
+    return {"tflop": tflop | {"step": sum(tflop.values())}, "calls": meter.calls}
+
+
 def count(base, reward, cfg):
-    """{contender: {"tflop": {part: ...}, "calls": {part: items that its network was called on}}} of a step, from shapes alone."""
+    """{contender: its work in a step, as count_work}, from shapes alone."""
     base, reward = without_numbers(base, reward)
     batch = synthetic(base, cfg, cfg.batch_size)
     meter = Meter()
-    found = {}
-    for name, contender in contenders(base, reward, replace(cfg, compile=False), meter).items():
-        with FlopCounterMode(display=False) as counter:
-            meter.start(lambda: counter.get_total_flops() + meter.left_out)  # noqa: B023
-            contender.step(batch, meter)
-        tflop = {part: operations / 1e12 for part, operations in meter.split().items()}
-        found[name] = {"tflop": tflop | {"step": sum(tflop.values())}, "calls": meter.calls}
-    return found
+    found = contenders(base, reward, replace(cfg, compile=False), meter)
+    return {name: count_work(partial(contender.rewards, batch), meter) for name, contender in found.items()}
 
 
 class Alive(TorchDispatchMode):
     """
-    Counts the bytes of storages that operations make on meta, as an allocator would: those there now, and the most there were. Each
-    counts until nothing refers to it any more, so the order in which a backward pass frees what was saved for it matters too.
+    Counts the bytes of storages that operations make on meta: those there now, and the most there were. Each counts until nothing
+    refers to it any more, as for an allocator, so the order in which a backward pass frees what was saved for it matters too.
     """
 
     def __init__(self, known):
@@ -333,31 +317,18 @@ class Alive(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
-                self.count(tensor.untyped_storage())
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta and tensor.untyped_storage()._cdata not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
         return result
-
-    def count(self, storage):
-        if storage._cdata not in self.known:
-            self.known.add(storage._cdata)
-            self.now += storage.nbytes()
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
 
     def forget(self, name, size):
         """The storage is gone, and a new one may get its id."""
         self.known.discard(name)
         self.now -= size
-
-
-PLAIN_ATTENTION = nn.functional.scaled_dot_product_attention
-
-
-def fused_attention(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, **more):
-    """Attention in one kernel, as GPUs and CPUs run it: on meta torch itself would make the matrix of all pairs."""
-    if attn_mask is None and q.is_meta and q.dim() == 4:
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
-    return PLAIN_ATTENTION(q, k, v, attn_mask, dropout_p, is_causal, **more)
 
 
 def storages(modules):
@@ -373,11 +344,12 @@ def measure_peak(forward, modules):
     """
     GiB that forward() and the backward pass of its result, if that has a gradient, need at the worst moment, all on meta.
 
-    {"weights": those of `modules`; "saved": kept for the backward pass, beyond the weights; "transient": what else is there at the
-    worst moment; "total"}. Workspaces of kernels, and what an allocator loses between tensors, come on top.
+    {"weights": those of `modules`; "saved": kept for the backward pass, beyond the weights; "transient": what else is there at
+    the worst moment; "total"}. Workspaces of kernels, and what an allocator loses between tensors, come on top.
     """
     weights = storages(modules)
     saved = {}
+    attention = nn.functional.scaled_dot_product_attention
 
     def pack(tensor):
         storage = tensor.untyped_storage()
@@ -385,7 +357,12 @@ def measure_peak(forward, modules):
             saved[storage._cdata] = storage.nbytes()
         return tensor
 
-    with mock.patch.object(nn.functional, "scaled_dot_product_attention", fused_attention), Alive(weights) as alive:
+    def in_one_kernel(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, **more):
+        if attn_mask is None and q.is_meta and q.dim() == 4:  # else torch would make the matrix of all pairs, on meta alone
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
+        return attention(q, k, v, attn_mask, dropout_p, is_causal, **more)
+
+    with mock.patch.object(nn.functional, "scaled_dot_product_attention", in_one_kernel), Alive(weights) as alive:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             result = forward()
         if isinstance(result, torch.Tensor) and result.requires_grad:
@@ -452,7 +429,7 @@ def draw_and_score(name, cfg, base, reward, folder):
         uncond = base.encode_text([""])
         return lambda step: synthetic(base, cfg, 1), lambda batch: train.edit_rewards(base, reward, uncond, batch, cfg)
     if name == "ddpo":
-        steps = round(cfg.timestep_fraction * cfg.num_steps)
+        steps = max(1, round(cfg.timestep_fraction * cfg.num_steps))
         sample_round, backward = ddpo.method(replace(cfg, timestep_fraction=1 / cfg.num_steps), base, reward)
         history = SimpleNamespace(last={}, add=lambda *args: None)
         return lambda step: (sample_round(step, history) * steps,), lambda batch: (backward(batch[0][0], 0), {})
@@ -463,23 +440,23 @@ def draw_and_score(name, cfg, base, reward, folder):
 
 
 def parts_of_a_step(name, cfg, base, reward, measure):
-    """[(how often it is needed for each video of an optimizer step, measure(it))], one video (DPO: one pair) at once."""
-    one = replace(cfg, batch_size=1, **ONE.get(name, {}))
-    pair = 2 if name == "dpo" else 1
-    round_size = cfg.videos if name == "rwr" else cfg.pairs if name == "dpo" else None
-    draws = cfg.rounds * round_size / (cfg.steps * cfg.batch_size) if round_size else 1
+    """[(how often for each video of an optimizer step, measure(it))]: draw a batch, score an entry of it; DPO's are pairs."""
+    draws = 1
+    if name in ("rwr", "dpo"):  # a round serves many steps
+        draws = cfg.rounds * (cfg.videos if name == "rwr" else cfg.pairs) / (cfg.steps * cfg.batch_size)
     with tempfile.TemporaryDirectory() as folder, Zeros():
-        draw, score = draw_and_score(name, one, base, reward, Path(folder))
+        draw, score = draw_and_score(name, replace(cfg, batch_size=1, **ONE.get(name, {})), base, reward, Path(folder))
         steps = [0]
         if name == "refl":  # its chain stops at a random step; the mean is that of the first and the last
             stops = {draw(step)[-1][0]: step for step in range(100)}
             steps = [stops[min(stops)], stops[max(stops)]]
+        divisor = len(steps) * (2 if name == "dpo" else 1)
         parts = []
         for step in steps:
             batches = []
-            parts.append((draws / pair / len(steps), measure(lambda: batches.append(draw(step)))))  # noqa: B023
+            parts.append((draws / divisor, measure(lambda: batches.append(draw(step)))))  # noqa: B023
             entry = train.split_batch(batches[0], 1)[0]
-            parts.append((len(batches[0][0]) / pair / len(steps), measure(lambda: score(entry)[0])))  # noqa: B023
+            parts.append((len(batches[0][0]) / divisor, measure(lambda: score(entry)[0])))  # noqa: B023
     return parts
 
 
@@ -490,36 +467,26 @@ def count_methods(base, reward, cfg):
     base.unet.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
     modules = [base.unet, base.vae.decoder, reward]
     meter = Meter()
-    watched = copy.copy(base)
-    watched.denoiser = meter.watch(base.denoiser)
+    meter.start(lambda: 0)
+    base.denoiser = meter.watch(base.denoiser)
     meter.watch_pictures(base.vae.post_quant_conv, "decode")
-
-    def work(run):
-        with FlopCounterMode(display=False) as counter:
-            meter.start(lambda: counter.get_total_flops() + meter.left_out)
-            R = run()
-            if isinstance(R, torch.Tensor):
-                meter.enter("backward")
-                R.sum().backward()
-            meter.enter("end")
-        return {"without_gradient": meter.calls["chain"], "with_gradient": meter.calls["last step"],
-                "frames": meter.calls["decode"], "tflop": sum(meter.split().values()) / 1e12}
-
     found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        prompts = Path(folder) / "prompts.txt"
-        prompts.write_text(CAPTION + "\n")
-        for name, module in METHODS.items():
-            own = {"tau": cfg.tau} if name == "InstructVideo" else {"prompts_train": prompts}
+    for name, module in METHODS.items():
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as prompts:
+            print(CAPTION, file=prompts, flush=True)
+            own = {"tau": cfg.tau} if name == "InstructVideo" else {"prompts_train": Path(prompts.name)}
             settings = replace(module.PRESETS["modelscope"], num_steps=cfg.num_steps, frames=cfg.frames, size=cfg.size,
                                low_memory=cfg.low_memory, checkpoint_activations=cfg.checkpoint_activations, **own)
-            parts = parts_of_a_step(name, settings, watched, reward, work)
-            found[name] = {key: sum(times * part[key] for times, part in parts) for key in parts[0][1]}
-
+            works = parts_of_a_step(name, settings, base, reward, partial(count_work, meter=meter))
             # Chain steps leave nothing behind but their last, so one step is as good as all.
             short = replace(settings, num_steps=1, tau=1.)
             peaks = parts_of_a_step(name, short, base, reward, partial(measure_peak, modules=modules))
-            found[name]["peak_gib"] = max((peak for _, peak in peaks), key=lambda peak: peak["total"])
+        found[name] = {
+            "without_gradient": sum(times * work["calls"]["chain"] for times, work in works),
+            "with_gradient": sum(times * work["calls"]["last step"] for times, work in works),
+            "frames": sum(times * work["calls"]["decode"] for times, work in works),
+            "tflop": sum(times * work["tflop"]["step"] for times, work in works),
+            "peak_gib": max((peak for _, peak in peaks), key=lambda peak: peak["total"])}
     return found
 
 
@@ -544,42 +511,42 @@ def matrix_rate(device, dtype):
     return 4 * 2 * side**3 / (now(device) - start) / 1e12
 
 
-def gpu_peak(run, modules):
-    """GiB of GPU memory that run() needs: `modules`, and what it adds to all that is there."""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    return (sum(storages(modules).values()) + torch.cuda.max_memory_allocated() - before) / GIB
-
-
 def spread(values):
     """Least, median and greatest of some numbers."""
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
+def time_step(contender, batch, meter, device):
+    """({part: seconds} of a step, GiB of GPU memory that it needs: the contender's weights, and what the step adds)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        weights = sum(storages(contender.modules).values()) - torch.cuda.memory_allocated()  # less those of the others
+    meter.start(partial(now, device))
+    contender.step(batch, meter)
+    parts = meter.split()
+    peak = (weights + torch.cuda.max_memory_allocated()) / GIB if device.type == "cuda" else None
+    return parts | {"step": sum(parts.values())}, peak
+
+
 def time_all(base, reward, cfg, device):
-    """({contender: [{part: seconds} of each repeat]}, {contender: GiB on cuda}, TFLOP/s of a matrix product)."""
+    """({contender: {part: [seconds of each repeat]}}, {contender: GiB on cuda}, TFLOP/s of a matrix product)."""
     meter = Meter()
+    meter.start(partial(now, device))
     batch = synthetic(base, cfg, cfg.batch_size)
     running = contenders(base, reward, cfg, meter)
-    seconds = {name: [] for name in running}
-    peaks = dict.fromkeys(running)
+    seconds = {name: {} for name in running}
+    peaks = {}
     rates = []
     for repeat in progress(range(-1, cfg.steps), "timing", unit="repeat", leave=False):
         for name in sorted(running, reverse=repeat % 2 == 0):
-            run = partial(running[name].step, batch, meter)
-            meter.start(partial(now, device))
             try:
-                if device.type == "cuda":
-                    peaks[name] = gpu_peak(run, running[name].modules)
-                else:
-                    run()
+                parts, peaks[name] = time_step(running[name], batch, meter, device)
             except torch.OutOfMemoryError:
                 del running[name]
                 torch.cuda.empty_cache()
                 continue
-            if repeat >= 0:  # the one before warms up
-                seconds[name].append(meter.split())
+            for part, value in parts.items() if repeat >= 0 else ():  # the one before warms up
+                seconds[name].setdefault(part, []).append(value)
         rates.append(matrix_rate(device, base.unet.conv_in.weight.dtype))
     return seconds, peaks, statistics.median(rates)
 
@@ -590,38 +557,22 @@ def time_all(base, reward, cfg, device):
 @dataclass
 class Config:
     """Count and time a training step, alone or against the same step on diffusers."""
-    base: str = "tiny"
-    """tiny, random (full size), random:64 (small), or any other base that train.py takes: only its sizes matter"""
-    reward_weights: str | None = None
-    """as train.py's; default the base's own, else random ones: a ViT-H/14 for a full-size base, a small CLIP for random:W"""
-    batch_size: int = 2
-    """clips a step (paper, Sec. 3.3: 8 on 4 GPUs)"""
-    tau: float = 0.6
-    """how far clips are noised, as a share of the chain (paper, Sec. 4.2)"""
-    num_steps: int = 20
-    """D, DDIM steps of the whole chain (paper, Sec. 3.3)"""
-    frames: int = 16
-    """F (paper, Sec. 3.3)"""
-    size: int | None = None
-    """pixel rows and columns; default what the base was trained on"""
-    steps: int = 5
-    """repeats: each is one step of every contender"""
-    device: str | None = None
-    """cuda, mps, cpu, or meta to count alone; default the first of cuda, mps, cpu that is there"""
-    dtype: str | None = None
-    """float32, bfloat16 or float16 of the frozen weights; default bfloat16 on cuda and meta, else float32"""
-    compile: bool = False
-    """torch.compile our UNet"""
-    checkpoint_activations: bool = False
-    """ours recomputes the UNet's blocks in the backward pass, as train.py's flag of that name"""
-    low_memory: bool = False
-    """ours recomputes, and decodes one frame at a time, as train.py's flag of that name"""
-    methods: bool = False
-    """instead: count a step of each method of methods/ at its preset modelscope's settings (needs --device meta)"""
-    diffusers: bool = True
-    """compare with the two steps built from diffusers (pip install -r requirements-dev.txt)"""
-    out: Path = Path("out/benchmark.json")
-    """the report"""
+    base: str = "tiny"  # tiny, random (full size), random:64 (small), or any base that train.py takes: only its sizes matter
+    reward_weights: str | None = None  # as train.py's; default the base's own, else random ones of a size that suits the base
+    batch_size: int = 2  # clips a step (paper, Sec. 3.3: 8 on 4 GPUs)
+    tau: float = 0.6  # how far clips are noised, as a share of the chain (paper, Sec. 4.2)
+    num_steps: int = 20  # D, DDIM steps of the whole chain (paper, Sec. 3.3)
+    frames: int = 16  # F (paper, Sec. 3.3)
+    size: int | None = None  # pixel rows and columns; default what the base was trained on
+    steps: int = 5  # repeats: each is one step of every contender
+    device: str | None = None  # cuda, mps, cpu, or meta to count alone; default the first of cuda, mps, cpu that is there
+    dtype: str | None = None  # float32, bfloat16 or float16 of frozen weights; default bfloat16 on cuda and meta, else float32
+    compile: bool = False  # torch.compile our UNet
+    checkpoint_activations: bool = False  # ours recomputes the UNet's blocks in the backward pass, as train.py's flag
+    low_memory: bool = False  # ours recomputes, and decodes one frame at a time, as train.py's flag
+    methods: bool = False  # instead: count a step of each method of methods/ at its preset modelscope (needs --device meta)
+    diffusers: bool = True  # compare with the two steps built from diffusers (pip install -r requirements-dev.txt)
+    out: Path = Path("out/benchmark.json")  # the report
 
 
 def check(cfg):
@@ -635,19 +586,6 @@ def check(cfg):
         raise ValueError(f"out {cfg.out}: is a folder; it must be a file, there or not")
 
 
-def machine(device):
-    """What it ran on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file() and "model name" in info.read_text():
-        cpu = info.read_text().partition("model name")[2].partition(":")[2].partition("\n")[0].strip()
-    found = {"system": platform.platform(), "cpu": cpu, "threads": torch.get_num_threads(), "device": str(device)}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found |= {"gpu": properties.name, "gpu_gib": round(properties.total_memory / GIB, 1)}
-    return found
-
-
 def measure(cfg, command=None):
     """The whole report, as plain values."""
     check(cfg)
@@ -656,10 +594,11 @@ def measure(cfg, command=None):
     device = torch.device("meta") if cfg.device == "meta" else pick_device(cfg.device)
     base, reward = load(cfg, device)
     dtype = base.unet.conv_in.weight.dtype
-    packages = ("torch", "open_clip_torch", *(("diffusers", "peft", "transformers") if cfg.diffusers else ()))
-    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
-    report = {"command": command, "machine": machine(device), "settings": asdict(cfg) | {"out": str(cfg.out)},
-              "versions": versions, "base": base.name, "dtype": next(name for name, kind in DTYPES.items() if kind == dtype)}
+    packages = ["torch", "open_clip_torch"] + (["diffusers", "peft", "transformers"] if cfg.diffusers else [])
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    report = {"command": command, "settings": asdict(cfg) | {"out": str(cfg.out)}, "base": base.name, "dtype": str(dtype)[6:],
+              "machine": {"system": platform.platform(), "threads": torch.get_num_threads(), "device": f"{device}, {processor}"},
+              "versions": {name: metadata.version(name) for name in packages} | {"python": platform.python_version()}}
     if cfg.methods:
         return report | {"methods": count_methods(base, reward, cfg)}
     report["contenders"] = count(base, reward, cfg)
@@ -668,18 +607,16 @@ def measure(cfg, command=None):
 
     base.release_encoders()
     seconds, peaks, report["matrix_tflops"] = time_all(base, reward, cfg, device)
-    totals = {name: [sum(parts.values()) for parts in repeats] for name, repeats in seconds.items()}
     report["slower"] = {}
     for name, row in report["contenders"].items():
         if not seconds[name]:  # out of memory
             continue
-        row["seconds"] = {part: spread([parts[part] for parts in seconds[name]]) for part in PARTS}
-        row["seconds"]["step"] = spread(totals[name])
+        row["seconds"] = {part: spread(values) for part, values in seconds[name].items()}
         row["peak_gib"] = peaks[name]
         row["tflops"] = row["tflop"]["step"] / row["seconds"]["step"]["median"]
         row["share_of_matrix_rate"] = row["tflops"] / report["matrix_tflops"]
-        if name != "ours" and totals["ours"]:
-            ratios = [theirs / mine for theirs, mine in zip(totals[name], totals["ours"])]
+        if name != "ours" and seconds["ours"]:
+            ratios = [theirs / mine for theirs, mine in zip(seconds[name]["step"], seconds["ours"]["step"])]
             report["slower"][name] = spread(ratios)
     return report
 
@@ -687,52 +624,44 @@ def measure(cfg, command=None):
 def table(report):
     """The report as lines of text for the terminal."""
     rows = report.get("contenders", {})
-    on = report["machine"]
+    methods = report.get("methods", {})
+    memory = report.get("memory", {})
     lines = [f"base {report['base']}, {report['settings']['batch_size']} clips of {report['settings']['frames']} frames, "
-             f"{report['dtype']}, on {on.get('gpu') or on['cpu']} ({on['device']}, {on['threads']} threads)"]
-    cells = lambda values: "".join(f"{value:>11}" if isinstance(value, str) else f"{value:11.4g}" for value in values)
+             f"{report['dtype']}, on {report['machine']['device']}, {report['machine']['threads']} threads"]
     if rows:
-        lines.append(" " * 16 + cells((*PARTS, "step")))
+        lines.append(" " * 16 + "".join(f"{part:>11s}" for part in (*PARTS, "step")))
     for name, row in rows.items():
-        lines.append(f"{name:16s}" + cells(row["tflop"].values()) + "  TFLOP")
+        lines.append(f"{name:16s}" + "".join(f"{value:11.4g}" for value in row["tflop"].values()) + "  TFLOP")
         if "seconds" in row:
-            lines.append(" " * 16 + cells(spread["median"] for spread in row["seconds"].values()) + "  s")
+            lines.append(" " * 16 + "".join(f"{seconds['median']:11.4g}" for seconds in row["seconds"].values()) + "  s")
             lines.append(f"{'':16s}{row['tflops']:.4g} TFLOP/s, {row['share_of_matrix_rate']:.0%} of the matrix product's rate"
                          + (f", {row['peak_gib']:.1f} GiB" if row["peak_gib"] else ""))
-        elif "matrix_tflops" in report:
+        elif not memory:
             lines.append(" " * 16 + "out of memory")
     for name, ratio in report.get("slower", {}).items():
+        work = rows[name]["tflop"]["step"] / rows["ours"]["tflop"]["step"]
         lines.append(f"{name} takes {ratio['median']:.2f}x our time ({ratio['min']:.2f} to {ratio['max']:.2f} over "
-                     f"{report['settings']['steps']} repeats), {rows[name]['tflop']['step'] / rows['ours']['tflop']['step']:.2f}x our work")
-    lines += memory_table(report.get("memory")) + methods_table(report.get("methods"))
-    if not torch.cuda.is_available():
-        lines.append("cuda: not yet run, no such device here")
-    return lines
+                     f"{report['settings']['steps']} repeats), {work:.2f}x our work")
 
-
-def memory_table(memory):
-    """Expected peak memory as lines of text."""
-    if not memory:
-        return []
-    lines = ["", "expected peak memory of our step, GiB: total (saved activations + transients, on top of the weights)"]
-    counts = memory["no flag"]
-    lines.append(f"{'clips at once':26s}" + "".join(f"{clips:>22}" for clips in counts))
+    if memory:
+        counts = memory["no flag"]
+        lines.append("expected peak memory of our step, GiB: total (saved activations + transients, on top of the weights)")
+        lines.append(f"{'clips at once':26s}" + "".join(f"{clips:>22}" for clips in counts))
+        lines.append(f"weights: {counts[1]['weights']:.1f} GiB; workspaces of kernels and gaps between tensors come on top")
     for name, peaks in memory.items():
         cells = [f"{peak['total']:.1f} ({peak['saved']:5.1f} + {peak['transient']:.1f})" for peak in peaks.values()]
         lines.append(f"{name:26s}" + "".join(f"{cell:>22}" for cell in cells))
-    return [*lines, f"weights: {counts[1]['weights']:.1f} GiB; workspaces of kernels and gaps between tensors come on top"]
 
-
-def methods_table(methods):
-    """What each method takes, as lines of a table in Markdown."""
-    if not methods:
-        return []
-    lines = ["| per video of a step | passes without, with gradient | frames | TFLOP | against InstructVideo | peak GiB |",
-             "|---|---|---|---|---|---|"]
+    if methods:  # in Markdown, for docs/methods.md
+        lines.append(
+            "| per video of a step | passes without, with gradient | frames | TFLOP | against InstructVideo | peak GiB |\n"
+            "|---|---|---|---|---|---|")
     for name, row in methods.items():
         ratio = row["tflop"] / methods["InstructVideo"]["tflop"]
         lines.append(f"| {name} | {row['without_gradient']:.3g}, {row['with_gradient']:.3g} | {row['frames']:.3g} | "
                      f"{row['tflop']:.1f} | {ratio:.2f} | {row['peak_gib']['total']:.1f} |")
+    if not torch.cuda.is_available():
+        lines.append("cuda: not yet run, no such device here")
     return lines
 
 
