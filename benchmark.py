@@ -407,7 +407,7 @@ def count_memory(base, reward, cfg, at_once=(1, 2, 4, 8)):
 # The methods of methods/: what one video of an optimizer step takes, at the settings of their presets "modelscope"
 
 METHODS = {"InstructVideo": train, "draft": draft, "refl": refl, "vader": vader, "ddpo": ddpo, "rwr": rwr, "dpo": dpo}
-ONE = {"ddpo": {"updates": 1}, "rwr": {"videos": 1}, "dpo": {"pairs": 1}}  # a round of one video, or pair
+ROUND_OF_ONE = {"ddpo": {"updates": 1}, "rwr": {"videos": 1}, "dpo": {"pairs": 1}}
 
 
 class Zeros(TorchDispatchMode):
@@ -445,7 +445,7 @@ def parts_of_a_step(name, cfg, base, reward, measure):
     if name in ("rwr", "dpo"):  # a round serves many steps
         draws = cfg.rounds * (cfg.videos if name == "rwr" else cfg.pairs) / (cfg.steps * cfg.batch_size)
     with tempfile.TemporaryDirectory() as folder, Zeros():
-        draw, score = draw_and_score(name, replace(cfg, batch_size=1, **ONE.get(name, {})), base, reward, Path(folder))
+        draw, score = draw_and_score(name, replace(cfg, batch_size=1, **ROUND_OF_ONE.get(name, {})), base, reward, Path(folder))
         steps = [0]
         if name == "refl":  # its chain stops at a random step; the mean is that of the first and the last
             stops = {draw(step)[-1][0]: step for step in range(100)}
@@ -467,9 +467,13 @@ def count_methods(base, reward, cfg):
     base.unet.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
     modules = [base.unet, base.vae.decoder, reward]
     meter = Meter()
-    meter.start(lambda: 0)
     base.denoiser = meter.watch(base.denoiser)
     meter.watch_pictures(base.vae.post_quant_conv, "decode")
+
+    def peak_of(run):
+        meter.start(lambda: 0)
+        return measure_peak(run, modules)
+
     found = {}
     for name, module in METHODS.items():
         with tempfile.NamedTemporaryFile("w", suffix=".txt") as prompts:
@@ -479,8 +483,7 @@ def count_methods(base, reward, cfg):
                                low_memory=cfg.low_memory, checkpoint_activations=cfg.checkpoint_activations, **own)
             works = parts_of_a_step(name, settings, base, reward, partial(count_work, meter=meter))
             # Chain steps leave nothing behind but their last, so one step is as good as all.
-            short = replace(settings, num_steps=1, tau=1.)
-            peaks = parts_of_a_step(name, short, base, reward, partial(measure_peak, modules=modules))
+            peaks = parts_of_a_step(name, replace(settings, num_steps=1, tau=1.), base, reward, peak_of)
         found[name] = {
             "without_gradient": sum(times * work["calls"]["chain"] for times, work in works),
             "with_gradient": sum(times * work["calls"]["last step"] for times, work in works),
