@@ -1,6 +1,6 @@
 """
-What a training step costs, held to the method's floor (guided steps tau D times, the last with gradient; S frames decoded and scored;
-nothing run twice), to diffusers' step, to whole runs of each method, and to what a process grows by.
+What a training step costs, held to the method's floor (guided steps tau D times, the last with gradient; S frames decoded and
+scored; nothing run twice), to diffusers' step, to whole runs of each method, and to what a process grows by.
 """
 import ctypes
 import gc
@@ -21,19 +21,7 @@ import benchmark
 import lora
 import train
 from bases.deep_cache import denoiser
-from benchmark import (
-    GIB,
-    PARTS,
-    Config,
-    Meter,
-    contenders,
-    count,
-    count_memory,
-    measure,
-    measure_peak,
-    synthetic,
-    without_numbers,
-)
+from benchmark import PARTS, Config, Meter, count, count_memory, measure, measure_peak, synthetic, without_numbers
 from methods import ddpo, dpo, draft, refl, rwr, vader
 from model import Autoencoder, Base, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig
 from reward import load_reward
@@ -42,10 +30,6 @@ from reward import load_reward
 # cached latents: 24 denoiser calls, the last 2 with gradient to their inputs, 4 frames and pictures with gradient to theirs.
 UNET, DECODE, ENCODE, IMAGE, TEXT = 4.89, 0.62, 0.27, 0.33, 0.05
 FLOOR = 134.7
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Full size
-
 FULL = Config(base="random", batch_size=1, device="meta", diffusers=False)
 
 
@@ -90,7 +74,8 @@ def test_the_table_in_the_docs_is_the_count_at_full_size():
     """On cards of 24 GiB one clip fits without further flags, if only just."""
     report = measure(replace(FULL, methods=True))
     said = (Path(benchmark.__file__).parent / "docs" / "methods.md").read_text()
-    assert re.search(r"<!-- benchmark.py --methods -->\n(.*?)\n<!-- end -->", said, re.DOTALL)[1] in "\n".join(benchmark.table(report))
+    said = re.search(r"<!-- benchmark.py --methods -->\n(.*?)\n<!-- end -->", said, re.DOTALL)[1]
+    assert said in "\n".join(benchmark.table(report))
     peak = report["methods"]["InstructVideo"]["peak_gib"]
     assert peak["weights"] == pytest.approx(4.56, abs=.02) and peak["saved"] == pytest.approx(16.74, abs=.1)
 
@@ -104,10 +89,10 @@ ONE_LEVEL = replace(SMALL, channels=(16,), attention_levels=(True,), stem_heads=
 SHORT = Config(base="small", batch_size=2, frames=4, size=16, num_steps=5, steps=1, diffusers=False)
 
 
-def small(config=ONE_LEVEL, seed=0):
+def small(config=ONE_LEVEL):
     """(base, reward) on which a step takes a fraction of a second."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         base = Base(UNet3D(config), Autoencoder(VAEConfig(channels=(8, 16), blocks_per_level=1, norm_groups=4)),
                     TextEncoder(TextConfig(width=16, heads=1, layers=1)), "small")
         for module in (base.unet, base.vae, base.text_encoder):
@@ -126,7 +111,7 @@ def gradient(contender, batch):
 def test_the_steps_on_diffusers_are_the_same_method():
     (base, reward), meter = small(SMALL), Meter()
     meter.start(lambda: 0)
-    mine = contenders(base, reward, SHORT, meter)["ours"]
+    mine = benchmark.contenders(base, reward, SHORT, meter)["ours"]
     for i, layer in enumerate(lora.layers(base.unet).values()):  # adapters that differ from their start, where A has no gradient
         torch.nn.init.normal_(layer.lora_B, std=0.1, generator=torch.Generator().manual_seed(i))
     settings = replace(train.PRESETS["modelscope"], tau=SHORT.tau, num_steps=SHORT.num_steps)
@@ -141,35 +126,20 @@ def test_the_steps_on_diffusers_are_the_same_method():
         assert meter.calls == {"chain": 8, "last step": 4, "decode": 8, "reward": 8}  # F = S here
 
 
-def test_counting_the_chain_by_one_of_its_calls():
-    """On the meta device one call of the chain stands for all: the sum is that of a count of all calls, for every contender."""
-    base, reward = small()
-    work = count(base, reward, SHORT)["ours"]["tflop"]["step"]
-    base, reward = without_numbers(base, reward)
-    batch, uncond = synthetic(base, SHORT, 2), base.encode_text([""])
-    lora.inject(base.unet)
-    settings = replace(train.Config(), tau=SHORT.tau, num_steps=SHORT.num_steps, guidance=3.)
-    with FlopCounterMode(display=False) as counter:
-        train.edit_rewards(base, reward, uncond, batch, settings)[0].sum().backward()
-    assert counter.get_total_flops() / 1e12 == pytest.approx(work, rel=1e-2)
-
-
 @pytest.mark.slow
 def test_saving_memory_recomputes():
     """Activations: the UNet's blocks. Low memory: those, the decoder and the reward, each once more."""
     (base, reward), cfg = small(SMALL), replace(SHORT, batch_size=1, num_steps=2, tau=1.)
-    flags = ({}, {"checkpoint_activations": True}, {"low_memory": True})
-    plain, blocks, low = (count(base, reward, replace(cfg, **f))["ours"] for f in flags)
-    assert plain["calls"] == low["calls"] == {"chain": 2, "last step": 2, "decode": 4, "reward": 4}
-    plain, blocks, low = plain["tflop"], blocks["tflop"], low["tflop"]
+    rows = []
+    for flags in ({}, {"checkpoint_activations": True}, {"low_memory": True}):
+        rows.append(count(base, reward, replace(cfg, **flags))["ours"])
+        assert rows[-1]["calls"] == {"chain": 2, "last step": 2, "decode": 4, "reward": 4}
+    plain, blocks, low = (row["tflop"] for row in rows)
     for part in set(PARTS) - {"backward"}:
         assert plain[part] == blocks[part] == pytest.approx(low[part], rel=1e-3)
     assert 0.4 * plain["last step"] < blocks["backward"] - plain["backward"] < plain["last step"]  # its stem is no block
     assert low["backward"] - blocks["backward"] == pytest.approx(plain["decode"] + plain["reward"], rel=0.02)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Expected memory
 
 def test_what_is_alive_is_counted_as_an_allocator_would():
     """Of a chain of products, those that the backward pass needs stay; the others go as soon as the next is made."""
@@ -178,7 +148,7 @@ def test_what_is_alive_is_counted_as_an_allocator_would():
 
     def kept():
         return (x.exp() * 2).sin()  # exp keeps its result, sin its input: 4000 bytes each, and the result itself
-    peak = {part: gib * GIB for part, gib in measure_peak(kept, [module]).items()}
+    peak = {part: gib * benchmark.GIB for part, gib in measure_peak(kept, [module]).items()}
     assert (peak["weights"], peak["saved"]) == (8, 8000)
     assert 8 + 5 * 4000 <= peak["total"] <= 8 + 5 * 4000 + 100  # those, the result, sin's derivative, and its gradient
 
@@ -188,7 +158,7 @@ def test_what_is_alive_is_counted_as_an_allocator_would():
                 y = x + 1
                 y = y + 1
         return y * x
-    peak = {part: gib * GIB for part, gib in measure_peak(passing, [module]).items()}
+    peak = {part: gib * benchmark.GIB for part, gib in measure_peak(passing, [module]).items()}
     assert peak["saved"] == 4000 and peak["total"] <= 8 + 4 * 4000
 
 
@@ -219,6 +189,11 @@ def test_every_clip_adds_as_much_as_the_one_before_and_an_evaluation_needs_less(
         assert evaluation["saved"] == 0 < evaluation["transient"] and evaluation["total"] < found["--low-memory"][clips]["total"]
 
 
+def resident(field):
+    """Bytes of physical memory that this process has (VmRSS), or had at most (VmHWM)."""
+    return int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
 def memory_on_the_cpu():
     """{memory setting: (as measure_peak, GiB that the graph keeps, GiB that this process grows by)} of our step, with numbers."""
     cfg = replace(SHORT, base="random:32", size=96, frames=16)
@@ -226,34 +201,28 @@ def memory_on_the_cpu():
     counted = count_memory(base, reward, cfg, (1,))
     batch, uncond, parameters = synthetic(base, cfg, 1), base.encode_text([""]), lora.inject(base.unet)
     reward.text_features(batch[-1])
-    weights, saved = benchmark.storages([base.unet, base.vae.decoder, reward]), {}
+    weights, saved, found = benchmark.storages([base.unet, base.vae.decoder, reward]), {}, {}
 
     def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            saved[storage._cdata] = storage.nbytes()
+        if tensor.untyped_storage()._cdata not in weights:
+            saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
-    def resident(field):
-        return int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-
-    # glibc keeps freed memory of up to 32 MB and gives large blocks out of it in pieces, which hides the first use of some and adds
-    # gaps between others. From here on each large block is the system's own, and returned when freed (M_MMAP_THRESHOLD, bytes).
+    # glibc keeps freed memory of up to 32 MB and gives large blocks out of it in pieces, which hides the first use of some and
+    # adds gaps between others. From here on each large block is the system's own, and returned when freed (M_MMAP_THRESHOLD).
     ctypes.CDLL(None).mallopt(-3, 2**17)
-    found = {}
     for name in MEMORY_FLAGS:
         settings = step_with(name, base)
         saved.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            graph = train.edit_rewards(base, reward, uncond, batch, settings)[0]
-        del graph
+            train.edit_rewards(base, reward, uncond, batch, settings)
         for p in parameters:
             p.grad = None
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
         before = resident("VmRSS")
         train.edit_rewards(base, reward, uncond, batch, settings)[0].sum().backward()
-        found[name] = counted[name][1], sum(saved.values()) / GIB, (resident("VmHWM") - before) / GIB
+        found[name] = counted[name][1], sum(saved.values()) / benchmark.GIB, (resident("VmHWM") - before) / benchmark.GIB
     return found
 
 
@@ -268,9 +237,6 @@ def test_the_expected_memory_is_what_a_step_takes_on_the_cpu():
         assert expected["saved"] == pytest.approx(saved, rel=.03), name
         assert grown > .1 and expected["total"] - expected["weights"] == pytest.approx(grown, rel=.15), name
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a step of each method costs
 
 METHOD = replace(SHORT, batch_size=1, tau=.5, num_steps=4)
 SIZES = dict(frames=4, size=16, num_steps=4)
@@ -327,16 +293,12 @@ def test_instruct_video_is_counted_as_the_step_of_train(monkeypatch):
     assert row["peak_gib"] == pytest.approx(count_memory(*small(), METHOD)["no flag"][1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-
 def test_the_report(tmp_path, capsys):
     out = tmp_path / "new" / "report.json"
     benchmark.main(Config(batch_size=1, frames=4, size=16, num_steps=5, steps=2, device="cpu", out=out), ["--steps", "2"])
     report, shown = json.loads(out.read_text()), capsys.readouterr().out
     assert report["command"] == "python benchmark.py --steps 2" and report["base"] == "tiny, heads of 8 channels"
-    assert {"python", "torch", "open_clip_torch", "diffusers", "peft", "transformers"} == report["versions"].keys()
-    assert report["settings"]["num_steps"] == 5 and report["matrix_tflops"] > 0
+    assert report["versions"].keys() >= {"torch", "diffusers"} and report["settings"]["num_steps"] == 5
     assert list(report["contenders"]) == ["ours", "diffusers", "diffusers lean"]
     for name, row in report["contenders"].items():
         assert list(row["tflop"]) == list(row["seconds"]) == [*PARTS, "step"]
@@ -347,6 +309,10 @@ def test_the_report(tmp_path, capsys):
         assert row["share_of_matrix_rate"] == pytest.approx(row["tflops"] / report["matrix_tflops"])
         assert name in shown
     assert report["slower"].keys() == {"diffusers", "diffusers lean"}
+    ours, theirs, lean = (row["tflop"] for row in report["contenders"].values())
+    for part in ("chain", "last step", "decode", "reward"):  # F = S here
+        assert ours[part] == pytest.approx(lean[part], rel=.05) and theirs[part] == pytest.approx(lean[part], rel=1e-3), part
+    assert .5 * lean["last step"] < theirs["backward"] - lean["backward"] < lean["last step"]  # what it recomputes
     assert f"report: {out}" in shown and ("cuda: not yet run" in shown) == (not torch.cuda.is_available())
 
 
