@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import CenterCrop, InterpolationMode, Normalize, Resize
 
+from benchmark import measure_peak
 from formats.exact_scores import scoring_exactly
 from formats.mixture import Mixture, check_rewards, measure, read_mixture, sees_whole_clips
 from formats.reward_model import (
@@ -37,7 +38,6 @@ from formats.reward_model import (
 from reward import HPSv2, aggregate, load_reward, load_rewards, tar_weights
 from rewards import aesthetic, imagereward, pickscore, videomae, vjepa, yolos
 from rewards.hub import SIZES
-from support.memory import measure_peak
 
 YOLOS_SIZE = {"shortest_edge": 512, "longest_edge": 864}  # yolos-tiny's preprocessor_config.json
 CAPTIONS = ["A red Panda's book &amp; playing piano, 4k", "a  cat moving left"]
@@ -654,7 +654,7 @@ def test_full_size_cost(kind, forward, both, weights, more, monkeypatch):
     unit = 1e12 * (1 if reward.num_frames else 4)
     assert counter.get_total_flops() / unit == pytest.approx(forward, abs=6e-4)
     assert (counter.get_total_flops() + backward.get_total_flops()) / unit == pytest.approx(both, abs=6e-4)
-    peak = measure_peak(lambda: reward(frames, ["a"]), [reward]).in_gib()
+    peak = measure_peak(lambda: reward(frames, ["a"]), [reward])
     assert peak["weights"] == pytest.approx(weights, abs=6e-3)
     assert peak["total"] - peak["weights"] == pytest.approx(more, abs=6e-3)
 
