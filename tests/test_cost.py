@@ -20,7 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import benchmark
 import lora
 import train
-from bases.deep_cache import denoiser
 from benchmark import PARTS, Config, Meter, count, count_memory, measure, measure_peak, synthetic, without_numbers
 from methods import ddpo, dpo, draft, refl, rwr, vader
 from model import Autoencoder, Base, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig
@@ -49,7 +48,7 @@ def test_networks_at_full_size(full):
     latents = (1, 4, 16, 32, 32), (1,), (1, 77, 1024)
     half = base.vae.post_quant_conv.weight.dtype
     assert tflop(base.denoiser, *latents) == pytest.approx(UNET, rel=.02)
-    cached = denoiser(base, 2)  # DeepCache: every second step computes the outermost level alone, whose latents have most pixels
+    cached = base.chain_denoiser(2)  # DeepCache: every second step computes the outermost level alone, with most pixels
     assert tflop(cached, *latents) == pytest.approx(UNET, rel=.02) and tflop(cached, *latents) == pytest.approx(1.66, rel=.01)
     assert tflop(base.vae.decode, (1, 4, 32, 32), dtype=half) == pytest.approx(DECODE, rel=.02)
     assert tflop(base.vae.encode, (1, 3, 256, 256)) == pytest.approx(ENCODE, rel=.02)
