@@ -256,7 +256,7 @@ def as_rewards(reward):
 
 
 def own_frames(reward, g, num_frames):
-    """The frames of each clip that a video reward sees (B, n), in place of g (B, S); f (B, 1) = 1."""
+    """The frames of each clip that a video reward sees (B, n), in place of g (B, S), and f = 1."""
     index = spread_frames(num_frames, reward.num_frames).to(g.device)         # (n,)
     return index.expand(len(g), -1), torch.ones(len(g), 1)                    # (B, n), (B, 1)
 

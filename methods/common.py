@@ -241,7 +241,7 @@ def gathered(scored):
     """
     Prompts and rewards of a round of all ranks, two lists in order of step and rank.
 
-    scored: this rank's (prompts, rewards) of each step. The order is the same on any number of ranks.
+    scored: this rank's (prompts, rewards) of each step. So any number of ranks gives one order.
     """
     prompts, rewards = [], []
     for of_step in zip(*all_gather(scored)):

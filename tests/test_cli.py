@@ -25,8 +25,8 @@ from data import ClipConfig
 from formats.weights import TINY
 from model import load_base
 from sampler import sample
-from support import pictures, tables, tradeoff, videos
-from support.clips import read_list, usable_clips
+from support import pictures, tables, videos
+from support.clips import find_problems, read_list
 from tiny import world
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,7 +94,7 @@ def test_a_folder_of_generated_videos_is_what_train_takes_as_data():
     assert len(files("videos")) == 3 * 3
     listed = read_list("videos")
     assert [(clip.path.suffix, clip.caption) for clip in listed] == [(".mp4", prompt) for prompt in prompts]
-    assert usable_clips(listed, ClipConfig(num_frames=4)) == listed
+    assert not find_problems(listed, ClipConfig(num_frames=4), print, dict.fromkeys(clip.path for clip in listed))
 
 
 def test_file_names_are_safe_whatever_the_prompt():
@@ -251,32 +251,22 @@ def test_base_and_fine_tuned_on_two_sets_at_several_d_and_guidance(adapter, capf
     assert sheet.shape == (22 + 2 * (strip.shape[1] + 22), 2 * (strip.shape[2] + 14), 3)
 
 
-def test_several_strengths_draw_what_the_reward_gains_against_what_is_lost(adapter, monkeypatch, capfd):
+def test_several_strengths_show_what_the_reward_gains_and_what_is_lost(adapter, monkeypatch, capfd):
     monkeypatch.setattr(world, "FRAMES", 4)
     flags = [*EVALUATE, "--frames", 4, "--segments", 2, "--lora", adapter, "--count", 2, "--sheet", 0,
              "--watch", "judge", "--watch", "motion"]
     assert script("evaluate.py", *flags, "--lora-scale", 0, 1.5, .5) == 0
-    assert "written: report/table.md, table.json, tradeoff.png" in capfd.readouterr().out
+    assert "written: report/table.md, table.json\n" in capfd.readouterr().out
     rows = json.loads(Path("report/table.json").read_text())["results"]
     assert [(r["set"], r["model"], r["lora_scale"]) for r in rows] == [
         (s, m, v) for s in ("in_domain", "new", "other") for m, v in (("base", 0), ("scale 1.5", 1.5), ("scale 0.5", .5))]
     assert rows[1]["differences"]["judge"] and "scale 1.5" in Path("report/table.md").read_text()
-    assert iio.imread("report/tradeoff.png").ndim == 3
 
     # One strength is the comparison of always, with the numbers of its row.
     assert script("evaluate.py", *flags, "--lora-scale", .5, "--out", "one") == 0
     one = json.loads(Path("one/table.json").read_text())["results"]
     assert [r["model"] for r in one[:2]] == ["base", "fine-tuned"] and files("one") == ["table.json", "table.md"]
     assert one[1]["measures"] == rows[2]["measures"] and one[1]["differences"] == rows[2]["differences"]
-
-
-def test_a_point_of_the_trade_off():
-    row = {"lora_scale": .5, "measures": {"reward_mean": .3, "judge": None},
-           "differences": {"reward": [.1, .02], "judge": [1, None]}}
-    assert tradeoff.point(row, None) == (.5, .5, .3, 0., .02)
-    assert tradeoff.point(row, "judge") == pytest.approx((.5, np.nan, .3, np.nan, .02), nan_ok=True)
-    del row["differences"]  # the base
-    assert tradeoff.point(row | {"measures": {"reward_mean": .2, "judge": .9}}, "judge") == (.5, .9, .2, 0., 0.)
 
 
 def test_the_judge_reports_beside_the_reward_and_the_hpsv2_package_agrees():

@@ -16,13 +16,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import data
-from data import ClipConfig, LatentDataset, batch_indices, encode_captions, encode_clips, epoch_order, sample_posterior
+from data import ClipConfig, LatentDataset, batch_indices, encode_clips, epoch_order, sample_posterior
 from support import clips as cache
 from support import clips as clip_lists
 from support import ranks as processes
 from support import videos
-from support.clips import Clip, read_list, usable_clips
+from support.clips import Clip, encode_captions, find_problems, leave_out, read_list
 from support.ranks import sample_generator
 from support.videos import read_clip
 
@@ -391,15 +390,21 @@ class Encoders:
         mean = torch.nn.functional.avg_pool2d(frames, 4)
         return torch.cat([mean, mean * 0 - 40], dim=1)  # (F, 6, h, w)
 
-    def encode_text(self, captions):
+    def encode_captions(self, captions):
         self.texts += captions
         return torch.stack([torch.full((5, 7), float(len(caption))) for caption in captions])
 
 
 def make(clips, cache_dir, config=SMALL, vae_name="vae", text_name="text", **options):
     encoders = Encoders()
-    dataset = encode_clips(clips, config, encoders.encode, encoders.encode_text, vae_name, text_name, cache_dir, **options)
-    return dataset, encoders
+    encoders.fingerprints = lambda: (vae_name, text_name)
+    return encode_clips(clips, config, encoders, cache_dir, **options), encoders
+
+
+def usable_clips(clips, config, max_skip=0.1):
+    """What encode_clips does first: the clips that open and are long enough; it names the others."""
+    problems = find_problems(clips, config, print, {clip.path: None for clip in clips if clip.path.is_file()})
+    return leave_out(clips, problems, max_skip, print)
 
 
 def contents(dataset):
@@ -495,7 +500,7 @@ def test_files_are_complete_before_they_get_their_name(tmp_path, clips, monkeypa
     rename, seen = os.replace, []
 
     def watch(source, target):
-        seen.append((os.path.basename(source)[0], len(cache.Stored(source)), os.path.exists(target)))
+        seen.append((os.path.basename(source)[0], len(clip_lists.Stored(source)), os.path.exists(target)))
         rename(source, target)
 
     monkeypatch.setattr(os, "replace", watch)
@@ -560,9 +565,9 @@ def test_ranks_encode_disjoint_shares_and_see_the_same(tmp_path, clips, capsys, 
 
     def as_rank(rank, barrier):
         with monkeypatch.context() as patch:
-            for room in (data, processes, clip_lists):
+            for room in (processes, clip_lists):
                 patch.setattr(room, "rank_and_size", lambda: (rank, 2))
-            patch.setattr(data, "barrier", barrier)
+            patch.setattr(clip_lists, "barrier", barrier)
             patch.setattr(clip_lists, "all_gather", lambda value: [value])
             return make(clips, tmp_path / "cache", max_skip=0.5)
 
@@ -579,11 +584,11 @@ def test_ranks_encode_disjoint_shares_and_see_the_same(tmp_path, clips, capsys, 
 
 def test_captions_alone(tmp_path):
     encoders = Encoders()
-    text = encode_captions(["", "a cat", ""], encoders.encode_text, "text", tmp_path)
+    text = encode_captions(["", "a cat", ""], encoders.encode_captions, "text", tmp_path)
     assert encoders.texts == ["", "a cat"] and [entry[:][0, 0].item() for entry in text] == [0, 5, 0]
-    encode_captions(["a cat", "a dog"], encoders.encode_text, "text", tmp_path)
+    encode_captions(["a cat", "a dog"], encoders.encode_captions, "text", tmp_path)
     assert encoders.texts == ["", "a cat", "a dog"]
-    many = encode_captions([str(i) for i in range(150)], encoders.encode_text, "text")
+    many = encode_captions([str(i) for i in range(150)], encoders.encode_captions, "text")
     assert len(many) == 150 and many[149].shape == (5, 7)
 
 

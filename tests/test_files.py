@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import model
-from formats import names, structures
+from formats import names
 from formats import tensors as published
 from model import Autoencoder, UNet3D, UNetConfig, VAEConfig, load_text_encoder, load_unet, load_vae
 from support import files
@@ -494,7 +494,7 @@ def test_random_base_is_seeded():
     assert first == again != another
     assert torch.equal(torch.random.get_rng_state(), state)
     for width in (64, 96):
-        unet, autoencoder, text = structures.random_sizes(f"random:{width}")
+        unet, autoencoder, text = names.random_sizes(f"random:{width}")
         assert UNet3D(UNetConfig(**unet)).config.channels == (width, 2 * width, 4 * width, 4 * width)
         assert Autoencoder(VAEConfig(**autoencoder)) and unet["context_dim"] == text["width"]
 

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from formats.mixture import check_rewards, load_mixture
 from safetensors.torch import load_file
 
+import evaluate
+import reward
 import train
+from formats.weights import named_rewards
 from support import run as run_folder
 from support import tables as guard
 from support import tables as watch
@@ -98,11 +100,12 @@ def setting(*watched, **more):
     return types.SimpleNamespace(**({"reward": (), "reward_weights": (), "watch": watched, "frames": 16} | more))
 
 
-def test_what_names_mean():
-    reward = load_mixture(setting("pixels", "judge", "flicker"), lambda kind, weights: Bright())
-    assert reward.pixels == watch.PIXELS[:5] and reward.name == "bright"
-    assert watch.measured_names(("judge", "diversity", "motion")) == ["pixel_motion", "pixel_diversity", "judge"]
-    assert isinstance(load_mixture(setting("judge"), lambda kind, weights: Bright()), Bright)  # nothing to measure beside it
+def test_what_names_mean(monkeypatch):
+    monkeypatch.setattr(reward, "load_reward", lambda *args: Bright())
+    found = reward.load_rewards(setting("pixels", "judge", "flicker"), None)
+    assert found.pixels == watch.PIXELS[:5] and found.name == "bright"
+    assert watch.watched_names(("judge", "diversity", "motion")) == ["pixel_motion", "pixel_diversity", "judge"]
+    assert isinstance(reward.load_rewards(setting(), None), Bright)  # nothing to measure beside it
 
 
 class Bright(torch.nn.Module):
@@ -115,12 +118,12 @@ class Bright(torch.nn.Module):
 def test_an_unknown_name_is_refused_with_those_that_are_allowed():
     allowed = "watch 'blur': must be one of motion, .*diversity, pixels .*, judge; or a reward"
     with pytest.raises(ValueError, match=allowed) as error:
-        check_rewards(setting("motion", "blur"))
+        named_rewards(setting("motion", "blur"))
     assert "\n" not in str(error.value) and "pickscore" in str(error.value)
     with pytest.raises(ValueError, match="reward 'motion': must be one of hpsv2"):  # never optimised
-        check_rewards(setting(reward=("motion",)))
+        named_rewards(setting(reward=("motion",)))
     with pytest.raises(ValueError, match="official_hps: checks hpsv2 or hpsv2.1 alone"):
-        check_rewards(setting("motion", official_hps=True))
+        evaluate.check(evaluate.Config(watch=("motion",), official_hps=True))
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -237,7 +240,7 @@ def test_measures_of_pixels_have_a_direction_and_a_limit(name, means, step):
 
 
 def test_every_measure_of_pixels_has_a_limit():
-    assert list(guard.LIMITS) == watch.measured_names(watch.PIXELS)
+    assert list(guard.LIMITS) == watch.watched_names(watch.PIXELS)
 
 
 def test_videos_whose_measure_is_not_known_are_left_out():
@@ -265,13 +268,14 @@ FIDELITY = [.6, .8, .9, .3, .2]  # at steps 0 to 4: it turns at step 3
 @pytest.fixture
 def scripted(monkeypatch):
     """Evaluations with numbers as scripted: the reward rises, fidelity does as above; without pictures."""
-    monkeypatch.setattr(run_folder.Run, "show", lambda self, step, tables, videos: run_folder.write_text(
-        self.sample_file(step, ".json"), json.dumps({s: {k: v.tolist() for k, v in t.items()} for s, t in tables.items()})))
-    monkeypatch.setattr(run_folder.Run, "draw_comparison", lambda *args: None)
+    def show(self, step, tables, videos):
+        numbers = {s: {k: v.tolist() for k, v in t.items()} for s, t in tables.items()}
+        run_folder.write_text(run_folder.sample_file(self.folder, step, ".json"), json.dumps(numbers))
+    monkeypatch.setattr(run_folder.Evaluations, "show", show)
+    monkeypatch.setattr(run_folder.Evaluations, "draw_comparison", lambda *args: None)
     monkeypatch.setattr(run_folder, "draw_curves", lambda lines, name, path, *watched: path.touch())
-    due = run_folder.Run.evaluate_if_due
-    at = []
-    monkeypatch.setattr(run_folder.Run, "evaluate_if_due", lambda self, step: (at.append(step), due(self, step)))
+    look, at = run_folder.Evaluations.look, []
+    monkeypatch.setattr(run_folder.Evaluations, "look", lambda self, step: at.append(step) or look(self, step))
 
     def evaluate(base, reward, prompts, **settings):
         g = torch.Generator().manual_seed(at[-1])

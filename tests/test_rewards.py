@@ -15,14 +15,14 @@ import pytest
 import torch
 import torch.nn.functional as F_
 import transformers
-from formats.exact_scores import scoring_exactly
-from formats.mixture import Mixture, check_rewards, measure, read_mixture, sees_whole_clips
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import CenterCrop, InterpolationMode, Normalize, Resize
 
+import train
 from benchmark import measure_peak
+from evaluate import measure
 from formats.reward_model import (
     CLIP_MEAN,
     CLIP_STD,
@@ -35,7 +35,8 @@ from formats.reward_model import (
     fit_within,
     spread_frames,
 )
-from reward import HPSv2, aggregate, load_reward, load_rewards, tar_weights
+from formats.weights import named_rewards
+from reward import HPSv2, Rewards, aggregate, load_reward, load_rewards, tar_weights
 from rewards import aesthetic, imagereward, pickscore, videomae, vjepa, yolos
 from rewards.hub import SIZES
 
@@ -459,21 +460,20 @@ class Change(RewardModel):
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 3])
-def test_a_mixture_is_the_weighted_sum(chunk):
+def test_several_rewards_are_their_weighted_sum(monkeypatch, chunk):
     clip = random_frames(2, 9, 8, 8).requires_grad_()
-    decoded = []
 
     def decode(vae, z_0, index):
-        decoded.append(index.shape[1])
         return clip.gather(1, index[:, :, None, None, None].expand(-1, -1, 3, 8, 8))
 
-    mixture = Mixture([(2., Brightness("bright")), (-.5, Change("change", 3)), (1., Brightness("again"))], [Brightness("seen")])
+    parts = [(2., Brightness("bright")), (-.5, Change("change", 3)), (1., Brightness("again"))]
+    mixture = Rewards(parts, (Brightness("seen"),))
     assert mixture.name == "2 bright + -0.5 change + again"
     g = torch.tensor([[0, 3, 4, 8], [1, 2, 5, 7]])
     f = tar_weights(g, 9)
-    R, logged = mixture.of_edits(decode, None, torch.zeros(2, 4, 9, 1, 1), CAPTIONS, g, f, aggregate, chunk)
-    if not chunk:
-        assert sorted(decoded) == [3, 4]  # image rewards share their frames
+    monkeypatch.setattr(train, "decode_frames", decode)
+    base = types.SimpleNamespace(vae=None)
+    R, logged = train.video_rewards(base, mixture, torch.zeros(2, 4, 9, 1, 1), g, CAPTIONS, train.Config(decode_chunk=chunk))
 
     frames = clip[torch.arange(2)[:, None], g]
     bright = frames.mean((2, 3, 4))
@@ -487,13 +487,8 @@ def test_a_mixture_is_the_weighted_sum(chunk):
     torch.testing.assert_close(logged["change"], change.detach())
 
     measured = measure(mixture, frames[:1].detach(), clip[:1].detach(), CAPTIONS[:1])
-    assert list(measured) == ["reward", "bright", "change", "again", "seen"] and sees_whole_clips(mixture)
+    assert list(measured) == ["reward", "bright", "change", "again", "seen"]
     assert measured["reward"] == pytest.approx(logged["reward"][0].item(), rel=1e-5) and measured["seen"] == measured["bright"]
-
-
-def test_rewards_of_a_mixture_have_names_of_their_own():
-    with pytest.raises(ValueError, match="rewards a, a: each must be named once"):
-        Mixture([(1., Brightness("a"))], [Brightness("a")])
 
 
 def mixed(**settings):
@@ -509,20 +504,19 @@ def mixed(**settings):
      ([(2., "hpsv2.1/crop"), (-.5, "videomae:playing piano")], ["yolos:book"],
       {"videomae:playing piano": "a", "hpsv2.1/crop": "b=c", "yolos:book": "d"}))])
 def test_what_settings_name(settings, expected):
-    assert read_mixture(mixed(**settings)) == expected
+    assert named_rewards(mixed(**settings)) == expected
 
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"reward": ("hpsv2=x",)}, "reward 'hpsv2=x': the weight after = must be a finite number other than 0"),
     ({"reward": ("hpsv2=0",)}, "the weight after ="), ({"reward": ("hpsv2=nan",)}, "the weight after ="),
-    ({"reward": ("hps=1",)}, "reward 'hps': must be one of"), ({"watch": ("clip",)}, "reward 'clip': must be one of"),
+    ({"reward": ("hps=1",)}, "reward 'hps': must be one of"), ({"watch": ("clip",)}, "or a reward 'clip': must be one of"),
     ({"reward": ("hpsv2", "vjepa"), "reward_weights": ("random",)}, "reward_weights 'random': must be NAME=PATH, with one of "),
     ({"reward_weights": ("vjepa=a",), "watch": ("yolos:a",)}, "with one of the rewards hpsv2, yolos as NAME"),
-    ({"official_hps": True, "watch": ("vjepa",)}, "official_hps: checks hpsv2 or hpsv2.1 alone"),
-    ({"official_hps": True, "reward": ("hpsv2/crop",)}, "official_hps: checks")])
+    ({"reward": ("hpsv2", "hpsv2")}, "rewards hpsv2, hpsv2: each must be named once")])
 def test_settings_that_are_refused(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        check_rewards(mixed(**settings))
+        named_rewards(mixed(**settings))
     assert "\n" not in str(error.value)
 
 
@@ -530,8 +524,10 @@ def test_rewards_of_a_run():
     """One image reward is itself, so the plain run is what it was; anything else is a mixture."""
     assert load_rewards(mixed(reward_weights=("random:32",)), None).name == "HPSrandom"
     alone = load_rewards(mixed(reward=("vjepa",), reward_weights=("random",)), None)
-    assert isinstance(alone, Mixture) and alone.name == "VJEPA2-random" and alone.is_plain
-    with pytest.raises(ValueError, match="frames = 15: this reward sees 16 frames"):
+    assert alone.name == "VJEPA2-random" and alone.num_frames == 16
+    twice = load_rewards(mixed(reward=("hpsv2=2",), reward_weights=("random:32",), watch=("motion",)), None)
+    assert (twice.name, twice.pixels, len(twice.every)) == ("2 HPSrandom", ("motion",), 1)
+    with pytest.raises(ValueError, match="frames = 15: vjepa sees 16 frames"):
         load_rewards(mixed(reward=("vjepa",), reward_weights=("random",), frames=15), None)
 
 
@@ -657,19 +653,3 @@ def test_full_size_cost(kind, forward, both, weights, more, monkeypatch):
     peak = measure_peak(lambda: reward(frames, ["a"]), [reward])
     assert peak["weights"] == pytest.approx(weights, abs=6e-3)
     assert peak["total"] - peak["weights"] == pytest.approx(more, abs=6e-3)
-
-
-def test_a_mixture_scores_exactly_while_evaluating_and_in_16_bits_before_and_after(tmp_path, capfd):
-    """All of its parts, the watched ones too; a reward of the user's own has what precision it wants."""
-    own = tmp_path / "own.py"
-    own.write_text("def mean(frames, captions):\n    return frames.mean(dim=(2, 3, 4))\n")
-    cfg = mixed(reward=("hpsv2", f"{own}:mean"), watch=("aesthetic",), reward_weights=("hpsv2=random:32", "aesthetic=random"))
-    frames = random_frames(1)
-    half, single = load_rewards(cfg, None, torch.bfloat16), load_rewards(cfg, None)
-    rough, exact = (reward.measure(frames, frames, ["a cat"]) for reward in (half, single))
-
-    evaluate = scoring_exactly(half, lambda: load_rewards(cfg, None))(half.measure)
-    assert evaluate(frames, frames, ["a cat"]) == exact != rough
-    assert half.measure(frames, frames, ["a cat"]) == rough and evaluate(frames, frames, ["a cat"]) == exact
-    evaluate = scoring_exactly(single, lambda: pytest.fail("loaded again"))(single.measure)
-    assert evaluate(frames, frames, ["a cat"]) == exact

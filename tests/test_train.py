@@ -4,6 +4,7 @@ train.py: the method as one step, what each setting changes, and what a run leav
 Runs are the real ones on the shipped weights, of a few steps on a few clips; no test depends on what the weights have learned.
 """
 import contextlib
+import copy
 import io
 import json
 import math
@@ -85,7 +86,7 @@ def parts():
     """(base with adapters that do something, reward, clips of four frames): one setting for all tests of a single step."""
     base = load_base("tiny")
     reward = load_reward(base_folder=base.folder)
-    full = clips.tiny_clips(base, torch.float32)
+    full = clips.clips(base, world.FRAMES, world.SIZE)
     dataset = LatentDataset([m[:, :, :4] for m in full.moments], full.text, full.captions)
     g = torch.Generator().manual_seed(0)
     lora.inject(base.unet, 4, generator=g)
@@ -128,8 +129,9 @@ def loop(parts, cfg):
     base, reward, _ = parts
     recorder, uncond = Recorder(lora.parameters(base.unet), cfg.steps), base.encode_text([""])
     before = [p.detach().clone() for p in recorder.parameters]
-    assert train.train(cfg, recorder.parameters, lambda step: batch_of(parts, cfg, step),
-                       lambda batch: train.edit_rewards(base, reward, uncond, batch, cfg), recorder)
+    method = train.Method(lambda step: batch_of(parts, cfg, step),
+                          lambda batch: train.edit_rewards(base, reward, uncond, batch, cfg))
+    assert train.train(cfg, recorder.parameters, method, recorder)
     assert [line["step"] for line in recorder.lines] == list(range(1, cfg.steps + 1))
     recorder.change = [p.detach() - b for p, b in zip(recorder.parameters, before)]
     with torch.no_grad():
@@ -261,7 +263,7 @@ def test_float16_trains_on_the_same_gradient():
     def gradient(dtype):
         base, name = load_base("tiny", dtype=getattr(torch, dtype)), dtype
         reward = load_reward(base_folder=base.folder, dtype=getattr(torch, dtype))
-        full = clips.tiny_clips(base, torch.float32)
+        full = clips.clips(base, world.FRAMES, world.SIZE)
         g = torch.Generator().manual_seed(0)
         lora.inject(base.unet, 4, generator=g)
         with torch.no_grad():
@@ -332,18 +334,18 @@ def saved(path):
 
 def test_a_step_that_is_not_finite_is_skipped_counted_and_reported(monkeypatch, capsys):
     not_finite_at(monkeypatch, {2})
-    assert run(*SHORT, "--steps", 3, "--eval-every", 0, "--save-every", 1, "--keep", 3, "--out", "run") == 0
+    states, real = [], torch.save
+    monkeypatch.setattr(torch, "save", lambda state, path: (states.append(copy.deepcopy(state)), real(state, path)))
+    assert run(*SHORT, "--steps", 3, "--eval-every", 0, "--save-every", 1, "--out", "run") == 0
     assert "step 2: reward or gradient is not finite, skipped (1 so far)" in capsys.readouterr().out
     lines = metrics("run")
     assert lines[1] == {"step": 2, "reward": None, "loss": None, "grad_norm": None, "skipped": 1}
     assert all(math.isfinite(line[k]) for line in (lines[0], lines[2]) for k in ("reward", "loss", "grad_norm"))
-    # --keep 3: three checkpoints, one of each step.
-    assert [f for f in listing("run") if f.startswith("state")] == ["state.pt", "state_000001.pt", "state_000002.pt"]
-    one, two, three = (saved(f"run/{name}") for name in ("state_000001.pt", "state_000002.pt", "state.pt"))
-    assert [s["step"] for s in (one, two, three)] == [1, 2, 3]
+    one, two, three = states
+    assert [s["step"] for s in states] == [1, 2, 3] and [f for f in listing("run") if f.startswith("state")] == ["state.pt"]
     assert all(torch.equal(v, two["adapters"][k]) for k, v in one["adapters"].items())
     assert not all(torch.equal(v, three["adapters"][k]) for k, v in one["adapters"].items())
-    assert [s["optimizer"]["state"][0]["step"].item() for s in (one, two, three)] == [1, 1, 2]
+    assert [s["optimizer"]["state"][0]["step"].item() for s in states] == [1, 1, 2]
 
 
 def test_many_in_a_row_stop_the_run_with_the_last_good_adapters(monkeypatch):
@@ -411,9 +413,11 @@ def test_the_run_folder_holds_what_the_readme_lists(whole):
     assert moving.shape[0] == 4 and moving.shape[1] > 2 * 112 and moving.shape[2] > 3 * 112  # three videos, before and after
 
     config = json.loads((folder / "config.json").read_text())
-    own = settings.first_given(load_base("tiny").guidance, 3.)  # what --guidance is by default
+    own = load_base("tiny").guidance  # what --guidance is by default
     asked = replace(parse([*SHORT, *WHOLE, "--out", str(folder)]), guidance=own)
-    assert settings.from_json(config, train.Config, "config.json") == asked
+    assert parse(["--resume", str(folder)]) == replace(asked, resume=folder) and config == settings.to_record(asked)
+    record = json.loads((folder / "run.json").read_text())
+    assert record["prompts"] == train.prompt_sets(load_base("tiny"), (), 1) and record["data"]["clips"] == 6
     state = saved(folder / "state.pt")
     assert state.keys() == {"version", "step", "config", "adapters", "optimizer"}
     assert state["step"] == 4 and state["config"] == config
@@ -455,7 +459,7 @@ def test_evaluation_during_training_is_the_metric_of_evaluate(whole):
     base = load_base("tiny")
     lora.load(base.unet, whole[0] / "lora.safetensors")
     prompts = train.prompt_sets(base, (), 1)["other"]
-    table, _ = evaluate(base, load_reward(base_folder=base.folder), prompts, seed=train.EVAL_SEED + 2, segments=2, frames=4,
+    table, _ = evaluate(base, load_reward(base_folder=base.folder), prompts, seed=run_folder.EVAL_SEED + 2, segments=2, frames=4,
                         num_steps=2)
     assert metrics(whole[0])[-1]["eval"]["other"]["reward_mean"] == pytest.approx(table["reward"].item(), abs=1e-6)
 
@@ -464,7 +468,8 @@ def test_evaluations_score_in_float32_whatever_the_dtype(plain, monkeypatch):
     """best.safetensors is chosen by these scores; training scores in 16 bits before and after."""
     seen = []
 
-    def look(base, reward, captions, **settings):
+    def look(base, rewards, captions, **settings):
+        (_, reward), = rewards.parts
         frames = torch.rand(1, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         seen.append(reward(frames, ["a red circle"]))
         dtypes = {t.dtype for t in (*reward.parameters(), *reward.buffers()) if t.is_floating_point()}
@@ -567,35 +572,42 @@ def test_resuming_something_else_is_refused(whole, tmp_path):
     assert (listing(folder), (folder / "config.json").read_bytes()) == before
 
 
-def test_what_changes_numbers_by_rounding_at_most_may_change_and_is_recorded(whole, plain):
+def test_what_changes_numbers_by_rounding_at_most_may_change(whole, plain):
     assert run(*SHORT, *WHOLE, "--steps", 2, "--out", "run") == 0
-    assert json.loads(Path("run/run.json").read_text())["changes"] == []
     assert run("--resume", "run", "--steps", 4, "--clips-at-once", 1, "--low-memory", "--decode-chunk", 2, "--workers", 3,
-               "--keep", 2, "--save-every", 1, "--device", "cpu", "--no-cache") == 0
+               "--save-every", 1, "--device", "cpu", "--no-cache") == 0
     # Resumed again, with the settings that it now has.
     assert run("--resume", "run") == 0
-    changed = dict(steps=[2, 4], clips_at_once=[0, 1], low_memory=[False, True], decode_chunk=[0, 2], workers=[2, 3], keep=[1, 2],
-                   save_every=[3, 1], cache=[True, False])
-    assert json.loads(Path("run/run.json").read_text())["changes"] == [{"step": 2} | changed]
+    changed = dict(steps=4, clips_at_once=1, low_memory=True, decode_chunk=2, workers=3, save_every=1, cache=False)
     config = json.loads(Path("run/config.json").read_text())
-    assert {name: config[name] for name in changed} == {name: after for name, (_, after) in changed.items()}
+    assert {name: config[name] for name in changed} == changed
     x, y = (load_file(f"{folder}/lora.safetensors") for folder in ("run", whole[0]))
     assert all((x[k] - y[k]).abs().max() < 1e-3 for k in y)  # AdamW divides by the gradient's size, rounding too
 
 
-def test_the_settings_of_an_earlier_version(whole, monkeypatch):
-    """--grad-accum said into how many parts a rank's share is divided; what came later takes its default."""
+def test_the_settings_of_an_earlier_version(whole, capsys):
+    """What came later takes its default, what has gone and changed no number is said; a run of the first versions is refused."""
     config = json.loads((whole[0] / "config.json").read_text())
-    for name in ("clips_at_once", "tensorboard"):
-        del config[name]
-    for parts, batch_size, size, expected in ((1, 8, 1, 0), (2, 8, 1, 4), (8, 8, 1, 1), (2, 8, 4, 1)):
-        monkeypatch.setenv("WORLD_SIZE", str(size))
-        old = config | {"grad_accum": parts, "batch_size": batch_size}
-        cfg = settings.from_json(old, train.Config, "config.json")
-        assert (cfg.clips_at_once, cfg.tensorboard, cfg.batch_size) == (expected, False, batch_size)
     Path("run").mkdir()
-    Path("run/config.json").write_text(json.dumps(config | {"grad_accum": 2}))
-    assert parse(["--resume", "run"]).clips_at_once == 1
+    del config["tensorboard"]
+    Path("run/config.json").write_text(json.dumps(config | {"keep": 2}))
+    assert parse(["--resume", "run"]) == replace(parse(["--resume", str(whole[0])]), resume=Path("run"))
+    assert capsys.readouterr().out == "run/config.json: keep = 2 is no setting any more, and changes nothing\n"
+    for old in ({"grad_accum": 2}, {"reward": "hpsv2"}):
+        Path("run/config.json").write_text(json.dumps(config | old))
+        with pytest.raises(ValueError, match="resume run: a run of an early version; continue it with that version, or start"):
+            parse(["--resume", "run"])
+
+
+@pytest.mark.parametrize("flags", [
+    ["modelscope", "--guidance", "None", "--data", "a b.txt", "--prompts", "a=b", "--prompts", "c=d e", "--no-cache"],
+    ["--reward", "hpsv2", "--reward", "vjepa=-0.5", "--reward-weights", "vjepa=x=y", "--watch", "pixels", "--lr", "1e-07",
+     "--size", "64", "--eval-every", "0", "--device", "cpu", "--dtype", "float16", "--compile"]], ids=["paths", "numbers"])
+def test_settings_survive_config_json(flags):
+    cfg = parse(flags)
+    Path("run").mkdir()
+    Path("run/config.json").write_text(json.dumps(settings.to_record(cfg)))
+    assert parse(["--resume", "run"]) == replace(cfg, resume=Path("run"))
 
 
 def test_a_run_on_other_clips_is_not_continued(plain):
@@ -633,8 +645,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(monkeypatch):
     assert run("--resume", "run", "--steps", 2) == 0 and [line["step"] for line in metrics("run")] == [1, 2]
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(monkeypatch):
-    assert run(*SHORT, "--steps", 2, "--eval-every", 0, "--save-every", 1, "--keep", 2, "--out", "run") == 0
+def test_a_damaged_checkpoint_is_named_and_without_it_the_run_starts_again():
+    assert run(*SHORT, "--steps", 2, "--eval-every", 0, "--save-every", 1, "--out", "run") == 0
     expected = load_file("run/lora.safetensors")
     Path("run/state.pt").write_bytes(Path("run/state.pt").read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"run/state.pt: cannot be read"):
@@ -649,7 +661,7 @@ def test_a_checkpoint_of_another_version_or_settings_is_refused(whole, tmp_path)
     Path("run").mkdir()
     config = json.loads((whole[0] / "config.json").read_text())
     Path("run/config.json").write_text(json.dumps(config | {"momentum": .9}))
-    with pytest.raises(ValueError, match="run/config.json: not the settings of this version; not known: momentum"):
+    with pytest.raises(ValueError, match="run/config.json: not the settings of this method or version; not known: momentum"):
         run("--resume", "run")
     Path("run/config.json").write_text(json.dumps(config))
     torch.save(saved(whole[0] / "state.pt") | {"version": 0}, "run/state.pt")
@@ -663,8 +675,6 @@ def test_what_can_be_known_before_weights_are_loaded_is_checked_before(whole, mo
     Path("clips.txt").write_text("a.mp4|||a clip\n")
     Path("bad.txt").write_text("a.mp4 a clip\n")
     Path("prompts.txt").write_text("# no prompts\n")
-    Path("own.py").write_text("def f(frames, captions):\n    return frames.mean((2, 3, 4))\n")
-    Path("bad.py").write_text("def f(:\n")
     for argv, message in [
             (["modelscope", "--data", "clips.txt"], "no prompts: --prompts NAME=FILE must name some"),
             (["modelscope", "--data", "clips.txt", "--prompts", "a=prompts.txt"], "expected one prompt a line, found none"),
@@ -673,12 +683,10 @@ def test_what_can_be_known_before_weights_are_loaded_is_checked_before(whole, mo
             (["--reward", "hps"], "reward 'hps': must be one of"), (["--watch", "hps"], "reward 'hps': must be one of"),
             (["--reward", "yolos"], "must name what is to go"), (["--watch", "yolos"], "must name what is to go"),
             (["--watch", "hpsv2"], "rewards hpsv2, hpsv2: each must be named once"),
-            (["--watch", "vjepa", "--frames", "8", "--data", "clips.txt"], "frames = 8: this reward sees 16 frames"),
+            (["--watch", "vjepa", "--frames", "8", "--data", "clips.txt"], "frames = 8: vjepa sees 16 frames"),
             (["--reward-weights", "gone.pt"], "reward hpsv2: gone.pt: no such file or folder"),
             (["--reward", "gone.py:f"], "reward gone.py:f: no such file"),
-            (["--reward", "own.py:g"], "reward own.py:g: must name a function of the file, as in own.py:NAME; it has f"),
-            (["--reward", "own.py"], "reward own.py:: must name a function"),
-            (["--reward", "bad.py:f"], r"the file cannot be imported \(SyntaxError")]:
+            (["--out", "prompts.txt"], "out prompts.txt: is a file, or inside one")]:
         with pytest.raises(ValueError, match=message):
             run(*argv)
 
@@ -700,14 +708,27 @@ def test_ctrl_c_says_at_once_that_the_step_is_finished_first(plain, monkeypatch,
 
 def test_another_run_is_not_overwritten_unasked_and_then_only_what_is_its_own(whole):
     Path("run/samples").mkdir(parents=True)
-    for name in ("config.json", "state.pt", "state_000001.pt", "lora.safetensors", "best.safetensors", "metrics.jsonl",
+    for name in ("state.pt", "state_000001.pt", "lora.safetensors", "best.safetensors", "metrics.jsonl",
                  "before_after.png", "before_after.gif", "curves.png", "samples/step_000000.png", "notes.txt", "mine.png"):
         Path("run", name).write_text("an earlier run's")
-    with pytest.raises(ValueError, match="out run: holds a run already; choose another folder, --resume run, or --over"):
+    with pytest.raises(ValueError, match="out run: holds another run; choose another folder, --resume run, or --overwrite"):
         run(*SHORT, *WHOLE, "--out", "run")
     assert run(*SHORT, *WHOLE, "--steps", 1, "--eval-every", 0, "--out", "run", "--overwrite") == 0
     assert listing("run") == ["config.json", "lora.safetensors", "metrics.jsonl", "mine.png", "notes.txt", "run.json", "state.pt"]
     assert run("--resume", "run") == 0 and metrics("run")[0]["step"] == 1  # resuming does not overwrite again
+
+
+def test_the_same_command_goes_on_with_its_unfinished_run(whole, plain, monkeypatch):
+    command = [*SHORT, *WHOLE, "--out", "run"]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1, signal.SIGTERM)
+        assert run(*command) == 143
+    with pytest.raises(ValueError, match="out run: holds another run"):
+        run(*command, "--lr", "1")
+    assert run(*command) == 0
+    assert_same_run("run", whole[0])
+    with pytest.raises(ValueError, match="out run: holds a finished run"):
+        run(*command)
 
 
 def test_every_run_without_out_gets_a_folder_of_its_own():
@@ -719,29 +740,20 @@ def test_every_run_without_out_gets_a_folder_of_its_own():
 
 
 def test_workers_that_torchrun_started_again_continue_their_run(monkeypatch):
-    cfg = train.Config(out=Path("run"), prompts=("a=b",))
-    for name, value in (("RESTART_COUNT", "1"), ("RUN_ID", "none")):
-        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
-    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
-        monkeypatch.setenv(name, "4")
-    assert run_folder.choose_folder(cfg) == (Path("run"), False)  # the crash came before the run began
-    for folder in ("run", "out/tiny", "out/tiny-3"):
-        Path(folder).mkdir(parents=True)
-        Path(folder, "config.json").write_text(json.dumps(settings.to_json(cfg if folder == "run" else replace(cfg, out=None))))
-        # The second is of the same settings, but was begun by an earlier torchrun: that it is finished says nothing of this one.
-        begun_by = "none elsewhere 1" if folder == "out/tiny" else run_folder.launch()
-        Path(folder, "run.json").write_text(json.dumps({"launch": begun_by}))
-    assert run_folder.choose_folder(cfg) == (Path("run"), True)
-    assert run_folder.choose_folder(replace(cfg, out=None)) == (Path("out/tiny-3"), True)
-    with pytest.raises(ValueError, match="holds a run already"):  # but another's is another's
-        run_folder.choose_folder(replace(cfg, tau=.5))
-    assert run_folder.choose_folder(replace(cfg, overwrite=True)) == (Path("run"), False)
-
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-7")  # several nodes: rank 0 may be another process after a restart
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert run_folder.launch() == "job-7" and run_folder.choose_folder(replace(cfg, out=None)) == (Path("out/tiny-2"), False)
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-    assert run_folder.launch() is None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="out: must be given with torchrun, whose restarted workers find their run in it"):
+        train.check(train.Config())
+    cfg = train.Config(out=Path("run"), overwrite=True)
+    train.check(cfg)
+    assert run_folder.choose_folder(cfg) == (Path("run"), False)
+    Path("run").mkdir()
+    Path("run/config.json").write_text(json.dumps(settings.to_record(replace(cfg, guidance=1.5))))
+    assert run_folder.choose_folder(cfg) == (Path("run"), False)  # an earlier run, which it replaces
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert run_folder.choose_folder(cfg) == (Path("run"), True)  # its own
+    assert run_folder.choose_folder(replace(cfg, tau=.5)) == (Path("run"), False)
+    torch.save({"step": 40}, "run/state.pt")
+    assert run_folder.choose_folder(cfg) == (Path("run"), True)  # it crashed after its last step
 
 
 # ------------------------------------------------- Settings of a whole run -------------------------------------------------
