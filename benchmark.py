@@ -36,7 +36,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -424,19 +423,11 @@ class Zeros(TorchDispatchMode):
 
 def draw_and_score(name, cfg, base, reward, folder):
     """The two functions of a method: draw(step) -> a batch, score(batch) -> R with gradient, and what is logged."""
-    module = METHODS[name]
     if name == "InstructVideo":  # on noise, as its own draw reads clips
         uncond = base.encode_text([""])
         return lambda step: synthetic(base, cfg, 1), lambda batch: train.edit_rewards(base, reward, uncond, batch, cfg)
-    if name == "ddpo":
-        steps = max(1, round(cfg.timestep_fraction * cfg.num_steps))
-        sample_round, backward = ddpo.method(replace(cfg, timestep_fraction=1 / cfg.num_steps), base, reward)
-        history = SimpleNamespace(last={}, add=lambda *args: None)
-        return lambda step: (sample_round(step, history) * steps,), lambda batch: (backward(batch[0][0], 0), {})
-    draw, score = module.method(cfg, base, reward)
-    if name in ("rwr", "dpo"):
-        draw = partial(draw, SimpleNamespace(folder=folder, stop=lambda: False))
-    return draw, score
+    method = METHODS[name].method(cfg, base, reward, folder)
+    return method.draw, method.score
 
 
 def parts_of_a_step(name, cfg, base, reward, measure):
