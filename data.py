@@ -22,16 +22,13 @@ Letters: B batch, n windows of a clip, F frames, C channels, H and W pixels, h a
 N text tokens, E their width.
 """
 import functools
-import json
 from dataclasses import asdict, dataclass
 
 import torch
-from tqdm import tqdm
 
-from support import clips as cache
-from support.clips import CACHE_VERSION, describe_clips, describe_file, find_problems, leave_out, read_list, usable_clips  # noqa: F401  read_list, usable_clips: offered from here
-from support.ranks import barrier, is_main_process, progress, rank_and_size, sample_generator
-from support.videos import read_all_windows
+from support import clips as clip_files
+from support.clips import describe_clips, read_list  # noqa: F401  read_list: offered from here
+from support.ranks import sample_generator
 
 # ----------------------------------------------------------------------------------------------
 # Which clips, which noise
@@ -125,81 +122,16 @@ class ClipConfig:
                 raise ValueError(f"{name} = {value}: must be above 0")
 
 
-def to_unit(frames):
-    """Bytes 0..255 to [-1, 1], which the autoencoder takes."""
-    return frames.float() / 127.5 - 1
-
-
-@torch.no_grad()
-def encode_clips(clips, config, encode, encode_text, vae_name, text_name, cache_dir=None,
-                 num_workers=0, max_skip=0.1) -> LatentDataset:
+def encode_clips(clips, config, base, cache_dir=None, num_workers=0, max_skip=0.1) -> LatentDataset:
     """
     The dataset of all usable clips. What `cache_dir` has not got is computed now, and kept there.
 
-    encode(frames (F, 3, H, W) in [-1, 1], on the CPU) -> moments (F, 2C, h, w); encode_text as in
-    `encode_captions`. vae_name, text_name: tell weights and precision apart.
+    base: encode(frames (F, 3, H, W) in [-1, 1], on the CPU) -> moments (F, 2C, h, w),
+      encode_captions(list of B) -> (B, N, E), and fingerprints(), which tell its encoders apart.
     cache_dir: None holds all in memory. With a folder, every rank encodes its share and waits.
     num_workers: processes that decode while this one encodes; they change the time alone.
-    max_skip, ValueError: as usable_clips; a clip found damaged when decoded counts, too.
+    max_skip: the share of the list, 0 to 1, that may be left out, each clip with its reason; 0.1
+      forgives a few bad downloads, not a wrong folder. ValueError: more than that, or all.
     """
-    is_main = is_main_process()
-    say = tqdm.write if is_main else lambda line: None
-    paths = list(dict.fromkeys(clip.path for clip in clips))
-    made_from = {path: describe_file(path, vae_name, config) for path in paths if path.is_file()}
-    found = {path: cache.find_cached(cache_dir, key) for path, key in made_from.items()}
-
-    # 1. Cached clips were checked when they were encoded. Check the others before the long work.
-    problems = find_problems(clips, config, say, found)
-    usable = leave_out(clips, problems, max_skip, say=lambda line: None)
-    paths = list(dict.fromkeys(clip.path for clip in usable))
-
-    # 2. Decode and encode what is missing, window by window, which bounds the memory.
-    def encode_paths(missing):
-        read = read_all_windows(missing, config, num_workers)
-        bar = progress(read, "encoding clips", len(missing), disable=not is_main or not missing)
-        for path, windows, problem in bar:
-            if problem:
-                problems[path] = problem
-                tqdm.write(f"left out: {problem}")  # on any rank: only this one knows
-                continue
-            moments = [encode(to_unit(window)).transpose(0, 1) for window in windows]
-            yield path, torch.stack(moments)                                  # (n, 2C, F, h, w)
-
-    fill_cache(found, {path: made_from[path] for path in paths}, encode_paths, cache_dir)
-
-    # 3. A clip that another rank could not read has no entry: leave it out here too.
-    for path in paths:
-        if found[path] is None:
-            problems.setdefault(path, f"{path}: cannot be read, as another rank reports")
-    clips = leave_out(clips, problems, max_skip, say)
-    captions = [clip.caption for clip in clips]
-    text = encode_captions(captions, encode_text, text_name, cache_dir)
-    names = [clip.path.name for clip in clips]
-    return LatentDataset([found[clip.path] for clip in clips], text, captions, names)
-
-
-@torch.no_grad()
-def encode_captions(captions, encode_text, text_name, cache_dir=None):
-    """
-    One entry per caption, whose [:] is its features (N, E); equal captions are computed once.
-
-    encode_text(list of B captions) -> (B, N, E). text_name, cache_dir: as in `encode_clips`.
-    """
-    def encode_missing(missing):
-        hidden = not is_main_process() or not missing
-        for i in progress(range(0, len(missing), 64), "encoding captions", disable=hidden):
-            part = missing[i:i + 64]
-            yield from zip(part, encode_text(part), strict=True)
-
-    made_from = {}
-    for caption in captions:
-        made_from[caption] = json.dumps([CACHE_VERSION, "text", text_name, caption])
-    found = {caption: cache.find_cached(cache_dir, key) for caption, key in made_from.items()}
-    fill_cache(found, made_from, encode_missing, cache_dir)
-    return [found[caption] for caption in captions]
-
-
-def fill_cache(found, made_from, compute, folder):
-    """Compute what is missing, this rank's share of it if there is a folder to share."""
-    rank, world_size = rank_and_size()
-    cache.fill_cached(found, made_from, compute, folder, rank, world_size, barrier)
+    return LatentDataset(*clip_files.encode_clips(clips, config, base, cache_dir, num_workers,
+                                                  max_skip))

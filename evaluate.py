@@ -15,6 +15,7 @@ nothing optimises, reports beside it.
 Letters: n videos of a prompt set, F frames, S segments, H and W pixels.
 """
 import itertools
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,54 +23,39 @@ import torch
 import tyro
 
 import lora
-from formats.mixture import check_rewards, measure, sees_whole_clips, watched_names
+from formats.reward_model import spread_frames
+from formats.weights import named_rewards
 from generate import generate, load_model
 from model import decode_frames
-from reward import first_frames, load_rewards
-from sampler import GUIDANCE, ddpm_step
+from reward import as_rewards, first_frames, load_rewards
+from sampler import ddpm_step
 from support.clips import read_prompt_sets
 from support.files import check_exists, check_folder
 from support.pictures import evaluation_bar, save_evaluation
 from support.ranks import all_gather, join_ranks, rank_and_size, run_script
-from support.settings import RewardSettings, check_at_least, check_finite, check_given, first_given
-from support.tables import add_judge, as_table, check_watched, paired, summary
-from support.tradeoff import named_scales
+from support.run import EVAL_SEED
+from support.settings import RewardSettings, check_at_least
+from support.tables import add_judge, as_table, check_watched, paired, pixel_measures, summary
 
-EVAL_SEED = 1_000_000  # the noise of evaluations while training, by which the best one is chosen
-REPORT_SEED = 2_000_000  # and of this script: what was chosen by some noise is measured on other
+REPORT_SEED = 2_000_000  # not EVAL_SEED: what was chosen by some noise is measured on other
 
 
 def prompt_sets(base, named_files, count):
     """
-    {set: `count` prompts}: the files of NAME=FILE arguments, or the tiny world's three sets.
+    {set: `count` prompts}: the files of NAME=FILE arguments, or the tiny base's own three sets.
 
     A set with fewer prompts than count repeats them, each time with other noise. Files are taken
     whole when count is 0. ValueError for a malformed argument.
     """
-    sets = read_prompt_sets(named_files, base.name)
-    if not sets:
-        from tiny.clips import prompt_sets as tiny_sets
-        sets = tiny_sets()
+    sets = read_prompt_sets(named_files, base.name) or base.world.prompt_sets()
     chosen = {}
     for name, prompts in sets.items():
         chosen[name] = [prompts[i % len(prompts)] for i in range(count or len(prompts))]
     return chosen
 
 
-def tiny_judge(cfg, base, sets, height, width):
-    """
-    The tiny world's judge, or None: it knows clips of that world's size and captions only.
-
-    ValueError for a measure in cfg.watch that videos of these prompts {set: prompts} do not have.
-    """
-    from tiny.judge import find_judge
-    judge = find_judge(base, cfg.frames, height, width, sum(sets.values(), []))
-    check_watched(cfg.watch, sets, judge)
-    return judge
-
-
 @torch.no_grad()
-def evaluate(base, reward, prompts, *, seed=EVAL_SEED, num_steps=20, guidance=None, segments=4,
+def evaluate(base, rewards, prompts, *, seed=EVAL_SEED, num_steps=20, guidance=None, segments=4,
              frames=16, height=None, width=None, batch_size=8, judge=None, keep=0, move_on=None):
     """
     Measures of one video for each prompt: {measure: (n,)}, and the first `keep` videos.
@@ -78,6 +64,8 @@ def evaluate(base, reward, prompts, *, seed=EVAL_SEED, num_steps=20, guidance=No
     judge(clips (1, F, 3, H, W), [caption]) -> {measure: (1,)} adds its own. The ranks share the
     work and all return the whole. Videos: (keep, F, 3, H, W) in about [0, 1], or None for none.
     """
+    rewards = as_rewards(rewards)
+    in_order = rewards.pixels or any(getattr(r, "num_frames", None) for r in rewards.every)
     rank, world_size = rank_and_size()
     mine = list(range(rank, len(prompts), world_size))
     index = first_frames(frames, segments)[None]                              # (1, S)
@@ -89,15 +77,14 @@ def evaluate(base, reward, prompts, *, seed=EVAL_SEED, num_steps=20, guidance=No
         i = mine[j]
 
         # 1. Decode all frames only where somebody looks at them.
-        whole = judge is not None or i < keep or sees_whole_clips(reward)
+        whole = judge is not None or i < keep or in_order
         video = decode_frames(base.vae, z_0[None], None if whole else index)  # (1, F or S, 3, H, W)
         scored = video[:, index[0].to(video.device)] if whole else video      # (1, S, 3, H, W)
 
         # 2. Measure.
-        rows[i] = measure(reward, scored, video, [prompts[i]])
+        rows[i] = measure(rewards, scored, video, [prompts[i]])
         if judge:
-            for name, value in judge(video.clamp(0, 1), [prompts[i]]).items():
-                rows[i][name] = value.item()
+            rows[i] |= judge(video.clamp(0, 1), [prompts[i]])
         if i < keep:
             videos[i] = video[0].cpu()
 
@@ -108,6 +95,27 @@ def evaluate(base, reward, prompts, *, seed=EVAL_SEED, num_steps=20, guidance=No
     table = as_table([rows[i] for i in range(len(prompts))], prompts)
     kept = [videos[i] for i in range(min(keep, len(prompts)))]
     return table, torch.stack(kept) if kept else None  # (n,) each; (keep, F, 3, H, W)
+
+
+def measure(rewards, frames, video, captions):
+    """
+    One video's measures: {"reward": the weighted sum of the mean scores of frames (1, S, 3, H, W)};
+    of several rewards also each one's, what watched ones say, and measures of pixels.
+
+    video (1, F, 3, H, W): all of its frames, for video rewards and pixels.
+    """
+    scores = []
+    for reward in rewards.every:
+        seen, wanted = frames, getattr(reward, "num_frames", None)
+        if wanted:  # a video reward sees its own
+            seen = video[:, spread_frames(video.shape[1], wanted).to(video.device)]
+        scores.append(reward(seen, captions).mean().item())
+
+    found = {"reward": sum(weight * score for (weight, _), score in zip(rewards.parts, scores))}
+    for k, (reward, score) in enumerate(zip(rewards.every, scores)):
+        if len(rewards.parts) > 1 or k > 0:  # a single reward has its score already
+            found[reward.name] = score
+    return found | pixel_measures(video.clamp(0, 1), rewards.pixels)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -131,7 +139,7 @@ class Config(RewardSettings):
     """classifier-free guidance scales; default the base's own. Several show what tuning gains over
     the base at its own best one"""
     lora_scale: tuple[float, ...] = (1.0,)
-    """strength of the adapter; several draw what the reward gains against what videos lose"""
+    """strength of the adapter; several show what the reward gains and what videos lose"""
     segments: int = 4
     """S: the first frame of each of S segments is scored (paper, Sec. 3.3)"""
     frames: int = 16
@@ -155,14 +163,18 @@ class Config(RewardSettings):
 
 def check(cfg):
     """ValueError for what can be known to be wrong before anything is loaded or written."""
-    check_at_least(cfg, frames=1, height=1, width=1, batch_size=1, count=0, sheet=0)
-    check_finite(cfg, "lora_scale", "guidance")
-    check_given(cfg, "num_steps", "lora_scale")
+    check_at_least(cfg, frames=1, height=1, width=1, batch_size=1, count=0, sheet=0,
+                   lora_scale=-math.inf, guidance=-math.inf)
+    if not cfg.num_steps or not cfg.lora_scale:
+        raise ValueError("num_steps, lora_scale: must have at least one value each")
     for steps in cfg.num_steps:
         ddpm_step(steps, steps)
 
     first_frames(cfg.frames, cfg.segments)  # refuses more segments than frames
-    check_rewards(cfg)
+    named_rewards(cfg)
+    if cfg.official_hps and (cfg.reward not in ((), ("hpsv2",), ("hpsv2.1",)) or cfg.watch):
+        raise ValueError("official_hps: checks hpsv2 or hpsv2.1 alone, without other rewards or "
+                         "watch")
     check_folder(cfg.out)
     read_prompt_sets(cfg.prompts, cfg.base)
     check_exists(cfg.lora)
@@ -180,27 +192,31 @@ def main(cfg):
     sets = prompt_sets(base, cfg.prompts, cfg.count)
     height, width = cfg.height or base.default_size, cfg.width or base.default_size
     base.latent_size(height, width)
-    reward = load_rewards(cfg, base.folder, device=device)
+    rewards = load_rewards(cfg, base.folder, device=device)
 
     # 2. The base is the tuned model with its adapters at strength 0.
-    strengths = {"base": 0.} | (named_scales(cfg.lora_scale) if adapted else {})
+    strengths = {"base": 0.}
+    for scale in cfg.lora_scale if adapted else ():
+        name = "fine-tuned" if len(cfg.lora_scale) == 1 else f"scale {scale:g}"
+        if scale or len(cfg.lora_scale) == 1:  # strength 0 among several is the base
+            strengths[name] = scale
 
     # 3. Measure both.
-    results, sheets = compare(cfg, base, reward, sets, strengths, (height, width))
+    results, sheets = compare(cfg, base, rewards, sets, strengths, (height, width))
     if rank_and_size()[0] == 0:
         official_gaps = []
         if cfg.official_hps:
             from formats.hps_package import official_distances
             index = first_frames(cfg.frames, cfg.segments)                    # (S,)
-            official_gaps = official_distances(reward, sheets, sets, index)
-        save_evaluation(cfg, results, sheets, sets, list(strengths), reward.name,
-                        official_gaps, watched_names(cfg, reward))
+            official_gaps = official_distances(rewards, sheets, sets, index)
+        save_evaluation(cfg, results, sheets, sets, list(strengths), rewards.name, official_gaps)
 
 
-def compare(cfg, base, reward, sets, strengths, size):
+def compare(cfg, base, rewards, sets, strengths, size):
     """The rows of the report, and {set: [videos of each model]} at the first setting."""
-    judge = tiny_judge(cfg, base, sets, *size)
-    scales = cfg.guidance or (first_given(base.guidance, GUIDANCE),)
+    judge = base.world and base.world.judge(base, cfg.frames, *size, sets)
+    check_watched(cfg.watch, sets, judge)
+    scales = cfg.guidance or (base.guidance,)
     settings = list(itertools.product(cfg.num_steps, scales))                 # (D, guidance)
     starts = itertools.accumulate(map(len, sets.values()), initial=cfg.seed)
     start = dict(zip(sets, starts))  # sets have noise of their own
@@ -214,7 +230,7 @@ def compare(cfg, base, reward, sets, strengths, size):
             if (steps, guidance) == settings[0]:
                 shown = max(cfg.sheet, 1) if cfg.official_hps else cfg.sheet
             table, videos = evaluate(
-                base, reward, sets[name], seed=start[name], num_steps=steps, guidance=guidance,
+                base, rewards, sets[name], seed=start[name], num_steps=steps, guidance=guidance,
                 segments=cfg.segments, frames=cfg.frames, height=size[0], width=size[1],
                 batch_size=cfg.batch_size, judge=judge, keep=shown,
                 move_on=lambda number, steps=steps: bar.update(number * steps))

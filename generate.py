@@ -10,6 +10,7 @@ any number of ranks, and two models can be compared on the same noise.
 
 Letters: B videos, C channels, F frames, h and w latent rows and columns, H and W pixels.
 """
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +22,11 @@ from tqdm import tqdm
 import lora
 from formats.words import cut_captions
 from model import Base, decode_frames, load_base
-from sampler import GUIDANCE, ddpm_step, sample
+from sampler import ddpm_step, sample
 from support.clips import read_prompts
 from support.files import check_exists, check_folder, write_text
 from support.ranks import gather, join_ranks, pick_dtype, progress, rank_and_size, run_script, sample_generator
-from support.settings import ModelSettings, check_at_least, check_finite, first_given
+from support.settings import ModelSettings, check_at_least
 from support.videos import to_pixels, video_name, write_video
 
 
@@ -42,7 +43,7 @@ def generate(base: Base, prompts, seeds, num_steps=20, guidance=None, frames=16,
     h, w = base.latent_size(height, width)
     shape = (base.vae.config.latent_channels, frames, h, w)                   # (C, F, h, w)
     uncond = base.encode_text([""])                                           # (1, N, E)
-    guidance = first_given(guidance, base.guidance, GUIDANCE)
+    guidance = base.guidance if guidance is None else guidance
 
     for start in range(0, len(prompts), batch_size):
         batch = range(start, min(start + batch_size, len(prompts)))
@@ -108,8 +109,8 @@ def check(cfg):
         raise ValueError("no prompt given: --prompt TEXT or --prompts FILE must name some, and no "
                          "empty ones")
 
-    check_at_least(cfg, frames=1, height=1, width=1, fps=1, batch_size=1)
-    check_finite(cfg, "guidance", "lora_scale")
+    check_at_least(cfg, frames=1, height=1, width=1, fps=1, batch_size=1, guidance=-math.inf,
+                   lora_scale=-math.inf)
     ddpm_step(cfg.num_steps, cfg.num_steps)  # refuses a D that the schedule has not
     check_folder(cfg.out)
     check_exists(cfg.lora)

@@ -32,7 +32,6 @@ from formats import adapters
 from formats.names import split_lora
 from formats.tensors import fingerprint, read_tensors
 from support.files import write_whole
-from support.optimizers import steps_taken
 from support.ranks import run_script
 
 # ----------------------------------------------------------------------------------------------
@@ -64,7 +63,6 @@ class LoRALinear(nn.Module):
         self.alpha, self.strength = alpha, 1.0
 
         self.register_buffer("base_weight", None, persistent=False)           # W, while merged
-        self.folded_weight = self.folded_from = None
 
     @property
     def scale(self):
@@ -75,12 +73,6 @@ class LoRALinear(nn.Module):
         if self.base_weight is not None:  # merged: W holds it all
             return F_.linear(x, self.weight, self.bias)                       # (..., C_out)
 
-        # Without gradient: one product with W + scale B A. Not in 16 bits, where rounding the sum
-        # to W's dtype would lose small updates.
-        exact = self.weight.dtype == torch.float32
-        if exact and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return F_.linear(x, self.folded(), self.bias)                     # (..., C_out)
-
         rows = x.flatten(0, -2)                                               # (n, C_in)
         y = F_.linear(rows, self.weight, self.bias)                           # (n, C_out)
 
@@ -89,16 +81,6 @@ class LoRALinear(nn.Module):
         A, B = self.lora_A.to(y.dtype), self.lora_B.to(y.dtype)  # (r, C_in), (C_out, r)
         y = y.addmm_(F_.linear(rows, A), B.t(), alpha=self.scale)             # one pass over y
         return y.unflatten(0, x.shape[:-1])                                   # (..., C_out)
-
-    def folded(self):
-        """W + (alpha / r) B A (C_out, C_in), computed anew after a change or an optimizer step."""
-        parts = (self.weight, self.lora_A, self.lora_B)
-        made_from = (self.scale, steps_taken(), *((t.data_ptr(), t._version) for t in parts))
-        if made_from != self.folded_from:
-            W, A, B = parts
-            self.folded_weight = torch.addmm(W, B, A, alpha=self.scale)       # (C_out, C_in)
-            self.folded_from = made_from
-        return self.folded_weight
 
     @torch.no_grad()
     def merge(self):
@@ -272,22 +254,18 @@ def load(module, path):
     return parameters(module)
 
 
-def load_or_inject(module, path, rank, generator):
-    """What is trained: the adapters in a fine-tuned official file, which have to be of this rank,
-    or new ones. Returns their parameters."""
-    found = load_beside(module, path)
-    if not found:
-        return inject(module, rank, generator=generator)
-    if len(found[0]) != rank:
-        raise ValueError(f"rank = {rank}: must be {len(found[0])}, that of the adapters in {path}")
-    return found
+def load_beside(module, path, rank=None):
+    """
+    Load the adapters that a fine-tuned official file has beside the base; [] if it has none.
 
-
-def load_beside(module, path):
-    """Load the adapters that a fine-tuned official file has beside the base; [] if it has none."""
+    rank: that they have to be of, if given, else ValueError. Returns their parameters.
+    """
     if path is None or path.is_dir() or not split_lora(read_tensors(path))[1]:
         return []
-    return load(module, path)
+    found = load(module, path)
+    if rank and len(found[0]) != rank:
+        raise ValueError(f"rank = {rank}: must be {len(found[0])}, that of the adapters in {path}")
+    return found
 
 
 # ----------------------------------------------------------------------------------------------

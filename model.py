@@ -18,6 +18,7 @@ Letters: B clips, F frames, C channels (C' after a change of width), N text toke
 time embedding, n items that a layer treats alike, l length attended over, d width of a head. H and
 W are latent rows and columns in the UNet; in the autoencoder they are pixels, and h and w latent.
 """
+import importlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +29,10 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from formats import names, structures
-from formats.tensors import component_config, load_strict, read_tensors
+from formats import names
+from formats.tensors import build_empty, component_config, fingerprint, load_strict, read_tensors
 from formats.weights import find_parts
-from formats.words import WordTokenizer, read_words
+from formats.words import read_words
 from support.ranks import move_to
 
 
@@ -49,9 +50,6 @@ class UNetConfig:
     norm_groups: int = 32
     sample_size: int = 32                                           # latent rows it was trained on
 
-    def __post_init__(self):
-        structures.check_unet(self)
-
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -61,9 +59,6 @@ class VAEConfig:
     latent_channels: int = 4
     scale: float = 0.18215                                          # z = scale * latent
     norm_groups: int = 32
-
-    def __post_init__(self):
-        structures.check_vae(self)
 
     @property
     def downscale(self):
@@ -592,7 +587,8 @@ class Base:
     name: str                                                       # as the user gave it
     folder: Path | None = None                                      # where it lies, if anywhere
     unet_file: Path | None = None                                   # may hold LoRA tensors too
-    guidance: float | None = None                                   # w that it was made for, if any
+    guidance: float = 3.0                                           # w (modules/config.py:74)
+    world: object = None                                            # tiny.clips, the tiny base's
 
     def __post_init__(self):
         self.texts = {}                                             # {caption: its features}
@@ -600,6 +596,10 @@ class Base:
     @property
     def device(self):
         return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self):
+        return self.unet.conv_in.weight.dtype
 
     @property
     def default_size(self):
@@ -615,16 +615,37 @@ class Base:
 
     def denoiser(self, z_t, t, text):
         """eps(z_t, t, text) in z_t's dtype, whatever the UNet's: the schedule stays exact."""
-        dtype = self.unet.conv_in.weight.dtype
-        return self.unet(z_t.to(dtype), t, text.to(dtype)).to(z_t.dtype)
+        return self.unet(z_t.to(self.dtype), t, text.to(self.dtype)).to(z_t.dtype)
+
+    def chain_denoiser(self, interval):
+        """The denoiser of one chain; an interval N above 1 is DeepCache's."""
+        if interval == 1 or len(self.unet.up_blocks) == 1:
+            return self.denoiser
+        from bases.deep_cache import DeepCache
+        return DeepCache(self, interval)
 
     @torch.no_grad()
     def encode_text(self, captions):
-        """Captions [B] -> (B, N, width), each encoded once and alone, whatever the batch."""
+        """Captions [B] -> (B, N, width), each encoded once and kept, whatever the batch."""
         for caption in captions:
             if caption not in self.texts:
-                self.texts[caption] = self.text_encoder([caption])[0].to(self.device)
+                self.texts[caption] = self.encode_captions([caption])[0].to(self.device)
         return torch.stack([self.texts[c] for c in captions])                 # (B, N, width)
+
+    @torch.no_grad()
+    def encode_captions(self, captions):
+        """The same, and nothing is kept: a data set keeps thousands off the accelerator."""
+        return torch.cat([self.text_encoder([caption]) for caption in captions])  # (B, N, width)
+
+    @torch.no_grad()
+    def encode(self, frames):
+        """Frames (F, 3, H, W) in [-1, 1] -> moments (F, 2C, h, w), in the encoder's precision."""
+        return self.vae.encode(frames.to(self.device, self.vae.quant_conv.weight.dtype))
+
+    def fingerprints(self):
+        """Of the encoders' weights and precision: the autoencoder's, and the text tower's."""
+        dtype, parts = self.vae.quant_conv.weight.dtype, (self.vae, self.text_encoder)
+        return [f"{fingerprint(part.state_dict())} {dtype}" for part in parts]
 
     def release_encoders(self):
         """Free accelerator memory, once every caption and clip has been encoded."""
@@ -645,17 +666,15 @@ def load_unet(path, config=None, dtype=None):
     config = described or config or UNetConfig()
     tensors, _ = names.split_lora(read_tensors(path))
     tensors = names.unet_from_official(tensors, config)
-    with torch.device("meta"):  # no memory of its own: the file's tensors are taken over
-        unet = UNet3D(config)
-    return load_strict(unet, tensors, path, dtype or torch.float32)
+    return load_strict(build_empty(lambda: UNet3D(config), path), tensors, path,
+                       dtype or torch.float32)
 
 
 def load_vae(path, config=None, dtype=None):
     """Autoencoder from a Stable Diffusion .ckpt, bare LDM tensors, or diffusers' vae folder."""
     described = component_config(path, lambda c: names.vae_from_diffusers(c, VAEConfig))
     config = described or config or VAEConfig()
-    with torch.device("meta"):
-        vae = Autoencoder(config)
+    vae = build_empty(lambda: Autoencoder(config), path)
     tensors = names.vae_from_official(read_tensors(path), config, vae.state_dict())
     return load_strict(vae, tensors, path, dtype or torch.float32)
 
@@ -666,12 +685,10 @@ def load_text_encoder(path, tokenizer=None, dtype=None):
     vocab_size, width = tensors["token_embedding.weight"].shape
     context_length, heads = len(tensors["positional_embedding"]), max(1, width // 64)
     component_config(path, lambda c: names.expect_text_config(c, heads, layers))
-    if isinstance(tokenizer, WordTokenizer):
-        tokenizer.check_fit(path, vocab_size, context_length)
-
     config = TextConfig(vocab_size, context_length, width, heads, layers)
-    with torch.device("meta"):
-        encoder = TextEncoder(config, tokenizer)
+    if (Path(path) / "words.txt").is_file():  # of a small tower with words of its own
+        tokenizer = read_words(Path(path) / "words.txt", vars(config))
+    encoder = build_empty(lambda: TextEncoder(config, tokenizer), path)
     return load_strict(encoder, tensors, path, dtype or torch.float32)
 
 
@@ -687,15 +704,15 @@ def load_base(base, vae=None, text_encoder=None, dtype=None, device="cpu", seed=
         made = random_base(base, seed, device)
     else:
         folder, paths = find_parts(base, {"vae": vae, "text_encoder": text_encoder})
-        words = paths["text_encoder"] / "words.txt"
-        tokenizer = read_words(words) if words.is_file() else None
         # Each part leaves the host's memory before the next is read.
         unet = move_to(load_unet(paths["unet"], dtype=dtype), device)
         autoencoder = move_to(load_vae(paths["vae"]), device)
-        text = load_text_encoder(paths["text_encoder"], tokenizer)
-        guidance = component_config(paths["unet"], names.own_guidance)
+        text = load_text_encoder(paths["text_encoder"])
+        names.expect_fitting(unet.config, autoencoder.config, text.config, paths)
+        guidance = component_config(paths["unet"], names.own_guidance) or Base.guidance
         made = Base(unet, autoencoder, move_to(text, device), base, folder, paths["unet"], guidance)
-        structures.check_parts(base, unet.config, autoencoder.config, text.config, paths)
+        if (folder / "judge.safetensors").is_file():  # the tiny world's clips, prompts and judge
+            made.world = importlib.import_module("tiny.clips")
 
     # What runs in every step. The encoders stay float32: they run once, what they make is kept.
     for part in (made.unet, made.vae.decoder, made.vae.post_quant_conv):
@@ -705,7 +722,7 @@ def load_base(base, vae=None, text_encoder=None, dtype=None, device="cpu", seed=
 
 def random_base(spec, seed=0, device="cpu"):
     """Seeded random weights, to time and try the pipeline without a download. See load_base."""
-    unet, vae, text = structures.random_sizes(spec)
+    unet, vae, text = names.random_sizes(spec)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone
         parts = [UNet3D(UNetConfig(**unet)), Autoencoder(VAEConfig(**vae)),

@@ -16,13 +16,11 @@ import json
 import webbrowser
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import tyro
 
-from evaluate import prompt_sets
+from pages import runs as run_pages
 from pages.html import Clips, write_page
-from pages.runs import RunFiles, changed_settings, clip_rows, curves, gain_rows, pair_up, read_pair, study_rows
 from pages.votes import QUESTIONS, draw_key, read_key, read_votes, tally, unblind
 from support.clips import read_prompt_sets
 from support.files import check_folder, write_text
@@ -67,16 +65,7 @@ def check(cfg):
         check_folder(cfg.out)
 
 
-def find_prompts(config):
-    """What a run was evaluated on, {set: prompts}, by its settings; nothing if the files are gone."""
-    try:
-        base = SimpleNamespace(name=config.get("base"))
-        return prompt_sets(base, tuple(config.get("prompts", ())), config.get("eval_count", 0))
-    except (ValueError, OSError):
-        return {}
-
-
-def finish(cfg, path, size, words):
+def finish(cfg, path, size, words=""):
     """Say what was written, and open it if asked."""
     print(f"written: {path} ({size:.1f} MB){words}")
     if cfg.open:
@@ -87,10 +76,11 @@ def finish(cfg, path, size, words):
 
 def run_folders(paths):
     """The run folders and the studies that the command line names; a folder of run folders is all of them."""
-    folders, studies = [], []
+    folders = []
+    studies = []
     for path in paths:
         if path.suffix == ".json":
-            studies.append(study_rows(path))
+            studies.append(run_pages.read_study(path))
         elif path.is_dir() and not (path / "config.json").is_file():
             inside = sorted(p.parent for p in path.glob("*/config.json"))
             if not inside:
@@ -104,43 +94,46 @@ def run_folders(paths):
 def report(cfg):
     """One page of runs and studies."""
     folders, studies = run_folders(cfg.runs)
-    runs = [RunFiles(folder, find_prompts) for folder in folders]
+    runs = [run_pages.RunFiles(folder) for folder in folders]
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:
             run.name = str(run.folder)
 
-    clips, out = Clips(), cfg.out or Path("out/report")
     title = "Report: " + ", ".join([run.name for run in runs] + [study["name"] for study in studies])
-    parts = clip_rows(runs, clips)
+    clips = Clips()
+    parts = run_pages.clip_rows(runs, clips)
     packed = clips.pack(cfg.max_mb * .9)
+    path = (cfg.out or Path("out/report")) / "report.html"
     size = write_page(
-        out / "report.html", "report.html", cfg.max_mb, title=title[:120], fps=cfg.fps, runs=runs,
-        studies=studies, parts=parts, changed=changed_settings(runs), charts=curves(runs),
-        gains=gain_rows(runs), versions=versions(), clips=packed, quality=clips.quality, halved=clips.halved)
-    finish(cfg, out / "report.html", size, "")
+        path, "report.html", cfg.max_mb, title=title[:120], fps=cfg.fps, runs=runs, studies=studies,
+        parts=parts, changed=run_pages.changed_settings(runs), charts=run_pages.curves(runs),
+        gains=run_pages.gain_rows(runs), versions=versions(), clips=packed, quality=clips.quality,
+        halved=clips.halved)
+    finish(cfg, path, size)
 
 
 def blind(cfg):
     """The voters' page and the key."""
-    first, second = cfg.blind
-    prompts = read_prompt_sets(cfg.prompts, "tiny")  # may be none, as for the tiny world
-    pairs, a, b = pair_up(first, second, prompts, find_prompts)
-    key, clips, shown = draw_key((first, second), pairs), Clips(), []
-    for pair in key["pairs"]:
-        pixels = dict(zip("ab", read_pair(a[pair["name"]], b[pair["name"]])))
-        left, right = (clips.add(pixels[unblind(pair, side)]) for side in ("left", "right"))
-        shown.append({"caption": pair["caption"], "left": left, "right": right})
-
     out = cfg.out or Path("out/blind")
     if (out / "key.json").exists():
         raise ValueError(f"out {out}: holds the key of an earlier comparison, which its votes need; "
                          "choose another folder")
+    prompts = read_prompt_sets(cfg.prompts, "tiny")  # may be none, as for the tiny world
+    key = draw_key(cfg.blind, run_pages.pair_up(*cfg.blind, prompts))
+    clips = Clips()
+    shown = []
+    for pair in key["pairs"]:
+        pixels = run_pages.read_pair(pair["files"])
+        left = clips.add(pixels[unblind(pair, "left")])
+        right = clips.add(pixels[unblind(pair, "right")])
+        shown.append({"caption": pair["caption"], "left": left, "right": right})
+
     packed = clips.pack(cfg.max_mb * .95)
     size = write_page(out / "blind.html", "blind.html", cfg.max_mb, title="Which of the two?", fps=cfg.fps,
                       clips=packed, comparison=key["comparison"], pairs=shown, questions=QUESTIONS)
     write_text(out / "key.json", json.dumps(key, indent=1) + "\n")
-    words = f", {len(pairs)} prompts; {out / 'key.json'} says whose clips are where: keep it from the voters"
+    words = f", {len(shown)} prompts; {out / 'key.json'} says whose clips are where: keep it from the voters"
     if clips.quality < 80 or clips.halved:
         words += f"; clips are compressed to WebP quality {clips.quality}, --max-mb allows more"
     finish(cfg, out / "blind.html", size, words)
@@ -153,7 +146,8 @@ def count_votes(cfg):
     if found is None:
         raise ValueError(f"no key: looked for {' and '.join(map(str, places))}; "
                          "--key must name the comparison's key.json")
-    key, votes = read_key(found), {}
+    key = read_key(found)
+    votes = {}
     for path in cfg.tally:
         rater, ballot = read_votes(path, key)
         if rater in votes:

@@ -30,27 +30,17 @@ columns, E width of the CLIP features.
 """
 import importlib
 import math
-import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F_
 
-from formats.mixture import Mixture, load_mixture  # noqa: F401
-from formats.reward_model import (
-    SMALL_CLIP,
-    RewardModel,
-    clip_normalize,
-    clip_tokenizer,
-    crop_centre,
-    letterbox,
-    read_clip_config,
-    stretch,
-)
-from formats.tensors import load_strict, read_tensors
-from formats.weights import REWARD_FILES, find_hub_reward, find_reward, reward_kind
+from formats import reward_model as published
+from formats.reward_model import RewardModel, load_clip, random_clip, spread_frames
+from formats.weights import REWARD_FILES, find_reward, named_rewards, reward_kind
 from formats.words import read_words
-from rewards.own import load_own
+from support.tables import pixel_names
 
 # ----------------------------------------------------------------------------------------------
 # From frames to a video (Sec. 3.2.2). Frames are numbered 0..F-1.
@@ -123,8 +113,8 @@ def aggregate(scores, weights):
 # ----------------------------------------------------------------------------------------------
 # The image reward r(x, c)
 
-RESIZE = {"pad": letterbox, "crop": crop_centre, "stretch": stretch,
-          "hpsv2": letterbox, "instructvideo": stretch}
+RESIZE = {"pad": published.letterbox, "crop": published.crop_centre, "stretch": published.stretch,
+          "hpsv2": published.letterbox, "instructvideo": published.stretch}
 
 
 class HPSv2(RewardModel):
@@ -161,13 +151,13 @@ class HPSv2(RewardModel):
         named = {"crop": "/crop", "stretch": "/stretch", "instructvideo": "/stretch"}
         super().__init__(f"HPS{version}{named.get(preprocess, '')}")
         self.clip = clip.requires_grad_(False).eval()
-        self.tokenizer = tokenizer or clip_tokenizer(clip.context_length)
+        self.tokenizer = tokenizer or published.clip_tokenizer(clip.context_length)
         self.size, self.clip_config, self.resize = height, clip_config, RESIZE[preprocess]
 
     def forward(self, frames, captions):
         # 1. Frames become the kind of picture that this CLIP was trained on.
         x = self.resize(self.pixels(frames, captions), self.size)             # (B*S, 3, size, size)
-        x = clip_normalize(x).to(self.clip.visual.conv1.weight.dtype)
+        x = published.clip_normalize(x).to(self.clip.visual.conv1.weight.dtype)
 
         # 2. The cosine of both features. A product and a sum rather than a matrix product, since
         #    these stay in float32 under autocast.
@@ -198,20 +188,12 @@ def load_hpsv2(path, version="v2.0", dtype=torch.float32, device="cpu", clip_con
     matter are 0.01. clip_config: another CLIP than ViT-H-14. ValueError: no such weights, tensors
     missing or left over, or a file that is named for the other version.
     """
-    import open_clip
     path = Path(path)
     named = "v2.1" if "v2.1" in path.name else "v2.0" if path.name.startswith("HPS_v2") else None
     if named and version in ("v2.0", "v2.1") and named != version:
         raise ValueError(f"{path.name} does not hold HPS {version}: the scores would carry the "
                          "wrong name")
-
-    tensors = read_tensors(path)
-    with torch.device("meta"):  # no memory and no random numbers for weights that the file brings
-        clip = open_clip.CLIP(**(clip_config or open_clip.get_model_config("ViT-H-14")))
-    load_strict(clip, tensors, f"HPSv2 {path}", dtype)
-    if clip.attn_mask is not None:  # in no file: -inf above the diagonal
-        clip.attn_mask = torch.full(clip.attn_mask.shape, -math.inf).triu(1)  # (tokens, tokens)
-    clip = clip.to(device=device, dtype=dtype)
+    clip = load_clip(path, clip_config, dtype, device)
     return HPSv2(clip, tokenizer, version, preprocess, clip_config)
 
 
@@ -223,47 +205,75 @@ def load_reward(kind="hpsv2", weights=None, base_folder=None, dtype=torch.float3
       rewards/, with ":" and what it is about for some ("yolos:book"); "my_file.py:function".
     weights: for HPSv2 a file; a folder with a small CLIP's config.json and words.txt, as the tiny
       world's; "random" (ViT-H-14) or "random:W" (small), untrained, to try the pipeline. Without
-      weights: what lies in the base's own folder, else the hub's file. For others find_hub_reward.
-    ValueError: unknown kind, nothing found.
+      weights: what lies in the base's own folder, else the hub's file. ValueError: nothing found.
     """
     name, argument = reward_kind(kind)
-    if name.endswith(".py"):
-        return load_own(name, argument, device)
-    if name in REWARD_FILES:
-        return find_hpsv2(name, weights, base_folder, dtype, device, preprocess=argument)
+    is_own = name.endswith(".py")
+    path = name if is_own else find_reward(name, weights, base_folder)  # None: untrained
+    if name not in REWARD_FILES:
+        # Imported here, on purpose: nobody pays for the others.
+        module = importlib.import_module("rewards.own" if is_own else f"rewards.{name}")
+        return module.load(path, argument, dtype, device)
 
-    # Imported here, on purpose: nobody pays for the others.
-    path = find_hub_reward(name, weights, base_folder)
-    return importlib.import_module(f"rewards.{name}").load(path, argument, dtype, device)
+    if path is None:
+        config = None if str(weights) == "random" else published.SMALL_CLIP
+        return HPSv2(random_clip(config, dtype, device), None, "random", argument, config)
+    if (path / "words.txt").is_file():  # a small CLIP with words of its own
+        config = published.read_clip_config(path / "config.json")
+        words = read_words(path / "words.txt", config["text_cfg"])
+        return load_hpsv2(path, "tiny", dtype, device, config, words, argument)
+    version = "v2.1" if name == "hpsv2.1" else "v2.0"
+    return load_hpsv2(path, version, dtype, device, preprocess=argument)
+
+
+# ----------------------------------------------------------------------------------------------
+# Several rewards
+
+@dataclass
+class Rewards:
+    """What is maximised, R = sum_k w_k R_k, and what is only measured beside it (docs/rewards.md)."""
+    parts: list                                                     # [(weight w_k, reward)]
+    watched: tuple = ()                                             # rewards
+    pixels: tuple[str, ...] = ()                                    # of support.tables.PIXELS
+
+    @property
+    def name(self):
+        return " + ".join(r.name if w == 1 else f"{w:g} {r.name}" for w, r in self.parts)
+
+    @property
+    def every(self):
+        """The rewards of the sum, then those that are watched."""
+        return [*(reward for _, reward in self.parts), *self.watched]
+
+    def to(self, device):
+        for reward in self.every:
+            reward.to(device)
+
+
+def as_rewards(reward):
+    """Rewards as they are; a reward, or function, alone as their only part."""
+    return reward if isinstance(reward, Rewards) else Rewards([(1., reward)])
+
+
+def own_frames(reward, g, num_frames):
+    """The frames of each clip that a video reward sees (B, n), whatever g (B, S) is; f (B, 1) is 1."""
+    index = spread_frames(num_frames, reward.num_frames).to(g.device)         # (n,)
+    return index.expand(len(g), -1), torch.ones(len(g), 1)                    # (B, n), (B, 1)
 
 
 def load_rewards(cfg, base_folder, dtype=torch.float32, device="cpu"):
-    """All that a script's settings name: one image reward by itself, or a Mixture."""
-    return load_mixture(cfg, lambda kind, weights: load_reward(kind, weights, base_folder, dtype,
-                                                               device))
+    """
+    All that a script's settings name, as Rewards, or the reward itself where it is the only one.
 
-
-def find_hpsv2(kind, weights, base_folder, dtype, device, preprocess):
-    """HPSv2 as load_reward's arguments describe it; kind: hpsv2 or hpsv2.1."""
-    if weights and re.fullmatch(r"random(:\d+)?", str(weights)):
-        return random_reward(str(weights) != "random", dtype, device, preprocess)
-
-    path = Path(weights) if weights else find_reward(kind, base_folder)
-    if not (path / "words.txt").is_file():
-        return load_hpsv2(path, "v2.1" if kind == "hpsv2.1" else "v2.0", dtype, device,
-                          preprocess=preprocess)
-
-    config, words = read_clip_config(path / "config.json"), read_words(path / "words.txt")
-    text = config["text_cfg"]
-    words.check_fit(path, text["vocab_size"], text["context_length"])
-    return load_hpsv2(path, "tiny", dtype, device, config, words, preprocess)
-
-
-def random_reward(small, dtype, device, preprocess):
-    """An untrained HPSv2, seeded: ViT-H-14, or a small one."""
-    import open_clip
-    config = SMALL_CLIP if small else open_clip.get_model_config("ViT-H-14")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # the CPU's alone
-        clip = open_clip.CLIP(**config).to(device=device, dtype=dtype)
-    return HPSv2(clip, None, "random", preprocess, config)
+    ValueError too if videos of cfg.frames frames are shorter than one of them wants.
+    """
+    kinds, watched_kinds, paths = named_rewards(cfg)
+    found = []
+    for kind in [*(kind for _, kind in kinds), *watched_kinds]:
+        found.append(load_reward(kind, paths.get(kind), base_folder, dtype, device))
+        if found[-1].num_frames:
+            spread_frames(cfg.frames, found[-1].num_frames)
+    if kinds[0][0] == 1 and len(found) == 1 and not cfg.watch:
+        return found[0]
+    parts = [(weight, reward) for (weight, _), reward in zip(kinds, found)]
+    return Rewards(parts, tuple(found[len(kinds):]), pixel_names(cfg.watch))

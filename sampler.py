@@ -100,8 +100,8 @@ def noise_step(tau, num_steps, num_train_steps=1000):
 
 def check_edit(tau, num_steps, grad_steps, num_train_steps=1000):
     """ValueError unless such an edit is possible: as noise_step, and K must be in 1..tau D."""
-    noise_step(tau, num_steps, num_train_steps)
     steps = edit_steps(tau, num_steps)
+    ddpm_step(steps, num_steps, num_train_steps)
     if not 1 <= grad_steps <= steps:
         raise ValueError(f"grad_steps = {grad_steps}: must be from 1 to {steps}, the steps that "
                          f"tau = {tau} leaves of {num_steps}")

@@ -20,6 +20,7 @@ E their width.
 """
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,55 +28,64 @@ from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 
 import lora
-from bases.deep_cache import denoiser
 from data import ClipConfig, batch_indices, encode_clips, read_list, sample_posterior
-from evaluate import EVAL_SEED, evaluate, prompt_sets, tiny_judge
-from formats import exact_scores
-from formats.mixture import watched_names
-from formats.tensors import fingerprint
-from formats.weights import HUB_BASE
+from evaluate import evaluate, prompt_sets
+from formats.weights import HUB_BASE, named_rewards
 from model import decode_frames, load_base
-from reward import Mixture, aggregate, load_rewards, segment_edges, segment_frames, tar_weights
+from reward import (
+    aggregate,
+    as_rewards,
+    load_rewards,
+    own_frames,
+    segment_edges,
+    segment_frames,
+    tar_weights,
+)
 from sampler import GUIDANCE, check_edit, edit
-from support import ranks as processes
+from support import ranks, settings
 from support import run as run_folder
-from support import settings
 from support.ranks import add_over_ranks, rank_and_size, sample_generator
-from support.tables import add_means
+from support.tables import add_means, check_watched, watched_names
 
 # ----------------------------------------------------------------------------------------------
 # The step
 
 
-def edit_rewards(base, reward, uncond, batch, cfg):
+def edit_rewards(base, rewards, uncond, batch, cfg):
     """
     The method, from clips to what is maximised: Eq. (2), the reward of generated videos.
 
     batch: as draw_batch's; uncond (1, N, E). Returns R (B,) of Eq. (8), with gradient, and what the
-    log shows, without: {"reward": (B,)}, the plain mean of the frame scores, a Mixture's parts too.
+    log shows, without: {"reward": (B,)}, the plain mean of the frame scores, several rewards' too.
     """
     z, eps, text, g, captions = batch
 
     # Noise the real clip part of the way, and denoise it back (Eqs. 3-5). Score it (Eqs. 6-8).
-    z_0 = edit(denoiser(base, cfg.cache_interval), z, eps, text, uncond, cfg.tau, cfg.num_steps,
-               cfg.guidance, cfg.grad_steps)                                  # (B, C, F, h, w)
-    return video_rewards(base, reward, z_0, g, captions, cfg)
+    z_0 = edit(base.chain_denoiser(cfg.cache_interval), z, eps, text, uncond, cfg.tau,
+               cfg.num_steps, cfg.guidance, cfg.grad_steps)                   # (B, C, F, h, w)
+    return video_rewards(base, rewards, z_0, g, captions, cfg)
 
 
-def video_rewards(base, reward, z_0, g, captions, cfg):
+def video_rewards(base, rewards, z_0, g, captions, cfg):
     """SegVR and TAR: z_0 (B, C, F, h, w), g (B, S) -> as above. Other methods share this."""
-    # 1. Frames near the centre count more (Eq. 7).
-    f = tar_weights(g, z_0.shape[2], cfg.lambda_tar)                          # (B, S)
-    chunk = 1 if cfg.low_memory else cfg.decode_chunk
-    if isinstance(reward, Mixture):  # several rewards, or of whole clips: steps 2 and 3 for each
-        return reward.of_edits(decode_frames, base.vae, z_0, captions, g, f, aggregate, chunk)
+    parts, chunk = as_rewards(rewards).parts, 1 if cfg.low_memory else cfg.decode_chunk
+    F, R, logged = z_0.shape[2], 0., {"reward": 0.}
+    for weight, reward in parts:
+        # 1. Frames near the centre count more (Eq. 7). A video reward sees its own, in order.
+        index, f = g, tar_weights(g, F, cfg.lambda_tar)                       # (B, S), (B, S)
+        if getattr(reward, "num_frames", None):
+            index, f = own_frames(reward, g, F)                               # (B, n), (B, 1)
 
-    # 2. Score one frame of each segment (Eq. 6). Only these frames are decoded.
-    frame_scores = score_frames(base.vae, reward, z_0, g, captions, chunk)    # (B, S)
+        # 2. Score one frame of each segment (Eq. 6). Only these frames are decoded.
+        frame_scores = score_frames(base.vae, reward, z_0, index, captions, chunk)    # (B, S)
 
-    # 3. Average the weighted scores (Eq. 8).
-    R = aggregate(frame_scores, f)                                            # (B,)
-    return R, {"reward": frame_scores.detach().mean(dim=1)}                   # (B,), (B,)
+        # 3. Average the weighted scores (Eq. 8). Several rewards are added up.
+        R = R + weight * aggregate(frame_scores, f)                           # (B,)
+        mean_scores = frame_scores.detach().mean(dim=1)                       # (B,)
+        logged["reward"] = logged["reward"] + weight * mean_scores
+        if len(parts) > 1:
+            logged[reward.name] = mean_scores
+    return R, logged                                                          # (B,), {name: (B,)}
 
 
 def score_frames(vae, reward, z_0, g, captions, chunk=0):
@@ -84,36 +94,47 @@ def score_frames(vae, reward, z_0, g, captions, chunk=0):
 
     chunk: so many frames of each clip at a time, recomputed in the backward pass; 0 is all at once.
     """
-    def score(z_0, g):
-        return reward(decode_frames(vae, z_0, g), captions)                   # (B, S)
+    def decode(part):
+        return decode_frames(vae, z_0, part)                                  # (B, n, 3, H, W)
+
+    def score(part):
+        return reward(decode(part), captions)                                 # (B, n)
 
     if not chunk:
-        return score(z_0, g)
-    parts = [checkpoint(score, z_0, part, use_reentrant=False) for part in g.split(chunk, dim=1)]
-    return torch.cat(parts, dim=1)                                            # (B, S)
+        return score(g)
+    sees_whole = getattr(reward, "num_frames", None)  # a video reward: its frames stay together
+    made = [checkpoint(decode if sees_whole else score, part, use_reentrant=False)
+            for part in g.split(chunk, dim=1)]
+    made = torch.cat(made, dim=1)
+    return reward(made, captions) if sees_whole else made                     # (B, S)
 
 
 # ----------------------------------------------------------------------------------------------
 # The loop
 
-def train(cfg, parameters, draw, score, run):
-    """
-    Maximise R over `parameters`, from wherever `run` stands to cfg.steps.
+@dataclass
+class Method:
+    """What a method gives to the loop."""
+    draw: Callable       # step -> this rank's share of its batch, a tuple with an entry per video
+    score: Callable      # batch -> R (B,), with gradient, and {"reward": (B,), more: (B,)} to log
+    data: object = None  # what the clips or prompts are: continued, a run must have the same
+    stop_every: int = 1  # a signal ends a run after a multiple of so many steps only
 
-    The method is two functions. draw(step) -> this rank's share of a step's batch, a tuple whose
-    items have an entry per video. score(batch) -> R (B,), with gradient, and what to log,
-    {"reward": (B,), more: (B,)}. Returns False if a signal ended the run early, saved.
+
+def train(cfg, parameters, method, run):
+    """
+    Maximise R over `parameters`, from wherever `run` stands to cfg.steps; whether it came so far.
     """
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0)
     loss_scale = 4096. if cfg.dtype == "float16" else 1.  # there, half of the gradient would be 0
 
     for step in run.steps(optimizer):
         # 1. The gradient of -R, in parts that fit into memory.
-        batch = draw(step)
+        batch = method.draw(step)
         total_loss, means = 0., {}
         optimizer.zero_grad(set_to_none=False)
         for part in split_batch(batch, cfg.clips_at_once):
-            R, logged = score(part)                                           # (B,), {}
+            R, logged = method.score(part)                                    # (B,), {}
             loss = -R.sum() / cfg.batch_size                                  # Eq. (9), its share
             (loss_scale * loss).backward()
             total_loss += loss.item()
@@ -232,20 +253,13 @@ PRESETS = {
 
 def check(cfg, needs_clips=True):
     """All that can be known before anything is loaded or written; ValueError in one line."""
-    # Each number by itself.
     settings.check_training(cfg, world_size=rank_and_size()[1])
-    settings.check_at_least(cfg, frames=1, size=1, fps=1, rank=1, warmup=0, offset_noise=0)
-    settings.check_positive(cfg, "lr", "clip_grad")
-    settings.check_finite(cfg, "guidance", "offset_noise")
+    named_rewards(cfg)
 
-    # What the method's own functions ask of them.
     check_edit(cfg.tau, cfg.num_steps, cfg.grad_steps)
     segment_edges(cfg.frames, cfg.segments)  # raises for more segments than frames
-    tar_weights(torch.zeros(1, 1), cfg.frames, cfg.lambda_tar)  # raises for a bad lambda
-
-    # What it takes to begin: clips.
-    if needs_clips:
-        settings.check_clips(cfg)
+    if needs_clips and cfg.data is None and cfg.base != "tiny":
+        raise ValueError("no clips: --data LIST must name some (only the tiny world draws its own)")
     if cfg.tensorboard:
         run_folder.tensorboard_writer()
 
@@ -253,8 +267,8 @@ def check(cfg, needs_clips=True):
 # ----------------------------------------------------------------------------------------------
 # Setting up
 
-def instruct_video(cfg, base, reward):
-    """The method as the two functions that `train` takes, on the clips of --data or tiny's own."""
+def method(cfg, base, rewards, folder):
+    """InstructVideo as the loop takes it, on the clips of --data or the base's own."""
     dataset = read_clips(cfg, base)
     uncond = base.encode_text([""])                                           # (1, N, E)
 
@@ -262,85 +276,77 @@ def instruct_video(cfg, base, reward):
         return draw_batch(dataset, step, cfg, base.vae.config.scale, base.device)
 
     def score(batch):
-        return edit_rewards(base, reward, uncond, batch, cfg)
+        return edit_rewards(base, rewards, uncond, batch, cfg)
 
-    draw.data = dataset.description  # continued, a run must have the same clips
-    return draw, score
+    return Method(draw, score, dataset.description)
 
 
 def read_clips(cfg, base):
-    """The clips to edit: those of --data, encoded now or read from the cache; else tiny's own."""
-    dtype = base.vae.quant_conv.weight.dtype  # float32: what is made once may cost more
-    if not cfg.data:
-        from tiny.clips import tiny_clips
-        return tiny_clips(base, dtype)
-
-    def encode(frames):
-        return base.vae.encode(frames.to(base.device, dtype))                 # (F, 2C, h, w)
-
-    def encode_text(captions):
-        base.texts.clear()  # the dataset keeps these, thousands maybe, off the accelerator
-        return base.encode_text(captions)                                     # (B, N, E)
-
+    """The clips to edit: those of --data, encoded now or read from the cache; else the base's own."""
     pixels = cfg.size or base.default_size
     base.latent_size(pixels, pixels)  # refuses a size that the autoencoder cannot halve
-    clip_config = ClipConfig(num_frames=cfg.frames, fps=cfg.fps, height=pixels, width=pixels)
-
-    # What is cached belongs to these weights in this precision.
-    vae_name = f"{fingerprint(base.vae.state_dict())} {dtype}"
-    text_name = f"{fingerprint(base.text_encoder.state_dict())} {dtype}"
-    cache_dir = cfg.cache_dir if cfg.cache else None
-    clips = processes.on_rank_0(lambda: read_list(cfg.data, cfg.data_root))
-    return encode_clips(clips, clip_config, encode, encode_text, vae_name, text_name, cache_dir,
-                        cfg.workers, cfg.max_skip)
+    if not cfg.data:
+        return base.world.clips(base, cfg.frames, pixels)
+    clips = ranks.on_rank_0(lambda: read_list(cfg.data, cfg.data_root))
+    return encode_clips(clips, ClipConfig(cfg.frames, cfg.fps, pixels, pixels), base,
+                        cfg.cache_dir if cfg.cache else None, cfg.workers, cfg.max_skip)
 
 
-def open_run(cfg, folder, resumed, base, reward, prompts, judge, draw, stop):
-    """The run folder's Run, with functions that save the adapters and evaluate them."""
+def plan_evaluations(cfg, folder, base, rewards):
+    """What is looked at while the run trains, with functions that score videos and save adapters."""
+    prompts = prompt_sets(base, cfg.prompts, cfg.eval_count) if cfg.eval_every else {}
+    size = cfg.size or base.default_size
+    judge = base.world and base.world.judge(base, cfg.frames, size, size, prompts)
+    if cfg.watch:
+        check_watched(cfg.watch, prompts, judge)
+
+    # Evaluations score in float32, since best.safetensors is chosen by these scores and bfloat16
+    # costs 0.002 of HPSv2. What only they need waits on the CPU.
+    exact, waits_on = as_rewards(rewards), base.device
+    if cfg.eval_every and base.dtype != torch.float32:
+        exact, waits_on = as_rewards(load_rewards(cfg, base.folder)), "cpu"
+
+    def evaluate_prompts(captions, **more):
+        exact.to(base.device)
+        found = evaluate(
+            base, exact, captions, num_steps=cfg.num_steps, guidance=cfg.guidance, judge=judge,
+            segments=cfg.segments, frames=cfg.frames, height=size, width=size,
+            batch_size=min(cfg.clips_at_once or cfg.batch_size, 8), **more)
+        exact.to(waits_on)
+        return found
+
     def save_adapter(path):
         lora.save(base.unet, path, base=cfg.base)
 
-    @exact_scores.scoring_exactly(reward, lambda: load_rewards(cfg, base.folder))
-    def evaluate_prompts(captions, first, keep, move_on):
-        return evaluate(base, reward, captions, seed=EVAL_SEED + first, num_steps=cfg.num_steps,
-                        guidance=cfg.guidance, segments=cfg.segments, frames=cfg.frames,
-                        height=cfg.size, width=cfg.size, judge=judge, keep=keep, move_on=move_on,
-                        batch_size=min(cfg.clips_at_once or cfg.batch_size, 8))
-
-    return run_folder.Run(
-        cfg, folder, adapters=lora.adapter_state(base.unet), save_adapter=save_adapter,
-        prompts=prompts, evaluate=evaluate_prompts, reward_name=reward.name, stop=stop,
-        watched=watched_names(cfg, reward), resumed=resumed, data=getattr(draw, "data", None))
+    watched = watched_names(cfg.watch, exact.watched) if cfg.watch else []
+    return run_folder.Evaluations(cfg, folder, prompts, evaluate_prompts, save_adapter, exact.name,
+                                  watched)
 
 
-def main(argv, presets=PRESETS, description=__doc__, check=check, method=instruct_video, loop=train,
-         script="train.py"):
+def main(argv, module=sys.modules[__name__]):
     """
     Everything from the command line to the last line printed; returns the exit status.
 
-    Another method brings presets, check(cfg), method(cfg, base, reward) -> draw, score, and maybe
-    a loop of its own, which decides what these two are.
+    module: of a method, with its PRESETS, check(cfg) and method(cfg, base, rewards, folder).
     """
-    cfg = settings.parse(argv, presets, description)
-    device = processes.join_ranks(cfg.device)
-    check(cfg)
-    folder, resumed = processes.on_rank_0(lambda: run_folder.choose_folder(cfg))
+    cfg = settings.parse(argv, module.PRESETS, module.__doc__)
+    module.check(cfg)
+    device = ranks.join_ranks(cfg.device)
+    folder, resumed = ranks.on_rank_0(lambda: run_folder.choose_folder(cfg))
 
     # 1. What is frozen, and the adapters.
-    dtype = processes.pick_dtype(cfg.dtype, device)
+    dtype = ranks.pick_dtype(cfg.dtype, device)
     base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype, device, cfg.seed)
-    guidance = settings.first_given(cfg.guidance, base.guidance, GUIDANCE)
-    cfg = replace(cfg, guidance=guidance)  # recorded with the run
-    prompts = prompt_sets(base, cfg.prompts, cfg.eval_count) if cfg.eval_every else {}
-    size = cfg.size or base.default_size
-    judge = tiny_judge(cfg, base, prompts, size, size)
-    parameters = lora.load_or_inject(base.unet, base.unet_file, cfg.rank,
-                                     sample_generator(cfg.seed, "lora"))
-    reward = load_rewards(cfg, base.folder, dtype, device)
+    if cfg.guidance is None:
+        cfg = replace(cfg, guidance=base.guidance)  # recorded with the run
+    parameters = lora.load_beside(base.unet, base.unet_file, cfg.rank) or lora.inject(
+        base.unet, cfg.rank, generator=sample_generator(cfg.seed, "lora"))
+    rewards = load_rewards(cfg, base.folder, dtype, device)
+    evaluations = plan_evaluations(cfg, folder, base, rewards)
 
     # 2. Clips and captions go through the encoders once, which then may leave the accelerator.
-    draw, score = method(cfg, base, reward)
-    for captions in (*prompts.values(), [""]):
+    method = module.method(cfg, base, rewards, folder)
+    for captions in (*evaluations.prompts.values(), [""]):
         base.encode_text(captions)
     base.release_encoders()
     base.unet.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
@@ -348,14 +354,24 @@ def main(argv, presets=PRESETS, description=__doc__, check=check, method=instruc
         base.unet.compile()
 
     # 3. Train.
-    run_folder.make_room(folder, resumed)
-    with processes.catch_signals() as caught:
-        run = open_run(cfg, folder, resumed, base, reward, prompts, judge, draw,
-                       lambda: bool(caught))
-        return run_folder.train_and_report(
-            run, lambda: loop(cfg, parameters, draw, score, run), caught, script)
+    run = run_folder.Run(cfg, folder, lora.adapter_state(base.unet), evaluations, method)
+    with ranks.catch_signals():
+        run.open(resumed)
+        try:
+            return run_folder.train_and_report(
+                run, lambda: train(cfg, parameters, method, run), module.__spec__)
+        except torch.OutOfMemoryError:
+            raise RuntimeError(
+                f"{device}: out of memory. These need less: --clips-at-once 1, --decode-chunk 1, "
+                "--checkpoint-activations, --low-memory; benchmark.py counts") from None
+
+
+def start(module):
+    """Run a method as a script: train.py itself, or `python -m methods.NAME`."""
+    ranks.run_script(module.__spec__.name if module.__spec__ else "train.py",
+                     lambda: main(sys.argv[1:], module),
+                     refused=(RuntimeError, OSError, SafetensorError))
 
 
 if __name__ == "__main__":
-    processes.run_script("train.py", lambda: main(sys.argv[1:]),
-               refused=(RuntimeError, OSError, SafetensorError))
+    start(sys.modules[__name__])

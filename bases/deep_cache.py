@@ -9,11 +9,6 @@ import torch
 from torch import nn
 
 
-def denoiser(base, interval):
-    """base.denoiser for one chain, or with interval above 1, and a UNet of two levels or more, a DeepCache."""
-    return base.denoiser if interval == 1 or len(base.unet.up_blocks) == 1 else DeepCache(base, interval)
-
-
 class DeepCache:
     """
     eps(z_t, t, text) of the calls of one chain, in order. Calls with gradient are exact, and of the others the first and every

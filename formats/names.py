@@ -5,6 +5,7 @@ Our modules carry the names of the diffusers checkpoints, so those need no trans
 and transformers' text tower have other names; each tensor is renamed on its own, so none can be dropped or mixed up.
 A structure (`config`) is anything with the fields of model.UNetConfig or model.VAEConfig.
 """
+import math
 import re
 
 import torch
@@ -25,6 +26,25 @@ def expect(found, expected):
     for key, value in expected.items():
         if key in found and found[key] != value:
             raise ValueError(f"expected {key} {value!r}, found {found[key]!r}")
+
+
+def check_whole(blocks, *sizes):
+    """ValueError unless a network of so many blocks a level, and of these sizes, is one that a machine can hold."""
+    if not all(type(n) is int and 0 < n <= 2**16 for n in sizes) or not (type(blocks) is int and 0 < blocks <= 64):
+        raise ValueError(f"expected whole numbers above 0, found {blocks} blocks a level of {', '.join(map(str, sizes))}")
+
+
+def random_sizes(spec):
+    """Settings of UNet, autoencoder and text tower for "random" (none: full size) or "random:W" (multiples of W channels)."""
+    width = spec.partition(":")[2] or "320"
+    if not width.isdigit() or int(width) % 32 or not 32 <= int(width) <= 2**12:
+        raise ValueError(f"base {spec!r}: must be random, or random:W with W a multiple of 32")
+    w = int(width)
+    if w == 320:
+        return {}, {}, {}
+    v = max(32, w * 2 // 5 // 32 * 32)
+    unet = dict(channels=(w, 2 * w, 4 * w, 4 * w), context_dim=64, head_dim=32 if w % 64 else 64, sample_size=8)
+    return unet, dict(channels=(v, 2 * v, 4 * v, 4 * v), blocks_per_level=1), dict(width=64, heads=1, layers=2)
 
 
 def add_renamed(tensors, name, t):
@@ -144,6 +164,7 @@ def unet_from_diffusers(content, config_class):
         stem_heads=content.get("stem_heads", 8), norm_groups=content.get("norm_num_groups", 32),
         sample_size=content.get("sample_size") or 32)
     expect(content, unet_to_diffusers(config) | {"sample_size": content.get("sample_size")})
+    check_whole(config.blocks_per_level, config.sample_size, *config.channels)
     return config
 
 
@@ -219,6 +240,9 @@ def vae_from_diffusers(content, config_class):
                           latent_channels=content["latent_channels"], scale=content.get("scaling_factor", config_class.scale),
                           norm_groups=content.get("norm_num_groups", 32))
     expect(content, vae_to_diffusers(config))
+    check_whole(config.blocks_per_level, *config.channels)
+    if not 0 < config.scale < math.inf:
+        raise ValueError(f"expected a scaling_factor above 0, found {config.scale}")
     return config
 
 
@@ -273,3 +297,11 @@ def expect_text_config(content, heads, layers):
     """ValueError if a text tower's config.json (transformers', or open_clip's) says anything that we do not build."""
     expect(content, {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "num_attention_heads": heads, "num_hidden_layers": layers,
                      "quick_gelu": False})
+
+
+def expect_fitting(unet, vae, text, paths):
+    """ValueError, naming the files, unless a UNet takes the latents and the text features that a base's other parts make."""
+    if (unet.in_channels, unet.out_channels, unet.context_dim) != (vae.latent_channels, vae.latent_channels, text.width):
+        raise ValueError(f"{paths['unet']}: takes {unet.in_channels} and gives {unet.out_channels} latent channels, and text "
+                         f"of width {unet.context_dim}; {paths['vae']} has {vae.latent_channels}, {paths['text_encoder']} "
+                         f"{text.width}")

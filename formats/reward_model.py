@@ -1,20 +1,21 @@
 """
-What rewards have in common: they stay frozen, they check what they are given, and they encode a caption once.
+What published reward models share: they stay frozen, they take pictures of their own kind, and they are built from files.
 
 A reward maps frames (B, S, 3, H, W) in [0, 1] and B captions to scores. `num_frames` says which frames it wants: None for an
 image reward, which scores any S frames each by itself -> (B, S); a number for a video reward, which is given so many frames of
 a clip, evenly spread and in order -> (B, 1). `name` tells the version, since scores of two versions do not compare.
+
+Letters: N pictures, H and W pixel rows and columns.
 """
-import sys
+import math
 from functools import partial
 
 import torch
 import torch.nn.functional as F_
 from torch import nn
-from tqdm import tqdm
 
-from support.files import first_line, read_json
-from support.ranks import is_main_process
+from formats.tensors import build_empty, load_strict, read_tensors
+from support.files import read_json
 
 
 class RewardModel(nn.Module):
@@ -22,9 +23,8 @@ class RewardModel(nn.Module):
 
     def __init__(self, name, num_frames=None):
         super().__init__()
-        self.name, self.num_frames = name, num_frames
+        self.name, self.num_frames, self.training = name, num_frames, False
         self._texts, self._texts_of = {}, None
-        self.eval()
 
     def train(self, mode=True):
         """Stays in eval mode: a trainer's model.train() must not switch on the reward's dropout."""
@@ -59,48 +59,16 @@ class RewardModel(nn.Module):
         return [self._texts[caption] for caption in captions]
 
 
-class LinearHead(nn.Module):
-    """
-    Five linear layers from features to a score, those of the aesthetic predictor and of ImageReward: (N, width) -> (N,).
-
-    Always in float32, under autocast too: it costs nothing, and the score is what is compared.
-    """
-
-    def __init__(self, width):
-        super().__init__()
-        widths = (width, 1024, 128, 64, 16, 1)
-        layers = [nn.Linear(a, b) for a, b in zip(widths, widths[1:])]
-        # Dropout, which eval mode switches off, stood between the first ones and counts in the published names.
-        self.layers = nn.ModuleDict(dict(zip("02467", layers)))
-
-    def forward(self, x):
-        with no_autocast(x):
-            x = x.float()
-            for layer in self.layers.values():
-                x = layer(x)
-        return x[:, 0]
-
-
 def no_autocast(tensor):
     """A context without autocast on the tensor's device; meta has none."""
     return torch.autocast("cpu" if tensor.is_meta else tensor.device.type, enabled=False)
 
 
-def say_non_commercial(name, licence):
-    """One line on standard error for weights that may not be used commercially, and so neither may what is tuned on them."""
-    if is_main_process():
-        tqdm.write(f"{name}: its weights are {licence}, for no commercial use", file=sys.stderr)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Frames in [0, 1] into the pictures that image reward models were trained on, on tensors and differentiable.
-#
-# Letters: N pictures, H and W pixel rows and columns.
+# Frames in [0, 1] into the pictures that models were trained on, on tensors and differentiable
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, as in open_clip and transformers
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def limit(x):
@@ -152,31 +120,9 @@ def crop_centre(x, size, shortest=None, mode="bicubic"):
     return x[..., top:top + size, left:left + size]
 
 
-def fit_within(x, shortest, longest, multiple):
-    """
-    YOLOS's resize: shortest side to `shortest`, longest at most `longest`, both cut to a `multiple`; nothing is cropped.
-
-    x (N, 3, H, W) -> (N, 3, h, w), bilinear and antialiased. For videos that are wider than high, 512 is VADER's height.
-    """
-    H, W = x.shape[-2:]
-    if max(H, W) / min(H, W) * shortest > longest:
-        exact = longest * min(H, W) / max(H, W)
-        h, w = (round(exact), int(exact * W / H)) if H <= W else (int(exact * H / W), round(exact))
-    else:
-        h, w = (shortest, int(shortest * W / H)) if H <= W else (int(shortest * H / W), shortest)
-    h, w = max(h // multiple, 1) * multiple, max(w // multiple, 1) * multiple
-    return F_.interpolate(x, (h, w), mode="bilinear", align_corners=False, antialias=True)  # (N, 3, h, w)
-
-
 def clip_normalize(x):
     """Subtract CLIP's channel means, divide by its deviations. x (N, 3, H, W) in [0, 1] -> (N, 3, H, W)."""
     mean, std = torch.tensor([CLIP_MEAN, CLIP_STD]).to(x)[..., None, None]
-    return (x - mean) / std
-
-
-def imagenet_normalize(x):
-    """The same with ImageNet's means and deviations, which detectors and video models were trained with."""
-    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]).to(x)[..., None, None]
     return (x - mean) / std
 
 
@@ -188,7 +134,7 @@ def spread_frames(num_frames, wanted):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Structures of small CLIPs, as open_clip describes them: what the tiny world's preference model and random rewards are.
+# CLIPs of open_clip's class
 
 SMALL_CLIP = dict(embed_dim=32, vision_cfg=dict(image_size=32, patch_size=8, width=32, layers=2, head_width=16),
                   text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2))
@@ -206,20 +152,39 @@ def read_clip_config(path):
 
     ValueError for anything else. Other fields exist by which open_clip would fetch a model of some name: files are data.
     """
-    import open_clip
     config = read_json(path)
-    if not has_form(config, SMALL_CLIP):
-        raise ValueError(f"{path}: expected a small CLIP, whole numbers as in {SMALL_CLIP}, found {str(config)[:200]}")
-    try:
-        with torch.device("meta"):
-            open_clip.CLIP(**config)
-    except Exception as error:  # each layer has its own check, if any
-        raise ValueError(f"{path}: not a CLIP that can be built ({first_line(error)})") from None
+    parts = [(config, SMALL_CLIP)]
+    for name in ("vision_cfg", "text_cfg"):
+        parts.append((config.get(name), SMALL_CLIP[name]))
+    for found, like in parts:
+        is_small = isinstance(found, dict) and found.keys() == like.keys()
+        for name in like if is_small else ():
+            largest = 256 if name == "layers" else 2**16
+            is_number = type(found[name]) is int and 0 < found[name] <= largest
+            is_small = is_small and (is_number or isinstance(like[name], dict))
+        if not is_small:
+            raise ValueError(f"{path}: expected a small CLIP, whole numbers as in {SMALL_CLIP}, found {str(config)[:200]}")
     return config
 
 
-def has_form(found, like, field=""):
-    """Whether two JSON values have the same fields, with whole numbers above 0 in both."""
-    if isinstance(like, dict):
-        return isinstance(found, dict) and found.keys() == like.keys() and all(has_form(found[k], like[k], k) for k in like)
-    return type(found) is int and 0 < found <= (256 if field == "layers" else 2**16)
+def load_clip(path, config, dtype, device):
+    """
+    An open_clip CLIP from its published tensors, in eval mode. config: open_clip's description, default ViT-H-14's.
+
+    ValueError, naming the file, for other tensors or a description that cannot be built.
+    """
+    import open_clip
+    tensors = read_tensors(path)
+    clip = build_empty(lambda: open_clip.CLIP(**(config or open_clip.get_model_config("ViT-H-14"))), path)
+    load_strict(clip, tensors, path, dtype)
+    if clip.attn_mask is not None:  # in no file: -inf above the diagonal
+        clip.attn_mask = torch.full(clip.attn_mask.shape, -math.inf).triu(1)              # (tokens, tokens)
+    return clip.to(device=device, dtype=dtype)
+
+
+def random_clip(config, dtype, device):
+    """An untrained CLIP, seeded. config: as in load_clip."""
+    import open_clip
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # the CPU's alone
+        return open_clip.CLIP(**(config or open_clip.get_model_config("ViT-H-14"))).to(device=device, dtype=dtype)

@@ -119,6 +119,15 @@ def check_tensors(expected, tensors, what):
                              "expected floating-point numbers")
 
 
+def build_empty(make, what):
+    """The module that make() builds, without memory or random numbers for weights that a file brings; `what` names the file."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except Exception as error:  # each layer has its own check, if any
+        raise ValueError(f"{what}: not a model that can be built ({first_line(error)})") from None
+
+
 def load_strict(module, tensors, what, dtype=None):
     """
     Put tensors into a module built on the meta device, frozen and in eval mode: each is converted and taken over on its own.

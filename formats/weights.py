@@ -5,11 +5,13 @@ A model is found by its parts. A folder may be laid out as diffusers does (unet,
 folders damo/text-to-video-synthesis and iic/InstructVideo; which one it is shows in the names of its files.
 """
 import hashlib
+import math
 import re
 from pathlib import Path
 
 from formats.tensors import WEIGHT_FILES
-from support.files import check_exists, first_line, read_json
+from support.files import first_line, read_json
+from support.tables import JUDGE, PIXELS
 
 TINY = Path(__file__).resolve().parents[1] / "tiny" / "weights"
 HUB_BASE = "ali-vilab/text-to-video-ms-1.7b"
@@ -29,6 +31,7 @@ HUB_REWARDS = {  # those of rewards/: a hub repository and the files of it that 
     "videomae": ("MCG-NJU/videomae-base-finetuned-kinetics", "config.json", "model.safetensors"),
     "vjepa": ("facebook/vjepa2-vitl-fpc64-256", "config.json", "model.safetensors")}
 WHOLE_CLIPS = {"videomae": 16, "vjepa": 16}  # those that see so many frames of a clip, in order
+RANDOM = re.compile(r"random(:\d+)?")  # in a path's place: untrained weights, random:W small ones
 TINY_REWARDS = ("action", "removal")  # those of rewards/ for the tiny world alone: folders of its base
 
 
@@ -36,7 +39,12 @@ def find_base(base):
     """Folder or file of a base: "tiny", a path, or a hub id, which is downloaded. ValueError: there is none or it is damaged."""
     path = TINY if str(base) == "tiny" else Path(base)
     path = path if path.exists() else from_hub(str(base))
-    check_manifest(path)
+    manifest = path / "manifest.json"  # of SHA-256 digests: every file must be there and as it was built
+    for name, digest in read_json(manifest).items() if manifest.is_file() else ():
+        if not (path / name).is_file():
+            raise ValueError(f"{path / name}: missing, though manifest.json lists it")
+        if hashlib.sha256((path / name).read_bytes()).hexdigest() != digest:
+            raise ValueError(f"{path / name}: not the file that manifest.json lists (its SHA-256 differs)")
     return path
 
 
@@ -44,13 +52,20 @@ def find_parts(base, given):
     """
     (folder, {part: its file or folder}) of a base. given: {part: a path to take instead, or None}.
 
-    A base that is a file is a UNet, and its other parts lie beside it. ValueError names a part that is not there.
+    A base that is a file is a UNet, and its other parts lie beside it. ValueError names a part that is not there, or a base that
+    does not predict noise: trained and sampled as if it did, it would give nonsense.
     """
     paths = {part: Path(given[part]) if given.get(part) else None for part in PARTS}
     for path in paths.values():  # before the base, which may be a download of gigabytes
-        check_exists(path)
+        if path and not path.exists():
+            raise ValueError(f"{path}: no such file or folder")
     folder = find_base(base)
-    check_scheduler(folder)
+    schedulers = [parent / "scheduler" / "scheduler_config.json" for parent in (folder, folder.absolute().parent)]
+    for file in [file for file in schedulers if file.is_file()][:1]:
+        kind = read_json(file).get("prediction_type", "epsilon")
+        if kind != "epsilon":
+            raise ValueError(f"{file}: prediction_type is {kind!r}: must be 'epsilon', which is what this code samples with")
+
     if folder.is_file():
         paths["unet"], folder = folder, folder.parent
     for part in PARTS:
@@ -59,17 +74,6 @@ def find_parts(base, given):
             flag = "" if part == "unet" else f", or --{part.replace('_', '-')}"
             raise ValueError(f"{base}: no {part} found in {folder}; expected one of {', '.join(PARTS[part])}{flag}")
     return folder, paths
-
-
-def check_scheduler(folder):
-    """ValueError for a base that does not predict noise: trained and sampled as if it did, it would give nonsense."""
-    for parent in (folder, folder.absolute().parent):
-        file = parent / "scheduler" / "scheduler_config.json"
-        if file.is_file():
-            kind = read_json(file).get("prediction_type", "epsilon")
-            if kind != "epsilon":
-                raise ValueError(f"{file}: prediction_type is {kind!r}: must be 'epsilon', which is what this code samples with")
-            return
 
 
 def find_part(folder, part):
@@ -85,6 +89,8 @@ def reward_kind(kind):
     """
     name, _, argument = kind.partition(":")
     own = (*HUB_REWARDS, *TINY_REWARDS)
+    if kind == "yolos":
+        raise ValueError("reward yolos: must name what is to go, as in yolos:book")
     if name.endswith(".py") or (name in own and (name in ("yolos", "videomae", *TINY_REWARDS) or not argument)):
         return name, argument
     name, _, preprocess = kind.partition("/")
@@ -95,30 +101,64 @@ def reward_kind(kind):
                      "in :watermark")
 
 
-def find_reward(kind, base_folder=None):
+def named_rewards(cfg):
     """
-    A reward's weights: those in the base's folder (the tiny world's, or InstructVideo's HPS_v2.pt) or beside it, else the hub's.
+    What the settings reward, watch and reward_weights name: (parts [(weight, kind)], watched kinds, {kind: path of its weights}).
 
-    kind: hpsv2 or hpsv2.1. ValueError if they are nowhere and cannot be downloaded.
+    ValueError for all that is wrong with them and can be known before anything is loaded or downloaded.
     """
-    names = REWARD_FILES[kind]
-    if base_folder:
-        if (base_folder / "reward" / "words.txt").is_file():
-            return base_folder / "reward"
-        for path in [folder / name for folder in (base_folder, base_folder.absolute().parent) for name in names]:
-            if path.is_file():
-                return path
-    return hub_file(kind, REWARD_REPO, names[0], "give its path as --reward-weights")
+    parts = []
+    for given in cfg.reward or ("hpsv2",):
+        kind, equals, number = given.rpartition("=")
+        try:
+            weight = float(number) if equals else 1.
+        except ValueError:
+            weight = 0.
+        if weight == 0 or not math.isfinite(weight):
+            raise ValueError(f"reward {given!r}: the weight after = must be a finite number other than 0")
+        parts.append((weight, kind if equals else given))
+
+    watched = [name for name in cfg.watch if name not in (*PIXELS, "pixels", JUDGE)]
+    kinds, names = [kind for _, kind in parts] + watched, {}
+    if len(set(kinds)) < len(kinds):
+        raise ValueError(f"rewards {', '.join(kinds)}: each must be named once")
+    for kind in kinds:
+        try:
+            names[kind], _ = reward_kind(kind)
+        except ValueError as error:
+            allowed = f"watch {kind!r}: must be one of {', '.join(PIXELS)}, pixels (all but the last), judge; or a "
+            raise ValueError(f"{allowed if kind in watched else ''}{error}") from None
+
+    paths = {}
+    for given in cfg.reward_weights:
+        name, equals, path = given.partition("=")
+        named = [kind for kind in kinds if equals and name in (kind, names[kind])]
+        if not named and len(kinds) == 1:
+            named, path = kinds, given  # a bare path, which may have a = of its own
+        if not named:
+            raise ValueError(f"reward_weights {given!r}: must be NAME=PATH, with one of the rewards "
+                             f"{', '.join(names.values())} as NAME")
+        if not RANDOM.fullmatch(path) and not Path(path).exists():
+            raise ValueError(f"reward {name if equals else kinds[0]}: {path}: no such file or folder")
+        paths |= dict.fromkeys(named, path)
+
+    for kind, name in names.items():
+        wanted, path = WHOLE_CLIPS.get(name, 0), paths.get(kind, "")
+        if cfg.frames < wanted and not Path(path or "random").is_dir():  # there, its config.json says how many
+            raise ValueError(f"frames = {cfg.frames}: {name} sees {wanted} frames of a clip, in order; it must have as many")
+        if name.endswith(".py") and not Path(name).is_file():
+            raise ValueError(f"reward {kind}: no such file")
+    return parts, watched, paths
 
 
-def find_hub_reward(kind, weights=None, base_folder=None):
+def find_reward(kind, weights=None, base_folder=None):
     """
-    File or folder of a reward of rewards/: the path given; or the hub's, downloaded once, of TINY_REWARDS the one in the base's
-    folder; None for "random" and "random:W".
+    File or folder of a reward: the path given; or what the base's folder has (the tiny world's, InstructVideo's HPS_v2.pt), or a
+    folder beside it; or the hub's, downloaded once. None for "random" and "random:W".
 
-    ValueError if there is no such path, it cannot be downloaded, or the base is not the tiny one.
+    kind: a name as reward_kind gives it. ValueError if there is no such path, or it is nowhere and cannot be downloaded.
     """
-    if weights and re.fullmatch(r"random(:\d+)?", str(weights)):
+    if weights and RANDOM.fullmatch(str(weights)):
         return None
     if weights:
         if not Path(weights).exists():
@@ -128,6 +168,16 @@ def find_hub_reward(kind, weights=None, base_folder=None):
         if base_folder and (base_folder / kind).is_dir():
             return base_folder / kind
         raise ValueError(f"reward {kind}: is for the tiny world alone: must be --base tiny, or a folder as --reward-weights")
+    if kind in REWARD_FILES:
+        names = REWARD_FILES[kind]
+        if base_folder and (base_folder / "reward" / "words.txt").is_file():
+            return base_folder / "reward"
+        for folder in (base_folder, base_folder.absolute().parent) if base_folder else ():
+            for name in names:
+                if (folder / name).is_file():
+                    return folder / name
+        return hub_file(kind, REWARD_REPO, names[0], "give its path as --reward-weights")
+
     repo, *names = HUB_REWARDS[kind]
     what = "its folder" if len(names) > 1 else "its path"
     files = [hub_file(kind, repo, name, f"give {what} as --reward-weights {kind}=PATH") for name in names]
@@ -142,17 +192,6 @@ def hub_file(kind, repo, name, advice):
     except Exception as error:  # no network: httpx, OSError or a hub error, by version
         raise ValueError(f"reward {kind}: cannot be downloaded ({first_line(error)}); get {name} from the hub repository "
                          f"{repo} and {advice}") from None
-
-
-def check_manifest(folder):
-    """If a folder has a manifest.json of SHA-256 digests, every file in it must be there and as it was built."""
-    if not (folder / "manifest.json").is_file():
-        return
-    for name, digest in read_json(folder / "manifest.json").items():
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: missing, though manifest.json lists it")
-        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
-            raise ValueError(f"{folder / name}: not the file that manifest.json lists (its SHA-256 differs)")
 
 
 def hub_files(files):

@@ -6,8 +6,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support.files import read_text
-
 PADDING, START, UNKNOWN = 0, 1, 2  # token numbers; words follow, the end token comes last
 REPORTED = set()  # unknown words that were named already, by any tokenizer
 
@@ -26,12 +24,6 @@ class WordTokenizer:
         self.end = len(self.words) + UNKNOWN + 1
         self.vocab_size = self.end + 1
 
-    def check_fit(self, path, vocab_size, context_length):
-        """ValueError unless a text tower with tables of these sizes can read these tokens. path: named in the message."""
-        if self.context_length != context_length or self.vocab_size > vocab_size:
-            raise ValueError(f"{path}: words.txt makes {self.context_length} tokens from 0 to {self.end}, the weights beside it "
-                             f"read {context_length} from 0 to {vocab_size - 1}")
-
     def encode(self, caption):
         """Token numbers of the caption's words, without start and end."""
         words = caption.lower().replace(",", " ").replace(".", " ").split()
@@ -49,12 +41,20 @@ class WordTokenizer:
         return out                                                                        # (B, context_length)
 
 
-def read_words(path):
-    """The WordTokenizer of a words.txt: the context length on its first line, then one word a line."""
-    length, *words = read_text(Path(path)).split() or [""]
+def read_words(path, sizes=None):
+    """
+    The WordTokenizer of a words.txt: the context length on its first line, then one word a line.
+
+    sizes: vocab_size and context_length of the tables of the text tower beside it. ValueError unless it can read the tokens.
+    """
+    length, *words = Path(path).read_text(encoding="utf-8").split() or [""]
     if not re.fullmatch("[1-9][0-9]{0,4}", length) or not words:
         raise ValueError(f"{path}: expected a context length, then words, found {length[:20]!r}")
-    return WordTokenizer(words, int(length))
+    tokenizer = WordTokenizer(words, int(length))
+    if sizes and (int(length) != sizes["context_length"] or tokenizer.vocab_size > sizes["vocab_size"]):
+        raise ValueError(f"{path}: makes {length} tokens from 0 to {tokenizer.end}, the weights beside it read "
+                         f"{sizes['context_length']} from 0 to {sizes['vocab_size'] - 1}")
+    return tokenizer
 
 
 def cut_captions(text_encoder, captions):

@@ -1,55 +1,41 @@
 """
 DDPO: treat the chain as a policy, and raise the probability of the steps that led to good videos.
 
-    python methods/ddpo.py                                    # the tiny world
-    python methods/ddpo.py --group 4 --timestep-fraction 0.5  # GRPO's advantage, half of the steps
-    torchrun --nproc_per_node=4 methods/ddpo.py modelscope --prompts-train prompts.txt \
-        --prompts animals=animals.txt
+    python -m methods.ddpo                                    # the tiny world
+    python -m methods.ddpo --group 4 --timestep-fraction 0.5  # GRPO's advantage, half of the steps
 
 Paper: DDPO (arXiv:2305.13301), Sec. 4.3, the importance sampling form (DDPO_IS).
 
 Against train.py: (1) it starts from pure noise and needs prompts only; (2) the chain is stochastic,
 so each step has a probability; (3) the reward needs no gradient; (4) a round samples the videos of
---updates optimizer steps. From the second of them on the model is not the one that sampled, which
-PPO's ratio and clipping account for; (5) all videos are scored on the same frames, the first of
-each segment, as R would else say more of the frames than of the video. Checkpoints lie between
-rounds and a signal ends the run at the end of its round, so that a continued run samples each round
-from the same adapters.
+--updates optimizer steps; from the second on PPO accounts for the model that has moved; (5) all
+videos are scored on the same frames, as R would else say more of the frames than of the video; (6)
+what train.train calls a clip is one chain step of one video. A run stops between rounds only, so
+that, continued, it samples each round from the same adapters.
 
 Ours differs from kvablack/ddpo-pytorch: all videos of an update learn from the same chain steps.
 
-Letters: B videos, C channels, F frames, S segments, D chain steps, h and w latent rows and columns.
+Letters: B videos, n pairs of a chain step and a video, D chain steps, C, F, h, w as in sampler.py.
 """
-import math
 import sys
+
+if not __package__:
+    print("start it as: python -m methods.ddpo", file=sys.stderr)
+    sys.exit(2)
+import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from tyro.conf import Fixed, Suppress
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train  # noqa: E402
-from data import batch_indices  # noqa: E402
-from evaluate import prompt_sets  # noqa: E402
-from methods import common as prompting  # noqa: E402
-from methods.common import RewardHistory  # noqa: E402
-from reward import first_frames  # noqa: E402
-from sampler import GUIDANCE, alpha_bars, ddim_mean_std, ddpm_step, guided_eps  # noqa: E402
-from support.ranks import (  # noqa: E402
-    add_over_ranks,
-    all_gather,
-    rank_and_size,
-    run_script,
-    sample_generator,  # noqa: E402
-)
-from support.settings import check_at_least, check_positive  # noqa: E402
+import train
+from methods import common
+from reward import first_frames
+from sampler import alpha_bars, ddim_mean_std, ddpm_step, guided_eps
+from support.ranks import rank_and_size, sample_generator
+from support.settings import check_at_least, check_positive
 
 BUFFER = 16  # rewards of a prompt that its statistics need (kvablack: config/base.py)
-
-# ----------------------------------------------------------------------------------------------
-# The method
 
 
 def log_prob(z_prev, mean, std):
@@ -92,114 +78,33 @@ def advantages(rewards, prompts, last=None, group=1):
 
 def policy(base, z_t, i, text, uncond, cfg):
     """Mean and std of chain step i, p(z_prev | z_t), with eta = 1 and guidance."""
-    alpha_bar = alpha_bars()
-    t = ddpm_step(i, cfg.num_steps)
+    alpha_bar, t = alpha_bars(), ddpm_step(i, cfg.num_steps)
     eps = guided_eps(base.denoiser, z_t, t, text, uncond, cfg.guidance)
     return ddim_mean_std(z_t, eps, t, t - len(alpha_bar) // cfg.num_steps, alpha_bar, eta=1.)
 
 
 @torch.no_grad()
-def sample_path(base, noise, text, uncond, seeds, cfg):
-    """The chain of a batch, [z_T, ..., z_0] of (B, C, F, h, w), and log p of its steps (B, D)."""
-    generators = [sample_generator(*seed) for seed in seeds]
+def sample_path(base, noise, text, uncond, keys, cfg):
+    """The chains of a batch, z_T to z_0 (B, D + 1, C, F, h, w), and log p of their steps (B, D)."""
+    generators = [sample_generator(*key) for key in keys]
     path, log_probs = [noise], []
     for i in range(cfg.num_steps, 0, -1):
         mean, std = policy(base, path[-1], i, text, uncond, cfg)
         fresh = [torch.randn(noise.shape[1:], generator=own) for own in generators]
         path.append(mean + std * torch.stack(fresh).to(noise))                # (B, C, F, h, w)
         log_probs.append(log_prob(path[-1], mean, std))                       # (B,)
-    return path, torch.stack(log_probs, dim=1)
+    return torch.stack(path, dim=1), torch.stack(log_probs, dim=1)
 
 
-def sample_round(base, reward, uncond, draw, first, history, cfg):
-    """This rank's batches of steps first, first + 1, ...: path, log p, text, A (B,), rewards."""
-    batches, scored = [], []
-    for step in range(first, first + cfg.updates):
-        # In the parts that learning takes: they fit into memory, and 16 bits round them alike.
-        whole, parts = draw(step), []
-        for noise, text, g, captions, seeds in train.split_batch(whole, cfg.clips_at_once):
-            path, log_probs = sample_path(base, noise, text, uncond, seeds, cfg)
-            with torch.no_grad():
-                R, logged = train.video_rewards(base, reward, path[-1], g, captions, cfg)
-            parts.append((torch.stack(path), log_probs, R, logged["reward"]))
-        paths, *columns = zip(*parts)
-        log_probs, R, plain = [torch.cat(column) for column in columns]       # (B, D), (B,), (B,)
-        batches.append([torch.cat(paths, dim=1), log_probs, whole[1], plain])
-        scored.append((whole[3], R.tolist()))
-
-    # Statistics are over the whole round, in order of step and rank: the same on any number.
-    prompts, rewards = [], []
-    for ranks in zip(*all_gather(scored)):
-        for captions, R in ranks:
-            prompts += captions
-            rewards += R
-    A = advantages(torch.tensor(rewards), prompts, history.last, cfg.group)
-    history.add(first, prompts, rewards)
-    rank, world_size = rank_and_size()
-    own = A.view(cfg.updates, world_size, -1)[:, rank].to(base.device)        # (updates, B)
-    return [[*batch, own[k]] for k, batch in enumerate(batches)]
-
-
-def loss_scale(cfg):
-    """As in train.train: without it, half of a float16 gradient would be 0."""
-    return 4096. if cfg.dtype == "float16" else 1.
-
-
-def backward(base, uncond, batch, step, cfg):
-    """Add the gradient of a batch to the adapters', one chain step at a time; returns the loss."""
-    path, old_log_probs, text, _, A = batch
-    D = cfg.num_steps
+def chosen_steps(step, cfg):
+    """The chain steps that an update learns from, random ones of 1..D."""
+    number = max(1, round(cfg.timestep_fraction * cfg.num_steps))
     generator = sample_generator(cfg.seed, step, "timesteps")
-    number = max(1, round(cfg.timestep_fraction * D))
-    total = 0.
-    for i in (torch.randperm(D, generator=generator)[:number] + 1).tolist():  # of 1..D
-        for start in range(0, len(A), cfg.clips_at_once or len(A)):
-            part = slice(start, start + (cfg.clips_at_once or len(A)))
-            mean, std = policy(base, path[D - i][part], i, text[part], uncond, cfg)
-            new = log_prob(path[D - i + 1][part], mean, std)                  # (b,)
-            loss = ppo_loss(new, old_log_probs[part, D - i], A[part], cfg.clip_range)
-            loss = loss * len(new) / (cfg.batch_size * number)
-            (loss_scale(cfg) * loss).backward()
-            total += loss.item()
-    return total
+    return (torch.randperm(cfg.num_steps, generator=generator)[:number] + 1).tolist()
 
-
-def learn(cfg, parameters, sample, backward, run):
-    """Sample, score, learn, from wherever `run` stands to cfg.steps; otherwise as train.train."""
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0)
-    history = RewardHistory(run, BUFFER)
-
-    for step in run.steps(optimizer):
-        # 1. A round of videos, if it is time; the gradient of one batch of it.
-        at = step % cfg.updates
-        if at == 0:
-            batches = sample(step, history)
-        optimizer.zero_grad(set_to_none=False)
-        total_loss = backward(batches[at], step)
-        total_reward = batches[at][3].sum().item() / cfg.batch_size
-
-        # 2. Sum over the ranks; take the step unless the loss or the gradient is not finite.
-        sums = [total_loss, total_reward, float(run.stop())]
-        total_loss, total_reward, stopping = add_over_ranks(parameters, sums, loss_scale(cfg))
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip_grad).item()
-        finite = math.isfinite(total_loss) and math.isfinite(grad_norm)
-        if finite:
-            for group in optimizer.param_groups:
-                group["lr"] = cfg.lr * min(1., (step + 1) / max(cfg.warmup, 1))
-            optimizer.step()
-
-        # 3. Log, save and evaluate. Only the end of a round is a place to stop.
-        numbers = {"reward": total_reward, "loss": total_loss, "grad_norm": grad_norm}
-        if not run.finish_step(step + 1, numbers, finite, stopping and at == cfg.updates - 1):
-            return False
-    return True
-
-
-# ----------------------------------------------------------------------------------------------
-# Settings, and the parts for train.main
 
 @dataclass(frozen=True)
-class Config(prompting.PromptSettings, train.Config):
+class Config(common.PromptConfig):
     """Fine-tune a text-to-video model by DDPO, from prompts."""
     updates: int = 2
     """optimizer steps that learn from one round of videos (kvablack: 2 to 4); divides --steps,
@@ -212,21 +117,18 @@ class Config(prompting.PromptSettings, train.Config):
     """share of the chain's steps that an update learns from, random ones (kvablack: all)"""
     batch_size: int = 8
     """videos behind an optimizer step, over all ranks"""
+    clips_at_once: int = 8
+    """videos that are sampled, or pairs of a chain step and a video learned from, at once"""
     grad_steps: Suppress[Fixed[int]] = 1
     cache_interval: Suppress[Fixed[int]] = 1
 
 
-PRESETS = {
-    "tiny": Config(),
-    "modelscope": Config(
-        **prompting.MODELSCOPE, guidance=GUIDANCE, steps=20_000, updates=4,
-        batch_size=64, lr=3e-4)}
+PRESETS = common.presets(Config, updates=4, batch_size=64, lr=3e-4)
 
 
 def check(cfg):
     """All that can be known before anything is loaded; ValueError in one line."""
-    train.check(cfg, needs_clips=False)
-    prompting.check_prompts(cfg)
+    common.check(cfg)
     check_at_least(cfg, updates=1, group=1)
     check_positive(cfg, "clip_range", "timestep_fraction")
     if cfg.timestep_fraction > 1:
@@ -239,36 +141,54 @@ def check(cfg):
                              "the updates of a round")
 
 
-def method(cfg, base, reward):
-    """sample(step, history) and backward(batch, step), for learn."""
-    prompts = prompting.training_prompts(
-        cfg, base, lambda: prompt_sets(base, (), 0)["in_domain"])
-    uncond = base.encode_text([""])                                           # (1, N, E)
+def method(cfg, base, rewards, folder):
+    """DDPO as train.train takes it."""
+    videos = common.read_videos(cfg, base, lambda _: first_frames(cfg.frames, cfg.segments))
+    history, batches = common.RewardHistory(folder, BUFFER), []
 
-    pick_frames = lambda _: first_frames(cfg.frames, cfg.segments)  # alike, to compare
+    @torch.no_grad()
+    def sample(step):
+        """A step's videos: chains, log p (B, D), reward and R (B,), captions [B]."""
+        whole = videos.start(videos.share(step, cfg.batch_size, cfg.group), cfg.seed, step)
+        parts = []  # as learning takes them: they fit into memory, and 16 bits round them alike
+        for noise, text, g, captions, keys in train.split_batch(whole, cfg.clips_at_once):
+            path, log_probs = sample_path(base, noise, text, videos.uncond, keys, cfg)
+            R, logged = train.video_rewards(base, rewards, path[:, -1], g, captions, cfg)
+            parts.append((path, log_probs, logged["reward"], R))
+        return *(torch.cat(column) for column in zip(*parts)), whole[3]
 
     def draw(step):
-        # Each prompt of the batch has `group` neighbouring positions.
-        chosen = batch_indices(step, cfg.batch_size // cfg.group, len(prompts), cfg.seed)
-        whole = [(p, chosen[p // cfg.group][1]) for p in range(cfg.batch_size)]
-        rank, world_size = rank_and_size()
-        size = cfg.batch_size // world_size
-        share = whole[rank * size:(rank + 1) * size]
-        batch = prompting.draw_videos(share, prompts, base, cfg, (cfg.seed, step), pick_frames)
-        return *batch, [(cfg.seed, step, position, "chain") for position, _ in share]
+        at = step % cfg.updates
+        if at == 0:  # a round; statistics are over all of it, in order of step and rank
+            batches[:] = [sample(step + k) for k in range(cfg.updates)]
+            prompts, R = common.gathered([(captions, R.tolist()) for *_, R, captions in batches])
+            A = advantages(torch.tensor(R), prompts, history.before(step), cfg.group)
+            history.add(step, prompts, R)
+            rank, world_size = rank_and_size()
+            own = A.view(cfg.updates, world_size, -1)[:, rank].to(base.device)  # (updates, B)
+            batches[:] = [(*batch, own[k]) for k, batch in enumerate(batches)]
 
-    def sample(step, history):
-        return sample_round(base, reward, uncond, draw, step, history, cfg)
+        # Every chosen chain step with every video.
+        path, log_probs, plain, _, captions, A = batches[at]
+        steps = chosen_steps(step, cfg)
+        number, where = len(steps), torch.tensor([cfg.num_steps - i for i in steps])
+        z_t, z_prev = path[:, where].transpose(0, 1), path[:, where + 1].transpose(0, 1)
+        return (z_t.flatten(0, 1), z_prev.flatten(0, 1), log_probs[:, where].T.flatten(),
+                A.repeat(number), plain.repeat(number) / number, captions * number,
+                torch.tensor(steps).repeat_interleave(len(A)).tolist())
 
-    sample.data = prompting.describe(prompts)
-    return sample, lambda batch, step: backward(base, uncond, batch, step, cfg)
+    def score(batch):
+        z_t, z_prev, old_log_prob, A, plain, captions, steps = batch
+        text, R = base.encode_text(captions), torch.zeros_like(A)
+        for i in set(steps):
+            own = torch.tensor([other == i for other in steps], device=A.device)  # (n,)
+            mean, std = policy(base, z_t[own], i, text[own], videos.uncond, cfg)
+            new_log_prob = log_prob(z_prev[own], mean, std)
+            R[own] = -ppo_loss(new_log_prob, old_log_prob[own], A[own], cfg.clip_range)
+        return R / len(chosen_steps(0, cfg)), {"reward": plain}  # a video's pairs count as one
 
-
-def main(argv):
-    """As train.main; returns the exit status."""
-    return train.main(argv, PRESETS, __doc__, check, method, learn, "methods/ddpo.py")
+    return train.Method(draw, score, videos.description, stop_every=cfg.updates)
 
 
 if __name__ == "__main__":
-    run_script("methods/ddpo.py", lambda: main(sys.argv[1:]),
-               refused=(RuntimeError, OSError, SafetensorError))
+    train.start(sys.modules[__name__])

@@ -1,10 +1,10 @@
 """
 Diffusion-DPO: of two videos of a prompt, learn to denoise the better one better than the base does.
 
-    python methods/dpo.py                                    # the tiny world, in minutes
-    python methods/dpo.py --rounds 4                         # new pairs from the model, three times
-    torchrun --nproc_per_node=4 methods/dpo.py modelscope --prompts-train prompts.txt \
-        --prompts animals=animals.txt
+    python -m methods.dpo                                     # the tiny world, in minutes
+    python -m methods.dpo --rounds 4                         # new pairs from the model, three times
+    torchrun --nproc_per_node=4 -m methods.dpo modelscope --prompts-train prompts.txt \
+        --prompts animals=animals.txt --out out/dpo
 
 Paper: Diffusion-DPO (arXiv:2311.12908), Sec. 4, its final loss. The reward decides which video is
 the better one, as VADER (arXiv:2407.08737) makes its preference data.
@@ -21,30 +21,25 @@ loss. That baseline pairs clips of different prompts and draws two noises.
 Letters: B pairs, C channels, F frames, S segments, h and w latent rows and columns.
 """
 import sys
+
+if not __package__:
+    print("start it as: python -m methods.dpo", file=sys.stderr)
+    sys.exit(2)
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F_
-from safetensors import SafetensorError
 from tyro.conf import Fixed, Suppress
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import lora  # noqa: E402
-import train  # noqa: E402
-from data import batch_indices  # noqa: E402
-from evaluate import prompt_sets  # noqa: E402
-from methods import common as prompting  # noqa: E402
-from methods.common import Rounds, check_rounds, round_of  # noqa: E402
-from reward import first_frames  # noqa: E402
-from sampler import GUIDANCE, add_noise, alpha_bars, sample  # noqa: E402
-from support.ranks import (  # noqa: E402
-    rank_and_size,
-    run_script,
-    sample_generator,  # noqa: E402
-)
-from support.settings import check_positive  # noqa: E402
+import lora
+import train
+from data import batch_indices
+from methods.common import PromptConfig, Rounds, check_rounds, presets, read_videos
+from methods.common import check as check_common
+from reward import first_frames
+from sampler import add_noise, alpha_bars, sample
+from support.ranks import rank_and_size, sample_generator
+from support.settings import check_positive
 
 
 def dpo_loss(error_w, error_l, ref_error_w, ref_error_l, beta=5000.):
@@ -68,24 +63,22 @@ def pair_errors(denoiser, z_w, z_l, eps, t, text):
 
 
 @torch.no_grad()
-def sample_pairs(base, reward, prompts, number, cfg):
+def sample_pairs(base, rewards, videos, number, cfg):
     """This rank's pairs of a round, 4 at a time: {winner, loser, reward, prompt}."""
-    pick_frames = lambda _: first_frames(cfg.frames, cfg.segments)  # alike, to compare
-    uncond = base.encode_text([""])                                           # (1, N, E)
-    share = batch_indices(number, cfg.pairs, len(prompts), cfg.seed, *rank_and_size())
+    share = videos.share(number, cfg.pairs)
     for start in range(0, len(share), 4):
         part = share[start:start + 4]
         z, R, plain = [], [], []
         for which in (0, 1):
             # 1. Two videos of the same prompts. The base makes the first round's.
-            noise, text, g, captions = prompting.draw_videos(
-                part, prompts, base, cfg, (cfg.seed, "round", number, which), pick_frames)
+            key = (cfg.seed, "round", number, which)
+            noise, text, g, captions, _ = videos.start(part, *key)
             lora.set_scale(base.unet, 1. if number else 0.)
-            z.append(sample(base.denoiser, noise, text, uncond, cfg.num_steps, cfg.guidance))
+            z.append(sample(base.denoiser, noise, text, videos.uncond, cfg.num_steps, cfg.guidance))
             lora.set_scale(base.unet, 1.)
 
             # 2. Their rewards, with SegVR and TAR as in train.py.
-            R_videos, logged = train.video_rewards(base, reward, z[-1], g, captions, cfg)
+            R_videos, logged = train.video_rewards(base, rewards, z[-1], g, captions, cfg)
             R.append(R_videos)                                                # (B,)
             plain.append(logged["reward"])                                    # (B,)
 
@@ -97,11 +90,8 @@ def sample_pairs(base, reward, prompts, number, cfg):
                "prompt": torch.tensor([index for _, index in part])}
 
 
-# ----------------------------------------------------------------------------------------------
-# Settings, and the parts for train.main
-
 @dataclass(frozen=True)
-class Config(prompting.PromptSettings, train.Config):
+class Config(PromptConfig):
     """Fine-tune a text-to-video model by Diffusion-DPO, from prompts."""
     rounds: int = 1
     """times that pairs are sampled, each for an equal share of the steps: first from the base, then
@@ -116,35 +106,33 @@ class Config(prompting.PromptSettings, train.Config):
     cache_interval: Suppress[Fixed[int]] = 1
 
 
-PRESETS = {
-    "tiny": Config(),
-    "modelscope": Config(
-        **prompting.MODELSCOPE, guidance=GUIDANCE, steps=20_000, pairs=2048, lr=5e-4)}
+PRESETS = presets(Config, pairs=2048, batch_size=16, lr=5e-4)
 
 
 def check(cfg):
     """All that can be known before anything is loaded; ValueError in one line."""
-    train.check(cfg, needs_clips=False)
-    prompting.check_prompts(cfg)
+    check_common(cfg)
     check_rounds(cfg, "pairs")
     check_positive(cfg, "beta")
 
 
-def method(cfg, base, reward):
-    """DPO as two functions: train.train's, but that draw has the run as its first argument."""
-    prompts = prompting.training_prompts(
-        cfg, base, lambda: prompt_sets(base, (), 0)["in_domain"])
-    rounds = Rounds(cfg.pairs)
+def method(cfg, base, rewards, folder):
+    """DPO as train.train takes it, on the pairs of rounds that the folder keeps."""
+    def pick_frames(generator):
+        return first_frames(cfg.frames, cfg.segments)  # alike, to compare    # (S,)
 
-    def draw(run, step):
-        number = round_of(step, cfg)
-        pairs = rounds.get(run, number,
-                           lambda: sample_pairs(base, reward, prompts, number, cfg))
+    def make(number):
+        return sample_pairs(base, rewards, videos, number, cfg)
 
+    videos = read_videos(cfg, base, pick_frames)
+    rounds = Rounds(cfg, folder, make, cfg.pairs)
+
+    def draw(step):
+        pairs = rounds.of(step)
         share = batch_indices(step, cfg.batch_size, cfg.pairs, cfg.seed, *rank_and_size())
         chosen = torch.tensor([index for _, index in share])                  # (B,)
         z_w, z_l = pairs["winner"][chosen], pairs["loser"][chosen]            # (B, C, F, h, w)
-        text = base.encode_text([prompts[i] for i in pairs["prompt"][chosen].tolist()])
+        text = base.encode_text([videos.prompts[i] for i in pairs["prompt"][chosen].tolist()])
         eps, t = [], []
         for position, _ in share:
             generator = sample_generator(cfg.seed, step, position)
@@ -162,20 +150,8 @@ def method(cfg, base, reward):
         loss = dpo_loss(*pair_errors(base.denoiser, *inputs), *reference, cfg.beta)
         return -loss.expand(len(mean_scores)), {"reward": mean_scores}
 
-    draw.data = prompting.describe(prompts)
-    return draw, score
-
-
-def learn(cfg, parameters, draw, score, run):
-    """train.train on the pairs of `run`'s rounds, which its folder keeps."""
-    return train.train(cfg, parameters, partial(draw, run), score, run)
-
-
-def main(argv):
-    """As train.main; returns the exit status."""
-    return train.main(argv, PRESETS, __doc__, check, method, learn, "methods/dpo.py")
+    return train.Method(draw, score, videos.description)
 
 
 if __name__ == "__main__":
-    run_script("methods/dpo.py", lambda: main(sys.argv[1:]),
-               refused=(RuntimeError, OSError, SafetensorError))
+    train.start(sys.modules[__name__])

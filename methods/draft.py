@@ -1,10 +1,10 @@
 """
 DRaFT-K: follow the reward's gradient through the last K steps of a chain that starts from noise.
 
-    python methods/draft.py                                    # the tiny world, in minutes
-    python methods/draft.py --grad-steps 20 --truncate random  # AlignProp
-    torchrun --nproc_per_node=4 methods/draft.py modelscope --prompts-train prompts.txt \
-        --prompts animals=animals.txt
+    python -m methods.draft                                     # the tiny world, in minutes
+    python -m methods.draft --grad-steps 20 --truncate random  # AlignProp
+    torchrun --nproc_per_node=4 -m methods.draft modelscope --prompts-train prompts.txt \
+        --prompts animals=animals.txt --out out/draft
 
 Paper: DRaFT (arXiv:2309.17400), Algorithm 1; AlignProp (arXiv:2310.03739), randomised truncation.
 
@@ -16,28 +16,23 @@ Letters: B videos, C channels, F frames, S segments, h and w latent rows and col
 E their width.
 """
 import sys
+
+if not __package__:
+    print("start it as: python -m methods.draft", file=sys.stderr)
+    sys.exit(2)
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train  # noqa: E402
-from bases.deep_cache import denoiser  # noqa: E402
-from data import batch_indices  # noqa: E402
-from evaluate import prompt_sets  # noqa: E402
-from methods import common as prompting  # noqa: E402
-from reward import segment_frames  # noqa: E402
-from sampler import GUIDANCE, alpha_bars, chain  # noqa: E402
-from support.ranks import (  # noqa: E402
-    rank_and_size,
-    run_script,
-    sample_generator,  # noqa: E402
-)
+import train
+from methods.common import PromptConfig, presets, read_videos
+from methods.common import check as check_common
+from reward import segment_frames
+from sampler import alpha_bars, chain
+from support.ranks import sample_generator
 
 
-def draft_rewards(base, reward, uncond, batch, cfg):
+def draft_rewards(base, rewards, uncond, batch, cfg):
     """
     Algorithm 1, from noise to the reward of a video.
 
@@ -48,11 +43,11 @@ def draft_rewards(base, reward, uncond, batch, cfg):
 
     # 1. The whole chain; only its last K steps build a graph. K is the same for a whole step.
     D, K = cfg.num_steps, grad_steps[0]
-    z_0 = chain(denoiser(base, cfg.cache_interval), noise, text, uncond, D, D, cfg.guidance,
+    z_0 = chain(base.chain_denoiser(cfg.cache_interval), noise, text, uncond, D, D, cfg.guidance,
                 alpha_bars(), K)                                              # (B, C, F, h, w)
 
     # 2. Score one frame of each segment (SegVR), weighted by the distance from the centre (TAR).
-    return train.video_rewards(base, reward, z_0, g, captions, cfg)
+    return train.video_rewards(base, rewards, z_0, g, captions, cfg)
 
 
 def last_steps(step, cfg):
@@ -63,56 +58,40 @@ def last_steps(step, cfg):
     return int(torch.randint(1, cfg.grad_steps + 1, (), generator=generator))
 
 
-# ----------------------------------------------------------------------------------------------
-# Settings, and the parts for train.main
-
 @dataclass(frozen=True)
-class Config(prompting.PromptSettings, train.Config):
+class Config(PromptConfig):
     """Fine-tune a text-to-video model by DRaFT-K, from prompts."""
     truncate: str = "fixed"
     """fixed: K is always --grad-steps (DRaFT-K); random: K is drawn from 1 to --grad-steps in each
     step (AlignProp, with --grad-steps D)"""
 
 
-PRESETS = {
-    "tiny": Config(),
-    "modelscope": Config(
-        **prompting.MODELSCOPE, guidance=GUIDANCE, steps=20_000, batch_size=8, lr=1e-5)}
+PRESETS = presets(Config)
 
 
 def check(cfg):
     """All that can be known before anything is loaded; ValueError in one line."""
-    train.check(cfg, needs_clips=False)
-    prompting.check_prompts(cfg)
+    check_common(cfg)
     if cfg.truncate not in ("fixed", "random"):
         raise ValueError(f"truncate {cfg.truncate!r}: must be fixed or random")
 
 
-def method(cfg, base, reward):
-    """DRaFT-K as the two functions that train.train takes."""
-    prompts = prompting.training_prompts(
-        cfg, base, lambda: prompt_sets(base, (), 0)["in_domain"])
-    uncond = base.encode_text([""])                                           # (1, N, E)
+def method(cfg, base, rewards, folder):
+    """DRaFT-K as train.train takes it."""
+    def pick_frames(generator):
+        return segment_frames(cfg.frames, cfg.segments, 1, generator)[0]      # (S,)
 
-    pick_frames = lambda own: segment_frames(cfg.frames, cfg.segments, 1, own)[0]         # (S,)
+    videos = read_videos(cfg, base, pick_frames)
 
     def draw(step):
-        share = batch_indices(step, cfg.batch_size, len(prompts), cfg.seed, *rank_and_size())
-        batch = prompting.draw_videos(share, prompts, base, cfg, (cfg.seed, step), pick_frames)
-        return *batch, [last_steps(step, cfg)] * len(share)
+        *batch, _ = videos.batch(step)
+        return *batch, [last_steps(step, cfg)] * len(batch[0])
 
     def score(batch):
-        return draft_rewards(base, reward, uncond, batch, cfg)
+        return draft_rewards(base, rewards, videos.uncond, batch, cfg)
 
-    draw.data = prompting.describe(prompts)
-    return draw, score
-
-
-def main(argv):
-    """As train.main; returns the exit status."""
-    return train.main(argv, PRESETS, __doc__, check, method, script="methods/draft.py")
+    return train.Method(draw, score, videos.description)
 
 
 if __name__ == "__main__":
-    run_script("methods/draft.py", lambda: main(sys.argv[1:]),
-               refused=(RuntimeError, OSError, SafetensorError))
+    train.start(sys.modules[__name__])

@@ -20,26 +20,26 @@ from support.files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 QUALITIES = (100, 90, 80, 65, 50, 35, 20)  # of WebP; 100 is without loss
+CHART_SIZE = 420, 230  # pixels
 SMALL = 64  # pixels: clips up to this side are shown enlarged, with square pixels
 
 
 # ----------------------------------------------------------------------------------------------
 # Templates
 
-def render(template, **values):
-    """The text of a page. A value that the template names and that is missing is an error, not an empty
-    space."""
+def write_page(path, template, max_mb, **values):
+    """
+    Fill a template and write the page, whole or not at all; returns its size in MB.
+
+    A value that the template names and that is missing is an error, not an empty space. ValueError for a
+    page larger than max_mb.
+    """
     import jinja2
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # tables keep their order
     environment.filters |= {"short": short, "fixed": fixed, "signed": partial(fixed, sign="+")}
-    return environment.get_template(template).render(**values)
-
-
-def write_page(path, template, max_mb, **values):
-    """Write a page, whole or not at all; ValueError if it is larger than it may be."""
-    text = render(template, **values)
+    text = environment.get_template(template).render(**values)
     size = len(text.encode()) / 1e6
     if size > max_mb:
         raise ValueError(f"{path.name} would have {size:.1f} MB, above --max-mb {max_mb:g}: show fewer "
@@ -86,131 +86,126 @@ def heat(values):
 def undo_enlarging(pixels):
     """
     A clip (F, H, W, 3) at the size it had before support.videos.enlarge, which files of small clips have been
-    through.
+    through. Pages show it with square pixels of their own, and its file is smaller.
 
-    Enlarged pixels show as steps at every z-th row and column and next to none between. Their mean takes out
-    most of the codec's loss.
+    Enlarged pixels show as steps at every zoom-th row and column and next to none between. Their mean takes
+    out most of the codec's loss.
     """
     F, H, W, _ = pixels.shape
     signed = pixels.astype(np.int16)
     across = np.abs(np.diff(signed, axis=2)).mean(axis=(0, 1, 3))             # (W - 1,)
     down = np.abs(np.diff(signed, axis=1)).mean(axis=(0, 2, 3))               # (H - 1,)
-    for z in range(min(H, W) // 8, 2, -1):
-        # By place within an enlarged pixel; the last place is the edge to the next one.
-        by_place = [across[place::z].mean() + down[place::z].mean() for place in range(z)]
-        if H % z or W % z or by_place[-1] < .5 or max(by_place[:-1]) > .3 * by_place[-1]:
+    for zoom in range(min(H, W) // 8, 2, -1):
+        if H % zoom or W % zoom:
             continue
-        small = pixels.reshape(F, H // z, z, W // z, z, 3).mean(axis=(2, 4)).round().astype(np.uint8)
-        lost = np.abs(small.repeat(z, 1).repeat(z, 2).astype(np.int16) - signed)
+        # By place within an enlarged pixel; the last place is the edge to the next one.
+        *inside, edge = [across[i::zoom].mean() + down[i::zoom].mean() for i in range(zoom)]
+        if edge < .5 or max(inside) > .3 * edge:
+            continue
+        small = block_means(pixels, zoom)
+        lost = np.abs(small.repeat(zoom, 1).repeat(zoom, 2).astype(np.int16) - signed)
         if lost.mean() < 3 and (lost > 50).mean() < 5e-4:  # of 255; what a codec changes, not edges elsewhere
             return small
     return pixels
 
 
-def halve(pixels):
-    """A clip at half its size."""
-    F, H, W, _ = pixels.shape
-    even = pixels[:, :H // 2 * 2, :W // 2 * 2].astype(np.float32)
-    return even.reshape(F, H // 2, 2, W // 2, 2, 3).mean(axis=(2, 4)).round().astype(np.uint8)
+def block_means(pixels, side):
+    """A clip (F, H, W, 3) with each square of side x side pixels as one; what is left over is cut off."""
+    F, H, W = len(pixels), pixels.shape[1] // side, pixels.shape[2] // side
+    blocks = pixels[:, :H * side, :W * side].reshape(F, H, side, W, side, 3)
+    return blocks.mean(axis=(2, 4)).round().astype(np.uint8)                  # (F, H, W, 3)
 
 
-def sheet(pixels, quality):
-    """All frames of a clip in rows, as the bytes of one WebP file, and how many frames a row has."""
+def pack_clip(pixels, quality):
+    """What the page's script reads of a clip: all frames in rows, as one WebP picture, and their sizes."""
     # Lossy WebP halves the resolution of colours; of small clips that would show as smeared edges.
     zoom = 2 if quality < 100 and max(pixels.shape[1:3]) <= SMALL else 1
-    pixels = pixels.repeat(zoom, 1).repeat(zoom, 2)
-    F, H, W, _ = pixels.shape
+    enlarged = pixels.repeat(zoom, 1).repeat(zoom, 2)
+    F, H, W, _ = enlarged.shape
     columns = min(F, max(1, 4096 // W))
     rows = math.ceil(F / columns)
-    filled = np.concatenate([pixels, np.zeros((rows * columns - F, H, W, 3), np.uint8)])
+    filled = np.concatenate([enlarged, np.zeros((rows * columns - F, H, W, 3), np.uint8)])
     grid = filled.reshape(rows, columns, H, W, 3).swapaxes(1, 2)              # (rows, H, columns, W, 3)
-    return webp(np.ascontiguousarray(grid.reshape(rows * H, columns * W, 3)), quality), columns
+    picture = np.ascontiguousarray(grid.reshape(rows * H, columns * W, 3))
+    return {"src": base64.b64encode(webp(picture, quality)).decode(), "frames": F, "columns": columns,
+            "width": pixels.shape[2], "height": pixels.shape[1]}
 
 
 class Clips:
-    """
-    The clips of a page. add() gives each a number for the template's clip(); pack() makes them fit.
-
-    The best WebP quality at which all of them together stay within max_mb; when the lowest is too large, at
-    half the size.
-    """
+    """The clips of a page: add() gives each a number for the template's clip(), pack() makes them fit."""
 
     def __init__(self):
-        self.pixels, self.known = [], {}
+        self.pixels = []
+        self.numbers = {}
 
     def add(self, pixels):
         """pixels (F, H, W, 3) uint8 -> the clip's number; the same clip again is kept once."""
-        number = self.known.setdefault((pixels.shape, pixels.tobytes()), len(self.pixels))
+        number = self.numbers.setdefault((pixels.shape, pixels.tobytes()), len(self.pixels))
         if number == len(self.pixels):
             self.pixels.append(pixels)
         return number
 
     def pack(self, max_mb):
-        """What the page's script reads: [{src, frames, columns, width, height}]; self.quality and self.halved
-        say at which loss."""
-        clips, self.halved = self.pixels, 0
-        while True:
+        """
+        pack_clip of each, at the best WebP quality at which all of them fit into max_mb; if the lowest is too
+        large, at half the size, and so on. self.quality and self.halved say what was lost.
+        """
+        for self.halved in range(4):
+            clips = [block_means(clip, 2 ** self.halved) for clip in self.pixels]
             for self.quality in QUALITIES:
-                few = clips[::max(1, len(clips) // 12)]
-                if self.megabytes(few) / max(len(few), 1) * len(clips) > 1.2 * max_mb:
-                    continue
-                packed = [self.entry(clip) for clip in clips]
-                if sum(len(p["src"]) for p in packed) <= max_mb * 1e6:
+                packed = []
+                size = 0
+                for clip in clips:
+                    packed.append(pack_clip(clip, self.quality))
+                    size += len(packed[-1]["src"])
+                    if size > max_mb * 1e6:
+                        break
+                else:
                     return packed
-            clips, self.halved = [halve(clip) for clip in clips], self.halved + 1
-            if min(min(clip.shape[1:3]) for clip in clips) < 8:
-                raise ValueError(f"{len(clips)} clips do not fit into {max_mb:.3g} MB: show fewer, or raise "
-                                 "--max-mb")
-
-    def megabytes(self, clips):
-        return sum(len(self.entry(clip)["src"]) for clip in clips) / 1e6
-
-    def entry(self, clip):
-        data, columns = sheet(clip, self.quality)
-        return {"src": base64.b64encode(data).decode(), "frames": len(clip), "columns": columns,
-                "width": clip.shape[2], "height": clip.shape[1]}
+        raise ValueError(f"{len(clips)} clips do not fit into {max_mb:.3g} MB: show fewer, or raise --max-mb")
 
 
 # ----------------------------------------------------------------------------------------------
 # Curves
 
-def ticks(low, high, count=4):
-    """Round numbers from low to high, about `count` of them."""
-    span = (high - low) or 1.
-    step = 10 ** math.floor(math.log10(span / count))
-    step *= next((m for m in (1, 2, 5, 10) if span / (m * step) <= count), 10)
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+def ticks(low, high):
+    """Round numbers from low to high, about four of them."""
+    from matplotlib.ticker import MaxNLocator
+    found = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high)
+    return [value for value in found if low <= value <= high]
 
 
-def line_chart(title, series, width=420, height=230, x_label="step"):
+def line_chart(title, lines):
     """
     What the template's chart() draws: lines, bands of their errors, and ticks, in pixels.
 
-    series: [{name, points: [(x, y, error)], color: number of the line's colour}]. Points whose y is
-    None or nan are left out.
+    lines: {name: [(step, y, error)]}, at least one point.
     """
-    known = [[p for p in s["points"] if p[1] is not None and math.isfinite(p[1])] for s in series]
-    points = [p for found in known for p in found]
-    if not points:
-        return None
-    xs = [p[0] for p in points]
-    lows, highs = [p[1] - p[2] for p in points], [p[1] + p[2] for p in points]
-    x0, x1, y0, y1 = min(xs), max(xs), min(lows), max(highs)
-    x1, pad = x1 if x1 > x0 else x0 + 1, .06 * (y1 - y0) or .05 * abs(y1) or .1
-    y0, y1 = y0 - pad, y1 + pad
+    every = sum(lines.values(), [])
+    left = min(x for x, _, _ in every)
+    right = max(left + 1, *(x for x, _, _ in every))
+    bottom = min(y - e for _, y, e in every)
+    top = max(y + e for _, y, e in every)
+    width, height = CHART_SIZE
+    margin = .06 * (top - bottom) or .05 * abs(top) or .1
+    bottom -= margin
+    top += margin
 
     def place(x, y):
-        across, down = (x - x0) / (x1 - x0), (y1 - y) / (y1 - y0)
-        return round(48 + across * (width - 60), 1), round(10 + down * (height - 46), 1)
+        across = 48 + (x - left) / (right - left) * (width - 60)
+        down = 10 + (top - y) / (top - bottom) * (height - 46)
+        return round(across, 1), round(down, 1)
 
-    lines = []
-    for s, shown in zip(series, known):
-        upper = [place(x, y + e) for x, y, e in shown]
-        lower = [place(x, y - e) for x, y, e in shown]
-        dots = [{"at": place(x, y), "x": x, "y": y, "error": e} for x, y, e in shown]
-        lines.append(s | {"dots": dots, "path": " ".join("{},{}".format(*d["at"]) for d in dots),
-                          "band": " ".join(f"{x},{y}" for x, y in upper + lower[::-1])})
-    return {"title": title, "lines": lines, "width": width, "height": height, "x_label": x_label,
-            "x_ticks": [(place(x, y0)[0], f"{x:g}") for x in ticks(x0, x1)],
-            "y_ticks": [(place(x0, y)[1], f"{y:g}") for y in ticks(y0, y1)]}
+    def path(points):
+        return " ".join(f"{x},{y}" for x, y in points)
+
+    drawn = []
+    for name, points in lines.items():
+        upper = [place(x, y + e) for x, y, e in points]
+        lower = [place(x, y - e) for x, y, e in points]
+        dots = [{"at": place(x, y), "x": x, "y": y, "error": e} for x, y, e in points]
+        drawn.append({"name": name, "dots": dots, "path": path(dot["at"] for dot in dots),
+                      "band": path(upper + lower[::-1])})
+    return {"title": title, "lines": drawn, "width": width, "height": height,
+            "x_ticks": [(place(x, bottom)[0], f"{x:g}") for x in ticks(left, right)],
+            "y_ticks": [(place(left, y)[1], f"{y:g}") for y in ticks(bottom, top)]}

@@ -18,36 +18,25 @@ SIDES = ("left", "tie", "right")
 
 def draw_key(names, pairs):
     """
-    The key of a new comparison: pairs [{name, caption, set, reward: {"a", "b"} or None}] in random order,
-    each with who is left.
+    The key of a new comparison: pairs as pages.runs.pair_up has them, in random order, each with who is left.
 
     names: (A's, B's). A is left in half of the pairs, so that a habit of voting left favours neither. Drawn
     from the system's own randomness: with a seed, whoever knows the default could work out the sides.
     """
     system = random.SystemRandom()
-    lefts = ["a", "b"] * ((len(pairs) + 1) // 2)
-    lefts = lefts[:len(pairs)] if len(pairs) % 2 == 0 else lefts[:len(pairs) - 1] + [system.choice("ab")]
+    lefts = ["a", "b"] * ((len(pairs) + 1) // 2)  # of an odd number of pairs the last one here is dropped
     system.shuffle(lefts)
-    pairs = system.sample(pairs, len(pairs))
+    shuffled = system.sample(pairs, len(pairs))
     return {"comparison": secrets.token_hex(6), "a": names[0], "b": names[1],
-            "pairs": [pair | {"left": left} for pair, left in zip(pairs, lefts)]}
+            "pairs": [pair | {"left": left} for pair, left in zip(shuffled, lefts)]}
 
 
 def read_key(path):
     """What draw_key wrote; ValueError for anything else."""
     key = read_json(path)
-    try:
-        for name in ("comparison", "a", "b"):
-            str(key[name])
-        for pair in key["pairs"]:
-            if pair["left"] not in ("a", "b"):
-                raise KeyError("left")
-            if not (isinstance(pair["caption"], str) and isinstance(pair["set"], str)):
-                raise TypeError("caption and set must be text")
-            if pair["reward"] is not None:
-                float(pair["reward"]["a"]), float(pair["reward"]["b"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not the key of a blind comparison ({first_line(error)})") from None
+    missing = {"comparison", "a", "b", "pairs"} - key.keys()
+    if missing:
+        raise ValueError(f"{path}: not the key of a blind comparison (no {', '.join(sorted(missing))})")
     return key
 
 
@@ -59,23 +48,27 @@ def read_votes(path, key):
         raise ValueError(f"{path}: votes on another comparison than the key's "
                          f"({content.get('comparison')!s:.40})")
     votes = {}
-    for vote in content.get("votes") if isinstance(content.get("votes"), list) else [None]:
-        pair = vote.get("pair") if isinstance(vote, dict) else None
-        if type(pair) is not int or not 0 <= pair < len(key["pairs"]):
-            raise ValueError(f"{path}: not the votes of a comparison: pair {pair!r:.40}")
-        for question in QUESTIONS:
-            side = vote.get(question)
-            if side is not None and side not in SIDES:
-                raise ValueError(f"{path}: {question} of pair {pair} is {side!r:.40}; must be one of "
-                                 f"{', '.join(SIDES)}")
-            if side is not None:
-                votes[pair, question] = side if side == "tie" else unblind(key["pairs"][pair], side)
+    try:
+        for vote in content["votes"]:
+            number = vote["pair"]
+            if number not in range(len(key["pairs"])):
+                raise KeyError(f"pair {number!r:.40}")
+            for question in QUESTIONS:
+                side = vote.get(question)
+                if side not in (None, *SIDES):
+                    raise ValueError(f"{path}: {question} of pair {number} is {side!r:.40}; must be one of "
+                                     f"{', '.join(SIDES)}")
+                if side is not None:
+                    votes[number, question] = unblind(key["pairs"][number], side)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not the votes of a comparison ({first_line(error)})") from None
     return str(content.get("rater") or path.stem)[:60], votes
 
 
 def unblind(pair, side):
-    """Whose clip is on this side."""
-    return pair["left"] if side == "left" else "b" if pair["left"] == "a" else "a"
+    """Whose clip is on this side; "tie" stays what it is."""
+    other = "b" if pair["left"] == "a" else "a"
+    return {"left": pair["left"], "tie": "tie", "right": other}[side]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -91,25 +84,27 @@ def wilson(share, n, z=1.96):
     return max(0., middle - half), min(1., middle + half)
 
 
-def shares(votes, pairs, question):
-    """
-    {choice: (share, low, high)} and how many prompts and votes there are, over the votes of all raters on
-    these pairs.
+def choices_by_pair(votes, question, count):
+    """[the choices of all who voted on it] for each of `count` pairs, always in the same order of raters."""
+    choices = []
+    for i in range(count):
+        choices.append([ballot[i, question] for ballot in votes.values() if (i, question) in ballot])
+    return choices
 
-    votes: {rater: {(pair, question): choice}}. Each prompt counts once, however many voted on it. Votes on
-    one prompt depend on each other, so the interval is that of as many trials as there are prompts.
+
+def shares(choices):
     """
-    of_prompt = []
-    for pair in pairs:
-        choices = [v[pair, question] for v in votes.values() if (pair, question) in v]
-        if choices:
-            of_prompt.append(Counter(choices))
-    n = len(of_prompt)
+    {"prompts", "votes": how many there are, "shares": {choice: (share, low, high)}} of a choices_by_pair.
+
+    Each prompt counts once, however many voted on it. Votes on one prompt depend on each other, so the
+    interval is that of as many trials as there are prompts.
+    """
+    voted = [Counter(row) for row in choices if row]
     found = {}
     for choice in ("a", "tie", "b"):
-        share = sum(c[choice] / c.total() for c in of_prompt) / n if n else 0.
-        found[choice] = (share, *wilson(share, n))
-    return found, n, sum(c.total() for c in of_prompt)
+        share = sum(counts[choice] / counts.total() for counts in voted) / max(len(voted), 1)
+        found[choice] = (share, *wilson(share, len(voted)))
+    return {"prompts": len(voted), "votes": sum(map(len, choices)), "shares": found}
 
 
 def cohen_kappa(first, second):
@@ -128,74 +123,76 @@ def fleiss_kappa(rows):
     """Agreement of m raters beyond chance (Fleiss 1971): rows [n] of the m choices of each prompt."""
     if not rows:
         return None
-    n, m = len(rows), len(rows[0])
-    counts = [Counter(row) for row in rows]
-    seen = sum((sum(v * v for v in c.values()) - m) / (m * (m - 1)) for c in counts) / n
-    total = Counter(choice for row in rows for choice in row)
+    n = len(rows)
+    m = len(rows[0])
+    seen = 0.
+    total = Counter()
+    for row in rows:
+        counts = Counter(row)
+        total += counts
+        seen += (sum(v * v for v in counts.values()) - m) / (m * (m - 1)) / n
     chance = sum((v / (n * m)) ** 2 for v in total.values())
     return None if chance == 1 else (seen - chance) / (1 - chance)
 
 
-def agreement(votes, question):
-    """(name of the measure, kappa or None, prompts that all raters voted on); None for a single rater."""
-    if len(votes) < 2:
-        return None
-    common = sorted(set.intersection(*({p for p, q in v if q == question} for v in votes.values())))
-    rows = [[v[pair, question] for v in votes.values()] for pair in common]
-    if len(votes) == 2:
-        return "Cohen's kappa", cohen_kappa([r[0] for r in rows], [r[1] for r in rows]), len(common)
-    return "Fleiss' kappa", fleiss_kappa(rows), len(common)
+def kappa_of(rows):
+    """The measure's name, kappa or None, and how many prompts. rows [n]: all raters' choices of a prompt."""
+    if rows and len(rows[0]) > 2:
+        return {"measure": "Fleiss' kappa", "kappa": fleiss_kappa(rows), "prompts": len(rows)}
+    kappa = cohen_kappa([row[0] for row in rows], [row[1] for row in rows])
+    return {"measure": "Cohen's kappa", "kappa": kappa, "prompts": len(rows)}
 
 
-def reward_choice(key):
-    """The reward as a rater: {(pair, question): choice} for both questions, where the key knows the
-    scores."""
-    choices = {}
-    for i, pair in enumerate(key["pairs"]):
+def reward_choices(key):
+    """The reward as a rater: its choice of each pair, None where the key does not know the scores."""
+    choices = []
+    for pair in key["pairs"]:
+        choice = None
         if pair["reward"]:
-            a, b = pair["reward"]["a"], pair["reward"]["b"]
-            for question in QUESTIONS:
-                choices[i, question] = "tie" if a == b else "a" if a > b else "b"
+            a = pair["reward"]["a"]
+            b = pair["reward"]["b"]
+            choice = "tie" if a == b else "a" if a > b else "b"
+        choices.append(choice)
     return choices
 
 
-def majority(votes, pair, question):
-    """What most raters chose; a tie of choices is a tie."""
-    counts = Counter(v[pair, question] for v in votes.values() if (pair, question) in v).most_common()
-    if not counts:
-        return None
+def majority(choices):
+    """What most raters of a pair chose; a tie of choices is a tie."""
+    counts = Counter(choices).most_common()
     return counts[0][0] if len(counts) == 1 or counts[0][1] > counts[1][1] else "tie"
 
 
 def tally(key, votes):
     """
-    {"rows": [...], "agreement": [...], "reward": ...}: shares by question and prompt set, for people and for
-    the reward.
+    What was voted, by question and prompt set, and what the reward would have; and how much they agree:
+    {"rows": [{who, question, set, ...shares}], "agreement": [{question, between, ...kappa_of}], ...}.
 
     votes: {rater: {(pair, question): choice}}.
     """
-    sets = {"all": range(len(key["pairs"]))}
-    for name in dict.fromkeys(pair["set"] for pair in key["pairs"]):
-        sets[name] = [i for i, pair in enumerate(key["pairs"]) if pair["set"] == name]
-    if len(sets) == 2:
-        del sets[list(sets)[1]]
-    reward, rows, agreements = reward_choice(key), [], []
-    for who, ballots in (("people", votes), ("the reward", {"reward": reward} if reward else {})):
-        for question in QUESTIONS if who == "people" else list(QUESTIONS)[:1] if ballots else ():
-            for name, pairs in sets.items():
-                found, prompts, count = shares(ballots, pairs, question)
-                asked = question if who == "people" else "its score"
-                rows.append({"who": who, "question": asked, "set": name, "prompts": prompts, "votes": count,
-                             "shares": found})
+    sets = {}
+    for i, pair in enumerate(key["pairs"]):
+        sets.setdefault(pair["set"], []).append(i)
+    every = {"all": range(len(key["pairs"]))}
+    sets = every | sets if len(sets) > 1 else every
+
+    reward = reward_choices(key)
+    agreement = []
+    tables = []
     for question in QUESTIONS:
-        between = agreement(votes, question)
-        if between:
-            agreements.append({"question": question, "between": f"{len(votes)} raters", "measure": between[0],
-                               "kappa": between[1], "prompts": between[2]})
-        both = [(m, reward[i, question]) for i in sets["all"] if (i, question) in reward
-                and (m := majority(votes, i, question))]
-        if both:
-            agreements.append({"question": question, "between": "most raters and the reward",
-                               "measure": "Cohen's kappa", "kappa": cohen_kappa(*map(list, zip(*both))),
-                               "prompts": len(both)})
-    return {"a": key["a"], "b": key["b"], "raters": list(votes), "rows": rows, "agreement": agreements}
+        choices = choices_by_pair(votes, question, len(key["pairs"]))
+        tables.append(("people", question, choices))
+        if len(votes) > 1:
+            rows = [row for row in choices if len(row) == len(votes)]  # prompts that all voted on
+            agreement.append({"question": question, "between": f"{len(votes)} raters"} | kappa_of(rows))
+        rows = [(majority(row), choice) for row, choice in zip(choices, reward) if row and choice]
+        if rows:
+            agreement.append({"question": question, "between": "most raters and the reward"} | kappa_of(rows))
+    if any(reward):
+        tables.append(("the reward", "its score", [[choice] if choice else [] for choice in reward]))
+
+    rows = []
+    for who, question, choices in tables:
+        for name, pairs in sets.items():
+            found = shares([choices[i] for i in pairs])
+            rows.append({"who": who, "question": question, "set": name} | found)
+    return {"a": key["a"], "b": key["b"], "raters": list(votes), "rows": rows, "agreement": agreement}

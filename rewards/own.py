@@ -34,7 +34,7 @@ class OwnReward(RewardModel):
         return scores.float()
 
 
-def load_own(file, function, device):
+def load(file, function, dtype, device):
     """The reward `function` of a Python file, which is run. ValueError if there is none or it cannot be imported."""
     path = Path(file)
     what = f"reward {file}:{function}"

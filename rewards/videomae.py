@@ -16,8 +16,15 @@ import re
 
 import torch
 
-from formats.reward_model import RewardModel, crop_centre, imagenet_normalize, say_non_commercial
-from rewards.hub import build, read_model_config, size_name, wanted_label
+from formats.reward_model import RewardModel, crop_centre
+from rewards.hub import (
+    build,
+    imagenet_normalize,
+    read_model_config,
+    say_non_commercial,
+    size_name,
+    wanted_label,
+)
 
 SPELLINGS = [  # transformers 5 has the second of each
     ("attention.q_bias", "attention.query.bias"), ("attention.v_bias", "attention.value.bias")]

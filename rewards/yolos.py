@@ -14,8 +14,15 @@ back to zero within its loop, so that one frame counts; here each frame has a sc
 
 Letters: B videos, S frames, N = B S pictures, Q queries, C classes.
 """
-from formats.reward_model import RewardModel, fit_within, imagenet_normalize
-from rewards.hub import build, read_model_config, size_name, wanted_label
+from formats.reward_model import RewardModel
+from rewards.hub import (
+    build,
+    fit_within,
+    imagenet_normalize,
+    read_model_config,
+    size_name,
+    wanted_label,
+)
 
 SHORTEST, LONGEST = 512, 864  # yolos-tiny's own preprocessor
 SPELLINGS = [  # transformers 5 has the second
@@ -50,8 +57,6 @@ def load(path, argument, dtype, device):
     """The reward from a hub folder, for the class `argument`; path None: small and random."""
     from transformers import YolosConfig, YolosForObjectDetection
     config = read_model_config(YolosConfig, path) if path else YolosConfig(**SMALL)
-    if not argument:
-        raise ValueError("reward yolos: must name what is to go, as in yolos:book")
     number = wanted_label(config.id2label, argument, "reward yolos")
     detector = build(lambda: YolosForObjectDetection(config), path, dtype, device,
                      spellings=SPELLINGS)

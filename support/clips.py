@@ -6,13 +6,14 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
 from support.files import read_text
-from support.ranks import all_gather, rank_and_size
-from support.videos import measure
+from support.ranks import all_gather, barrier, is_main_process, progress, rank_and_size
+from support.videos import measure, read_all_windows
 
 SUFFIXES = (".mp4", ".webm", ".avi", ".mov", ".mkv", ".gif")
 FORMS = {
@@ -149,18 +150,6 @@ def read_prompt_sets(named_files, base):
 # ---------------------------------------------------------------------------------------------------------------------
 # Clips that cannot be used are named and left out
 
-def usable_clips(clips, config, max_skip=0.1) -> list[Clip]:
-    """
-    The clips that open and are long enough for config's num_frames at its fps. Names the others, with the reason.
-
-    Packets are counted and nothing is decoded: damage inside a file shows when its frames are read.
-    max_skip: the share of the list, 0 to 1, that may be left out. 0.1 forgives a few bad downloads, not a wrong folder.
-    ValueError: more than that, or all.
-    """
-    problems = find_problems(clips, config, tqdm.write, {clip.path: None for clip in clips if clip.path.is_file()})
-    return leave_out(clips, problems, max_skip, tqdm.write)
-
-
 def find_problems(clips, config, say, found):
     """
     {path, or Clip without a caption: why it cannot be used} of those that cannot; each is said.
@@ -230,13 +219,14 @@ class Stored:
             return file.get_slice("tensor")[where].clone()  # off the memory map, which dies with the file
 
 
-def fill_cached(found, made_from, compute, folder, rank, world_size, barrier):
+def fill_cached(found, made_from, compute, folder):
     """
     Compute what is None in found {item: entry} and keep it; with a folder, every rank does its share and finds the others'.
 
     made_from: {item: text}; compute(items) yields (item, tensor).
     """
     # A rank's share is one of all items: which are missing changes while other ranks are at work.
+    rank, world_size = rank_and_size()
     mine = list(made_from)[rank::world_size] if folder else list(made_from)
     for item, tensor in compute([item for item in mine if found[item] is None]):
         found[item] = keep_cached(folder, made_from[item], tensor.detach().cpu().contiguous())
@@ -278,3 +268,64 @@ def keep_cached(folder, made_from, tensor):
     finally:
         hidden.unlink(missing_ok=True)
     return Stored(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latents and text of a list, computed once
+
+@torch.no_grad()
+def encode_clips(clips, config, base, cache_dir, num_workers, max_skip):
+    """Moments, text, captions and names of all usable clips, in the list's order, as data.encode_clips describes them."""
+    vae_name, text_name = base.fingerprints()
+    say = tqdm.write if is_main_process() else lambda line: None
+    paths = list(dict.fromkeys(clip.path for clip in clips))
+    made_from = {path: describe_file(path, vae_name, config) for path in paths if path.is_file()}
+    found = {path: find_cached(cache_dir, key) for path, key in made_from.items()}
+
+    # 1. Cached clips were checked when they were encoded. Check the others before the long work.
+    problems = find_problems(clips, config, say, found)
+    usable = leave_out(clips, problems, max_skip, say=lambda line: None)
+    paths = list(dict.fromkeys(clip.path for clip in usable))
+
+    # 2. Decode and encode what is missing, window by window, which bounds the memory.
+    def encode_paths(missing):
+        read = read_all_windows(missing, config, num_workers)
+        bar = progress(read, "encoding clips", len(missing), disable=not missing)
+        for path, windows, problem in bar:
+            if problem:
+                problems[path] = problem
+                tqdm.write(f"left out: {problem}")  # on any rank: only this one knows
+                continue
+            moments = [base.encode(window.float() / 127.5 - 1).transpose(0, 1) for window in windows]
+            yield path, torch.stack(moments)                                  # (n, 2C, F, h, w)
+
+    fill_cached(found, {path: made_from[path] for path in paths}, encode_paths, cache_dir)
+
+    # 3. A clip that another rank could not read has no entry: leave it out here too.
+    for path in paths:
+        if found[path] is None:
+            problems.setdefault(path, f"{path}: cannot be read, as another rank reports")
+    clips = leave_out(clips, problems, max_skip, say)
+    captions = [clip.caption for clip in clips]
+    text = encode_captions(captions, base.encode_captions, text_name, cache_dir)
+    return [found[clip.path] for clip in clips], text, captions, [clip.path.name for clip in clips]
+
+
+@torch.no_grad()
+def encode_captions(captions, encode_text, text_name, cache_dir=None):
+    """
+    One entry per caption, whose [:] is its features (N, E); equal captions are computed once.
+
+    encode_text(list of B captions) -> (B, N, E). text_name, cache_dir: as in `encode_clips`.
+    """
+    def encode_missing(missing):
+        for i in progress(range(0, len(missing), 64), "encoding captions", disable=not missing):
+            part = missing[i:i + 64]
+            yield from zip(part, encode_text(part), strict=True)
+
+    made_from = {}
+    for caption in captions:
+        made_from[caption] = json.dumps([CACHE_VERSION, "text", text_name, caption])
+    found = {caption: find_cached(cache_dir, key) for caption, key in made_from.items()}
+    fill_cached(found, made_from, encode_missing, cache_dir)
+    return [found[caption] for caption in captions]

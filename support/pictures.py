@@ -14,7 +14,6 @@ import torch.nn.functional as F_
 from support.files import write_text, write_whole
 from support.ranks import progress, rank_and_size
 from support.tables import json_numbers, number, with_error
-from support.tradeoff import draw_tradeoff
 
 
 def strip(video, segments=4, zoom=None):
@@ -149,6 +148,37 @@ def draw_judge(axis, x, evals, judged):
     axis.set(title="the same videos, by the judge", ylim=(-.02, 1.02), ylabel="judge")
 
 
+def draw_gains(panels, path):
+    """
+    Panels (title, rows, measure), three side by side: how much each row changed the measure, with the error of that.
+
+    rows: {label, set, num_steps, differences {measure: (change, its error over prompts)}, error {measure: the one to draw}}.
+    Colours tell prompt sets and D apart. Rows without an error of the measure are left out.
+    """
+    from matplotlib.figure import Figure  # not pyplot: no window system is wanted
+    columns = min(3, len(panels))
+    figure = Figure(figsize=(5.3 * columns, 4 * -(-len(panels) // 3)), layout="constrained")
+    for place, (title, rows, measure) in enumerate(panels, 1):
+        axis = figure.add_subplot(-(-len(panels) // 3), columns, place)
+        rows = [row for row in rows if measure in row["error"]]
+        labels = list(dict.fromkeys(row["label"] for row in rows))
+        kinds = list(dict.fromkeys(f"{row['set']}, D = {row['num_steps']}" for row in rows))
+        for i, kind in enumerate(kinds):
+            alike = [row for row in rows if f"{row['set']}, D = {row['num_steps']}" == kind]
+            places = [labels.index(row["label"]) + 0.6 * ((i + 0.5) / len(kinds) - 0.5) for row in alike]
+            gains = [row["differences"][measure][0] for row in alike]
+            errors = [row["error"][measure] for row in alike]
+            axis.errorbar(gains, places, xerr=errors, fmt="o", ms=4, capsize=2, label=kind)
+        axis.axvline(0, color="k", lw=0.8)
+        axis.set(title=title, xlabel=f"change of {measure}", yticks=range(len(labels)), yticklabels=labels)
+        axis.set_ylim(len(labels) - 0.5, -0.5)
+        axis.margins(x=0.08)
+        axis.grid(axis="x", lw=0.4)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+    with write_whole(path) as hidden:
+        figure.savefig(hidden, dpi=90, format="png")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What evaluate.py writes: table.json, table.md and a contact sheet.
 
@@ -189,13 +219,12 @@ def as_markdown(results, reward_name):
     return markdown(rows)
 
 
-def save_evaluation(cfg, results, sheets, sets, models, reward_name, apart, watched=()):
+def save_evaluation(cfg, results, sheets, sets, models, reward_name, apart):
     """
     Write the report into cfg.out and print its table.
 
     results: rows of set, num_steps, guidance, model, measures and differences. sheets: {set: [videos (k, F, 3, H, W) of each
     model]}. sets: {set: prompts}. models: their names. apart: distances from the hpsv2 package's own scores, if it was asked.
-    watched: names of measures; with several strengths of the adapter the reward is drawn against them.
     """
     report = {"command": shlex.join(["python", "evaluate.py", *sys.argv[1:]]), "reward": reward_name, "seed": cfg.seed,
               "versions": versions(), "results": results}
@@ -207,10 +236,9 @@ def save_evaluation(cfg, results, sheets, sets, models, reward_name, apart, watc
     write_text(cfg.out / "table.md", table)
     if cfg.sheet:
         columns = [torch.cat([videos[k] for videos in sheets.values()]) for k in range(len(models))]
-        captions = [prompt for name in sheets for prompt in sets[name][:cfg.sheet]]
+        captions = []
+        for name in sheets:
+            captions += sets[name][:cfg.sheet]
         write_png(cfg.out / "sheet.png", contact_sheet(columns, captions, models))
-    if len(models) > 2:
-        draw_tradeoff(json_numbers(results), reward_name, watched, cfg.out / "tradeoff.png")
     print(table)
-    pictures = (", sheet.png" if cfg.sheet else "") + (", tradeoff.png" if len(models) > 2 else "")
-    print(f"written: {cfg.out}/table.md, table.json{pictures}")
+    print(f"written: {cfg.out}/table.md, table.json{', sheet.png' if cfg.sheet else ''}")

@@ -52,8 +52,8 @@ def move_to(module, device):
 
 
 def rank_and_size():
-    """(rank, world size) of this process: (0, 1) unless it has joined a group."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    """(rank, world size) of this process, as torchrun tells it; (0, 1) without torchrun. Rank 0 writes and prints."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_main_process():
@@ -89,13 +89,14 @@ def barrier():
 
 def on_rank_0(function):
     """What function() returns on rank 0, where alone it is called; every rank gets that, or the same ValueError."""
+    rank, world_size = rank_and_size()
     result, error = None, None
-    if is_main_process():
+    if rank == 0:
         try:
             result = function()
         except ValueError as caught:
             error = caught
-    if rank_and_size()[1] > 1:
+    if world_size > 1:
         values = [result, error]
         dist.broadcast_object_list(values, group=GROUPS["patient"])
         result, error = values
@@ -150,49 +151,55 @@ def add_over_ranks(parameters, numbers, loss_scale=1.):
     return numbers.tolist()
 
 
+CAUGHT = []  # numbers of the signals that have come
+
+
 @contextmanager
 def catch_signals():
-    """
-    Yields a list that Ctrl-C and SIGTERM add their numbers to, instead of ending the process; afterwards they end it again.
-    """
-    caught = []
+    """While this is open, Ctrl-C and SIGTERM do not end the process: `signalled` tells of them. Afterwards they end it again."""
     def catch(number, frame):
-        if not caught and is_main_process():
+        if not CAUGHT and is_main_process():
             tqdm.write("stopping: the step under way is finished and saved first", file=sys.stderr)
-        caught.append(number)
+        CAUGHT.append(number)
 
+    CAUGHT.clear()
     before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield caught
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def signalled():
+    """The number of the first signal that has come, 0 if none has."""
+    return CAUGHT[0] if CAUGHT else 0
 
 
 def run_script(script, main, refused=(OSError,)):
     """
     Call main() and end the process with the status it returns; None is 0.
 
-    Bad input (ValueError) becomes one line and status 2, what the machine refused one line and 1, an interruption 130. What all
-    ranks find is printed by rank 0, what one of them finds by that one. An error is printed first and ends the process at once:
-    to leave the group in good order takes all ranks, and the others may be waiting for this one in another call.
+    Bad input (ValueError) becomes one line and status 2, what the machine refused one line and 1, an interruption 130. Before
+    the ranks have joined, all of a node find the same, so its first one alone prints it. An error is printed first and ends the
+    process at once: to leave the group in good order takes all ranks, and the others may be waiting for this one.
     """
-    rank, failed, line = int(os.environ.get("RANK", 0)), True, ""
+    rank, failed, line = rank_and_size()[0], True, ""
     try:
         status, failed = main() or 0, False
     except ValueError as error:
-        status, line = 2, line_to_print(str(error), rank)
+        status, line = 2, str(error)
     except KeyboardInterrupt:
         status, line = 130, "interrupted" if rank == 0 else ""
     except refused as error:
-        status, line = 1, f"rank {rank}: {error}" if rank else str(error)
+        status, line = 1, str(error)
     except Exception:
         if not dist.is_initialized():
             raise
         traceback.print_exc()
         leave(1)
-    if line:
-        print(f"{script}: {line}", file=sys.stderr)
+    if line and (dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"):
+        print(f"{script}: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr)
     if dist.is_initialized():
         if failed:
             leave(status)
@@ -205,31 +212,6 @@ def leave(status):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def line_to_print(message, rank, patience=5):
-    """
-    What this rank should print of an error in the input: nothing, if rank 0 or a rank before prints the same.
-
-    Most such errors are found by every rank. Rank 0 leaves a note in torchrun's store, which needs no other rank's help; a rank
-    that waits for it in vain is alone with what it found, as where one node lacks a file.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return f"rank {rank}: {message}" if rank else message
-    key = hashlib.sha256(message.encode()).hexdigest()
-    try:
-        store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=patience)))
-        store = dist.PrefixStore(f"errors-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        if rank == 0:
-            store.set(key, "printed by rank 0")
-            return message
-        try:
-            store.wait([key], timedelta(seconds=patience))
-            return ""
-        except RuntimeError:
-            return f"rank {rank}: {message}" if store.add(f"{key} without rank 0", 1) == 1 else ""
-    except RuntimeError:  # no store any more
-        return f"rank {rank}: {message}" if rank else message
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,8 +243,9 @@ def progress(iterable=None, desc=None, total=None, *, unit="it", initial=0, leav
     tqdm's bar, on the standard error stream. `set_postfix_str(text, refresh=False)` says more with its next state.
 
     leave: whether its end stays on the terminal. In a log such a job has a line at its start and one at its end; a part of a job
-    has lines only if it takes longer than LINE_EVERY.
+    has lines only if it takes longer than LINE_EVERY. Only rank 0 shows anything.
     """
+    disable = disable or rank_and_size()[0] > 0
     given = {"desc": desc, "total": total, "unit": unit, "initial": initial, "leave": leave, "disable": disable}
     if not sys.stderr.isatty():
         given |= {"file": Lines(sys.stderr), "mininterval": LINE_EVERY, "maxinterval": LINE_EVERY,

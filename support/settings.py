@@ -4,15 +4,12 @@ Settings: the fields that several scripts share, checks that read as one line, a
 Every script has one frozen dataclass, from which tyro makes its command line; a field's docstring is its help.
 """
 import math
-import os
-import types
-import typing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import tyro
+from tqdm import tqdm
 
-from formats.mixture import check_rewards
 from support.clips import read_list, read_prompt_sets
 from support.files import read_json
 
@@ -74,12 +71,10 @@ class TrainingSettings(RewardSettings):
     """videos of each prompt set in an evaluation; 0 is one for each line of its file"""
     save_every: int = 20
     """steps between checkpoints; the last step is always saved"""
-    keep: int = 1
-    """latest checkpoints to keep; beside them, best.safetensors has the adapter of the best evaluation"""
     max_bad_steps: int = 10
     """steps in a row without a finite reward or gradient, each skipped, that stop the run"""
     out: Path | None = None
-    """the run folder; default a fresh one, out/<preset>"""
+    """the run folder, whose unfinished run of the same settings is continued; default a fresh one, out/<preset>"""
     overwrite: bool = False
     """replace the run that --out holds"""
     resume: Path | None = None
@@ -103,36 +98,19 @@ class TrainingSettings(RewardSettings):
     """torch.compile the UNet"""
 
 
-def first_given(*values):
-    """The first of these that is not None: what was asked for, else what the base recommends, else a default."""
-    return next(value for value in values if value is not None)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks: ValueError says what was wrong and what is allowed. None means: decided once the model is loaded.
 
 def check_at_least(cfg, **least):
-    """Every named setting is a number of at least this, or None."""
-    for name, number in least.items():
-        value = getattr(cfg, name)
-        if value is not None and value < number:
-            raise ValueError(f"{name} = {value}: must be at least {number}")
-
-
-def check_finite(cfg, *names):
-    """Every named setting is a finite number, or several, or None."""
-    for name in names:
+    """Every named setting is a finite number of at least this, or several, or None; -inf allows any finite one."""
+    for name, smallest in least.items():
         value = getattr(cfg, name)
         for number in value if isinstance(value, tuple) else (value,):
             if number is not None and not math.isfinite(number):
-                raise ValueError(f"{name} = {number}: must be a finite number")
-
-
-def check_given(cfg, *names):
-    """Every named setting, of which there may be several, has a value."""
-    for name in names:
-        if not getattr(cfg, name):
-            raise ValueError(f"{name}: must have at least one value")
+                bound = "" if smallest == -math.inf else f" of at least {smallest}"
+                raise ValueError(f"{name} = {number}: must be a finite number{bound}")
+            if number is not None and number < smallest:
+                raise ValueError(f"{name} = {number}: must be at least {smallest}")
 
 
 def check_positive(cfg, *names):
@@ -144,84 +122,22 @@ def check_positive(cfg, *names):
 
 def check_training(cfg, world_size):
     """What TrainingSettings and the steps and batches of every method must be."""
-    check_at_least(cfg, steps=1, batch_size=1, clips_at_once=0, max_bad_steps=1, eval_every=0, eval_count=0, save_every=1, keep=1,
-                   workers=0, decode_chunk=0, max_skip=0, cache_interval=1)
+    check_at_least(cfg, steps=1, batch_size=1, max_bad_steps=1, save_every=1, cache_interval=1, frames=1, size=1, fps=1, rank=1)
+    check_at_least(cfg, clips_at_once=0, eval_every=0, eval_count=0, workers=0, decode_chunk=0, max_skip=0, warmup=0)
+    check_at_least(cfg, offset_noise=0, lambda_tar=0, guidance=-math.inf)
+    check_positive(cfg, "lr", "clip_grad")
     if cfg.compile and cfg.cache_interval > 1:
         raise ValueError(f"compile: cannot be had with cache_interval = {cfg.cache_interval}, as it takes the UNet as a whole")
-    check_finite(cfg, "max_skip")
-    check_rewards(cfg)
     if cfg.early_stop and not (cfg.watch and cfg.eval_every):
         raise ValueError("early_stop: needs --watch, and evaluations (eval_every above 0), or there is nothing to stop for")
     if cfg.batch_size % world_size:
         raise ValueError(f"batch_size = {cfg.batch_size}: must be a multiple of {world_size}, the number of ranks")
-    if cfg.data is not None and not cfg.data.exists():
-        raise ValueError(f"data {cfg.data}: no such file or folder")
+    if world_size > 1 and not (cfg.out or cfg.resume):
+        raise ValueError("out: must be given with torchrun, whose restarted workers find their run in it")
     if cfg.data is not None:
         read_list(cfg.data, cfg.data_root)
     if cfg.eval_every:
         read_prompt_sets(cfg.prompts, cfg.base)
-
-
-TINY_CLIPS = 16, 32  # frames, and pixel rows and columns: tiny/world.py's FRAMES and SIZE
-
-
-def check_clips(cfg):
-    """Only the tiny world comes with clips, and only with those of its size."""
-    if cfg.data is None and cfg.base != "tiny":
-        raise ValueError("no clips: --data LIST must name some (only the tiny world draws its own)")
-    frames, size = TINY_CLIPS
-    if cfg.data is None and (cfg.frames, cfg.size or size) != TINY_CLIPS:
-        raise ValueError(f"frames = {cfg.frames}, size = {cfg.size}: the tiny world draws {frames} frames of {size} x {size} "
-                         "pixels; --data is needed for others")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# As JSON, and back
-
-def to_json(cfg):
-    """A run's settings as plain values, the same however often the run was continued."""
-    return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v
-            for k, v in asdict(replace(cfg, resume=None)).items()}
-
-
-def from_json(content, config_class, source):
-    """
-    The settings that a run's config.json holds (`content`, of file `source`); ValueError if they are not of this class.
-
-    A run of an earlier version may lack settings that came later; they take the class's default, which does what was done then.
-    """
-    content, known = translate(content), typing.get_type_hints(config_class)
-    unknown = set(content) - set(known)
-    if unknown or "steps" not in content:
-        wrong = f"not known: {', '.join(sorted(unknown))}" if unknown else "steps is missing"
-        raise ValueError(f"{source}: not the settings of this version; {wrong}")
-    found = {name: kind for name, kind in known.items() if name in content}
-    return config_class(**{name: from_plain(name, content[name], kind, source) for name, kind in found.items()})
-
-
-def translate(content):
-    """Settings of an earlier version, in the present one's terms."""
-    content = dict(content)
-    parts, batch_size = content.pop("grad_accum", 1), content.get("batch_size")
-    if type(parts) is int and type(batch_size) is int and parts > 1:  # into how many parts a rank's share was divided
-        share = batch_size // int(os.environ.get("WORLD_SIZE", 1))
-        content["clips_at_once"] = max(1, share // parts)
-    for name in ("reward", "reward_weights"):  # there was one reward
-        value = content.get(name, [])
-        content[name] = [value] if isinstance(value, str) else value or []
-    return content
-
-
-def from_plain(name, value, kind, source):
-    """A setting of type `kind` from the simpler form that JSON has it in."""
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (typing.get_origin(kind) or kind,)
-    if isinstance(value, list) and tuple in kinds and all(isinstance(item, str) for item in value):
-        return tuple(value)
-    if isinstance(value, str) and Path in kinds:
-        return Path(value)
-    if type(value) not in kinds and not (type(value) is int and float in kinds):
-        raise ValueError(f"{source}: {name} is {str(value)[:80]!r}; must be {' or '.join(k.__name__ for k in kinds)}")
-    return value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,7 +145,8 @@ def from_plain(name, value, kind, source):
 
 # What a continued run may have otherwise than it began with: these change its numbers by rounding at most.
 MAY_CHANGE = {"steps", "device", "clips_at_once", "low_memory", "checkpoint_activations", "decode_chunk", "compile", "workers",
-              "cache", "cache_dir", "keep", "save_every", "eval_every", "early_stop", "tensorboard"}
+              "cache", "cache_dir", "save_every", "eval_every", "early_stop", "tensorboard"}
+GONE = {"keep"}  # settings of earlier versions that changed no number
 
 
 def parse(argv, presets, description):
@@ -242,56 +159,81 @@ def parse(argv, presets, description):
     named = argv.pop(0) if argv and not argv[0].startswith("-") else None
     if named is not None and named not in presets:
         raise ValueError(f"preset {named!r}: must be one of {', '.join(presets)}")
-    defaults = presets[named or next(iter(presets))]
-    config_class = type(defaults)
-
-    folder = resume_folder(argv)
+    words = [word for given in argv for word in given.split("=", 1)]
+    folder = words[words.index("--resume") + 1] if "--resume" in words[:-1] else None  # before the rest can be parsed
     if not folder:
-        return tyro.cli(config_class, args=argv, default=defaults, description=description)
-    if not (Path(folder) / "config.json").is_file():
+        defaults = presets[named or next(iter(presets))]
+        return tyro.cli(type(defaults), args=argv, default=defaults, description=description)
+
+    words, defaults = saved_flags(Path(folder), presets)
+    before = tyro.cli(type(defaults), args=words, default=defaults, description=description)
+    after = tyro.cli(type(defaults), args=[*words, *argv], default=defaults, description=description)
+    old, new = to_record(before), to_record(after)
+    changed = [name for name in old if old[name] != new[name] and name not in MAY_CHANGE]
+    if named not in (None, before.preset):
+        changed.append("preset")
+    if changed:
+        raise ValueError(f"resume {folder}: {', '.join(changed)} would make it another run; only "
+                         f"{', '.join(sorted(MAY_CHANGE))} may change")
+    return replace(after, resume=Path(folder))
+
+
+def saved_flags(folder, presets):
+    """The settings of a run's config.json as the words of a command line, and the preset whose settings they change."""
+    file = folder / "config.json"
+    if not file.is_file():
         raise ValueError(f"resume {folder}: holds no run (no config.json)")
-    saved = from_json(read_json(Path(folder) / "config.json"), config_class, f"{folder}/config.json")
-    given = tyro.cli(config_class, args=argv, default=saved, description=description)
-    changed = changes(saved, given)
-    if named not in (None, saved.preset):
-        changed["preset"] = [saved.preset, named]
-    if set(changed) - MAY_CHANGE:
-        wrong = ", ".join(k for k in changed if k not in MAY_CHANGE)
-        raise ValueError(f"resume {folder}: {wrong} would make it another run; only {', '.join(sorted(MAY_CHANGE))} may change")
-    return replace(given, resume=Path(folder))
+    saved = read_json(file)
+    if "grad_accum" in saved or isinstance(saved.get("reward", []), str):
+        raise ValueError(f"resume {folder}: a run of an early version; continue it with that version, or start it anew")
+    defaults = presets.get(saved.get("preset"), next(iter(presets.values())))
+    known, words = to_json(defaults), []
+    for name in GONE & saved.keys():
+        tqdm.write(f"{file}: {name} = {saved.pop(name)} is no setting any more, and changes nothing")
+    unknown = sorted(saved.keys() - known.keys())
+    if unknown or "steps" not in saved:
+        wrong = f"not known: {', '.join(unknown)}" if unknown else "steps is missing"
+        raise ValueError(f"{file}: not the settings of this method or version; {wrong}")
+    for name, value in saved.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value == known[name]:
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, list):
+            for item in value:
+                words += [flag, str(item)]
+        else:
+            words += [flag, str(value)]
+    return words, defaults
+
+
+def to_json(cfg):
+    """A run's settings as plain values, the same however often the run was continued."""
+    found = {}
+    for name, value in asdict(replace(cfg, resume=None)).items():
+        found[name] = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+    return found
 
 
 def to_record(cfg):
     """The settings as a run's config.json has them: with absolute paths to what is there, so it can be continued anywhere."""
-    def whole(value):
-        if value is None or str(value).partition(":")[0] in ("tiny", "random") or not Path(value).exists():
-            return value
-        return type(value)(Path(value).absolute())
-
-    names = ("data", "data_root", "vae", "text_encoder", "base", "prompts_train")  # the last is not every method's
-    paths = {name: whole(getattr(cfg, name)) for name in names if hasattr(cfg, name)}
+    found = to_json(cfg)
+    for name in ("data", "data_root", "vae", "text_encoder", "base", "prompts_train"):  # the last is not every method's
+        if found.get(name):
+            found[name] = absolute(found[name])
     for name in ("prompts", "reward_weights"):  # NAME=PATH, or a bare path
-        paths[name] = ()
-        for argument in getattr(cfg, name):
+        for i, argument in enumerate(found[name]):
             known_as, equals, path = argument.partition("=")
-            paths[name] += (f"{known_as}{equals}{whole(path)}" if path else whole(argument),)
+            found[name][i] = f"{known_as}={absolute(path)}" if path else absolute(argument)
     for name in ("reward", "watch"):  # my_file.py:function
-        cut = [argument.partition(".py:") for argument in getattr(cfg, name)]
-        paths[name] = tuple(whole(file + ".py") + ":" + rest if py else file for file, py, rest in cut)
-    return to_json(replace(cfg, **paths))
+        for i, argument in enumerate(found[name]):
+            file, is_own, rest = argument.partition(".py:")
+            found[name][i] = f"{absolute(file + '.py')}:{rest}" if is_own else argument
+    return found
 
 
-def changes(before, after):
-    """{name: [value before, value after]}, as JSON has them, of the settings in which two runs differ."""
-    before, after = to_record(before), to_record(after)
-    return {name: [before[name], after[name]] for name in before if before[name] != after[name]}
-
-
-def resume_folder(argv):
-    """What --resume names on a command line, in either spelling, or None; needed before the rest can be parsed."""
-    for word, following in zip(argv, [*argv[1:], ""]):
-        if word == "--resume":
-            return following
-        if word.startswith("--resume="):
-            return word.partition("=")[2]
-    return None
+def absolute(path):
+    """A path as text that means the same in any folder; names such as tiny and random stay, and paths to nothing."""
+    is_name = path.partition(":")[0] in ("tiny", "random")
+    return path if is_name or not Path(path).exists() else str(Path(path).absolute())

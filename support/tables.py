@@ -55,6 +55,31 @@ def paired(before, after, measure="reward", clusters=None):
     return mean.item(), (groups / (groups - 1) * sum(s * s for s in sums.values())) ** .5 / len(d)
 
 
+def over_seeds(label, rows):
+    """
+    Rows {measures, differences, ...} of several training seeds as one: means of measures, of gains and of the gains' errors.
+
+    "spread" is the standard deviation over the seeds of each measure's gain. The error over prompts of a mean over seeds is at
+    most the mean of the seeds' errors.
+    """
+    measures = {}
+    for key in rows[0]["measures"]:
+        measures[key] = column([row["measures"][key] for row in rows]).mean().item()
+    differences = {}
+    spread = {}
+    for key in rows[0].get("differences", {}):
+        gains = column([row["differences"][key][0] for row in rows])
+        errors = column([row["differences"][key][1] for row in rows])
+        differences[key] = gains.mean().item(), errors.mean().item()
+        spread[key] = gains.std().item() if len(rows) > 1 else None
+    return rows[0] | {"label": label, "measures": measures, "differences": differences, "spread": spread, "seeds": len(rows)}
+
+
+def column(values):
+    """Numbers as JSON has them -> (n,) float64."""
+    return torch.tensor([number(value) for value in values], dtype=torch.float64)
+
+
 def with_error(value, error, sign=""):
     """Both as text; the error of a single video is not 0, there is none."""
     return f"{value:{sign}.4f} ± {error:.4f}" if math.isfinite(error) else f"{value:{sign}.4f} ± undefined"
@@ -76,14 +101,10 @@ def pixel_names(watched):
     return tuple(name for name in PIXELS if name in watched or ("pixels" in watched and name != "diversity"))
 
 
-def reward_kinds(watched):
-    """What else it names: kinds of rewards."""
-    return [name for name in watched if name not in (*PIXELS, "pixels", JUDGE)]
-
-
-def measured_names(watched):
-    """The names under which logs have the measures of pixels and the judge's score."""
-    return [f"pixel_{name}" for name in pixel_names(watched)] + [JUDGE] * (JUDGE in watched)
+def watched_names(watched, rewards=()):
+    """The names under which logs have what is watched: rewards, measures of pixels, the judge's score."""
+    names = [reward.name for reward in rewards] + [f"pixel_{name}" for name in pixel_names(watched)]
+    return names + [JUDGE] * (JUDGE in watched)
 
 
 def check_watched(watched, prompts, judge):
@@ -138,13 +159,15 @@ def pixel_measures(clips, names):
     flicker      mean absolute second difference over three frames, 0 to 2: what changes there and back
     Others have a function each. nan where a clip has too few frames.
     """
+    if not names:
+        return {}
     clips = clips.float()
     found = {
         "motion": clips.diff(dim=1).abs().mean(dim=(1, 2, 3, 4)),
         "flicker": clips.diff(n=2, dim=1).abs().mean(dim=(1, 2, 3, 4)),
         "consistency": consistency(clips), "sharpness": sharpness(clips), "saturation": saturation(clips),
         "diversity": F_.adaptive_avg_pool3d(clips.transpose(1, 2), SMALL)}
-    return {f"pixel_{name}": found[name] for name in names}
+    return {f"pixel_{name}": found[name].cpu() for name in names}
 
 
 def diversity(copies, captions):
@@ -166,12 +189,17 @@ def diversity(copies, captions):
 # Tables
 
 def as_table(rows, captions):
-    """{measure: (n,) float64} of a row {measure: number} for each video; captions [n]."""
+    """
+    {measure: (n,) float64} of a row {measure: a number or (1,)} for each video; captions [n].
+
+    A row has small copies of its video under "pixel_diversity", which is known only once all are there.
+    """
     table = {}
     for name in rows[0]:
-        values = [row[name] for row in rows]
-        numbers = name != "pixel_diversity"
-        table[name] = torch.tensor(values, dtype=torch.float64) if numbers else diversity(torch.stack(values), captions)
+        if name == "pixel_diversity":
+            table[name] = diversity(torch.cat([row[name] for row in rows]), captions)
+        else:
+            table[name] = torch.tensor([float(row[name]) for row in rows], dtype=torch.float64)
     return table
 
 

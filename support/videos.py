@@ -190,6 +190,10 @@ def write_mp4(path, pixels, fps):
 
 
 def read_video(path):
-    """All frames of a video file that we wrote: (F, H, W, 3) uint8. By PyAV itself, as above."""
+    """All frames of a video file that we wrote: (F, H, W, 3) uint8. By PyAV itself, as above. ValueError names a file that
+    cannot be read, or has no frames."""
     with open_video(path) as (container, stream):
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+        frames = [frame.to_ndarray(format="rgb24", threads=1) for frame in container.decode(stream)]
+    if not frames:
+        raise ValueError(f"{path}: cannot be read: no frames")
+    return np.stack(frames)

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from formats.mixture import check_rewards, load_mixture
 from safetensors.torch import load_file
 
 import train
-from formats.mixture import check_rewards, load_mixture
 from support import run as run_folder
 from support import tables as guard
 from support import tables as watch
 from support.tables import paired, summary
-from tiny import judge, study_tables
+from tiny import judge, study
 
 SHORT = ["--device", "cpu", "--frames", "4", "--segments", "2", "--batch-size", "1", "--num-steps", "2", "--tau", "1",
          "--lr", ".01", "--eval-every", "1"]
@@ -148,7 +148,7 @@ def test_everything_watched_is_measured(monkeypatch):
     for line in lines:
         if "eval" in line:
             # The tiny world's judge takes all prompts that are of its world.
-            assert line["eval"]["a"].keys() == {"reward_mean", "reward_std", "n", *names, *study_tables.MEASURES}
+            assert line["eval"]["a"].keys() == {"reward_mean", "reward_std", "n", *names, *study.MEASURES}
             assert all(0 < line["eval"]["a"][name] < 1 for name in names)
     assert lines[1].keys() == {"step", "reward", "loss", "grad_norm", "seconds"}  # a step measures none of them
     table = json.loads(Path("run/samples/step_000001.json").read_text())["a"]

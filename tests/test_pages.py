@@ -10,7 +10,6 @@ import re
 import runpy
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -21,6 +20,7 @@ import explain
 import train
 from pages import html as pages
 from pages import runs as run_report
+from pages import step as step_picture
 from pages import votes
 from support.settings import to_json
 from support.videos import enlarge, read_video, video_name, write_video
@@ -65,9 +65,9 @@ def moving(seed, frames=5):
 def write_run(folder, gains, **changes):
     """A run folder with evaluations at steps 0, 10 and 20, in which prompt i gains gains[i]."""
     (folder / "samples").mkdir(parents=True)
-    Path("prompts.txt").write_text("".join(p + "\n" for p in PROMPTS))
     cfg = train.Config(prompts=("things=prompts.txt",), eval_count=4, steps=20, **changes)
     (folder / "config.json").write_text(json.dumps(to_json(cfg)))
+    (folder / "run.json").write_text(json.dumps({"watched": cfg.watch, "prompts": {"things": PROMPTS}}))
     lines = [{"step": s, "reward": .3 + .01 * s, "loss": -.1, "grad_norm": .1, "seconds": 1.} for s in range(1, 21)]
     for step in (0, 10, 20):
         rewards = [.2 + .1 * i + gain * step / 20 for i, gain in enumerate(gains)]
@@ -117,14 +117,14 @@ def check_in_browser(browser, page):
 
 @pytest.fixture(scope="module")
 def explained(tmp_path_factory):
-    """A page of a short chain: the lab, what it says, the strip, and the page."""
+    """A page of a short chain: the setup, what the page says, the strip, and the page."""
     out = tmp_path_factory.mktemp("explain")
     cfg = explain.Config(num_steps=5, grad_steps=2, step=1, batch_size=1, segments=3, lambda_tar=.7, out=out)
     found, explain_step = [], explain.explain
 
-    def listen(lab):
-        lab.z_0 = lab.edit(.6)[1]  # before the step is taken
-        found.extend([lab, *explain_step(lab)])
+    def listen(setup):
+        setup.z_0 = setup.edit(.6)[1]  # before the step is taken
+        found.extend([setup, *explain_step(setup)])
         return found[1:]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(explain, "CLIPS", 2)
@@ -137,24 +137,19 @@ def explained(tmp_path_factory):
 
 def test_the_page_has_the_numbers_of_the_step_that_train_takes(explained):
     """The sliders' own setting, the numbers before the step, and what train.train logged are one and the same."""
-    lab, page, strip, _ = explained
+    setup, page, strip, _ = explained
     mine = page["states"][3]["lambdas"]["0.7"]
-    assert -page["numbers"]["loss"] == pytest.approx(mine["R"], rel=1e-4) == pytest.approx(page["before"]["R"], rel=1e-4)
+    assert -page["numbers"]["loss"] == pytest.approx(mine["R"], rel=1e-4) == pytest.approx(page["here"]["R"], rel=1e-4)
     assert page["numbers"]["reward"] == pytest.approx(np.mean(page["states"][3]["r"]), rel=1e-4)
     assert page["numbers"]["grad_norm"] == pytest.approx(page["sweep"][2]["norm"], rel=1e-3)
-    assert page["states"][3]["g"] == lab.g[0].tolist() == strip["g"]
+    assert page["states"][3]["g"] == setup.g[0].tolist() == strip["g"]
     R = sum(f * r for f, r in zip(mine["f"], page["states"][3]["r"])) / 3
     assert mine["R"] == pytest.approx(R, rel=1e-5)
-    assert page["after"]["R"] != page["before"]["R"]  # the step was taken
-
-
-def test_the_guesses_lead_to_the_edit(explained):
-    """One for each step of the chain; taking the noise out at its last step gives nearly the edit, at the first not yet."""
-    lab, page, _, _ = explained
+    assert page["after"]["R"] != page["here"]["R"]  # the step was taken
+    # A guess for each step of the chain; the last is nearly the edit, the first not yet.
     assert [(g["i"], g["t"]) for g in page["guesses"]] == [(3, 401), (2, 201), (1, 1)]
-    assert [g["gradient"] for g in page["guesses"]] == [False, True, True]
-    edit = lab.clips.pixels[page["edit"]].astype(float)
-    far, _, near = (np.abs(lab.clips.pixels[g["clip"]] - edit).mean() for g in page["guesses"])
+    edit = setup.clips.pixels[page["here"]["edit"]].astype(float)
+    far, _, near = (np.abs(setup.clips.pixels[g["clip"]] - edit).mean() for g in page["guesses"])
     assert near < 1.5 < far
 
 
@@ -162,23 +157,21 @@ def test_a_guess_takes_the_noise_out():
     """A network that knows the noise guesses the clip, at any noise level and whatever the guidance."""
     g = torch.Generator().manual_seed(0)
     z, eps = torch.randn(2, 1, 4, 3, 2, 2, generator=g)
-    recorder = explain.Recorder(SimpleNamespace(denoiser=lambda z_t, t, text: torch.cat([eps, eps]), vae=None))
-    for t in (951, 401, 1):
-        z_t = explain.add_noise(z, eps, t, explain.alpha_bars())
-        recorder.denoiser(torch.cat([z_t, z_t]), torch.tensor([t, t]), None)
-    for (t, guess), expected in zip(recorder.guesses(3.), (951, 401, 1)):
-        assert t == expected
+    cfg = explain.Config(tau=1., num_steps=5, guidance=3.)
+    text = torch.zeros(1, 1, 1)
+    guesses = explain.guess_clips(lambda z_t, t, texts: torch.cat([eps, eps]), z, eps, text, text, cfg)
+    assert [t for t, _ in guesses] == [801, 601, 401, 201, 1]
+    for _, guess in guesses:
         torch.testing.assert_close(guess, z, atol=1e-4, rtol=0)
 
 
 def test_heat_maps_are_the_gradient_of_R_on_the_scored_frames(explained):
-    lab, page, strip, _ = explained
-    frames = explain.decode_frames(lab.base.vae, lab.z_0, lab.g).requires_grad_()
-    R = explain.aggregate(lab.reward(frames, lab.captions), explain.tar_weights(lab.g, 16, .7))
+    setup, page, strip, _ = explained
+    frames = explain.decode_frames(setup.base.vae, setup.z_0, setup.g).requires_grad_()
+    R = explain.aggregate(setup.reward(frames, setup.captions), explain.tar_weights(setup.g, 16, .7))
     [gradient] = torch.autograd.grad(R.sum(), frames)
     norms = page["states"][3]["lambdas"]["0.7"]["norms"]
     assert norms == pytest.approx(gradient[0].flatten(1).norm(dim=1).tolist(), rel=1e-3)
-    # The strip's come from train.train's own backward pass.
     for picture, part in zip(strip["columns"][-1][2], gradient[0]):
         expected = pages.heat(part.norm(dim=0).numpy())
         assert np.abs(picture.astype(int) - expected).max() <= 3 and picture.max() > 240 > 20 > picture.min()
@@ -207,9 +200,8 @@ def test_where_projections_stand():
               "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k": ("down 1", "to the caption"),
               "mid_block.attentions.0.transformer_blocks.0.attn1.to_v": ("middle", "within a frame"),
               "up_blocks.0.temp_attentions.1.transformer_blocks.0.attn2.to_out.0": ("up 0", "across frames")}
-    from explain import block_and_kind, unet_table
-    assert {path: block_and_kind(path) for path in places} == places
-    blocks, projections = unet_table(dict.fromkeys(places, 2.))
+    assert {path: step_picture.block_and_kind(path) for path in places} == places
+    blocks, projections = step_picture.gradient_shares(dict.fromkeys(places, 2.))
     assert blocks["up 0"]["across frames"] == .25 and projections == dict.fromkeys("qkv", .25) | {"out": .25}
 
 
@@ -235,36 +227,28 @@ def test_the_explain_page_in_a_browser(explained, browser):
 
 # -------------------------------------------------- report.py ------------------------------------------------------
 
-MEASURED = {"reward_mean": .8, "reward_std": .1, "n": 4, "watermark": .05}
-STUDY = {"command": "python tiny/study.py rank", "reward": "HPStiny", "count": 4, "evaluation_seed": 1, "training": {"lr": 2e-3},
-         "versions": {"python": "3.12", "torch": "2.15", "machine": "x86_64"},
-         "rows": [{"label": "base", "set": "in_domain", "num_steps": 20, "guidance": 1.5, "measures": MEASURED},
-                  {"label": "rank 16", "set": "in_domain", "num_steps": 20, "guidance": 1.5, "measures": MEASURED,
-                   "differences": {"reward": [.1, .02], "watermark": [-.01, .01]}, "seconds_per_step": 1.5}]}
-
-
 def test_a_report_puts_largest_and_smallest_gains_first(capfd):
     a, b = write_run(Path("runs/a"), (.1, -.2, .05, .3)), write_run(Path("runs/b"), (.1, -.2, .05, .3), lr=.5)
-    Path("rank.json").write_text(json.dumps(STUDY))
-    assert script("report.py", a, b, "rank.json", "--out", "page") == 0
+    assert script("report.py", a, b, ROOT / "tiny/studies/rank.json", "--out", "page") == 0
     text = Path("page/report.html").read_text()
     assert "report.html" in capfd.readouterr().out and len(text) < 8e6
     order = [text.index(words) for words in ("a green square”", "Smallest gains", "a red circle moving left”")]
     assert order == sorted(order)
     # What differs between the runs, and nothing else.
-    runs = [run_report.RunFiles(folder, lambda config: {}) for folder in (a, b)]
+    runs = [run_report.RunFiles(folder) for folder in (a, b)]
     assert run_report.changed_settings(runs) == [("lr", [2e-3, .5])]
     [row, _] = run_report.gain_rows(runs)
     assert row["measures"]["reward"]["gain"] == pytest.approx(.0625) and row["n"] == 4
     assert row["measures"]["reward"]["error"] == pytest.approx(np.std([.1, -.2, .05, .3], ddof=1) / 2)
     assert "+0.0625" in text and "rank 16" in text
+    runs[0].prompts = {"things": ["a", "a", "b", "b"]}  # videos of one prompt are no independent evidence
+    assert runs[0].difference("things", "reward", 20) == pytest.approx((.0625, .1125))
     assert script("report.py", "runs", "--out", "both") == 0  # a folder of runs is all of them
     assert Path("both/report.html").read_text().count('<div class="soft">a: ') == 4
 
 
 def test_a_report_says_what_the_guard_says():
     run = write_run(Path("run"), (.1, .12, .11, .1), watch=("judge",))
-    (run / "run.json").write_text(json.dumps({"watched": ["judge"]}))
     for step, judge in ((0, .9), (10, .95), (20, .8)):
         file = run / "samples" / f"step_{step:06d}.json"
         table = json.loads(file.read_text())
@@ -274,15 +258,16 @@ def test_a_report_says_what_the_guard_says():
     text = Path("report.html").read_text()
     assert "Guard, run: turned at step 20: judge -0.1500 ± 0.0000 since step 10, while the reward was +0.1075 ± " in text
     assert "; best.safetensors is step 10." in text
-    # Without its prompts it is not known which videos belong together.
-    assert run_report.RunFiles(run, lambda config: {}).guard_says() is None
-    (run / "run.json").unlink()
-    assert script("report.py", run, "--out", "plain") == 0 and "Guard" not in Path("plain/report.html").read_text()
 
 
-def test_the_same_clip_is_on_a_page_once():
-    clips = pages.Clips()
-    assert [clips.add(moving(s)) for s in (1, 2, 1)] == [0, 1, 0] and len(clips.pack(1)) == 2
+@pytest.mark.parametrize("record", [{"watched": ["judge"], "changes": []}, {}])
+def test_a_run_from_before_its_folder_knew_its_prompts(record):
+    run = write_run(Path("run"), (.1, .12, .11, .1), watch=("judge",))
+    (run / "run.json").write_text(json.dumps(record))
+    assert script("report.py", run, "--out", ".") == 0
+    text = Path("report.html").read_text()
+    assert "“a red circle moving left”" in text and "“a dog a bird”" in text  # what their files' names say
+    assert "Guard" not in text  # it is not known which videos are of one prompt
 
 
 @needs_browser
@@ -319,19 +304,19 @@ def test_a_blind_page_does_not_say_which_side_is_which():
     packed = data_of(page, "clips")
     for pair, shown in zip(key["pairs"], data["pairs"]):
         expected = pages.Clips()
-        expected.add(run_report.read_clip((first if pair["left"] == "a" else second) / f"{pair['name']}.gif"))
+        expected.add(read_video((first if pair["left"] == "a" else second) / f"{pair['name']}.gif"))
         assert packed[shown["left"]]["src"] == expected.pack(1)[0]["src"]
 
 
 def test_sides_and_order_are_drawn_anew_and_evenly():
     pairs = [{"name": f"{i:04d}", "caption": "c", "set": "all", "reward": None} for i in range(100)]
-    keys = [votes.draw_key(("x", "y"), pairs) for _ in range(2)]
-    for key in keys:
-        assert sum(p["left"] == "a" for p in key["pairs"]) == 50
-        assert sorted(p["name"] for p in key["pairs"]) == [p["name"] for p in pairs]
-    assert keys[0]["comparison"] != keys[1]["comparison"]
-    assert [p["left"] for p in keys[0]["pairs"]] != [p["left"] for p in keys[1]["pairs"]]
-    assert [p["name"] for p in keys[0]["pairs"]] != [p["name"] for p in keys[1]["pairs"]]
+    one, two = (votes.draw_key(("x", "y"), pairs) for _ in range(2))
+    assert one["comparison"] != two["comparison"]
+    for name in ("left", "name"):
+        assert [p[name] for p in one["pairs"]] != [p[name] for p in two["pairs"]]
+    assert sum(p["left"] == "a" for p in one["pairs"]) == 50
+    assert sorted(p["name"] for p in one["pairs"]) == [p["name"] for p in pairs]
+    assert {sum(p["left"] == "a" for p in votes.draw_key("xy", pairs[:3])["pairs"]) for _ in range(50)} == {1, 2}
 
 
 @needs_browser
@@ -420,8 +405,8 @@ def test_before_and_after_of_one_run_and_the_rewards_own_choice():
     run = write_run(Path("run"), (.1, -.2, .05, .3))
     assert script("report.py", "--blind", f"{run}@0", run, "--out", "blind") == 0
     key = votes.read_key("blind/key.json")
-    chosen = {key["pairs"][i]["caption"]: c for (i, q), c in votes.reward_choice(key).items() if q == "quality"}
-    assert chosen == dict(zip(PROMPTS, "babb"))
+    captions = [pair["caption"] for pair in key["pairs"]]
+    assert dict(zip(captions, votes.reward_choices(key))) == dict(zip(PROMPTS, "babb"))
 
 
 # ------------------------------------------------- page plumbing ---------------------------------------------------
@@ -443,18 +428,13 @@ def test_clips_are_compressed_until_they_fit():
     clips, noise = pages.Clips(), np.random.default_rng(0)
     for _ in range(3):
         clips.add(noise.integers(0, 255, (4, 80, 80, 3)).astype(np.uint8))
+    assert clips.add(clips.pixels[1].copy()) == 1  # the same clip again is kept once
     whole = sum(len(clip["src"]) for clip in clips.pack(8)) / 1e6
     assert clips.quality == 100 and not clips.halved
     assert sum(len(clip["src"]) for clip in clips.pack(whole / 5)) / 1e6 <= whole / 5 and clips.quality < 100
     assert clips.pack(whole / 60)[0]["width"] < 80 and clips.halved
     with pytest.raises(ValueError, match="do not fit"):
         clips.pack(1e-6)
-
-
-def test_a_page_above_its_limit_is_not_written():
-    with pytest.raises(ValueError, match="above --max-mb 0.001"):
-        pages.write_page(Path("x.html"), "blind.html", .001, title="t", fps=8, clips=[], comparison="c", pairs=[], questions={})
-    assert not list(Path().iterdir())
 
 
 @pytest.mark.parametrize("words, message", [
@@ -464,6 +444,7 @@ def test_a_page_above_its_limit_is_not_written():
     (["report.py", "broken.json"], "not the file of a study"),
     (["report.py", "run", "--out", "broken.json"], "is a file"),
     (["report.py", "run", "--max-mb", "0"], "max_mb = 0.0"),
+    (["report.py", ROOT / "tiny/studies/rank.json", "--max-mb", "0.001"], "above --max-mb 0.001"),
     (["report.py", "--blind", "run@7", "run"], "no evaluation at that step; there are 0, 10, 20"),
     (["report.py", "--blind", "run", "clips"], "not in both"),
     (["report.py", "--blind", "clips", "wide"], "must be alike"),

@@ -1,8 +1,8 @@
 """
 Rebuild, from nothing and seeded, every weight that ships in tiny/weights.
 
-    python tiny/build.py                      # all stages, in order
-    python tiny/build.py --stages judge       # one stage; it reads what earlier stages wrote
+    python -m tiny.build                      # all stages, in order
+    python -m tiny.build --stages judge       # one stage; it reads what earlier stages wrote
 
 Stages: the autoencoder; a CLIP, whose text tower conditions the UNet; the text-to-video UNet, trained on Eq. (1) with caption
 dropout, on frames and then on clips; the preference model, the CLIP fine-tuned the way HPSv2 was; the judge, which nothing ever
@@ -11,11 +11,16 @@ way, and what it gave, is in tiny/README.md.
 
 Letters: B clips or pictures, F frames, C channels, H and W rows and columns.
 """
+import sys
+
+if not __package__:
+    print("build.py: start it from the folder of the repository as: python -m tiny.build", file=sys.stderr)
+    sys.exit(2)
+
 import copy
 import hashlib
 import json
 import math
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,9 +32,8 @@ import tyro
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from formats.names import unet_to_diffusers, vae_to_diffusers  # noqa: E402
-from model import (  # noqa: E402
+from formats.names import unet_to_diffusers, vae_to_diffusers
+from model import (
     Autoencoder,
     TemporalConv,
     TemporalTransformer,
@@ -40,11 +44,11 @@ from model import (  # noqa: E402
     load_unet,
     load_vae,
 )
-from rewards import action, removal  # noqa: E402
-from sampler import add_noise, alpha_bars, edit, guided_eps, sample  # noqa: E402
-from support.ranks import progress  # noqa: E402
-from tiny import world  # noqa: E402
-from tiny.judge import Judge, judge_clips, labels, load_judge  # noqa: E402
+from rewards import action, removal
+from sampler import add_noise, alpha_bars, edit, guided_eps, sample
+from support.ranks import progress
+from tiny import world
+from tiny.judge import Judge, judge_clips, labels, load_judge
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 STATE_EVERY = 250  # steps between two saved states of a training, if they are asked for
@@ -682,4 +686,4 @@ def write_manifest(folder):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(tyro.cli(Config, description=__doc__, prog="python -m tiny.build"))

@@ -1,21 +1,30 @@
-"""What the tiny world gives to the scripts: fine-tuning clips, and prompts to evaluate with."""
+"""What the tiny base brings of its own, as its `world`: clips to fine-tune on, prompts to evaluate with, and a judge."""
 import torch
 
 from data import LatentDataset
-from support.ranks import is_main_process, progress
-from tiny.world import make_clip, scenes
+from support.ranks import progress
+from tiny import world
+from tiny.judge import judge_clips, load_judge
 
 CLIP_SEED = 2_000_000  # evaluation noise has other seeds
+COUNT = 192
 
 
 @torch.no_grad()
-def tiny_clips(base, dtype, count=192):
-    """The LatentDataset of the world's own clips, in memory: captions of in_domain, of web video's quality."""
-    every = scenes("in_domain")
-    chosen = [every[i % len(every)] for i in range(count)]
+def clips(base, frames, pixels, count=None):
+    """
+    The LatentDataset of the world's own clips, in memory: captions of in_domain, of web video's quality.
+
+    count: how many, default COUNT. ValueError for another size than the world draws.
+    """
+    if (frames, pixels) != (world.FRAMES, world.SIZE):
+        raise ValueError(f"frames = {frames}, size = {pixels}: the tiny world draws {world.FRAMES} frames of {world.SIZE} x "
+                         f"{world.SIZE} pixels; --data is needed for others")
+    every, dtype = world.scenes("in_domain"), base.vae.quant_conv.weight.dtype
+    chosen = [every[i % len(every)] for i in range(count or COUNT)]
     moments = []
-    for i, scene in enumerate(progress(chosen, "encoding clips", disable=not is_main_process())):
-        clip, _ = make_clip(scene, CLIP_SEED + i)                                         # (F, 3, H, W) in [0, 1]
+    for i, scene in enumerate(progress(chosen, "encoding clips")):
+        clip, _ = world.make_clip(scene, CLIP_SEED + i)                                   # (F, 3, H, W) in [0, 1]
         encoded = base.vae.encode(clip.to(base.device, dtype) * 2 - 1)                    # (F, 2C, h, w)
         moments.append(encoded.float().transpose(0, 1).cpu()[None])                       # (1, 2C, F, h, w)
     captions = [scene.caption for scene in chosen]
@@ -25,8 +34,22 @@ def tiny_clips(base, dtype, count=192):
 def prompt_sets():
     """{set: captions} of in_domain, new and other, each in an order that is fixed and mixed."""
     sets = {}
-    for name in ("in_domain", "new", "other"):
-        captions = [s.caption for s in scenes(name)]
+    for name in world.PROMPT_SETS:
+        captions = [scene.caption for scene in world.scenes(name)]
         order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0)).tolist()
         sets[name] = [captions[i] for i in order]
     return sets
+
+
+def judge(base, frames, height, width, sets):
+    """judge(clips, captions) -> {measure: (B,)} if clips and all prompts {set: captions} are of this world, else None."""
+    if (frames, height, width) != (world.FRAMES, world.SIZE, world.SIZE):
+        return None
+    try:
+        for prompts in sets.values():
+            for prompt in prompts:
+                world.parse(prompt)
+    except ValueError:
+        return None
+    classifier = load_judge(base.folder / "judge.safetensors").to(base.device)
+    return lambda clips, captions: judge_clips(classifier, clips, captions)

@@ -9,6 +9,7 @@ has to tell five shapes apart, and calls a square with hollow sides a square; fi
 Letters: B clips, F frames, H and W pixel rows and columns.
 """
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -41,17 +42,14 @@ def load_judge(path):
     return load_strict(Judge(), read_tensors(path), path, torch.float32)
 
 
-def find_judge(base, frames, height, width, prompts=()):
-    """judge(clips, captions) if this base has one beside it, and clips and all prompts are of this world, else None."""
-    file = base.folder and base.folder / "judge.safetensors"
-    if not file or not file.is_file() or (frames, height, width) != (world.FRAMES, world.SIZE, world.SIZE):
-        return None
-    try:
-        [world.parse(prompt) for prompt in prompts]
-    except ValueError:
-        return None
-    judge = load_judge(file).to(base.device)
-    return lambda clips, captions: judge_clips(judge, clips, captions)
+def left(frames, captions):
+    """1 for a clip (B, F, 3, H, W) that the judge sees move left, whatever its caption says, else 0 -> (B, 1). To be watched."""
+    judge = load_judge(Path(__file__).parent / "weights" / "judge.safetensors").to(frames.device)
+    return (judge(frames)[2].argmax(dim=1) == DIRECTIONS.index("left")).float()[:, None]
+
+
+left.name = "left"  # in tables; as a reward it is called for with --watch tiny/judge.py:left
+left.num_frames = world.FRAMES
 
 
 def labels(scenes):

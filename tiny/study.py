@@ -1,251 +1,300 @@
 """
-The paper's studies in the tiny world: a few training runs each, compared from pure noise on held-out prompts.
+The studies in the tiny world: a few training runs each, measured on the same prompts and the same noise as the base.
 
-    python tiny/study.py headline            # eight training seeds with the defaults, all three prompt sets
-    python tiny/study.py tau                 # likewise: chain, short_chain, deep_cache, guidance, lambda, segments, grad_steps,
-                                             # rank, quality, too_long
-    python tiny/study.py methods             # every method of both papers, in several sittings (docs/methods.md)
-    python tiny/study.py rewards             # an action, a removal, and mixes with HPS (docs/rewards.md)
-    python tiny/study.py guard               # does the guard keep what the judge likes best (docs/runs.md)
-    python tiny/study.py evolution           # the same videos at several steps of the default run (paper, Fig. 8), and the GIF
-    python tiny/study.py report              # the READMEs' tables and pictures, from tiny/studies/*.json
+    python -m tiny.study lambda tau    # run these studies, then write all tables and pictures
+    python -m tiny.study report        # write the tables and pictures alone, from tiny/studies/*.json
+    python -m tiny.study evolution     # draw docs/evolution.png and docs/too_long.png, which need runs of their own
 
-Every result is a file tiny/studies/NAME.json with command, seeds and versions inside. Sweeps have one training seed (short_chain
-and deep_cache three): they show trends, not that one value is better than its neighbour; the headline has the spread over seeds.
+Each run of STUDIES is trained and measured once and kept in out/studies, so a study that was stopped goes on from there when it
+is started again. Studies with one training seed show trends; the headline says how much seeds differ.
 """
-import json
-import math
-import shlex
 import sys
-import time
-from dataclasses import dataclass, replace
+
+if not __package__:
+    print("study.py: start it from the folder of the repository as: python -m tiny.study", file=sys.stderr)
+    sys.exit(2)
+
+import importlib
+import json
+import shlex
+from contextlib import suppress
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import imageio.v3 as iio
+import numpy as np
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import lora  # noqa: E402
-import train  # noqa: E402
-from evaluate import REPORT_SEED  # noqa: E402
-from model import load_base  # noqa: E402
-from reward import load_reward  # noqa: E402
-from support.files import read_json, write_whole  # noqa: E402
-from support.pictures import versions, write_comparison_gif, write_png  # noqa: E402
-from support.ranks import sample_generator  # noqa: E402
-from support.run import MOVING, SHOWN  # noqa: E402
-from support.settings import to_json  # noqa: E402
-from support.tables import number, summary  # noqa: E402
-from support.videos import to_pixels, write_video  # noqa: E402
-from tiny import world  # noqa: E402
-from tiny.clips import tiny_clips  # noqa: E402
-from tiny.lab import ROOT, SETS, Lab, Settings, differences  # noqa: E402
-from tiny.study_guard import guard  # noqa: E402
-from tiny.study_methods import methods  # noqa: E402
-from tiny.study_report import write_report  # noqa: E402
-from tiny.study_rewards import rewards  # noqa: E402
+import evaluate
+import train
+from generate import generate
+from model import decode_frames, load_base
+from support.files import read_json, write_text, write_whole
+from support.pictures import draw_gains, write_png
+from support.ranks import run_script
+from support.run import read_metrics
+from support.tables import json_numbers, over_seeds
+from support.videos import to_pixels, write_video
+from tiny import clips, world
 
-SEEDS, RIVAL_SEEDS = tuple(range(8)), (0, 1, 2)  # of the headline, and against the base at its own best guidance
-TAUS, GUIDANCES = (0.1, 0.3, 0.6, 0.9, 1.0), (1., 1.5, 2., 3.)
-CHAINS, MADE_WITH = (5, 10, 20, 50), (20, 50)  # D in training, and of the videos that are measured
-INTERVALS = (1, 2, 3)  # N of DeepCache
-TOO_LONG = ("--steps", "200", "--lr", "0.01")
-WATCH = {"too_long": ("--eval-every", "40", "--eval-count", "16"), "evolution": ("--eval-every", "10", "--eval-count", "4")}
-SWEEPS = {  # name: {label: training flags}, all else as by default
-    "lambda": {f"lambda = {v}": ["--lambda-tar", str(v)] for v in (0., 0.5, 1., 2.)},
-    "segments": {"SegVR, S = 4": ["--segments", "4"], "dense, S = 16": ["--segments", "16"]},
-    "grad_steps": {f"K = {k}": ["--grad-steps", str(k)] for k in (1, 2)},
-    "rank": {f"rank {r}": ["--rank", str(r)] for r in (1, 4, 16)},
-}
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "tiny" / "studies"
+WORK = Path("out/studies")  # of runs and what they read; a run made with other weights has to be removed by hand
+ONE = (0,)  # training seeds
+THREE = (0, 1, 2)
+IN_DOMAIN = f"--prompts in_domain={WORK}/in_domain.txt"
+SEEN = f"{IN_DOMAIN} --eval-count 16 --eval-every"  # by which a run's best checkpoint is chosen
+CHEATING = "--steps 200 --lr 0.004 --eval-every 20 --eval-count 16"  # five times the default's steps, twice its rate
+FROM_NOISE = "--num-steps 10 --grad-steps 10 --lambda-tar 0 --lr 0.003 --steps 180"  # a shape's way is settled in the first steps
+
+# {study: {label: (module, flags, training seeds)}}. What no flag says is the module's default in the tiny world.
+STUDIES = {
+    "headline": {f"seed {seed}": ("train", "", (seed,)) for seed in range(8)} | {"all seeds": ("train", "", range(8))},
+    "chain": {"tuned with D = 20": ("train", "", ONE)},
+    # Beside the default's 40 steps stands the number that takes as long, by the fastest of four timed steps on two CPU cores.
+    "short_chain": {f"tuned with D = {D}: {steps} steps": ("train", f"--num-steps {D} --steps {steps}", THREE)
+                    for D, steps in ((5, 40), (5, 112), (10, 40), (10, 69), (20, 40), (50, 40), (50, 18))},
+    "tau": {f"tau = {tau}: {steps} steps": ("train", f"--tau {tau} --steps {steps}", ONE)
+            for tau, steps in ((.1, 40), (.1, 113), (.3, 40), (.3, 68), (.6, 40), (.9, 40), (.9, 26), (1., 40), (1., 24))},
+    "deep_cache": {f"N = {N}": ("train", f"--cache-interval {N}", THREE) for N in (1, 2, 3)},
+    "guidance": {"tuned": ("train", "", THREE)},
+    "lambda": {f"lambda = {value}": ("train", f"--lambda-tar {value}", ONE) for value in (0., .5, 1., 2.)},
+    "segments": {"SegVR, S = 4": ("train", "", ONE), "dense, S = 16": ("train", "--segments 16", ONE)},
+    "grad_steps": {"K = 1": ("train", "", ONE), "K = 2": ("train", "--grad-steps 2", ONE)},
+    "rank": {f"rank {rank}": ("train", f"--rank {rank}", ONE) for rank in (1, 4, 16)},
+    "quality": {f"{kind} clips": ("train", f"--data {WORK}/clips-{kind}", ONE) for kind in ("flawed", "clean")},
+    "too_long": {f"step {steps}": ("train", f"--steps {steps} --lr 0.01", ONE) for steps in (40, 80, 120, 160, 200)},
+    # Steps: what fits into twice the denoising work of a default run, in passes of a video through the UNet, one with gradient as
+    # three. Rates: the best of 5e-4, 2e-3 and 8e-3 after half of the steps, on a seed that is not used again (docs/methods.md).
+    "methods": {
+        "InstructVideo": ("train", f"--lr 8e-3 --steps 80 {SEEN} 20", THREE),
+        "InstructVideo, own videos": ("train", f"--data {WORK}/own-videos --lr 2e-3 --steps 80 {SEEN} 20", THREE),
+        "DRaFT-1": ("methods.draft", f"--lr 8e-3 --steps 52 {SEEN} 13", THREE),
+        "ReFL": ("methods.refl", f"--lr 8e-3 --steps 56 {SEEN} 14", THREE),
+        "VADER": ("methods.vader", f"--lr 8e-3 --steps 52 {SEEN} 13", THREE),
+        "VADER, four frames, TAR": ("methods.vader", f"--frames-scored 4 --lambda-tar 1 --lr 8e-3 --steps 52 {SEEN} 13", THREE),
+        "DDPO": ("methods.ddpo", f"--timestep-fraction 0.25 --lr 8e-3 --steps 16 {SEEN} 4", THREE),
+        "DDPO, more": ("methods.ddpo", f"--timestep-fraction 0.25 --batch-size 16 --lr 2e-3 --steps 64 {SEEN} 16", ONE),
+        "RWR": ("methods.rwr", f"--rounds 2 --lr 8e-3 --steps 80 {SEEN} 20", THREE),
+        "DPO": ("methods.dpo", f"--lr 5e-4 --steps 32 {SEEN} 8", THREE),
+        "DPO, more": ("methods.dpo", f"--batch-size 32 --pairs 256 --lr 5e-4 --steps 128 {SEEN} 32", ONE)},
+    "rewards": {
+        "HPS + 0.05 action:left": ("methods.draft", f"--reward hpsv2 --reward action:left=0.05 {FROM_NOISE}", ONE),
+        "HPS + 0.2 action:left": ("methods.draft", f"--reward hpsv2 --reward action:left=0.2 {FROM_NOISE}", THREE),
+        "removal:watermark": ("train", "--reward removal:watermark", THREE),
+        "HPS": ("train", "", THREE)},
+    "guard": {
+        "highest reward": ("train", CHEATING, THREE),
+        "guard, judge watched": ("train", f"{CHEATING} --watch judge", THREE),
+        "guard, pixels watched": ("train", f"{CHEATING} --watch pixels", THREE)}}
+MEASURED = {  # what evaluate.py is told; for other studies 64 videos of in_domain, D = 20, the base's own guidance
+    "headline": "", "methods": "--count 32", "guard": "--watch judge", "chain": f"{IN_DOMAIN} --num-steps 50",
+    "short_chain": f"{IN_DOMAIN} --num-steps 20 50 --count 16", "guidance": f"{IN_DOMAIN} --guidance 1 1.5 2 3",
+    "rewards": f"{IN_DOMAIN} --count 32 --watch action:left --watch removal:watermark --watch tiny/judge.py:left"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The studies: Lab -> rows
-
-def headline(lab):
-    """Eight training seeds on three sets; pooled rows average the seeds video by video before they are compared."""
-    runs = [lab.tune("--seed", str(s)) for s in SEEDS]
+def run_study(name):
+    """Train and measure what is missing of a study, and write its file: a row for each label, prompt set, D and guidance."""
+    adapter = "best.safetensors" if name in ("methods", "guard") else "lora.safetensors"  # the best checkpoint, or the last
     rows = []
-    for name in SETS:
-        rows.append(lab.row("base", None, name))
-        rows += [lab.row(f"seed {s}", run, name) for s, run in zip(SEEDS, runs)]
-    return rows + [lab.seeds_row("all seeds", runs, names) for names in (*((name,) for name in SETS), SETS)]
+    for label, (module_name, flags, seeds) in STUDIES[name].items():
+        runs = [trained(module_name, f"{flags} --seed {seed}") for seed in seeds]
+        reports = [measured(run, adapter, MEASURED.get(name, IN_DOMAIN)) for run in runs]
+        seconds = sum(line.get("seconds", 0) for line in read_metrics(runs[0] / "metrics.jsonl"))
+        needs_base = not rows  # it is the same for all labels
+        for alike in zip(*[report["results"] for report in reports]):  # the seeds' rows of one prompt set, D and guidance
+            if alike[0]["model"] == "base":  # its row comes before the tuned model's
+                base = alike[0] | {"label": "base"}
+                if needs_base:
+                    rows.append(base)
+            else:
+                base_std = base["measures"]["reward_std"]
+                rows.append(over_seeds(label, alike) | {"base_std": base_std, "flags": flags, "seconds": [seconds]})
+    report = {"command": f"python -m tiny.study {name}", "reward": reports[0]["reward"], "evaluation_seed": reports[0]["seed"],
+              "versions": reports[0]["versions"], "rows": rows}
+    write_text(RESULTS / f"{name}.json", json.dumps(json_numbers(report), indent=1) + "\n")
 
 
-def chain(lab):
-    """D = 50 after tuning with D = 20 (paper, Table A.1)."""
-    return [lab.row("base", None, num_steps=50), lab.row("tuned with D = 20", lab.tune(), num_steps=50)]
+def trained(module_name, flags):
+    """The folder of the run with these flags. It is trained now, or continued, unless it is complete."""
+    run = WORK / "-".join([module_name, *shlex.split(flags)]).replace("--", "").replace("/", "_")
+    if not (run / "done").exists():
+        write_inputs(flags)
+        argv = ["--eval-every", "0", *shlex.split(flags), "--out", str(run)]
+        if status := train.main(argv, importlib.import_module(module_name)):
+            sys.exit(status)
+        (run / "done").touch()
+    return run
 
 
-def short_chain(lab):
-    """Tuned with other D than videos are made with, at equal steps and in equal time (paper, Appendix G), over three seeds."""
-    tiny, rows = train.PRESETS["tiny"], [lab.row("base", None, num_steps=made_with) for made_with in MADE_WITH]
-    for D, steps in zip(CHAINS, equal_time(lab, "short_chain", [replace(tiny, num_steps=D) for D in CHAINS])):
-        totals = {f"tuned with D = {D}": tiny.steps}
-        if D != tiny.num_steps:
-            totals[f"tuned with D = {D}, equal time"] = steps
-        for label, total in totals.items():
-            runs = [lab.tune("--num-steps", str(D), "--steps", str(total), "--seed", str(s)) for s in RIVAL_SEEDS]
-            rows += [lab.seeds_row(f"{label}: {total} steps", runs, num_steps=made_with) for made_with in MADE_WITH]
-    return rows
+def measured(run, adapter, flags):
+    """evaluate.py's report of a run, made now if it is not there: base and tuned model on the same prompts and noise."""
+    folder = run / "-".join([adapter, *shlex.split(flags)]).replace("--", "").replace("/", "_")
+    if not (folder / "table.json").exists():
+        write_inputs(flags)
+        usual = ["--lora", str(run / adapter), "--out", str(folder), "--sheet", "0", "--num-steps", "20"]
+        evaluate.main(tyro.cli(evaluate.Config, args=[*usual, *shlex.split(flags)]))
+    return read_json(folder / "table.json")
 
 
-def deep_cache(lab):
-    """Chain steps without gradient that share what the UNet makes below its outermost level (DeepCache), over three seeds."""
-    seconds = step_seconds([replace(train.PRESETS["tiny"], cache_interval=N) for N in INTERVALS], repeats=10)
-    rows = [lab.row("base", None)]
-    for N, needed in zip(INTERVALS, seconds):
-        runs = [lab.tune("--cache-interval", str(N), "--seed", str(s)) for s in RIVAL_SEEDS]
-        rows.append(lab.seeds_row(f"N = {N}, {needed / seconds[0]:.0%} of the time", runs))
-    return rows
+@torch.no_grad()
+def write_inputs(flags):
+    """Write the prompts and the clips, with their captions, that flags name in WORK, unless they are there."""
+    for word in shlex.split(flags):
+        path = Path(word.rpartition("=")[2])
+        if path.parent == WORK and not path.exists() and path.suffix == ".txt":
+            write_text(path, "\n".join(clips.prompt_sets()["in_domain"]) + "\n")
+        elif path.parent == WORK and not path.exists():
+            with write_whole(path) as hidden:
+                hidden.mkdir()
+                for i, (caption, video) in enumerate(own_videos() if path.name == "own-videos" else drawn_clips(path.name)):
+                    write_video(hidden / f"{i:04d}.mp4", to_pixels(video), world.FPS)
+                    write_text(hidden / f"{i:04d}.txt", caption)
 
 
-def tau(lab):
-    """Edit ratios at equal steps, and with as many steps as the default's time allows."""
-    tiny, rows = train.PRESETS["tiny"], [lab.row("base", None)]
-    for t, steps in zip(TAUS, equal_time(lab, "tau", [replace(tiny, tau=t) for t in TAUS])):
-        rows.append(lab.row(f"tau = {t}", lab.tune("--tau", str(t))))
-        if t != tiny.tau:
-            rows.append(lab.row(f"tau = {t}, equal time: {steps} steps", lab.tune("--tau", str(t), "--steps", str(steps))))
-    return rows
+def drawn_clips(name):
+    """(caption, video (F, 3, H, W)) of the world's own clips, flawed like web video; of "clips-clean" without any flaw."""
+    for i, scene in enumerate(2 * world.scenes("in_domain")):
+        yield scene.caption, world.make_clip(scene, clips.CLIP_SEED + i, {} if name == "clips-clean" else None)[0]
 
 
-def equal_time(lab, name, configs):
-    """How many steps with each of these settings take as long as the default's, which is one of them; timed once, and kept."""
-    file = lab.cfg.work / f"{name}-equal-time.json"
-    if not file.exists():
-        tiny, seconds = train.PRESETS["tiny"], step_seconds(configs)
-        default = seconds[configs.index(tiny)]
-        with write_whole(file) as hidden:
-            hidden.write_text(json.dumps({"steps": [round(tiny.steps * default / needed) for needed in seconds]}) + "\n")
-    return read_json(file)["steps"]
-
-
-def step_seconds(configs, repeats=4):
-    """What the gradient of a step takes with each of these settings: in turn, as machines are busy; the fastest of each."""
+def own_videos():
+    """The same of videos that the base makes for these captions."""
     base = load_base("tiny")
-    reward, uncond = load_reward(base_folder=base.folder), base.encode_text([""])
-    lora.inject(base.unet, configs[0].rank, generator=sample_generator(0, "lora"))
-    dataset, found = tiny_clips(base, torch.float32, count=8), [math.inf] * len(configs)
-    for step in range(repeats):
-        for i, cfg in enumerate(configs):
-            cfg = replace(cfg, guidance=base.guidance)
-            batch = train.draw_batch(dataset, step, cfg, base.vae.config.scale, base.device)
-            started = time.perf_counter()
-            train.edit_rewards(base, reward, uncond, batch, cfg)[0].sum().backward()
-            found[i] = min(found[i], time.perf_counter() - started)
-    return found
+    captions = [scene.caption for scene in 2 * world.scenes("in_domain")]
+    for i, z_0 in generate(base, captions, range(6_000_000, 6_000_000 + len(captions))):
+        yield captions[i], decode_frames(base.vae, z_0[None])[0]
 
 
-def sweep(name):
-    """A study of one setting at equal steps; dense frames and K = 2 take more time for each."""
-    def study(lab):
-        rows = [lab.row("base", None)]
-        return rows + [lab.row(label, lab.tune(*flags)) for label, flags in SWEEPS[name].items()]
-    return study
+def for_each(keys, template):
+    """The columns of a table for several measures or prompt sets."""
+    return {key: template.replace("KEY", key) for key in keys}
 
 
-def guidance(lab):
-    """What guidance alone gives the base, and tuning against the base at its own best one."""
-    rows = [lab.row("base", None, guidance=g, against=lab.table(None, "in_domain")) for g in GUIDANCES]
-    best = max(rows, key=lambda row: row["measures"]["reward_mean"])["guidance"]
-    rival = lab.table(None, "in_domain", guidance=best)
-    return rows + [lab.row(f"seed {s}, against the base at {best:g}", lab.tune("--seed", str(s)), against=rival)
-                   for s in RIVAL_SEEDS]
+# What a table shows of a row: {head of a column: template}.
+MEASURES = ("watermark", "sharpness", "saturation", "noise", "motion", "fidelity", "steadiness", "colour", "shape", "direction",
+            "static")  # the judge's
+EVERY_ROW = {
+    "": "{label}", "set": "{set}", "D": "{num_steps}", "guidance": "{guidance:g}",
+    "HPStiny mean ± std over videos": "{measures[reward_mean]:.4f} ± {measures[reward_std]:.4f}",
+    "paired difference ± error over prompts": "{differences[reward][0]:+.4f} ± {differences[reward][1]:.4f}",
+    "spread over seeds": "{spread[reward]:.4f}", "judge score": "{measures[judge]:.4f}",
+    "of the run's best": "{of_best_judge:.1%}, step {step}", "turned at": "{turned:d}",
+    **for_each(("action:left", "removal:watermark", "left", *MEASURES), "{measures[KEY]:.3f} ± {spread[KEY]:.3f}")}
+SUMMARY = {
+    "set": "{set}",
+    "HPStiny": "{before[reward]:.2f} → {measures[reward_mean]:.2f} ({differences[reward][0]:+.3f} ± {error[reward]:.3f})",
+    "spread over seeds": "{spread[reward]:.3f}", "gain in base std": "{gain_in_base_std:.2f}",
+    **for_each(("watermark", "motion", "fidelity", "direction"),
+               "{before[KEY]:.2f} → {measures[KEY]:.2f} ({differences[KEY][0]:+.3f} ± {error[KEY]:.3f})")}
+METHODS_SUMMARY = {  # of a line that has the row of each prompt set
+    "gain of HPStiny": "{label}",
+    **for_each(("in_domain", "new", "other"), "{KEY[differences][reward][0]:+.3f} ± {KEY[error][reward]:.3f}"),
+    "spread over seeds": "{in_domain[spread][reward]:.3f}", "s": "{in_domain[mean_seconds]:.0f}"}
+METHODS = METHODS_SUMMARY | {
+    "rate": "{in_domain[rate]:g}", "steps": "{in_domain[steps]}", "videos scored": "{curve[scored]}",
+    **for_each(MEASURES, "{in_domain[measures][KEY]:.3f}"), "diversity": "{curve[diversity]}"}
+TABLES = {"summary": ("headline", SUMMARY), "methods": ("methods", METHODS), "methods summary": ("methods", METHODS_SUMMARY)}
+PICTURES = {  # {file in docs: (study, measure) of each panel}
+    "studies": [(name, "reward") for name in ("headline", "tau", "short_chain", "lambda", "quality", "too_long")],
+    "methods": [("methods", "reward"), ("methods", "watermark"), ("methods", "fidelity")],
+    "rewards": [("rewards", "reward"), ("rewards", "left"), ("rewards", "watermark")],
+    "guard": [("guard", "reward"), ("guard", "judge")]}
 
 
-def quality(lab):
-    """Fine-tuning clips as they are found, or without any flaw (paper, Fig. 9), both read from video files."""
-    rows = [lab.row("base", None)]
-    for kind in ("flawed", "clean"):
-        rows.append(lab.row(f"{kind} clips", lab.tune("--data", write_clips(lab.cfg.work / f"clips-{kind}", kind))))
+def read_rows(report):
+    """The rows of a study's file with what else is shown. Rows of one "group", which older files have by seed, become one."""
+    groups = {}
+    for number, row in enumerate(report["rows"]):
+        groups.setdefault(row.get("group", number), []).append(row)
+    rows = []
+    for group, alike in groups.items():
+        row = (over_seeds(group, alike) if "group" in alike[0] else alike[0]) | {"before": {}, "error": {}}
+        for key, (gain, over_prompts) in row.get("differences", {}).items():
+            if over_prompts is not None:  # of a single prompt it is not known
+                spread = row.get("spread", {}).get(key) or 0
+                row["before"][key] = row["measures"]["reward_mean" if key == "reward" else key] - gain
+                row["error"][key] = max(over_prompts, spread / row.get("seeds", 1) ** 0.5)  # the wider one
+        if "base_std" in row:
+            row["gain_in_base_std"] = row["differences"]["reward"][0] / row["base_std"]
+        if "seconds" in row:
+            row["mean_seconds"] = fmean(row["seconds"])
+        if "curves" in row:  # evaluations while training
+            best = [max(curve, key=lambda point: point["measures"]["reward_mean"]) for curve in row["curves"]]
+            before = row["curves"][0][0]["measures"]["pixel_diversity"]
+            diversity = fmean(point["measures"]["pixel_diversity"] for point in best)
+            row |= {"diversity": f"{before:.3f} → {diversity:.3f}", "scored": row["videos_scored"][-1]}
+        rows.append(row)
     return rows
 
 
-def write_clips(folder, kind, count=192):
-    """Fine-tuning clips of one quality as files, once: "flawed" like web video, or "clean". The folder, as a flag's value."""
-    every = world.scenes("in_domain")
-    if not (folder / f"{count - 1:04d}.txt").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        for i in range(count):
-            scene = every[i % len(every)]
-            clip, _ = world.make_clip(scene, 2_000_000 + i, flaws={} if kind == "clean" else None)
-            write_video(folder / f"{i:04d}.mp4", to_pixels(clip), world.FPS)
-            (folder / f"{i:04d}.txt").write_text(scene.caption)
-    return str(folder)
+def filled(template, row):
+    """A column's template with a row's values, up to the "±" behind which one is missing."""
+    parts = []
+    with suppress(KeyError, TypeError):
+        for part in template.split(" ± "):
+            parts.append(part.format_map(row))
+    return " ± ".join(parts)
 
 
-def too_long(lab):
-    """Five times the steps at five times the rate, looked at now and then."""
-    run = lab.tune(*TOO_LONG, watch=WATCH["too_long"])
-    steps, rows, tables = evaluated_steps(run), [], []
-    for step in steps:
-        table = read_json(run / "samples" / f"step_{step:06d}.json")["in_domain"]
-        tables.append({k: torch.tensor([*map(number, v)], dtype=torch.float64) for k, v in table.items()})
-        rows.append({"label": f"step {step}", "step": step, "set": "in_domain", "num_steps": 20, "guidance": lab.guidance,
-                     "measures": summary(tables[-1]),
-                     "differences": differences(tables[0], tables[-1], None)})
-    write_png(ROOT / "docs" / "too_long.png", strips(run, [steps[0], steps[1], steps[-1]]))
-    return rows
+def as_table(name, report, columns):
+    """Markdown: what a study was measured on, and its rows. Columns without a value are left out."""
+    rows = read_rows(report)
+    videos = f"{rows[0]['measures']['n']:.0f} videos of {'all sets together' if rows[0]['set'] == 'all' else 'each set'}"
+    if columns in (SUMMARY, METHODS_SUMMARY):
+        rows = [row for row in rows if row.get("seeds", 1) > 1]
+    if name == "methods":  # a line for each label, which has its rows under the names of their sets
+        lines = {}
+        for row in rows:
+            lines.setdefault(row["label"], {"label": row["label"]})[row["set"]] = row
+        rows = lines.values()
+    shown = {}
+    for head, template in columns.items():
+        cells = [filled(template, row) for row in rows]
+        if any(cells):
+            shown[head] = cells
+    table = [f"`python -m tiny.study {name}`, {videos}, torch {report['versions']['torch']}:", ""]
+    for cells in (shown, ["---"] * len(shown), *zip(*shown.values())):
+        table.append("| " + " | ".join(cells) + " |")
+    return "\n".join(table[2:] if columns is METHODS_SUMMARY else table)  # of which the README's text says the rest
 
 
-def evaluated_steps(run):
-    return sorted(int(p.stem[-6:]) for p in (run / "samples").glob("step_??????.json"))
+def write_report():
+    """Replace what stands between the markers <!-- study NAME --> and <!-- end --> in the pages, and draw the pictures."""
+    reports = {file.stem: read_json(file) for file in sorted(RESULTS.glob("*.json"))}
+    pages = [ROOT / "README.md", ROOT / "tiny" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for marker, (name, columns) in ({name: (name, EVERY_ROW) for name in reports} | TABLES).items():
+        if name in reports:
+            start = f"<!-- study {marker} -->\n"
+            found = [page for page in pages if start in page.read_text()]
+            if not found:
+                raise ValueError(f"no page has the marker {start.strip()}")
+            before, _, rest = found[0].read_text().partition(start)
+            after = rest.partition("<!-- end -->")[2]
+            write_text(found[0], f"{before}{start}{as_table(name, reports[name], columns)}\n<!-- end -->{after}")
+    for picture, panels in PICTURES.items():
+        shown = [(name, read_rows(reports[name]), measure) for name, measure in panels if name in reports]
+        if shown:
+            draw_gains(shown, ROOT / "docs" / f"{picture}.png")
 
 
-def evolution(lab):
-    """Pictures, no rows: the same videos at several steps of a default run; before and after, the prompts that gained most."""
-    run = lab.tune(watch=WATCH["evolution"])
-    write_png(ROOT / "docs" / "evolution.png", strips(run, evaluated_steps(run)))
-    run, captions, before, after = lab.tune(), [], [], []  # the same run, whose tables other studies have made
-    for name in SETS:
-        gain = lab.table(run, name)["reward"] - lab.table(None, name)["reward"]
-        chosen = gain.topk(min(MOVING, len(gain))).indices.tolist()
-        captions += [lab.prompts[name][i] for i in chosen]
-        before += [lab.video(None, name, i) for i in chosen]
-        after += [lab.video(run, name, i) for i in chosen]
-    write_comparison_gif(ROOT / "docs" / "before_after.gif", [before, after], captions, ["before", "after"], world.FPS)
-    return []
+def draw_evolution():
+    """docs/evolution.png and too_long.png: the same videos at several steps of a run."""
+    for name, flags, steps in (("evolution", "10", range(0, 50, 10)), ("too_long", "40 --steps 200 --lr 0.01", (0, 40, 200))):
+        run = trained("train", f"--eval-count 2 --eval-every {flags}")
+        pictures = [iio.imread(run / "samples" / f"step_{step:06d}.png") for step in steps]
+        write_png(ROOT / "docs" / f"{name}.png", np.concatenate(pictures, axis=1))
 
 
-def strips(run, steps):
-    """The upper half of a run's strips at several steps side by side: (H, W, 3)."""
-    pictures = [torch.from_numpy(iio.imread(run / "samples" / f"step_{s:06d}.png")) for s in steps]
-    title, rows = 22, len(SETS) * SHOWN
-    return torch.cat(pictures, dim=1)[:title + (len(pictures[0]) - title) // rows * (rows // 2)].numpy()
-
-
-STUDIES = {"headline": headline, "chain": chain, "short_chain": short_chain, "deep_cache": deep_cache, "tau": tau,
-           "guidance": guidance,
-           "quality": quality, "too_long": too_long, "evolution": evolution, "methods": methods, "guard": guard,
-           "rewards": rewards,
-           **{name: sweep(name) for name in SWEEPS}}
-
-
-@dataclass(kw_only=True)
-class Config(Settings):
-    """Run a study, or write the pages' tables of those that have been run."""
-    study: tyro.conf.Positional[Literal[(*STUDIES, "report")]]
-
-
-def run(cfg):
-    """A study from its training runs to its JSON file."""
-    lab = Lab(cfg)
-    rows = STUDIES[cfg.study](lab)
-    report = {"command": shlex.join(["python", "tiny/study.py", *sys.argv[1:]]), "reward": lab.reward.name, "count": cfg.count,
-              "evaluation_seed": REPORT_SEED, "training": to_json(train.PRESETS["tiny"]), "versions": versions(),
-              "rows": rows}
-    if rows:
-        with write_whole(cfg.out / f"{cfg.study}.json") as hidden:
-            hidden.write_text(json.dumps(report, indent=1) + "\n")
+def main(studies: tyro.conf.Positional[tuple[Literal[(*STUDIES, "evolution", "report")], ...]] = ()):
+    """What the command line asks for, in its order, then all tables and pictures."""
+    for name in studies:
+        if name != "report":
+            draw_evolution() if name == "evolution" else run_study(name)
+    write_report()
 
 
 if __name__ == "__main__":
-    config = tyro.cli(Config, description=__doc__)
-    try:
-        write_report(config.out) if config.study == "report" else run(config)
-    except ValueError as error:
-        print(f"study.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script("study.py", lambda: tyro.cli(main, description=__doc__, prog="python -m tiny.study"))

@@ -1,0 +1,66 @@
+"""The picture of one training step that explain.py writes, and where in the network its gradient is large."""
+import re
+
+from support.files import write_whole
+
+KINDS = ("within a frame", "to the caption", "across frames")
+
+
+def block_and_kind(path):
+    """Where a projection stands, in words: (block of the UNet, kind of attention)."""
+    side, level = re.match(r"(transformer_in|mid|down|up)(?:_blocks?)?\.?(\d+)?", path).groups()
+    block = "entrance" if side == "transformer_in" else "middle" if side == "mid" else f"{side} {level}"
+    if "temp_attentions" in path or side == "transformer_in":
+        return block, KINDS[2]  # there both attentions run over the frames
+    return block, KINDS[0] if "attn1" in path else KINDS[1]
+
+
+def gradient_shares(squares):
+    """Shares of the squared gradient norm: {block: {kind: share}}, and {q, k, v, out: share}."""
+    total = sum(squares.values()) or 1.
+    blocks, projections = {}, {}
+    for path, square in squares.items():
+        block, kind = block_and_kind(path)
+        row = blocks.setdefault(block, dict.fromkeys(KINDS, 0.))
+        row[kind] += square / total
+        name = path.split("to_")[1].split(".")[0]
+        projections[name] = projections.get(name, 0.) + square / total
+    return blocks, projections
+
+
+def draw_step(path, columns, g, r, f, R, caption, reward):
+    """
+    The strip: a row for each frame that was drawn, from the real clip to the gradient, then its reward and
+    its weight.
+
+    columns: [(title, line below it, pictures (S, H, W, 3))]; g, r, f: [S]; R: the video's reward.
+    """
+    from matplotlib.figure import Figure
+    S, n = len(g), len(columns)
+    height = 1.1 * S + 1.05                                                   # inches, words included
+    figure = Figure(figsize=(1.16 * n + 2.7, height), facecolor="white")
+    axes = figure.subplots(S, n + 2, squeeze=False, width_ratios=[1] * n + [1.05, 1.05])
+    figure.subplots_adjust(wspace=.05, hspace=.05, left=.055, right=.985, top=1 - .62 / height,
+                           bottom=.46 / height)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    for axis, frame in zip(axes[:, 0], g):
+        axis.set_ylabel(f"frame {frame}", fontsize=9)
+    for cells, (title, below, pictures) in zip(axes.T, columns):
+        cells[0].set_title(f"{title}\n{below}", fontsize=9)
+        for axis, picture in zip(cells, pictures):
+            axis.imshow(picture, interpolation="nearest")
+
+    bars = [(f"reward $r$\n{reward}", r, "#2456c6"), ("weight $f_i$\nEq. 7", f, "#c2570c")]
+    for cells, (title, values, color) in zip(axes.T[n:], bars):
+        cells[0].set_title(title, fontsize=9)
+        for axis, value in zip(cells, values):
+            axis.barh([0], [value], height=.32, color=color)
+            axis.set(xlim=(0, 1.05 * max(1e-9, *values)), ylim=(-.6, .6))
+            axis.text(0, .26, f"{value:.3g}", fontsize=9)
+    figure.text(.055, .17 / height, f"“{caption[:70]}”", fontsize=10, parse_math=False)
+    formula = f"$R = \\frac{{1}}{{S}}\\sum_i f_i r_i = {R:.4f}$ (Eq. 8), loss $= -R$ (Eq. 9)"
+    figure.text(.985, .17 / height, formula, fontsize=10, ha="right")
+    with write_whole(path) as hidden:
+        figure.savefig(hidden, dpi=110, format="png")
