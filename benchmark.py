@@ -588,7 +588,8 @@ def measure(cfg, command=None):
     base, reward = load(cfg, device)
     packages = ["torch", "open_clip_torch"] + (["diffusers", "peft", "transformers"] if cfg.diffusers else [])
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    report = {"command": command, "settings": asdict(cfg) | {"out": str(cfg.out)}, "base": base.name, "dtype": f"{base.dtype}"[6:],
+    report = {"command": command, "base": base.name, "settings": asdict(cfg) | {"out": str(cfg.out)},
+              "dtype": str(base.dtype)[6:],
               "machine": {"system": platform.platform(), "threads": torch.get_num_threads(), "device": f"{device}, {processor}"},
               "versions": {name: metadata.version(name) for name in packages} | {"python": platform.python_version()}}
     if cfg.methods:
