@@ -23,9 +23,10 @@ import lora
 from formats.words import cut_captions
 from model import Base, decode_frames, load_base
 from sampler import ddpm_step, sample
+from support import ranks
 from support.clips import read_prompts
 from support.files import check_exists, check_folder, write_text
-from support.ranks import gather, join_ranks, pick_dtype, progress, rank_and_size, run_script, sample_generator
+from support.ranks import join_ranks, pick_dtype, progress, rank_and_size, sample_generator
 from support.settings import ModelSettings, check_at_least
 from support.videos import to_pixels, video_name, write_video
 
@@ -138,7 +139,7 @@ def write_all(made, base, prompts, cfg):
         pixels = None  # of a rank that has no more to make
         if z_0 is not None:
             pixels = to_pixels(decode_frames(base.vae, z_0[None])[0])         # (F, H, W, 3)
-        for i, video in enumerate(gather(pixels), start):
+        for i, video in enumerate(ranks.gather(pixels), start):
             for suffix in suffixes:
                 path = cfg.out / (video_name(i, prompts[i]) + suffix)
                 write_video(path, video, cfg.fps)
@@ -168,7 +169,7 @@ def main(cfg):
 
     # The ranks take turns: rank r makes videos r, r + world_size, ...
     mine = range(rank, len(prompts), world_size)
-    with progress(None, "generating", len(mine), unit="video", disable=rank > 0) as bar:
+    with progress(None, "generating", len(mine), unit="video") as bar:
         made = generate(base, [prompts[i] for i in mine], [cfg.seed + i for i in mine],
                         cfg.num_steps, cfg.guidance, cfg.frames, height, width, cfg.batch_size,
                         bar.update)
@@ -176,4 +177,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    run_script("generate.py", lambda: main(tyro.cli(Config, description=__doc__)))
+    ranks.run_script("generate.py", lambda: main(tyro.cli(Config, description=__doc__)))

@@ -231,7 +231,7 @@ def load_reward(kind="hpsv2", weights=None, base_folder=None, dtype=torch.float3
 
 @dataclass
 class Rewards:
-    """What is maximised, R = sum_k w_k R_k, and what is only measured beside it (docs/rewards.md)."""
+    """What is maximised, R = sum_k w_k R_k, and what is only measured (docs/rewards.md)."""
     parts: list                                                     # [(weight w_k, reward)]
     watched: tuple = ()                                             # rewards
     pixels: tuple[str, ...] = ()                                    # of support.tables.PIXELS
@@ -256,7 +256,7 @@ def as_rewards(reward):
 
 
 def own_frames(reward, g, num_frames):
-    """The frames of each clip that a video reward sees (B, n), whatever g (B, S) is; f (B, 1) is 1."""
+    """The frames of each clip that a video reward sees (B, n), in place of g (B, S); f (B, 1) = 1."""
     index = spread_frames(num_frames, reward.num_frames).to(g.device)         # (n,)
     return index.expand(len(g), -1), torch.ones(len(g), 1)                    # (B, n), (B, 1)
 

@@ -282,7 +282,7 @@ def method(cfg, base, rewards, folder):
 
 
 def read_clips(cfg, base):
-    """The clips to edit: those of --data, encoded now or read from the cache; else the base's own."""
+    """The clips to edit: those of --data, encoded now or read from the cache, or the base's own."""
     pixels = cfg.size or base.default_size
     base.latent_size(pixels, pixels)  # refuses a size that the autoencoder cannot halve
     if not cfg.data:
@@ -293,7 +293,7 @@ def read_clips(cfg, base):
 
 
 def plan_evaluations(cfg, folder, base, rewards):
-    """What is looked at while the run trains, with functions that score videos and save adapters."""
+    """What is looked at while a run trains, with functions that score videos and save adapters."""
     prompts = prompt_sets(base, cfg.prompts, cfg.eval_count) if cfg.eval_every else {}
     size = cfg.size or base.default_size
     judge = base.world and base.world.judge(base, cfg.frames, size, size, prompts)

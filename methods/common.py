@@ -1,5 +1,5 @@
 """
-What methods share that learn from prompts: settings, what a video starts from, and rounds of sampled videos.
+What methods share that learn from prompts: settings, what a video starts from, and rounds.
 
 A video's noise comes from a generator of its own, seeded by what the video is, so that it is the
 same on any number of ranks and after a run was continued.
@@ -71,13 +71,19 @@ def presets(config_class, **full_size):
 def check(cfg):
     """ValueError for what can be known to be wrong with such settings before anything is loaded."""
     train.check(cfg, needs_clips=False)
-    if cfg.resume and "prompts_train" not in read_json(cfg.resume / "config.json"):
-        raise ValueError(f"resume {cfg.resume}: not a run of this method")
     if cfg.prompts_train is not None:
         read_prompts(cfg.prompts_train)
     elif cfg.base != "tiny" and cfg.data is None:
         raise ValueError("no prompts to train on: --prompts-train FILE must name some (only the "
                          "tiny world has its own)")
+
+
+def check_multiple(cfg, number, what, *names):
+    """ValueError unless every named setting is a multiple of `number`, which is called `what`."""
+    for name in names:
+        if getattr(cfg, name) % number:
+            raise ValueError(f"{name} = {getattr(cfg, name)}: must be a multiple of {number}, "
+                             f"{what}")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -149,12 +155,8 @@ def read_videos(cfg, base, pick_frames):
 def check_rounds(cfg, name):
     """ValueError unless the rounds divide the steps, and the ranks cfg.<name>, a round's videos."""
     check_at_least(cfg, rounds=1, **{name: 1})
-    world_size = rank_and_size()[1]
-    if cfg.steps % cfg.rounds:
-        raise ValueError(f"steps = {cfg.steps}: must be a multiple of {cfg.rounds}, the rounds")
-    if getattr(cfg, name) % world_size:
-        raise ValueError(f"{name} = {getattr(cfg, name)}: must be a multiple of {world_size}, "
-                         "the ranks")
+    check_multiple(cfg, cfg.rounds, "the rounds", "steps")
+    check_multiple(cfg, rank_and_size()[1], "the ranks", name)
     if cfg.resume and cfg.rounds > 1:
         if read_json(cfg.resume / "config.json")["steps"] != cfg.steps:
             raise ValueError(f"steps = {cfg.steps}: a run of several rounds keeps its steps, since "
@@ -214,7 +216,7 @@ class RewardHistory:
         self.path, self.length, self.last = folder / "rewards.jsonl", length, None
 
     def before(self, step):
-        """{prompt: [rewards]} of the rounds before this step; a killed run's later ones are dropped."""
+        """{prompt: [rewards]} of the rounds before this step; a killed run's later ones go."""
         if self.last is None:
             self.last = {}
             lines = on_rank_0(lambda: read_metrics(self.path) if self.path.is_file() else [])
@@ -226,7 +228,7 @@ class RewardHistory:
         return self.last
 
     def add(self, step, prompts, rewards):
-        """The rewards [n] of a round's videos, whose first step is `step`, and their prompts [n]."""
+        """Rewards [n] and prompts [n] of the videos of the round that begins with this step."""
         for prompt, reward in zip(prompts, rewards):
             self.last[prompt] = [*self.last.get(prompt, []), reward][-self.length:]
         if is_main_process():
@@ -239,7 +241,7 @@ def gathered(scored):
     """
     Prompts and rewards of a round of all ranks, two lists in order of step and rank.
 
-    scored: this rank's (prompts, rewards) of each step. So the order is the same on any number of ranks.
+    scored: this rank's (prompts, rewards) of each step. The order is the same on any number of ranks.
     """
     prompts, rewards = [], []
     for of_step in zip(*all_gather(scored)):

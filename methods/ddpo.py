@@ -9,21 +9,21 @@ Paper: DDPO (arXiv:2305.13301), Sec. 4.3, the importance sampling form (DDPO_IS)
 Against train.py: (1) it starts from pure noise and needs prompts only; (2) the chain is stochastic,
 so each step has a probability; (3) the reward needs no gradient; (4) a round samples the videos of
 --updates optimizer steps; from the second on PPO accounts for the model that has moved; (5) all
-videos are scored on the same frames, as R would else say more of the frames than of the video; (6)
-what train.train calls a clip is one chain step of one video. A run stops between rounds only, so
-that, continued, it samples each round from the same adapters.
+videos are scored on the same frames, or R would say more of the frames than of the video; (6) what
+train.train calls a clip is one chain step of one video. A run stops between rounds only, so that,
+continued, it samples each round from the same adapters.
 
 Ours differs from kvablack/ddpo-pytorch: all videos of an update learn from the same chain steps.
 
-Letters: B videos, n pairs of a chain step and a video, D chain steps, C, F, h, w as in sampler.py.
+Letters: B videos, n pairs of a chain step and a video, D chain steps; others as in sampler.py.
 """
+import math
 import sys
+from dataclasses import dataclass
 
 if not __package__:
     print("start it as: python -m methods.ddpo", file=sys.stderr)
     sys.exit(2)
-import math
-from dataclasses import dataclass
 
 import torch
 from tyro.conf import Fixed, Suppress
@@ -96,11 +96,30 @@ def sample_path(base, noise, text, uncond, keys, cfg):
     return torch.stack(path, dim=1), torch.stack(log_probs, dim=1)
 
 
-def chosen_steps(step, cfg):
-    """The chain steps that an update learns from, random ones of 1..D."""
-    number = max(1, round(cfg.timestep_fraction * cfg.num_steps))
+@torch.no_grad()
+def sample_batch(base, rewards, videos, step, cfg):
+    """A step's videos: chains, log p (B, D), the reward and R (B,), captions [B]."""
+    whole = videos.start(videos.share(step, cfg.batch_size, cfg.group), cfg.seed, step)
+    parts = []  # as learning takes them: they fit into memory, and 16 bits round them alike
+    for noise, text, g, captions, keys in train.split_batch(whole, cfg.clips_at_once):
+        path, log_probs = sample_path(base, noise, text, videos.uncond, keys, cfg)
+        R, logged = train.video_rewards(base, rewards, path[:, -1], g, captions, cfg)
+        parts.append((path, log_probs, logged["reward"], R))
+    return *(torch.cat(column) for column in zip(*parts)), whole[3]
+
+
+def pairs(batch, step, cfg):
+    """The n pairs that an update learns from: chosen chain steps, each with all videos."""
+    path, log_probs, plain, _, captions, A = batch
+    n = max(1, round(cfg.timestep_fraction * cfg.num_steps))
     generator = sample_generator(cfg.seed, step, "timesteps")
-    return (torch.randperm(cfg.num_steps, generator=generator)[:number] + 1).tolist()
+    steps = torch.randperm(cfg.num_steps, generator=generator)[:n] + 1        # of 1..D
+    at = cfg.num_steps - steps
+    z_t, z_prev = path[:, at].transpose(0, 1), path[:, at + 1].transpose(0, 1)
+    # A video's pairs share its advantage and its reward, so that it counts once.
+    return (z_t.flatten(0, 1), z_prev.flatten(0, 1), log_probs[:, at].T.flatten(),
+            A.repeat(n) / n, plain.repeat(n) / n, captions * n,
+            steps.repeat_interleave(len(A)).tolist())
 
 
 @dataclass(frozen=True)
@@ -133,12 +152,9 @@ def check(cfg):
     check_positive(cfg, "clip_range", "timestep_fraction")
     if cfg.timestep_fraction > 1:
         raise ValueError(f"timestep_fraction = {cfg.timestep_fraction}: must be at most 1")
-    if cfg.batch_size % cfg.group:
-        raise ValueError(f"batch_size = {cfg.batch_size}: must be a multiple of group {cfg.group}")
-    for name in ("steps", "save_every", "eval_every"):
-        if getattr(cfg, name) % cfg.updates:
-            raise ValueError(f"{name} = {getattr(cfg, name)}: must be a multiple of {cfg.updates}, "
-                             "the updates of a round")
+    common.check_multiple(cfg, cfg.group, "group", "batch_size")
+    common.check_multiple(cfg, cfg.updates, "the updates of a round",
+                          "steps", "save_every", "eval_every")
 
 
 def method(cfg, base, rewards, folder):
@@ -146,36 +162,18 @@ def method(cfg, base, rewards, folder):
     videos = common.read_videos(cfg, base, lambda _: first_frames(cfg.frames, cfg.segments))
     history, batches = common.RewardHistory(folder, BUFFER), []
 
-    @torch.no_grad()
-    def sample(step):
-        """A step's videos: chains, log p (B, D), reward and R (B,), captions [B]."""
-        whole = videos.start(videos.share(step, cfg.batch_size, cfg.group), cfg.seed, step)
-        parts = []  # as learning takes them: they fit into memory, and 16 bits round them alike
-        for noise, text, g, captions, keys in train.split_batch(whole, cfg.clips_at_once):
-            path, log_probs = sample_path(base, noise, text, videos.uncond, keys, cfg)
-            R, logged = train.video_rewards(base, rewards, path[:, -1], g, captions, cfg)
-            parts.append((path, log_probs, logged["reward"], R))
-        return *(torch.cat(column) for column in zip(*parts)), whole[3]
-
     def draw(step):
         at = step % cfg.updates
         if at == 0:  # a round; statistics are over all of it, in order of step and rank
-            batches[:] = [sample(step + k) for k in range(cfg.updates)]
+            sampled = range(step, step + cfg.updates)
+            batches[:] = [sample_batch(base, rewards, videos, k, cfg) for k in sampled]
             prompts, R = common.gathered([(captions, R.tolist()) for *_, R, captions in batches])
             A = advantages(torch.tensor(R), prompts, history.before(step), cfg.group)
             history.add(step, prompts, R)
             rank, world_size = rank_and_size()
             own = A.view(cfg.updates, world_size, -1)[:, rank].to(base.device)  # (updates, B)
             batches[:] = [(*batch, own[k]) for k, batch in enumerate(batches)]
-
-        # Every chosen chain step with every video.
-        path, log_probs, plain, _, captions, A = batches[at]
-        steps = chosen_steps(step, cfg)
-        number, where = len(steps), torch.tensor([cfg.num_steps - i for i in steps])
-        z_t, z_prev = path[:, where].transpose(0, 1), path[:, where + 1].transpose(0, 1)
-        return (z_t.flatten(0, 1), z_prev.flatten(0, 1), log_probs[:, where].T.flatten(),
-                A.repeat(number), plain.repeat(number) / number, captions * number,
-                torch.tensor(steps).repeat_interleave(len(A)).tolist())
+        return pairs(batches[at], step, cfg)
 
     def score(batch):
         z_t, z_prev, old_log_prob, A, plain, captions, steps = batch
@@ -185,7 +183,7 @@ def method(cfg, base, rewards, folder):
             mean, std = policy(base, z_t[own], i, text[own], videos.uncond, cfg)
             new_log_prob = log_prob(z_prev[own], mean, std)
             R[own] = -ppo_loss(new_log_prob, old_log_prob[own], A[own], cfg.clip_range)
-        return R / len(chosen_steps(0, cfg)), {"reward": plain}  # a video's pairs count as one
+        return R, {"reward": plain}
 
     return train.Method(draw, score, videos.description, stop_every=cfg.updates)
 

@@ -99,11 +99,11 @@ def check(cfg):
 def method(cfg, base, rewards, folder):
     """RWR as train.train takes it: on sampled videos, or on the clips of --data."""
     if cfg.data:
-        dataset = train.read_clips(cfg, base)
-        draw_weighted, data = weighted_clips(cfg, base, rewards, dataset), dataset.description
+        source = train.read_clips(cfg, base)
+        draw_weighted = weighted_clips(cfg, base, rewards, source)
     else:
-        videos = read_videos(cfg, base, lambda _: first_frames(cfg.frames, cfg.segments))
-        draw_weighted, data = weighted_videos(cfg, base, rewards, videos, folder), videos.description
+        source = read_videos(cfg, base, lambda _: first_frames(cfg.frames, cfg.segments))
+        draw_weighted = weighted_videos(cfg, base, rewards, source, folder)
 
     def draw(step):
         share = batch_indices(step, cfg.batch_size, cfg.batch_size, cfg.seed, *rank_and_size())
@@ -116,7 +116,7 @@ def method(cfg, base, rewards, folder):
         error = denoising_errors(base.denoiser, z, eps, t, text)              # (B,)
         return -w.to(error) * error, {"reward": plain}
 
-    return train.Method(draw, score, data)
+    return train.Method(draw, score, source.description)
 
 
 def weighted_videos(cfg, base, rewards, videos, folder):
@@ -145,7 +145,7 @@ def weighted_videos(cfg, base, rewards, videos, folder):
 
 
 def weighted_clips(cfg, base, rewards, dataset):
-    """The same for real clips, each weighted by its own reward (VGen, utils/reward/reward.py:406)."""
+    """The same for clips, each weighted by its own reward (VGen, utils/reward/reward.py:406)."""
     @torch.no_grad()
     def draw(step):
         batch = train.draw_batch(dataset, step, cfg, base.vae.config.scale, base.device)

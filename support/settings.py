@@ -191,8 +191,9 @@ def saved_flags(folder, presets):
     for name in GONE & saved.keys():
         tqdm.write(f"{file}: {name} = {saved.pop(name)} is no setting any more, and changes nothing")
     unknown = sorted(saved.keys() - known.keys())
-    if unknown or "steps" not in saved:
-        wrong = f"not known: {', '.join(unknown)}" if unknown else "steps is missing"
+    missing = sorted({"steps", "prompts_train"} & known.keys() - saved.keys())  # settings that came later have defaults
+    if unknown or missing:
+        wrong = f"not known: {', '.join(unknown)}" if unknown else f"missing: {', '.join(missing)}"
         raise ValueError(f"{file}: not the settings of this method or version; {wrong}")
     for name, value in saved.items():
         flag = f"--{name.replace('_', '-')}"

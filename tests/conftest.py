@@ -1,7 +1,6 @@
 """One thread for all tests and the processes they start: tensors here are too small to share, and waiting threads spin."""
 import gc
 import os
-from functools import partial
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -9,7 +8,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from support import settings  # noqa: E402
 from tiny import clips, world  # noqa: E402
 
 torch.set_num_threads(1)
@@ -35,7 +33,7 @@ def aside(tmp_path, monkeypatch):
 def few_clips():
     """Six clips in the tiny world."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clips, "tiny_clips", partial(clips.tiny_clips, count=6))
+        patch.setattr(clips, "COUNT", 6)
         yield
 
 
@@ -44,5 +42,4 @@ def short_clips(few_clips):
     """Of four frames: a run of two steps, with --frames 4, takes half the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(world, "FRAMES", 4)
-        patch.setattr(settings, "TINY_CLIPS", (4, world.SIZE))
         yield

@@ -6,7 +6,7 @@ import torch
 
 import lora
 import train
-from bases.deep_cache import DeepCache, denoiser
+from bases.deep_cache import DeepCache
 from methods import draft, refl, vader
 from model import load_base
 from reward import load_reward
@@ -35,7 +35,7 @@ def inputs(base, seed=0):
 def test_every_nth_call_is_exact_and_the_others_see_the_new_z_in_the_outermost_level_alone(parts):
     base, seen = parts[0], []
     hook = base.unet.up_blocks[-1].resnets[0].register_forward_pre_hook(lambda _, x: seen.append(x[0]))
-    cached, t = denoiser(base, 2), torch.tensor([501, 501])
+    cached, t = base.chain_denoiser(2), torch.tensor([501, 501])
     for i in range(4):
         z, text = inputs(base, seed=i)
         same = torch.equal(cached(z, t, text), base.denoiser(z, t, text))
@@ -49,7 +49,7 @@ def test_every_nth_call_is_exact_and_the_others_see_the_new_z_in_the_outermost_l
 
 def test_with_gradient_it_is_exact_and_keeps_no_graph(parts):
     base = parts[0]
-    cached, (z, text), t = denoiser(base, 3), inputs(base), torch.tensor([1, 1])
+    cached, (z, text), t = base.chain_denoiser(3), inputs(base), torch.tensor([1, 1])
     with torch.no_grad():
         cached(inputs(base, seed=1)[0], t, text)
     torch.testing.assert_close(cached(z, t, text), base.denoiser(z, t, text), rtol=0, atol=0)
@@ -66,7 +66,7 @@ def test_nothing_stays_behind(parts):
             cached(z, torch.tensor([1, 1]), text[..., :-1])
     assert [name for name, _ in base.unet.named_modules()] == names
     assert not any(module._forward_hooks for module in base.unet.modules())
-    assert denoiser(base, 1) == base.denoiser
+    assert base.chain_denoiser(1) == base.denoiser
 
 
 KEYS = [(0, 0, 0, "chain"), (0, 0, 1, "chain")]

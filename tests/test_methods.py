@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import types
 from dataclasses import fields, replace
@@ -28,7 +29,7 @@ import lora
 import sampler
 import train
 from formats.tensors import fingerprint
-from methods import ddpo, dpo, draft, refl, rwr, vader
+from methods import common, ddpo, dpo, draft, refl, rwr, vader
 from model import load_base
 from reward import load_reward
 from support import run as run_folder
@@ -58,6 +59,11 @@ CAPTIONS = ["a red circle moving left", "a green square moving up"]
 
 def config(module, **changes):
     return module.Config(**(dict(frames=4, segments=2, batch_size=2, num_steps=4, guidance=3.) | changes))
+
+
+def of(module, cfg, base, reward):
+    """The method as train.train takes it, with this folder for what it keeps."""
+    return module.method(cfg, base, reward, Path())
 
 
 def inputs(base, seed=0):
@@ -166,11 +172,10 @@ def test_refls_prediction_at_the_last_step_and_the_chains_end(parts):
     cfg, seen = config(refl), []
     denoise = base.denoiser
 
-    class Spy:
-        def denoiser(self, z, t, text):
-            seen.append(denoise(z, t, text))
-            return seen[-1]
-    z_0 = refl.predict(Spy(), noise, text, uncond, 1, cfg)
+    def spy(z, t, text):
+        seen.append(denoise(z, t, text))
+        return seen[-1]
+    z_0 = refl.predict(types.SimpleNamespace(chain_denoiser=lambda interval: spy), noise, text, uncond, 1, cfg)
     end = sampler.sample(denoise, noise, text, uncond, 4, cfg.guidance)
     eps_c, eps_u = seen[-1].chunk(2)
     a = sampler.alpha_bars()[0].item()
@@ -182,12 +187,11 @@ def test_refls_prediction_at_the_last_step_and_the_chains_end(parts):
 def test_refl_stops_late_and_all_videos_of_a_step_together(parts, monkeypatch):
     base, reward, uncond = parts
     cfg = config(refl, num_steps=40)
-    draw, score = refl.method(cfg, base, reward)
-    drawn = [draw(step)[4] for step in range(60)]
+    drawn = [of(refl, cfg, base, reward).draw(step)[4] for step in range(60)]
     assert all(m[0] == m[1] for m in drawn) and {m[0] for m in drawn} == set(range(1, 11))  # the last 10 of 40
-    draw, score = refl.method(replace(cfg, num_steps=4, late=1.), base, reward)
-    assert {draw(step)[4][0] for step in range(40)} == {1, 2, 3, 4}
-    R, logged = score(draw(0))
+    method = of(refl, replace(cfg, num_steps=4, late=1.), base, reward)
+    assert {method.draw(step)[4][0] for step in range(40)} == {1, 2, 3, 4}
+    R, logged = method.score(method.draw(0))
     assert R.requires_grad and not logged["reward"].requires_grad and gradient(base, R).abs().max() > 0
 
 
@@ -226,12 +230,12 @@ def test_vader_scores_random_frames_or_all_in_order(parts):
         seen.append(frames)
         return frames.mean(dim=(2, 3, 4))
     for n in (0, 1, 3):
-        draw, score = vader.method(config(vader, frames_scored=n), base, video_reward)
-        batches = [draw(step) for step in range(12)]
+        method = of(vader, config(vader, frames_scored=n), base, video_reward)
+        batches = [method.draw(step) for step in range(12)]
         chosen = {tuple(row) for batch in batches for row in batch[2].tolist()}
         assert all(list(row) == sorted(set(row)) and len(row) == (n or 4) for row in chosen)
         assert chosen == {(0, 1, 2, 3)} if n == 0 else len(chosen) > 2
-        score(batches[0])
+        method.score(batches[0])
         assert seen[-1].shape[:2] == (2, n or 4)
 
 
@@ -287,49 +291,66 @@ def test_advantages_by_hand():
     assert ddpo.advantages(torch.ones(4), prompts).abs().max() < 1e-3  # equal rewards teach nothing
 
 
+KEYS = [(0, 0, 0, "chain"), (0, 0, 1, "chain")]
+
+
+def update(parts, path, old, A, **changes):
+    """DDPO's method with a round of one batch, of these chains, log p and advantages, and its settings."""
+    base, reward, _ = parts
+    cfg = config(ddpo, updates=1, **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ddpo, "sample_path", lambda *args: (path, old))
+        patch.setattr(ddpo, "advantages", lambda *args: A)
+        method = of(ddpo, cfg, base, reward)
+        return method, method.draw(0), cfg
+
+
 @pytest.fixture(scope="module")
 def sampled(parts):
-    """A batch as DDPO samples it, of two videos with the advantages 1 and -0.5: (batch for backward, settings)."""
-    base, _, uncond = parts
-    noise, text, *_ = inputs(base)
-    cfg = config(ddpo)
-    path, log_probs = ddpo.sample_path(base, noise, text, uncond, [(0, 0, 0, "chain"), (0, 0, 1, "chain")], cfg)
-    return (path, log_probs, text, None, torch.tensor([1., -.5])), cfg
+    """The captions, chains and log p of DDPO's first batch of two videos."""
+    base, reward, _ = parts
+    cfg, seen = config(ddpo, updates=1), []
+    with pytest.MonkeyPatch.context() as patch:
+        real = ddpo.sample_path
+        patch.setattr(ddpo, "sample_path", lambda *args: seen.append((args[2], *real(*args))) or seen[-1][1:])
+        of(ddpo, cfg, base, reward).draw(0)
+    return seen[0]
 
 
 def test_the_ratio_is_1_before_the_first_update(parts, sampled):
     base, _, uncond = parts
-    (path, old, text, *_), cfg = sampled
+    text, path, old = sampled
+    cfg = config(ddpo)
     for i in range(4, 0, -1):
-        mean, std = ddpo.policy(base, path[4 - i], i, text, uncond, cfg)  # with gradient, as in learning
-        ratio = torch.exp(ddpo.log_prob(path[5 - i], mean, std) - old[:, 4 - i])
+        mean, std = ddpo.policy(base, path[:, 4 - i], i, text, uncond, cfg)  # with gradient, as in learning
+        ratio = torch.exp(ddpo.log_prob(path[:, 5 - i], mean, std) - old[:, 4 - i])
         assert (ratio - 1).abs().max() < 1e-6
 
 
 def test_the_first_gradient_is_that_of_reinforce(parts, sampled):
     base, _, uncond = parts
-    batch, cfg = sampled
-    path, old, text, _, A = batch
-    parameters = lora.parameters(base.unet)
+    text, path, old = sampled
+    A = torch.tensor([1., -.5])
 
-    def of(part, **changes):
-        for p in parameters:
-            p.grad = None
-        loss = ddpo.backward(base, uncond, part, 0, replace(cfg, **changes))
-        return torch.cat([p.grad.flatten() for p in parameters]), loss
-    grad, loss = of(batch)
+    def learned(number=0, **changes):
+        """The gradient and value of the loss, as train.train adds it up."""
+        method, batch, cfg = update(parts, path, old, A, **changes)
+        total = sum(method.score(part)[0].sum() for part in train.split_batch(batch, number))
+        return gradient(base, -total / cfg.batch_size), -total.item() / cfg.batch_size
+    grad, loss = learned()
     total = 0.
     for i in range(4, 0, -1):
-        mean, std = ddpo.policy(base, path[4 - i], i, text, uncond, cfg)
-        total = total + (A * ddpo.log_prob(path[5 - i], mean, std)).sum() / (2 * 4)
+        mean, std = ddpo.policy(base, path[:, 4 - i], i, text, uncond, config(ddpo))
+        total = total + (A * ddpo.log_prob(path[:, 5 - i], mean, std)).sum() / (2 * 4)
     assert apart(grad, -gradient(base, total)) < 1e-3
     assert loss == pytest.approx(-.5 / 2, abs=1e-5)
-    assert apart(of(batch, clips_at_once=1)[0], grad) < 1e-3  # in parts
+    for number in (1, 3):  # in parts, which may hold several chain steps
+        assert apart(learned(number)[0], grad) < 1e-3
     # Half of the steps: others in another step, and an estimate of the same mean.
-    halves = [ddpo.backward(base, uncond, batch, step, replace(cfg, timestep_fraction=.5)) for step in (0, 1)]
-    assert halves == pytest.approx([-.25, -.25], abs=1e-5)
-    for p in parameters:
-        p.grad = None
+    half = config(ddpo, timestep_fraction=.5)
+    chosen = [ddpo.pairs((path, old, A, A, CAPTIONS, A), step, half)[-1] for step in range(9)]
+    assert {len(steps) for steps in chosen} == {2 * 2} and set(sum(chosen, [])) == {1, 2, 3, 4}
+    assert learned(timestep_fraction=.5)[1] == pytest.approx(-.25, abs=1e-5)
 
 
 def test_the_policys_gradient_is_that_of_the_expected_reward():
@@ -352,42 +373,41 @@ def test_the_policys_gradient_is_that_of_the_expected_reward():
 
 
 def test_a_group_shares_a_prompt_and_not_its_noise(parts):
-    base, reward, _ = parts
-    cfg = config(ddpo, batch_size=4, group=2)
+    base, *_ = parts
+    cfg = config(ddpo, batch_size=4, group=2, clips_at_once=0)
     seen = []
 
     def brightness(frames, captions):
         seen.append(captions)
         return frames.mean(dim=(2, 3, 4))
-    sample, _ = ddpo.method(cfg, base, brightness)
-
-    class History:
-        last = {}
-        add = staticmethod(lambda *line: seen.append(line))
-    first, second = sample(0, History)
-    assert len(seen) == 3 and seen[2] == (0, [*seen[0], *seen[1]], seen[2][2]) and len(seen[2][2]) == 8
-    for path, log_probs, _, rewards, A in (first, second):
-        assert log_probs.shape == (4, 4) and rewards.shape == (4,)
-        assert not torch.equal(path[0][0], path[0][1])
-        torch.testing.assert_close(A.view(2, 2).sum(dim=1), torch.zeros(2), rtol=0, atol=1e-3)  # the group's own mean
-    for captions in seen[:2]:
+    method = of(ddpo, cfg, base, brightness)
+    batches = [method.draw(step) for step in (0, 1)]
+    line = json.loads(Path("rewards.jsonl").read_text())
+    assert len(seen) == 2 and line["step"] == 0 and line["prompts"] == [*seen[0], *seen[1]] and len(line["rewards"]) == 8
+    assert method.stop_every == 2
+    for z_t, z_prev, old, A, plain, captions, steps in batches:
+        assert len(z_t) == len(z_prev) == len(old) == len(plain) == len(captions) == 4 * 4  # each chain step with each video
+        assert sorted(steps) == [i for i in (1, 2, 3, 4) for _ in range(4)]
+        assert not torch.equal(z_t[0], z_t[1])
+        torch.testing.assert_close(A.view(4, 2, 2).sum(dim=2), torch.zeros(4, 2), rtol=0, atol=1e-3)  # the group's own mean
+    for captions in seen:
         assert captions[0] == captions[1] != captions[2] == captions[3]
 
 
 def test_a_round_is_sampled_in_the_parts_that_fit_into_memory(parts, monkeypatch):
     base, reward, _ = parts
-    rows, denoiser, History = [], base.denoiser, types.SimpleNamespace(last={}, add=lambda *line: None)
+    rows, denoiser = [], base.denoiser
     monkeypatch.setattr(base, "denoiser", lambda z_t, *more: rows.append(len(z_t)) or denoiser(z_t, *more), raising=False)
 
     def sampled(clips_at_once):
         rows.clear()
-        cfg = config(ddpo, batch_size=3, updates=1, num_steps=2, clips_at_once=clips_at_once)
-        return ddpo.method(cfg, base, reward)[0](0, History)[0]
-    (path, *whole), seen = sampled(0), [*rows]
-    (in_parts, *others), of_two = sampled(2), [*rows]
+        return of(ddpo, config(ddpo, batch_size=3, updates=1, num_steps=2, clips_at_once=clips_at_once), base, reward).draw(0)
+    whole, seen = sampled(0), [*rows]
+    in_parts, of_two = sampled(2), [*rows]
     assert seen == [6, 6] and of_two == [4, 4, 2, 2]  # guidance doubles
-    torch.testing.assert_close(in_parts, path, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(others[:3], whole[:3], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(in_parts[:2], whole[:2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(in_parts[2:5], whole[2:5], rtol=1e-4, atol=1e-4)
+    assert in_parts[5:] == whole[5:]
 
 
 # -------------------------------------------------------- RWR --------------------------------------------------------
@@ -405,7 +425,7 @@ def test_reward_weights_by_hand():
 
 def test_rwr_with_equal_rewards_is_the_plain_denoising_loss(parts):
     base, reward, _ = parts
-    _, score = rwr.method(config(rwr), base, reward)
+    score = of(rwr, config(rwr), base, reward).score
     z, eps = inputs(base)[0], inputs(base, 1)[0]
     text, t = base.encode_text(CAPTIONS), torch.tensor([951, 51])
     R, _ = score((z, eps, text, torch.ones(2), torch.zeros(2), t))
@@ -470,10 +490,11 @@ def test_pairs_are_two_videos_of_one_prompt_and_the_reward_decides(parts, monkey
                         or made[-1][-1])
     cfg = config(dpo, pairs=4, lambda_tar=0.)
     prompts = [*CAPTIONS, "a blue ring moving up", "a cyan cross moving left"]
+    videos = common.Videos(cfg, base, lambda _: torch.tensor([0, 2]), prompts, base.encode_text([""]))
 
     def brightness(frames, captions):
         return frames.mean(dim=(2, 3, 4)) * 1e3  # (B, S)
-    part, = dpo.sample_pairs(base, brightness, prompts, 0, cfg)
+    part, = dpo.sample_pairs(base, brightness, videos, 0, cfg)
     ((noise, text), strength, z), ((other_noise, other_text), other_strength, other_z) = made
     assert torch.equal(text, other_text) and strength == other_strength == {0.} and strengths(base) == {1.}
     assert all(not torch.equal(a, b) for a, b in zip(noise, other_noise))
@@ -485,7 +506,7 @@ def test_pairs_are_two_videos_of_one_prompt_and_the_reward_decides(parts, monkey
     bright = [train.decode_frames(base.vae, part[k]).mean(dim=(1, 2, 3, 4)) for k in ("winner", "loser")]
     assert (bright[0] > bright[1]).float().mean() >= .75
     made.clear()
-    list(dpo.sample_pairs(base, brightness, prompts, 1, cfg))  # later rounds: from the model as it stands
+    list(dpo.sample_pairs(base, brightness, videos, 1, cfg))  # later rounds: from the model as it stands
     assert made[0][1] == {1.}
 
 
@@ -496,7 +517,7 @@ def strengths(base):
 def test_dpos_reference_is_the_base(parts):
     """At step 0 the adapters add nothing, so the loss is ln 2 and moves the adapters only."""
     base, reward, _ = parts
-    draw, score = dpo.method(config(dpo), base, reward)
+    score = of(dpo, config(dpo), base, reward).score
     (z_w, text, *_), (z_l, *_), (eps, *_) = inputs(base), inputs(base, 1), inputs(base, 2)
     t = torch.tensor([100, 700])
     R, _ = score((z_w, z_l, eps, t, text, torch.zeros(2)))
@@ -515,7 +536,7 @@ def test_dpos_reference_is_the_base(parts):
 # ------------------------------------------- Whole runs: stopped, resumed, shared -------------------------------------------
 
 def run(name, *argv):
-    return METHODS[name].main([*map(str, argv)])
+    return train.main([*map(str, argv)], METHODS[name])
 
 
 def metrics(folder):
@@ -573,7 +594,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(name, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
         assert run(name, *flags, "--out", "run") == 143
-    assert f"continue with: python methods/{name}.py --resume run" in capsys.readouterr().out
+    assert f"continue with: python -m methods.{name} --resume run" in capsys.readouterr().out
     assert torch.load("run/state.pt", weights_only=True)["step"] == saved_at
     assert run(name, "--resume", "run") == 0
     assert metrics("run") == metrics("whole") and [line["step"] for line in metrics("run")] == [*range(1, steps + 1)]
@@ -650,10 +671,10 @@ def test_a_run_may_be_made_longer():
 def test_a_batch_is_the_same_on_one_rank_and_on_two(parts, monkeypatch, name):
     base, reward, _ = parts
     module = METHODS[name]
-    draw, _ = module.method(config(module, batch_size=4), base, reward)
+    draw = of(module, config(module, batch_size=4), base, reward).draw
     whole, shares = draw(3), []
     for rank in (0, 1):
-        monkeypatch.setattr(module, "rank_and_size", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(common, "rank_and_size", lambda rank=rank: (rank, 2))
         shares.append(draw(3))
     for item, *parts_of_it in zip(whole, *shares):
         if isinstance(item, torch.Tensor):
@@ -667,7 +688,7 @@ def be_rank(name, argv, rank, port):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port)}
     try:
-        status = METHODS[name].main(argv)
+        status = train.main(argv, METHODS[name])
     finally:
         torch.distributed.destroy_process_group()
     sys.exit(status)
@@ -748,12 +769,8 @@ def test_videos_that_are_compared_are_scored_on_the_same_frames(parts, monkeypat
 
     def alike(frames, captions):
         return torch.ones(frames.shape[:2])
-    if name == "ddpo":
-        ddpo.method(config(ddpo, frames=16, num_steps=1), base, alike)[0](0, types.SimpleNamespace(last={}, add=lambda *_: None))
-    if name == "rwr":
-        list(rwr.sample_videos(base, alike, CAPTIONS, 0, config(rwr, frames=16, num_steps=1, videos=4)))
-    if name == "dpo":
-        list(dpo.sample_pairs(base, alike, CAPTIONS, 0, config(dpo, frames=16, num_steps=1, pairs=2)))
+    more = {"ddpo": {}, "rwr": {"videos": 4, "rounds": 1}, "dpo": {"pairs": 2}}[name]
+    of(METHODS[name], config(METHODS[name], frames=16, num_steps=1, **more), base, alike).draw(0)
     R = torch.cat([R for R, _ in found])
     assert len(R) == 4 and (R == R[0]).all()
 
@@ -762,8 +779,7 @@ def test_rwr_weights_real_clips_by_their_own_reward(parts, monkeypatch):
     base, reward, _ = parts
     write_clips()
     cfg = config(rwr, data=Path("clips.txt"), size=32, cache=False, workers=0)
-    draw, _ = rwr.method(cfg, base, reward)
-    z, eps, text, w, plain, t = draw(None, 0)
+    z, eps, text, w, plain, t = of(rwr, cfg, base, reward).draw(0)
     batch = train.draw_batch(train.read_clips(cfg, base), 0, cfg, base.vae.config.scale, base.device)
     assert torch.equal(z, batch[0]) and torch.equal(eps, batch[1])
     g = torch.tensor([[0, 2], [0, 2]])  # the first frames of the two segments
@@ -833,15 +849,19 @@ def test_settings_of_clips_are_no_settings_of_prompts(flag, capsys):
 def test_a_run_of_one_method_is_not_continued_by_another():
     assert run("draft", *SHORT, "--steps", 1, "--out", "run") == 0
     for name in ("refl", "dpo"):
-        with pytest.raises(ValueError, match="run/config.json: not the settings of this version"):
+        with pytest.raises(ValueError, match="run/config.json: not the settings of this method or version; not known: truncate"):
             run(name, "--resume", "run")
     Path("run/config.json").write_text(json.dumps(settings.to_json(train.Config())))
-    with pytest.raises(ValueError, match="resume run: not a run of this method"):
+    with pytest.raises(ValueError, match="not the settings of this method or version; missing: prompts_train"):
         run("refl", "--resume", "run")
     for module in METHODS.values():
-        cfg = module.Config()
-        assert settings.from_json(settings.to_json(cfg), module.Config, "x") == cfg
         assert {f.name for f in fields(train.Config)} < {f.name for f in fields(module.Config)}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_started_as_a_file_it_names_the_new_form(name):
+    ended = subprocess.run([sys.executable, ROOT / f"methods/{name}.py"], capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr == f"start it as: python -m methods.{name}\n"
 
 
 def test_the_docs_method_of_ones_own_runs(monkeypatch):
@@ -852,7 +872,7 @@ def test_the_docs_method_of_ones_own_runs(monkeypatch):
     own = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "own", own)
     spec.loader.exec_module(own)
-    assert own.main([*SHORT, "--steps", "2", "--tau", "0.5", "--out", "run"]) == 0
+    assert train.main([*SHORT, "--steps", "2", "--tau", "0.5", "--out", "run"], own) == 0
     assert [line["step"] for line in metrics("run")] == [1, 2]
     assert json.loads(Path("run/config.json").read_text())["tau"] == .5
     assert any(v.any() for k, v in load_file("run/lora.safetensors").items() if "lora_B" in k)

@@ -15,14 +15,14 @@ import pytest
 import torch
 import torch.nn.functional as F_
 import transformers
+from formats.exact_scores import scoring_exactly
+from formats.mixture import Mixture, check_rewards, measure, read_mixture, sees_whole_clips
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import CenterCrop, InterpolationMode, Normalize, Resize
 
 from benchmark import measure_peak
-from formats.exact_scores import scoring_exactly
-from formats.mixture import Mixture, check_rewards, measure, read_mixture, sees_whole_clips
 from formats.reward_model import (
     CLIP_MEAN,
     CLIP_STD,
