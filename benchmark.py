@@ -36,7 +36,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -176,7 +175,7 @@ def diffusers_networks(base, dtype, rank):
     unet.load_state_dict({k: v for k, v in base.unet.state_dict().items() if "lora_" not in k})
     vae.load_state_dict(base.vae.state_dict())
     unet.requires_grad_(False).eval().to(dtype)
-    vae.requires_grad_(False).eval().to(base.unet.conv_in.weight.dtype)
+    vae.requires_grad_(False).eval().to(base.dtype)
     vae.encoder = None  # ours needs no memory for it either
 
     config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
@@ -197,9 +196,8 @@ def on_diffusers(base, reward, settings, meter, lean):
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
     from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
 
-    dtype = base.unet.conv_in.weight.dtype
     uncond = base.encode_text([""])
-    unet, vae, parameters = diffusers_networks(base, dtype if lean else torch.float32, settings.rank)
+    unet, vae, parameters = diffusers_networks(base, base.dtype if lean else torch.float32, settings.rank)
     meter.watch_pictures(vae.post_quant_conv, "decode")
     if not lean:  # diffusers' 3D UNet cannot recompute anything; VADER's copy (models/unet_3d_blocks.py) recomputes these blocks
         blocks = (ResnetBlock2D, TemporalConvLayer, Transformer2DModel, TransformerTemporalModel)
@@ -210,10 +208,10 @@ def on_diffusers(base, reward, settings, meter, lean):
     denoise = meter.watch(lambda z_t, t, text: unet(z_t.to(unet.dtype), t, encoder_hidden_states=text.to(unet.dtype)).sample)
 
     def autocast():  # a new one for each use: kept open, it would hand the step with gradient the casts made without
-        return nullcontext() if lean or dtype == torch.float32 else torch.autocast(base.device.type, dtype)
+        return nullcontext() if lean or base.dtype == torch.float32 else torch.autocast(base.device.type, base.dtype)
 
     def decode_latents(z):                                          # as in diffusers' TextToVideoSDPipeline
-        x = vae.decode((z / vae.config.scaling_factor).transpose(1, 2).flatten(0, 1).to(dtype)).sample
+        x = vae.decode((z / vae.config.scaling_factor).transpose(1, 2).flatten(0, 1).to(base.dtype)).sample
         return x.unflatten(0, (len(z), -1)).float()                                       # (B, F, 3, H, W)
 
     def rewards(batch):
@@ -375,7 +373,7 @@ def measure_peak(forward, modules):
 
 def count_memory(base, reward, cfg, at_once=(1, 2, 4, 8)):
     """{memory setting: {clips at once: as measure_peak}} of our step, and of an evaluation, of which the chain needs the most."""
-    base, reward = without_numbers(base, reward, base.unet.conv_in.weight.dtype)
+    base, reward = without_numbers(base, reward, base.dtype)
     lora.inject(base.unet, train.Config.rank)
     uncond = base.encode_text([""])
 
@@ -424,19 +422,11 @@ class Zeros(TorchDispatchMode):
 
 def draw_and_score(name, cfg, base, reward, folder):
     """The two functions of a method: draw(step) -> a batch, score(batch) -> R with gradient, and what is logged."""
-    module = METHODS[name]
     if name == "InstructVideo":  # on noise, as its own draw reads clips
         uncond = base.encode_text([""])
         return lambda step: synthetic(base, cfg, 1), lambda batch: train.edit_rewards(base, reward, uncond, batch, cfg)
-    if name == "ddpo":
-        steps = max(1, round(cfg.timestep_fraction * cfg.num_steps))
-        sample_round, backward = ddpo.method(replace(cfg, timestep_fraction=1 / cfg.num_steps), base, reward)
-        history = SimpleNamespace(last={}, add=lambda *args: None)
-        return lambda step: (sample_round(step, history) * steps,), lambda batch: (backward(batch[0][0], 0), {})
-    draw, score = module.method(cfg, base, reward)
-    if name in ("rwr", "dpo"):
-        draw = partial(draw, SimpleNamespace(folder=folder, stop=lambda: False))
-    return draw, score
+    method = METHODS[name].method(cfg, base, reward, folder)
+    return method.draw, method.score
 
 
 def parts_of_a_step(name, cfg, base, reward, measure):
@@ -462,7 +452,7 @@ def parts_of_a_step(name, cfg, base, reward, measure):
 
 def count_methods(base, reward, cfg):
     """{method: passes of a video through the denoiser (guidance takes two), frames decoded, TFLOP, and peak as measure_peak}."""
-    base, reward = without_numbers(base, reward, base.unet.conv_in.weight.dtype)
+    base, reward = without_numbers(base, reward, base.dtype)
     lora.inject(base.unet, train.Config.rank)
     base.unet.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
     modules = [base.unet, base.vae.decoder, reward]
@@ -550,7 +540,7 @@ def time_all(base, reward, cfg, device):
                 continue
             for part, value in parts.items() if repeat >= 0 else ():  # the one before warms up
                 seconds[name].setdefault(part, []).append(value)
-        rates.append(matrix_rate(device, base.unet.conv_in.weight.dtype))
+        rates.append(matrix_rate(device, base.dtype))
     return seconds, peaks, statistics.median(rates)
 
 
@@ -596,10 +586,10 @@ def measure(cfg, command=None):
         cfg = replace(cfg, batch_size=1, diffusers=False)
     device = torch.device("meta") if cfg.device == "meta" else pick_device(cfg.device)
     base, reward = load(cfg, device)
-    dtype = base.unet.conv_in.weight.dtype
     packages = ["torch", "open_clip_torch"] + (["diffusers", "peft", "transformers"] if cfg.diffusers else [])
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    report = {"command": command, "settings": asdict(cfg) | {"out": str(cfg.out)}, "base": base.name, "dtype": str(dtype)[6:],
+    report = {"command": command, "base": base.name, "settings": asdict(cfg) | {"out": str(cfg.out)},
+              "dtype": str(base.dtype)[6:],
               "machine": {"system": platform.platform(), "threads": torch.get_num_threads(), "device": f"{device}, {processor}"},
               "versions": {name: metadata.version(name) for name in packages} | {"python": platform.python_version()}}
     if cfg.methods:

@@ -179,7 +179,7 @@ def method(cfg, base, rewards, folder):
         z_t, z_prev, old_log_prob, A, plain, captions, steps = batch
         text, R = base.encode_text(captions), torch.zeros_like(A)
         for i in set(steps):
-            own = torch.tensor([other == i for other in steps], device=A.device)  # (n,)
+            own = [k for k, other in enumerate(steps) if other == i]
             mean, std = policy(base, z_t[own], i, text[own], videos.uncond, cfg)
             new_log_prob = log_prob(z_prev[own], mean, std)
             R[own] = -ppo_loss(new_log_prob, old_log_prob[own], A[own], cfg.clip_range)

@@ -48,7 +48,7 @@ def test_networks_at_full_size(full):
     latents = (1, 4, 16, 32, 32), (1,), (1, 77, 1024)
     half = base.vae.post_quant_conv.weight.dtype
     assert tflop(base.denoiser, *latents) == pytest.approx(UNET, rel=.02)
-    cached = base.chain_denoiser(2)  # DeepCache: every second step computes the outermost level alone, with most pixels
+    cached = base.chain_denoiser(2)  # DeepCache: every second step computes the outermost level alone
     assert tflop(cached, *latents) == pytest.approx(UNET, rel=.02) and tflop(cached, *latents) == pytest.approx(1.66, rel=.01)
     assert tflop(base.vae.decode, (1, 4, 32, 32), dtype=half) == pytest.approx(DECODE, rel=.02)
     assert tflop(base.vae.encode, (1, 3, 256, 256)) == pytest.approx(ENCODE, rel=.02)
@@ -262,14 +262,13 @@ def test_the_parts_of_a_method_add_up_to_a_run_of_it(module, monkeypatch, tmp_pa
     (tmp_path / "prompts.txt").write_text("a bear\na cat\n")
     cfg = replace(module.PRESETS["modelscope"], prompts_train=tmp_path / "prompts.txt", **SIZES, **changes)
     parameters = lora.inject(base.unet)
-    draw, score = module.method(cfg, base, reward)
+    method = module.method(cfg, base, reward, tmp_path)
     reward.text_features(["a bear", "a cat"])
     frames = []
     base.vae.post_quant_conv.register_forward_pre_hook(lambda _, x: frames.append(len(x[0])))
-    run = SimpleNamespace(folder=tmp_path, writes=True, step=0, steps=lambda optimizer: range(cfg.steps), stop=lambda: False,
-                          finish_step=lambda *args: True)
+    run = SimpleNamespace(steps=lambda optimizer: range(cfg.steps), stop=lambda: False, finish_step=lambda *args: True)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        assert getattr(module, "learn", train.train)(cfg, parameters, draw, score, run)
+        assert train.train(cfg, parameters, method, run)
     videos = cfg.steps * cfg.batch_size * (2 if module is dpo else 1)
     assert row["tflop"] == pytest.approx(counter.get_total_flops() / 1e12 / videos, rel=.01)
     assert row["frames"] == pytest.approx(sum(frames) / videos)
