@@ -30,8 +30,9 @@ def expect(found, expected):
 
 def check_whole(blocks, *sizes):
     """ValueError unless a network of so many blocks a level, and of these sizes, is one that a machine can hold."""
-    if not all(type(n) is int and 0 < n <= 2**16 for n in sizes) or not (type(blocks) is int and 0 < blocks <= 64):
-        raise ValueError(f"expected whole numbers above 0, found {blocks} blocks a level of {', '.join(map(str, sizes))}")
+    for number, largest in ((blocks, 64), *((size, 2**16) for size in sizes)):
+        if type(number) is not int or not 0 < number <= largest:
+            raise ValueError(f"expected whole numbers from 1 to {largest}, found {number!r:.40}")
 
 
 def random_sizes(spec):
@@ -241,8 +242,8 @@ def vae_from_diffusers(content, config_class):
                           norm_groups=content.get("norm_num_groups", 32))
     expect(content, vae_to_diffusers(config))
     check_whole(config.blocks_per_level, *config.channels)
-    if not 0 < config.scale < math.inf:
-        raise ValueError(f"expected a scaling_factor above 0, found {config.scale}")
+    if type(config.scale) not in (int, float) or not 0 < config.scale < math.inf:
+        raise ValueError(f"expected a scaling_factor above 0, found {config.scale!r:.40}")
     return config
 
 
@@ -302,6 +303,6 @@ def expect_text_config(content, heads, layers):
 def expect_fitting(unet, vae, text, paths):
     """ValueError, naming the files, unless a UNet takes the latents and the text features that a base's other parts make."""
     if (unet.in_channels, unet.out_channels, unet.context_dim) != (vae.latent_channels, vae.latent_channels, text.width):
-        raise ValueError(f"{paths['unet']}: takes {unet.in_channels} and gives {unet.out_channels} latent channels, and text "
-                         f"of width {unet.context_dim}; {paths['vae']} has {vae.latent_channels}, {paths['text_encoder']} "
-                         f"{text.width}")
+        raise ValueError(f"{paths['unet']}: the UNet takes {unet.in_channels} and gives {unet.out_channels} latent channels, "
+                         f"text of width {unet.context_dim}; {paths['vae']} has {vae.latent_channels}, "
+                         f"{paths['text_encoder']} {text.width}")

@@ -378,6 +378,8 @@ def check_shapes(found, expected):
     for name in found.keys() | expected.keys():
         if name not in found or name not in expected or found[name].shape != expected[name].shape:
             raise TypeError(f"tensor {name} is missing, unknown or of another shape")
+        if not found[name].is_floating_point():
+            raise TypeError(f"tensor {name} is {found[name].dtype}")
 
 
 def read_metrics(path):

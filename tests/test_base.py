@@ -413,7 +413,7 @@ def test_weights_have_one_fingerprint_in_every_precision(base, dtype):
 
 
 def test_cached_latents_and_text_belong_to_weights_and_precision(base, monkeypatch, tmp_path):
-    asked, other = [], Base(base.unet, seeded(lambda: Autoencoder(VAE), 1), seeded(lambda: TextEncoder(TEXT), 1), "other")
+    asked, named, other = [], [], Base(base.unet, seeded(lambda: Autoencoder(VAE), 1), seeded(lambda: TextEncoder(TEXT), 1), "other")
     monkeypatch.setattr(train, "encode_clips", lambda *args: asked.append(args))
     monkeypatch.setattr(train, "read_list", lambda *args: args)
     cfg = train.Config(data=Path("clips.txt"), frames=3, size=16, fps=4, cache_dir=tmp_path)
@@ -421,18 +421,17 @@ def test_cached_latents_and_text_belong_to_weights_and_precision(base, monkeypat
                                (base, torch.float32, {"cache": False, "size": None})):
         b.vae.to(dtype)
         train.read_clips(replace(cfg, **settings), b)
-    assert len({a[4] for a in asked[:3]}) == len({a[5] for a in asked[:3]}) == 3 and asked[3][4:6] == asked[0][4:6]
-    assert [a[6] for a in asked] == [tmp_path] * 3 + [None]
+        named.append(b.fingerprints())
+    assert len({a[0] for a in named[:3]}) == len({a[1] for a in named[:3]}) == 3 and named[3] == named[0]
+    assert [a[3] for a in asked] == [tmp_path] * 3 + [None]
     sizes = [(a[1].num_frames, a[1].fps, a[1].height, a[1].width) for a in asked]
     assert sizes == [(3, 4, 16, 16)] * 3 + [(3, 4, 8, 8)]
 
-    encode, encode_text = asked[0][2:4]
     frames = torch.rand(2, 3, 16, 16)
-    assert torch.equal(encode(frames), base.vae.encode(frames))
-    one, two = encode_text(["a cat"]), encode_text(["a dog"])
+    assert torch.equal(base.encode(frames), base.vae.encode(frames))
+    one, two = base.encode_captions(["a cat"]), base.encode_captions(["a dog"])
+    assert not {"a cat", "a dog"} & base.texts.keys()  # those of thousands of clips are not kept on the accelerator
     assert torch.equal(torch.cat([one, two]), base.encode_text(["a cat", "a dog"]))
-    encode_text(["a bird"])
-    assert list(base.texts) == ["a bird"]  # those of thousands of clips are not kept on the accelerator
 
 
 # --------------------------------------------------------- The reward ---------------------------------------------------------
@@ -450,6 +449,7 @@ def test_rewards_by_path(small, parts, kind, name, called):
 @pytest.mark.parametrize(("kind", "name"), [("hpsv2", "HPS_v2.1_compressed.pt"), ("hpsv2.1", "HPS_v2_compressed.pt"),
                                             ("hpsv2.1", "HPS_v2.pt"), ("hpsv2.1", "HPS_v2_copy.safetensors")])
 def test_a_file_of_the_other_version_is_refused(kind, name):
+    Path(name).touch()
     with pytest.raises(ValueError, match=f"{name} does not hold HPS v2.[01]: the scores would carry the wrong name"):
         reward.load_reward(kind, name)
 
@@ -514,8 +514,8 @@ def test_a_small_reward_with_words_of_its_own(parts):
     (CLIP | {"vision_cfg": CLIP["vision_cfg"] | {"layers": 10**6}}, None, "whole numbers"),
     (CLIP | {"embed_dim": True}, None, "whole numbers"), (CLIP | {"embed_dim": 0}, None, "whole numbers"),
     (CLIP | {"vision_cfg": [1]}, None, "whole numbers"), ({"embed_dim": 8}, None, "whole numbers"), ([], None, "JSON object"),
-    (CLIP | {"text_cfg": CLIP["text_cfg"] | {"heads": 5}}, None, "not a CLIP that can be built"),
-    (CLIP, "5\na\ncat", "reward: words.txt makes 5 tokens"), (CLIP, "a cat", "words.txt: expected a context length"),
+    (CLIP | {"text_cfg": CLIP["text_cfg"] | {"heads": 5}}, None, "not a model that can be built"),
+    (CLIP, "5\na\ncat", "words.txt: makes 5 tokens"), (CLIP, "a cat", "words.txt: expected a context length"),
     (CLIP | {"embed_dim": 16}, None, "has shape")])
 def test_malformed_reward_folders(parts, monkeypatch, config, words, message):
     monkeypatch.setattr(open_clip.model, "HFTextEncoder", lambda *args, **kwargs: pytest.fail("a file named a model to fetch"))
@@ -638,7 +638,7 @@ def test_resuming_from_damage_changes_nothing(finished, monkeypatch, name, damag
     assert one_line(error) and contents(folder) == before
 
 
-@pytest.mark.parametrize(("name", "value"), [("steps", "many"), ("lr", None), ("cache", 1)])
+@pytest.mark.parametrize(("name", "value"), [("steps", "many"), ("lr", None), ("cache", 2)])
 def test_a_setting_of_another_type_is_tyros_to_refuse(finished, capsys, name, value):
     """As on the command line: exit status 2, and the flag is named."""
     Path("run").mkdir()

@@ -75,7 +75,7 @@ def test_diversity_is_among_the_videos_of_a_prompt():
     clips_ = torch.cat([base, base + .25, base, base + .5])
     copies = watch.pixel_measures(clips_, ["diversity"])["pixel_diversity"]
     assert copies.shape == (4, 3, *watch.SMALL)
-    rows = [{"reward": 0., "pixel_diversity": copy} for copy in copies]
+    rows = [{"reward": 0., "pixel_diversity": copy} for copy in copies.split(1)]
     table = watch.as_table(rows, ["a", "b", "a", "b"])
     torch.testing.assert_close(table["pixel_diversity"], torch.tensor([0, .25, 0, .25], dtype=torch.float64))
     table = watch.as_table(rows, ["a", "a", "b", "a"])["pixel_diversity"]

@@ -821,7 +821,7 @@ def test_the_modelscope_preset_on_a_reduced_structure(name, capsys):
     ("refl", "--late nan", "late = nan: must be above 0 and at most 1"),
     ("vader", "--eta 1.5", "eta = 1.5: must be from 0 to 1"),
     ("vader", "--frames-scored 17", "frames_scored = 17: must be from 0 to 16"),
-    ("ddpo", "--group 3", "batch_size = 8: must be a multiple of group 3"),
+    ("ddpo", "--group 3", "batch_size = 8: must be a multiple of 3, group"),
     ("ddpo", "--updates 3", "steps = 40: must be a multiple of 3, the updates of a round"),
     ("ddpo", "--save-every 5", "save_every = 5: must be a multiple of 2"),
     ("ddpo", "--eval-every 5", "eval_every = 5: must be a multiple of 2"),

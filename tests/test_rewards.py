@@ -38,7 +38,7 @@ from formats.reward_model import (
 from formats.weights import named_rewards
 from reward import HPSv2, Rewards, aggregate, load_reward, load_rewards, tar_weights
 from rewards import aesthetic, imagereward, pickscore, videomae, vjepa, yolos
-from rewards.hub import SIZES
+from rewards.hub import IMAGENET_MEAN, IMAGENET_STD, SIZES, LinearHead, fit_within
 
 YOLOS_SIZE = {"shortest_edge": 512, "longest_edge": 864}  # yolos-tiny's preprocessor_config.json
 CAPTIONS = ["A red Panda's book &amp; playing piano, 4k", "a  cat moving left"]
