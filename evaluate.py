@@ -173,8 +173,8 @@ def check(cfg):
     first_frames(cfg.frames, cfg.segments)  # refuses more segments than frames
     named_rewards(cfg)
     if cfg.official_hps and (cfg.reward not in ((), ("hpsv2",), ("hpsv2.1",)) or cfg.watch):
-        raise ValueError("official_hps: checks hpsv2 or hpsv2.1 alone, without other rewards or "
-                         "watch")
+        raise ValueError("official_hps: checks hpsv2 or hpsv2.1 alone, without others or watch")
+
     check_folder(cfg.out)
     read_prompt_sets(cfg.prompts, cfg.base)
     check_exists(cfg.lora)
@@ -182,8 +182,8 @@ def check(cfg):
 
 def main(cfg):
     """Every set at every D and guidance, base first, then the same with the adapter."""
-    device = join_ranks(cfg.device)
     check(cfg)
+    device = join_ranks(cfg.device)
     if cfg.quick:
         cfg = replace(cfg, count=8, num_steps=cfg.num_steps[:1], guidance=cfg.guidance[:1])
 

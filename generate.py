@@ -106,6 +106,7 @@ def check(cfg):
     prompts = list(cfg.prompt)
     if cfg.prompts:
         prompts += read_prompts(cfg.prompts)
+
     if not prompts or not all(p.strip() for p in prompts):
         raise ValueError("no prompt given: --prompt TEXT or --prompts FILE must name some, and no "
                          "empty ones")
@@ -150,8 +151,8 @@ def write_all(made, base, prompts, cfg):
 
 def main(cfg):
     """Load, generate, write."""
-    device = join_ranks(cfg.device)
     prompts = check(cfg)
+    device = join_ranks(cfg.device)
     rank, world_size = rank_and_size()
 
     # The size of a video is the base's own, unless asked.

@@ -148,10 +148,13 @@ def inject(module, rank=4, alpha=None, generator=None):
 
     generator = generator or torch.Generator().manual_seed(0)
     module.requires_grad_(False)
+    trained = []
     for path, linear in found.items():
         parent, _, leaf = path.rpartition(".")
-        setattr(module.get_submodule(parent), leaf, LoRALinear(linear, rank, alpha, generator))
-    return parameters(module)
+        layer = LoRALinear(linear, rank, alpha, generator)
+        setattr(module.get_submodule(parent), leaf, layer)
+        trained += [layer.lora_A, layer.lora_B]
+    return trained
 
 
 def parameters(module):
@@ -260,8 +263,9 @@ def load_beside(module, path, rank=None):
 
     rank: that they have to be of, if given, else ValueError. Returns their parameters.
     """
-    if path is None or path.is_dir() or not split_lora(read_tensors(path))[1]:
+    if path is None or not split_lora(read_tensors(path))[1]:
         return []
+
     found = load(module, path)
     if rank and len(found[0]) != rank:
         raise ValueError(f"rank = {rank}: must be {len(found[0])}, that of the adapters in {path}")

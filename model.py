@@ -6,13 +6,12 @@ Paper: InstructVideo (arXiv:2312.12490), Sec. 3.1; ModelScopeT2V (arXiv:2308.065
 A text-to-video model has three parts. The text tower turns a caption into features. The autoencoder
 turns frames into latents with an eighth of their rows, and back. The UNet guesses the noise in such
 latents; it is Stable Diffusion's image UNet with layers along time put in after each of its own.
-InstructVideo freezes all three and adapts the UNet's attention (lora.py). Tensors carry the names
-of the diffusers checkpoints; formats/names.py translates the other published ones.
+All three are frozen, the UNet's attention is adapted (lora.py). Tensors are called as in diffusers;
+formats/names.py knows the other published names.
 
 Ours differs from the official code: (1) a clip stays one channels-last block of memory, read as B*F
 images by the spatial layers and as B images of F rows and H*W columns by the temporal ones, so the
-two kinds of layer alternate without copies; (2) text keys and values are computed once a clip, not
-once a frame; (3) no dropout anywhere: fine-tuning runs in eval mode.
+two kinds of layer alternate without copies; (2) text keys and values once a clip; (3) no dropout.
 
 Letters: B clips, F frames, C channels (C' after a change of width), N text tokens, E width of the
 time embedding, n items that a layer treats alike, l length attended over, d width of a head. H and
@@ -20,7 +19,7 @@ W are latent rows and columns in the UNet; in the autoencoder they are pixels, a
 """
 import importlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -302,10 +301,9 @@ class Level(nn.Module):
 
     def block(self, j, x, emb, text, num_frames):
         """The j-th block: (B*F, C, H, W) -> (B*F, C', H, W)."""
-        arguments = (j, x, emb, text, num_frames)
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.run_block, *arguments, use_reentrant=False)
-        return self.run_block(*arguments)
+            return checkpoint(self.run_block, j, x, emb, text, num_frames, use_reentrant=False)
+        return self.run_block(j, x, emb, text, num_frames)
 
     def run_block(self, j, x, emb, text, num_frames):
         x = self.temp_convs[j](self.resnets[j](x, emb), num_frames)
@@ -511,8 +509,7 @@ class Autoencoder(nn.Module):
     The frozen KL autoencoder, frame by frame. Latents here are unscaled: z = config.scale * latent.
 
     encode: x (n, 3, H, W) in [-1, 1] -> moments (n, 2C, h, w), mean then log variance, with
-    h = H / downscale. decode: latent (n, C, h, w) -> x (n, 3, H, W) in about [-1, 1], not clamped:
-    the reward clamps what it scores (formats/reward_model.py, limit).
+    h = H / downscale. decode: latent (n, C, h, w) -> x (n, 3, H, W) in about [-1, 1], not clamped.
     """
 
     def __init__(self, config=VAEConfig()):
@@ -537,9 +534,8 @@ def decode_frames(vae, z, index=None):
     """
     Frames of clips: z (B, C, F, h, w) scaled latents, index g (B, S) -> (B, S, 3, H, W).
 
-    In about [0, 1], not clamped: the reward limits what it is shown. index: which frames, default
-    all. They are picked before they are decoded, since decoding with gradient is what takes memory;
-    the official code decodes all F and then picks (utils/reward/reward.py:138-162).
+    In about [0, 1], not clamped: the reward limits what it is shown. index: default all. Frames are
+    picked first, since decoding with gradient takes memory (official: last, reward.py:138-162).
     """
     z = z.transpose(1, 2)                                                     # (B, F, C, h, w)
     if index is not None:
@@ -559,16 +555,13 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config=TextConfig(), tokenizer=None):
         super().__init__()
-        import open_clip  # here, because it takes seconds
-        self.config = config
-        self.tokenizer = tokenizer or open_clip.SimpleTokenizer(
-            context_length=config.context_length)
-        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
-        positions = torch.randn(config.context_length, config.width) * 0.01
-        self.positional_embedding = nn.Parameter(positions)
-        Transformer = open_clip.transformer.Transformer
-        self.transformer = Transformer(config.width, config.layers, config.heads)
-        self.ln_final = nn.LayerNorm(config.width)
+        from open_clip import SimpleTokenizer, transformer  # here, because it takes seconds
+        self.config, length, width = config, config.context_length, config.width
+        self.tokenizer = tokenizer or SimpleTokenizer(context_length=length)
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.randn(length, width) * 0.01)
+        self.transformer = transformer.Transformer(width, config.layers, config.heads)
+        self.ln_final = nn.LayerNorm(width)
 
     def forward(self, captions):
         tokens = self.tokenizer(list(captions)).to(self.positional_embedding.device)   # (B, N)
@@ -586,12 +579,10 @@ class Base:
     text_encoder: TextEncoder
     name: str                                                       # as the user gave it
     folder: Path | None = None                                      # where it lies, if anywhere
-    unet_file: Path | None = None                                   # may hold LoRA tensors too
+    unet_file: Path | None = None                                   # a file may hold LoRA tensors
     guidance: float = 3.0                                           # w (modules/config.py:74)
     world: object = None                                            # tiny.clips, the tiny base's
-
-    def __post_init__(self):
-        self.texts = {}                                             # {caption: its features}
+    texts: dict = field(default_factory=dict)                       # {caption: its features}
 
     @property
     def device(self):
@@ -634,7 +625,7 @@ class Base:
 
     @torch.no_grad()
     def encode_captions(self, captions):
-        """The same, and nothing is kept: a data set keeps thousands off the accelerator."""
+        """The same, not kept: a data set has thousands, off the accelerator."""
         return torch.cat([self.text_encoder([caption]) for caption in captions])  # (B, N, width)
 
     @torch.no_grad()
@@ -643,7 +634,7 @@ class Base:
         return self.vae.encode(frames.to(self.device, self.vae.quant_conv.weight.dtype))
 
     def fingerprints(self):
-        """Of the encoders' weights and precision: the autoencoder's, and the text tower's."""
+        """Of the autoencoder, and of the text tower: their weights and precision."""
         dtype, parts = self.vae.quant_conv.weight.dtype, (self.vae, self.text_encoder)
         return [f"{fingerprint(part.state_dict())} {dtype}" for part in parts]
 
@@ -656,30 +647,29 @@ class Base:
 # ----------------------------------------------------------------------------------------------
 # Loading. Any published format; formats/names.py says what each calls our tensors.
 
-def load_unet(path, config=None, dtype=None):
+def load_unet(path, config=None, dtype=torch.float32):
     """
     UNet3D from any published file or diffusers folder, frozen; LoRA beside it is left to lora.load.
 
-    config: for bare files, default full size; a folder brings its own. dtype: default float32.
+    config: for bare files, default full size; a folder brings its own.
     """
     described = component_config(path, lambda c: names.unet_from_diffusers(c, UNetConfig))
     config = described or config or UNetConfig()
     tensors, _ = names.split_lora(read_tensors(path))
-    tensors = names.unet_from_official(tensors, config)
-    return load_strict(build_empty(lambda: UNet3D(config), path), tensors, path,
-                       dtype or torch.float32)
+    unet = build_empty(lambda: UNet3D(config), path)
+    return load_strict(unet, names.unet_from_official(tensors, config), path, dtype)
 
 
-def load_vae(path, config=None, dtype=None):
+def load_vae(path, config=None, dtype=torch.float32):
     """Autoencoder from a Stable Diffusion .ckpt, bare LDM tensors, or diffusers' vae folder."""
     described = component_config(path, lambda c: names.vae_from_diffusers(c, VAEConfig))
     config = described or config or VAEConfig()
     vae = build_empty(lambda: Autoencoder(config), path)
     tensors = names.vae_from_official(read_tensors(path), config, vae.state_dict())
-    return load_strict(vae, tensors, path, dtype or torch.float32)
+    return load_strict(vae, tensors, path, dtype)
 
 
-def load_text_encoder(path, tokenizer=None, dtype=None):
+def load_text_encoder(path, tokenizer=None, dtype=torch.float32):
     """TextEncoder from open_clip's weights or transformers' text_encoder; its size is read off."""
     tensors, layers = names.text_tower(read_tensors(path), path)
     vocab_size, width = tensors["token_embedding.weight"].shape
@@ -689,14 +679,13 @@ def load_text_encoder(path, tokenizer=None, dtype=None):
     if (Path(path) / "words.txt").is_file():  # of a small tower with words of its own
         tokenizer = read_words(Path(path) / "words.txt", vars(config))
     encoder = build_empty(lambda: TextEncoder(config, tokenizer), path)
-    return load_strict(encoder, tensors, path, dtype or torch.float32)
+    return load_strict(encoder, tensors, path, dtype)
 
 
-def load_base(base, vae=None, text_encoder=None, dtype=None, device="cpu", seed=0):
+def load_base(base, vae=None, text_encoder=None, dtype=torch.float32, device="cpu", seed=0):
     """
     The base model that a script names: "tiny", a folder, a UNet file with its other parts beside
-    it, a hub id, or "random" (the full-size structure with seeded random weights; "random:64" is
-    one of 64, 128, 256, 256 channels).
+    it, a hub id, or "random" (untrained at full size; "random:64" has 64, 128, 256, 256 channels).
 
     vae, text_encoder: a file or folder to take instead. ValueError: parts missing or not fitting.
     """
@@ -710,13 +699,14 @@ def load_base(base, vae=None, text_encoder=None, dtype=None, device="cpu", seed=
         text = load_text_encoder(paths["text_encoder"])
         names.expect_fitting(unet.config, autoencoder.config, text.config, paths)
         guidance = component_config(paths["unet"], names.own_guidance) or Base.guidance
-        made = Base(unet, autoencoder, move_to(text, device), base, folder, paths["unet"], guidance)
+        file = paths["unet"] if paths["unet"].is_file() else None
+        made = Base(unet, autoencoder, move_to(text, device), base, folder, file, guidance)
         if (folder / "judge.safetensors").is_file():  # the tiny world's clips, prompts and judge
             made.world = importlib.import_module("tiny.clips")
 
     # What runs in every step. The encoders stay float32: they run once, what they make is kept.
     for part in (made.unet, made.vae.decoder, made.vae.post_quant_conv):
-        part.to(dtype or torch.float32)
+        part.to(dtype)
     return made
 
 
@@ -727,6 +717,4 @@ def random_base(spec, seed=0, device="cpu"):
         torch.default_generator.manual_seed(seed)  # the CPU's alone
         parts = [UNet3D(UNetConfig(**unet)), Autoencoder(VAEConfig(**vae)),
                  TextEncoder(TextConfig(**text))]
-    for part in parts:
-        move_to(part.eval().requires_grad_(False), device)
-    return Base(*parts, spec)
+    return Base(*[move_to(part.eval().requires_grad_(False), device) for part in parts], spec)

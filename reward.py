@@ -221,7 +221,9 @@ def load_reward(kind="hpsv2", weights=None, base_folder=None, dtype=torch.float3
     if (path / "words.txt").is_file():  # a small CLIP with words of its own
         config = published.read_clip_config(path / "config.json")
         words = read_words(path / "words.txt", config["text_cfg"])
-        return load_hpsv2(path, "tiny", dtype, device, config, words, argument)
+        clip = load_clip(path, config, dtype, device)
+        return HPSv2(clip, words, "tiny", argument, config)
+
     version = "v2.1" if name == "hpsv2.1" else "v2.0"
     return load_hpsv2(path, version, dtype, device, preprocess=argument)
 
@@ -255,12 +257,6 @@ def as_rewards(reward):
     return reward if isinstance(reward, Rewards) else Rewards([(1., reward)])
 
 
-def own_frames(reward, g, num_frames):
-    """The frames of each clip that a video reward sees (B, n), in place of g (B, S), and f = 1."""
-    index = spread_frames(num_frames, reward.num_frames).to(g.device)         # (n,)
-    return index.expand(len(g), -1), torch.ones(len(g), 1)                    # (B, n), (B, 1)
-
-
 def load_rewards(cfg, base_folder, dtype=torch.float32, device="cpu"):
     """
     All that a script's settings name, as Rewards, or the reward itself where it is the only one.
@@ -275,5 +271,6 @@ def load_rewards(cfg, base_folder, dtype=torch.float32, device="cpu"):
             spread_frames(cfg.frames, found[-1].num_frames)
     if kinds[0][0] == 1 and len(found) == 1 and not cfg.watch:
         return found[0]
+
     parts = [(weight, reward) for (weight, _), reward in zip(kinds, found)]
     return Rewards(parts, tuple(found[len(kinds):]), pixel_names(cfg.watch))

@@ -3,7 +3,7 @@ Reward fine-tuning by editing: InstructVideo's step, and the loop around it.
 
     python train.py                               # the tiny world, on two CPU cores, in minutes
     python train.py modelscope --data clips.txt --prompts animals=animals.txt
-    torchrun --nproc_per_node=4 train.py modelscope --data clips.txt --prompts animals=animals.txt
+    torchrun --nproc_per_node=4 train.py modelscope --data clips.txt --prompts a=a.txt --out RUN
 
 Paper: InstructVideo (arXiv:2312.12490), Secs. 3.2 and 3.3; Fig. 2 shows the step as a picture. A
 step takes real clips and their captions, noises them part of the way, denoises them back with
@@ -30,20 +30,12 @@ from torch.utils.checkpoint import checkpoint
 import lora
 from data import ClipConfig, batch_indices, encode_clips, read_list, sample_posterior
 from evaluate import evaluate, prompt_sets
+from formats.reward_model import spread_frames
 from formats.weights import HUB_BASE, named_rewards
 from model import decode_frames, load_base
-from reward import (
-    aggregate,
-    as_rewards,
-    load_rewards,
-    own_frames,
-    segment_edges,
-    segment_frames,
-    tar_weights,
-)
+from reward import aggregate, as_rewards, load_rewards, segment_edges, segment_frames, tar_weights
 from sampler import GUIDANCE, check_edit, edit
-from support import ranks, settings
-from support import run as run_folder
+from support import ranks, run as run_folder, settings
 from support.ranks import add_over_ranks, rank_and_size, sample_generator
 from support.tables import add_means, check_watched, watched_names
 
@@ -74,7 +66,8 @@ def video_rewards(base, rewards, z_0, g, captions, cfg):
         # 1. Frames near the centre count more (Eq. 7). A video reward sees its own, in order.
         index, f = g, tar_weights(g, F, cfg.lambda_tar)                       # (B, S), (B, S)
         if getattr(reward, "num_frames", None):
-            index, f = own_frames(reward, g, F)                               # (B, n), (B, 1)
+            index = spread_frames(F, reward.num_frames).expand(len(g), -1)    # (B, n)
+            f = torch.ones(len(g), 1)                                         # (B, 1)
 
         # 2. Score one frame of each segment (Eq. 6). Only these frames are decoded.
         frame_scores = score_frames(base.vae, reward, z_0, index, captions, chunk)    # (B, S)
@@ -122,9 +115,7 @@ class Method:
 
 
 def train(cfg, parameters, method, run):
-    """
-    Maximise R over `parameters`, from wherever `run` stands to cfg.steps; whether it came so far.
-    """
+    """Maximise R over `parameters`, from where `run` stands to cfg.steps; whether it got there."""
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0)
     loss_scale = 4096. if cfg.dtype == "float16" else 1.  # there, half of the gradient would be 0
 
@@ -260,8 +251,6 @@ def check(cfg, needs_clips=True):
     segment_edges(cfg.frames, cfg.segments)  # raises for more segments than frames
     if needs_clips and cfg.data is None and cfg.base != "tiny":
         raise ValueError("no clips: --data LIST must name some (only the tiny world draws its own)")
-    if cfg.tensorboard:
-        run_folder.tensorboard_writer()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -287,6 +276,7 @@ def read_clips(cfg, base):
     base.latent_size(pixels, pixels)  # refuses a size that the autoencoder cannot halve
     if not cfg.data:
         return base.world.clips(base, cfg.frames, pixels)
+
     clips = ranks.on_rank_0(lambda: read_list(cfg.data, cfg.data_root))
     return encode_clips(clips, ClipConfig(cfg.frames, cfg.fps, pixels, pixels), base,
                         cfg.cache_dir if cfg.cache else None, cfg.workers, cfg.max_skip)
@@ -318,16 +308,15 @@ def plan_evaluations(cfg, folder, base, rewards):
     def save_adapter(path):
         lora.save(base.unet, path, base=cfg.base)
 
-    watched = watched_names(cfg.watch, exact.watched) if cfg.watch else []
-    return run_folder.Evaluations(cfg, folder, prompts, evaluate_prompts, save_adapter, exact.name,
-                                  watched)
+    return run_folder.Evaluations(
+        cfg, folder, prompts, evaluate_prompts, save_adapter, rewards.name,
+        watched_names(cfg.watch, exact.watched) if cfg.watch else [])
 
 
 def main(argv, module=sys.modules[__name__]):
     """
-    Everything from the command line to the last line printed; returns the exit status.
-
-    module: of a method, with its PRESETS, check(cfg) and method(cfg, base, rewards, folder).
+    A run of a method, from the command line to the last line printed; returns the exit status.
+    module: its PRESETS, check(cfg) and method(cfg, base, rewards, folder).
     """
     cfg = settings.parse(argv, module.PRESETS, module.__doc__)
     module.check(cfg)
@@ -339,8 +328,8 @@ def main(argv, module=sys.modules[__name__]):
     base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype, device, cfg.seed)
     if cfg.guidance is None:
         cfg = replace(cfg, guidance=base.guidance)  # recorded with the run
-    parameters = lora.load_beside(base.unet, base.unet_file, cfg.rank) or lora.inject(
-        base.unet, cfg.rank, generator=sample_generator(cfg.seed, "lora"))
+    found = base.unet_file and lora.load_beside(base.unet, base.unet_file, cfg.rank)
+    parameters = found or lora.inject(base.unet, cfg.rank, None, sample_generator(cfg.seed, "lora"))
     rewards = load_rewards(cfg, base.folder, dtype, device)
     evaluations = plan_evaluations(cfg, folder, base, rewards)
 
@@ -357,20 +346,14 @@ def main(argv, module=sys.modules[__name__]):
     run = run_folder.Run(cfg, folder, lora.adapter_state(base.unet), evaluations, method)
     with ranks.catch_signals():
         run.open(resumed)
-        try:
-            return run_folder.train_and_report(
-                run, lambda: train(cfg, parameters, method, run), module.__spec__)
-        except torch.OutOfMemoryError:
-            raise RuntimeError(
-                f"{device}: out of memory. These need less: --clips-at-once 1, --decode-chunk 1, "
-                "--checkpoint-activations, --low-memory; benchmark.py counts") from None
+        return run_folder.train_and_report(run, lambda: train(cfg, parameters, method, run),
+                                           module.__spec__)
 
 
 def start(module):
     """Run a method as a script: train.py itself, or `python -m methods.NAME`."""
     ranks.run_script(module.__spec__.name if module.__spec__ else "train.py",
-                     lambda: main(sys.argv[1:], module),
-                     refused=(RuntimeError, OSError, SafetensorError))
+                     lambda: main(sys.argv[1:], module), (RuntimeError, OSError, SafetensorError))
 
 
 if __name__ == "__main__":

@@ -200,8 +200,9 @@ class Rounds:
                     raise Stopped
         shares = gather(parts)
         if is_main_process():
-            parts = sum(shares, [])
-            whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            parts, whole = sum(shares, []), {}
+            for name in parts[0]:
+                whole[name] = torch.cat([part[name] for part in parts])       # (n, ...)
             with write_whole(path) as hidden:
                 save_file(whole, hidden)
 

@@ -34,8 +34,7 @@ from tyro.conf import Fixed, Suppress
 import lora
 import train
 from data import batch_indices
-from methods.common import PromptConfig, Rounds, check_rounds, presets, read_videos
-from methods.common import check as check_common
+from methods.common import PromptConfig, Rounds, check as check_common, check_rounds, presets, read_videos
 from reward import first_frames
 from sampler import add_noise, alpha_bars, sample
 from support.ranks import rank_and_size, sample_generator

@@ -25,8 +25,7 @@ from dataclasses import dataclass
 import torch
 
 import train
-from methods.common import PromptConfig, presets, read_videos
-from methods.common import check as check_common
+from methods.common import PromptConfig, check as check_common, presets, read_videos
 from reward import segment_frames
 from sampler import alpha_bars, chain
 from support.ranks import sample_generator

@@ -29,8 +29,7 @@ import torch
 from tyro.conf import Fixed, Suppress
 
 import train
-from methods.common import PromptConfig, presets, read_videos
-from methods.common import check as check_common
+from methods.common import PromptConfig, check as check_common, presets, read_videos
 from reward import segment_frames
 from sampler import alpha_bars, ddim_step, ddpm_step, guided_eps
 from support.ranks import sample_generator

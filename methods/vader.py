@@ -29,8 +29,7 @@ from dataclasses import dataclass
 import torch
 
 import train
-from methods.common import PromptConfig, presets, read_videos
-from methods.common import check as check_common
+from methods.common import PromptConfig, check as check_common, presets, read_videos
 from sampler import alpha_bars, ddim_mean_std, ddpm_step, guided_eps
 from support.ranks import sample_generator
 

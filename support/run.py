@@ -19,7 +19,7 @@ from tqdm import tqdm
 from support.files import check_folder, first_line, read_json, write_text, write_whole
 from support.pictures import contact_sheet, draw_curves, write_comparison_gif, write_png
 from support.ranks import check_alike, on_rank_0, progress, rank_and_size, signalled
-from support.settings import to_record
+from support.settings import tensorboard_writer, to_record
 from support.tables import add_judge, best_step, find_turn, json_numbers, number, paired, summary, with_error
 from support.videos import read_video, to_pixels, video_name, write_video
 
@@ -61,7 +61,7 @@ class Run:
                 for name, tensor in state["adapters"].items():
                     self.adapters[name].copy_(tensor)
         if self.writes:
-            if not resumed and holds_run(self.folder):
+            if not resumed and self.folder.exists() and holds_run(self.folder):
                 clear(self.folder)
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             for half_written in [*self.folder.glob(".????????.*"), *self.folder.glob("samples/.????????.*")]:
@@ -301,6 +301,9 @@ def train_and_report(run, train, spec):
         finished = train()
     except Stopped:
         finished = False
+    except torch.OutOfMemoryError:
+        raise RuntimeError("out of memory; these need less: --clips-at-once 1, --decode-chunk 1, --checkpoint-activations, "
+                           "--low-memory (docs/gpu.md)") from None
     finally:
         run.close()
     if finished or run.evaluations.ended_early():
@@ -423,15 +426,6 @@ def mean_reward(measures):
     """Mean reward over the prompt sets of an evaluation, by which the best is chosen: never one that is not finite."""
     mean = sum(number(m["reward_mean"]) for m in measures.values()) / len(measures)
     return mean if math.isfinite(mean) else -math.inf
-
-
-def tensorboard_writer():
-    """TensorBoard's class of writers; ValueError where it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("tensorboard is not installed: `pip install tensorboard`, or leave --tensorboard out") from None
-    return SummaryWriter
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -134,10 +134,21 @@ def check_training(cfg, world_size):
         raise ValueError(f"batch_size = {cfg.batch_size}: must be a multiple of {world_size}, the number of ranks")
     if world_size > 1 and not (cfg.out or cfg.resume):
         raise ValueError("out: must be given with torchrun, whose restarted workers find their run in it")
+    if cfg.tensorboard:
+        tensorboard_writer()
     if cfg.data is not None:
         read_list(cfg.data, cfg.data_root)
     if cfg.eval_every:
         read_prompt_sets(cfg.prompts, cfg.base)
+
+
+def tensorboard_writer():
+    """TensorBoard's class of writers; ValueError where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("tensorboard is not installed: `pip install tensorboard`, or leave --tensorboard out") from None
+    return SummaryWriter
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,7 +198,7 @@ def saved_flags(folder, presets):
     if "grad_accum" in saved or isinstance(saved.get("reward", []), str):
         raise ValueError(f"resume {folder}: a run of an early version; continue it with that version, or start it anew")
     defaults = presets.get(saved.get("preset"), next(iter(presets.values())))
-    known, words = to_json(defaults), []
+    known, words = to_record(defaults), []
     for name in GONE & saved.keys():
         tqdm.write(f"{file}: {name} = {saved.pop(name)} is no setting any more, and changes nothing")
     unknown = sorted(saved.keys() - known.keys())
@@ -209,17 +220,15 @@ def saved_flags(folder, presets):
     return words, defaults
 
 
-def to_json(cfg):
-    """A run's settings as plain values, the same however often the run was continued."""
+def to_record(cfg):
+    """
+    The settings as a run's config.json has them, plain values that are the same however often the run was continued.
+
+    Paths to what is there are absolute, so it can be continued anywhere.
+    """
     found = {}
     for name, value in asdict(replace(cfg, resume=None)).items():
         found[name] = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
-    return found
-
-
-def to_record(cfg):
-    """The settings as a run's config.json has them: with absolute paths to what is there, so it can be continued anywhere."""
-    found = to_json(cfg)
     for name in ("data", "data_root", "vae", "text_encoder", "base", "prompts_train"):  # the last is not every method's
         if found.get(name):
             found[name] = absolute(found[name])

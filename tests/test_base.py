@@ -28,12 +28,9 @@ import lora
 import model
 import reward
 import train
-from formats import adapters, names, weights, words
-from formats import reward_model as clip_configs
-from formats import tensors as published
+from formats import adapters, names, reward_model as clip_configs, tensors as published, weights, words
 from model import Autoencoder, Base, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig, decode_frames, load_base
-from support import ranks as processes
-from support import run as run_folder
+from support import ranks as processes, run as run_folder
 from tiny import clips
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -413,7 +410,8 @@ def test_weights_have_one_fingerprint_in_every_precision(base, dtype):
 
 
 def test_cached_latents_and_text_belong_to_weights_and_precision(base, monkeypatch, tmp_path):
-    asked, named, other = [], [], Base(base.unet, seeded(lambda: Autoencoder(VAE), 1), seeded(lambda: TextEncoder(TEXT), 1), "other")
+    asked, named = [], []
+    other = Base(base.unet, seeded(lambda: Autoencoder(VAE), 1), seeded(lambda: TextEncoder(TEXT), 1), "other")
     monkeypatch.setattr(train, "encode_clips", lambda *args: asked.append(args))
     monkeypatch.setattr(train, "read_list", lambda *args: args)
     cfg = train.Config(data=Path("clips.txt"), frames=3, size=16, fps=4, cache_dir=tmp_path)

@@ -17,10 +17,7 @@ import torch
 from safetensors import safe_open
 
 from data import ClipConfig, LatentDataset, batch_indices, encode_clips, epoch_order, sample_posterior
-from support import clips as cache
-from support import clips as clip_lists
-from support import ranks as processes
-from support import videos
+from support import clips as cache, clips as clip_lists, ranks as processes, videos
 from support.clips import Clip, encode_captions, find_problems, leave_out, read_list
 from support.ranks import sample_generator
 from support.videos import read_clip

@@ -29,8 +29,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import model
-from formats import names
-from formats import tensors as published
+from formats import names, tensors as published
 from model import Autoencoder, UNet3D, UNetConfig, VAEConfig, load_text_encoder, load_unet, load_vae
 from support import files
 
@@ -801,7 +800,7 @@ BAD = {
     "config of another class": (load_unet, lambda w: w.component(_class_name="UNet2DConditionModel"), "UNet3DConditionModel"),
     "config of an autoencoder": (load_unet, lambda w: w.component(names.vae_to_diffusers(VAE)), "found 'AutoencoderKL'"),
     "config of a UNet": (load_vae, lambda w: w.component(), "expected _class_name 'AutoencoderKL', found 'UNet3DConditionModel'"),
-    "channels are text": (load_unet, lambda w: w.component(block_out_channels="abc"), "config.json", "expected block_out_channels"),
+    "channels are text": (load_unet, lambda w: w.component(block_out_channels="abc"), "expected block_out_channels"),
     "channels are negative": (load_unet, lambda w: w.component(block_out_channels=[8, -16]), "expected whole numbers"),
     "channels are fractions": (load_unet, lambda w: w.component(block_out_channels=[8.0, 16.0]), "expected whole numbers"),
     "channels are a number": (load_unet, lambda w: w.component(block_out_channels=8), "config.json", "TypeError"),

@@ -12,9 +12,7 @@ import evaluate
 import reward
 import train
 from formats.weights import named_rewards
-from support import run as run_folder
-from support import tables as guard
-from support import tables as watch
+from support import run as run_folder, tables as guard, tables as watch
 from support.tables import paired, summary
 from tiny import judge, study
 

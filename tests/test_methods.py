@@ -32,8 +32,7 @@ from formats.tensors import fingerprint
 from methods import common, ddpo, dpo, draft, refl, rwr, vader
 from model import load_base
 from reward import load_reward
-from support import run as run_folder
-from support import settings
+from support import run as run_folder, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = {"draft": draft, "refl": refl, "vader": vader, "ddpo": ddpo, "rwr": rwr, "dpo": dpo}
@@ -851,7 +850,7 @@ def test_a_run_of_one_method_is_not_continued_by_another():
     for name in ("refl", "dpo"):
         with pytest.raises(ValueError, match="run/config.json: not the settings of this method or version; not known: truncate"):
             run(name, "--resume", "run")
-    Path("run/config.json").write_text(json.dumps(settings.to_json(train.Config())))
+    Path("run/config.json").write_text(json.dumps(settings.to_record(train.Config())))
     with pytest.raises(ValueError, match="not the settings of this method or version; missing: prompts_train"):
         run("refl", "--resume", "run")
     for module in METHODS.values():

@@ -12,8 +12,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import model
-from formats import names
-from formats import tensors as published
+from formats import names, tensors as published
 from formats.words import WordTokenizer, cut_captions
 from model import Autoencoder, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig
 from support import ranks as processes

@@ -18,11 +18,8 @@ import torch
 
 import explain
 import train
-from pages import html as pages
-from pages import runs as run_report
-from pages import step as step_picture
-from pages import votes
-from support.settings import to_json
+from pages import html as pages, runs as run_report, step as step_picture, votes
+from support.settings import to_record
 from support.videos import enlarge, read_video, video_name, write_video
 from tests import browser as chromium
 
@@ -66,7 +63,7 @@ def write_run(folder, gains, **changes):
     """A run folder with evaluations at steps 0, 10 and 20, in which prompt i gains gains[i]."""
     (folder / "samples").mkdir(parents=True)
     cfg = train.Config(prompts=("things=prompts.txt",), eval_count=4, steps=20, **changes)
-    (folder / "config.json").write_text(json.dumps(to_json(cfg)))
+    (folder / "config.json").write_text(json.dumps(to_record(cfg)))
     (folder / "run.json").write_text(json.dumps({"watched": cfg.watch, "prompts": {"things": PROMPTS}}))
     lines = [{"step": s, "reward": .3 + .01 * s, "loss": -.1, "grad_norm": .1, "seconds": 1.} for s in range(1, 21)]
     for step in (0, 10, 20):

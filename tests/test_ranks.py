@@ -18,9 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import train
-from support import clips as clip_lists
-from support import ranks as processes
-from support import run as run_folder
+from support import clips as clip_lists, ranks as processes, run as run_folder
 from tiny import clips
 
 PATIENCE = 120

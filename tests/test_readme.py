@@ -51,7 +51,7 @@ def test_every_command_parses(words, tmp_path, monkeypatch, capfd):
     if "--resume" in argv:  # which reads the run's own settings
         folder = Path(argv[argv.index("--resume") + 1])
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps(settings.to_json(train.Config())))
+        (folder / "config.json").write_text(json.dumps(settings.to_record(train.Config())))
 
     def read_and_stop(read):
         def stop(*args, **kwargs):

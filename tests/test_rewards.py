@@ -23,18 +23,7 @@ from torchvision.transforms import CenterCrop, InterpolationMode, Normalize, Res
 import train
 from benchmark import measure_peak
 from evaluate import measure
-from formats.reward_model import (
-    CLIP_MEAN,
-    CLIP_STD,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    SMALL_CLIP,
-    LinearHead,
-    RewardModel,
-    crop_centre,
-    fit_within,
-    spread_frames,
-)
+from formats.reward_model import CLIP_MEAN, CLIP_STD, SMALL_CLIP, RewardModel, crop_centre, spread_frames
 from formats.weights import named_rewards
 from reward import HPSv2, Rewards, aggregate, load_reward, load_rewards, tar_weights
 from rewards import aesthetic, imagereward, pickscore, videomae, vjepa, yolos

@@ -31,8 +31,7 @@ from formats import adapters, weights
 from formats.weights import TINY
 from model import decode_frames, load_base
 from reward import load_reward
-from support import run as run_folder
-from support import settings, videos
+from support import run as run_folder, settings, videos
 from tiny import clips, world
 
 SHORT = ["--device", "cpu", "--frames", "4", "--segments", "2", "--batch-size", "2", "--num-steps", "2", "--tau", "1",
