@@ -20,6 +20,7 @@ from tyro.conf import Fixed, Suppress
 import train
 from data import batch_indices
 from model import Base
+from reward import segment_frames
 from support.clips import read_prompts
 from support.files import read_json, write_text, write_whole
 from support.ranks import (
@@ -140,8 +141,16 @@ class Videos:
         return self.start(self.share(step, self.cfg.batch_size), self.cfg.seed, step)
 
 
-def read_videos(cfg, base, pick_frames):
-    """The Videos of --prompts-train, or of the tiny world's in_domain captions."""
+def read_videos(cfg, base, pick_frames=None):
+    """
+    The Videos of --prompts-train, or of the tiny world's in_domain captions.
+
+    pick_frames(generator) -> (S,), the frames to score; default one of each segment (SegVR).
+    """
+    def of_segments(generator):
+        return segment_frames(cfg.frames, cfg.segments, 1, generator)[0]      # (S,)
+
+    pick_frames = pick_frames or of_segments
     own = cfg.prompts_train is None
     prompts = base.world.prompt_sets()["in_domain"] if own else read_prompts(cfg.prompts_train)
     for start in range(0, len(prompts), 64):  # now, as the text encoder may leave the accelerator

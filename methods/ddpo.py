@@ -40,9 +40,8 @@ BUFFER = 16  # rewards of a prompt that its statistics need (kvablack: config/ba
 
 def log_prob(z_prev, mean, std):
     """
-    log p(z_prev | z_t) (B,) under N(mean, std^2), float32: the mean over elements (kvablack).
-
-    As it is a mean and no sum, a clip range as small as 1e-4 fits. It is never one over the batch.
+    log p(z_prev | z_t) (B,) under N(mean, std^2), float32: the mean over elements (kvablack), as a
+    clip range of 1e-4 needs it. It is never one over the batch.
     """
     z_prev, mean = z_prev.detach().float(), mean.float()
     std = torch.as_tensor(std, dtype=torch.float32, device=mean.device)
@@ -61,9 +60,9 @@ def advantages(rewards, prompts, last=None, group=1):
     """
     A (B,) = (r - mean) / std, limited to +-5: how much better than usual is a video?
 
-    rewards (B,), prompts [B]. group > 1: statistics of these videos of the same prompt (GRPO,
-    arXiv:2402.03300, Sec. 4.1). Otherwise those of the prompt's last 16 rewards, of `last` {prompt:
-    rewards before these} and these; of all B videos where a prompt has fewer than 16.
+    rewards (B,), prompts [B]. Statistics with group > 1: of these videos of a prompt (GRPO,
+    arXiv:2402.03300, Sec. 4.1); else of a prompt's last 16 rewards, `last` {prompt: those before
+    these} among them, or of all B where it has fewer.
     """
     A = torch.zeros_like(rewards)
     for prompt in set(prompts):

@@ -34,7 +34,7 @@ from tyro.conf import Fixed, Suppress
 import lora
 import train
 from data import batch_indices
-from methods.common import PromptConfig, Rounds, check as check_common, check_rounds, presets, read_videos
+from methods import common
 from reward import first_frames
 from sampler import add_noise, alpha_bars, sample
 from support.ranks import rank_and_size, sample_generator
@@ -90,7 +90,7 @@ def sample_pairs(base, rewards, videos, number, cfg):
 
 
 @dataclass(frozen=True)
-class Config(PromptConfig):
+class Config(common.PromptConfig):
     """Fine-tune a text-to-video model by Diffusion-DPO, from prompts."""
     rounds: int = 1
     """times that pairs are sampled, each for an equal share of the steps: first from the base, then
@@ -105,26 +105,23 @@ class Config(PromptConfig):
     cache_interval: Suppress[Fixed[int]] = 1
 
 
-PRESETS = presets(Config, pairs=2048, batch_size=16, lr=5e-4)
+PRESETS = common.presets(Config, pairs=2048, batch_size=16, lr=5e-4)
 
 
 def check(cfg):
     """All that can be known before anything is loaded; ValueError in one line."""
-    check_common(cfg)
-    check_rounds(cfg, "pairs")
+    common.check(cfg)
+    common.check_rounds(cfg, "pairs")
     check_positive(cfg, "beta")
 
 
 def method(cfg, base, rewards, folder):
     """DPO as train.train takes it, on the pairs of rounds that the folder keeps."""
-    def pick_frames(generator):
-        return first_frames(cfg.frames, cfg.segments)  # alike, to compare    # (S,)
-
     def make(number):
         return sample_pairs(base, rewards, videos, number, cfg)
 
-    videos = read_videos(cfg, base, pick_frames)
-    rounds = Rounds(cfg, folder, make, cfg.pairs)
+    videos = common.read_videos(cfg, base, lambda _: first_frames(cfg.frames, cfg.segments))
+    rounds = common.Rounds(cfg, folder, make, cfg.pairs)
 
     def draw(step):
         pairs = rounds.of(step)

@@ -26,7 +26,6 @@ import torch
 
 import train
 from methods.common import PromptConfig, check as check_common, presets, read_videos
-from reward import segment_frames
 from sampler import alpha_bars, chain
 from support.ranks import sample_generator
 
@@ -77,10 +76,7 @@ def check(cfg):
 
 def method(cfg, base, rewards, folder):
     """DRaFT-K as train.train takes it."""
-    def pick_frames(generator):
-        return segment_frames(cfg.frames, cfg.segments, 1, generator)[0]      # (S,)
-
-    videos = read_videos(cfg, base, pick_frames)
+    videos = read_videos(cfg, base)
 
     def draw(step):
         *batch, _ = videos.batch(step)

@@ -30,7 +30,6 @@ from tyro.conf import Fixed, Suppress
 
 import train
 from methods.common import PromptConfig, check as check_common, presets, read_videos
-from reward import segment_frames
 from sampler import alpha_bars, ddim_step, ddpm_step, guided_eps
 from support.ranks import sample_generator
 
@@ -57,13 +56,6 @@ def predict(base, noise, text, uncond, m, cfg):
     return (z - (1 - a) ** 0.5 * eps) / a**0.5                                # (B, C, F, h, w)
 
 
-def refl_rewards(base, rewards, uncond, batch, cfg):
-    """R (B,) of the predicted videos, and what to log, as train.edit_rewards."""
-    noise, text, g, captions, m = batch
-    z_0 = predict(base, noise, text, uncond, m[0], cfg)                       # (B, C, F, h, w)
-    return train.video_rewards(base, rewards, z_0, g, captions, cfg)
-
-
 @dataclass(frozen=True)
 class Config(PromptConfig):
     """Fine-tune a text-to-video model by reward feedback learning, from prompts."""
@@ -84,10 +76,7 @@ def check(cfg):
 
 def method(cfg, base, rewards, folder):
     """ReFL as train.train takes it."""
-    def pick_frames(generator):
-        return segment_frames(cfg.frames, cfg.segments, 1, generator)[0]      # (S,)
-
-    videos = read_videos(cfg, base, pick_frames)
+    videos = read_videos(cfg, base)
 
     def draw(step):
         # One m for all videos of a step, on all ranks: they run through the chain together.
@@ -98,7 +87,9 @@ def method(cfg, base, rewards, folder):
         return *batch, [m] * len(batch[0])
 
     def score(batch):
-        return refl_rewards(base, rewards, videos.uncond, batch, cfg)
+        noise, text, g, captions, m = batch
+        z_0 = predict(base, noise, text, videos.uncond, m[0], cfg)            # (B, C, F, h, w)
+        return train.video_rewards(base, rewards, z_0, g, captions, cfg)
 
     return train.Method(draw, score, videos.description)
 

@@ -33,7 +33,7 @@ from tyro.conf import Fixed, Suppress
 
 import train
 from data import batch_indices
-from methods.common import NoiseConfig, Rounds, check as check_common, check_rounds, presets, read_videos
+from methods import common
 from reward import first_frames
 from sampler import add_noise, alpha_bars, sample
 from support.ranks import rank_and_size, sample_generator
@@ -70,7 +70,7 @@ def sample_videos(base, rewards, videos, number, cfg):
 
 
 @dataclass(frozen=True)
-class Config(NoiseConfig):
+class Config(common.NoiseConfig):
     """Fine-tune a text-to-video model by reward-weighted regression."""
     rounds: int = 4
     """times that new videos are sampled, each for an equal share of the steps"""
@@ -84,15 +84,15 @@ class Config(NoiseConfig):
     cache_interval: Suppress[Fixed[int]] = 1
 
 
-PRESETS = presets(Config, rounds=10, videos=2048, batch_size=16, offset_noise=0.1)
+PRESETS = common.presets(Config, rounds=10, videos=2048, batch_size=16, offset_noise=0.1)
 
 
 def check(cfg):
     """All that can be known before anything is loaded; ValueError in one line."""
-    check_common(cfg)
+    common.check(cfg)
     check_positive(cfg, "temperature")
     if cfg.data is None:
-        check_rounds(cfg, "videos")
+        common.check_rounds(cfg, "videos")
 
 
 def method(cfg, base, rewards, folder):
@@ -101,7 +101,7 @@ def method(cfg, base, rewards, folder):
         source = train.read_clips(cfg, base)
         draw_weighted = weighted_clips(cfg, base, rewards, source)
     else:
-        source = read_videos(cfg, base, lambda _: first_frames(cfg.frames, cfg.segments))
+        source = common.read_videos(cfg, base, lambda _: first_frames(cfg.frames, cfg.segments))
         draw_weighted = weighted_videos(cfg, base, rewards, source, folder)
 
     def draw(step):
@@ -124,7 +124,7 @@ def weighted_videos(cfg, base, rewards, videos, folder):
         with torch.no_grad():
             yield from sample_videos(base, rewards, videos, number, cfg)
 
-    rounds = Rounds(cfg, folder, make, cfg.videos)
+    rounds = common.Rounds(cfg, folder, make, cfg.videos)
 
     def draw(step):
         made = rounds.of(step)

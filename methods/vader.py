@@ -10,14 +10,12 @@ Paper: VADER (arXiv:2407.08737), Algorithm 1.
 
 Against train.py: (1) it starts from pure noise and needs prompts only; (2) it runs the whole chain,
 of stochastic steps unless --eta 0; (3) it scores n random frames, one by default, and takes their
-plain mean (--lambda-tar 0); --frames-scored 0 is all of them. A video reward sees its own frames,
-in order (docs/rewards.md).
+plain mean (--lambda-tar 0); --frames-scored 0 is all of them. A video reward sees its own frames.
 
 Ours differs from the authors' code: number of steps, guidance and rank are those of the other
 methods here, not 25, 12 and 16, which are VideoCrafter's.
 
-Letters: B videos, C channels, F frames, n scored ones, h and w latent rows and columns, N text
-tokens, D steps of the chain.
+Letters: B videos, n frames that are scored, N text tokens; others as in sampler.py.
 """
 import sys
 
@@ -36,13 +34,12 @@ from support.ranks import sample_generator
 
 def vader_rewards(base, rewards, uncond, batch, cfg):
     """
-    Algorithm 1, from noise to the reward of a video.
+    Algorithm 1, from noise to the reward of a video. Returns as train.edit_rewards.
 
-    batch: noise (B, C, F, h, w), text (B, N, E), g (B, n), captions [B], seeds [B]; uncond
-    (1, N, E). Returns as train.edit_rewards.
+    batch: noise (B, C, F, h, w), text (B, N, E), g (B, n), captions and keys [B]; uncond (1, N, E).
     """
-    z, text, g, captions, seeds = batch
-    generators = [sample_generator(*seed) for seed in seeds]
+    z, text, g, captions, keys = batch
+    generators = [sample_generator(*key) for key in keys]
     alpha_bar, eps_model = alpha_bars(), base.chain_denoiser(cfg.cache_interval)
     stride = len(alpha_bar) // cfg.num_steps
 
@@ -90,10 +87,8 @@ def check(cfg):
 
 def method(cfg, base, rewards, folder):
     """VADER as train.train takes it."""
-    def pick_frames(generator):
-        return random_frames(cfg.frames, cfg.frames_scored, generator)        # (n,)
-
-    videos = read_videos(cfg, base, pick_frames)
+    videos = read_videos(
+        cfg, base, lambda own: random_frames(cfg.frames, cfg.frames_scored, own))
 
     def score(batch):
         return vader_rewards(base, rewards, videos.uncond, batch, cfg)
