@@ -4,9 +4,8 @@ Rebuild every weight that ships in tiny/weights, from seeds alone.
     python -m tiny.build                      # all stages, in order
     python -m tiny.build --stages judge       # one stage; it reads what earlier stages wrote
 
-Stages: the autoencoder; a CLIP, whose text tower conditions the UNet; the text-to-video UNet; the preference model, which is the
-CLIP fine-tuned the way HPSv2 was; the judge, which nothing ever optimises; two small rewards, action and removal; and the gates,
-which measure what all of these have learned. tiny/README.md says what was tried on the way.
+Stages: autoencoder, CLIP (its text tower conditions the UNet), text-to-video UNet, preference model (the CLIP fine-tuned the way
+HPSv2 was), judge, the small rewards action and removal, and gates, which measure what these have learned. See tiny/README.md.
 
 Letters: B clips or pictures, F frames, C channels, H and W pixel rows and columns, h and w latent ones.
 """
@@ -49,9 +48,7 @@ CLIP = dict(embed_dim=64,
             text_cfg=dict(context_length=world.CONTEXT_LENGTH, vocab_size=len(world.WORDS) + 4, width=64, heads=1, layers=3))
 LATENT_STD = 0.5  # see tiny/README.md: with unit variance, noise at t = 951 still shows the layout, and words go unread
 MAX_WEIGHT = 100.  # of a noise level in Eq. (1), 1 / abar_t up to this: only at high noise do the words matter
-# The base's own guidance, written into its config. It is low because eps_c - eps_u points to what other shapes lack: guidance 3
-# adds it three times, and squares become bow ties.
-GUIDANCE = 1.5
+GUIDANCE = 1.5  # written into the base's config; eps_c - eps_u points to what other shapes lack: at 3 squares become bow ties
 ATTACK = 5.  # on the action classifier: the L2 norm of a clip's change, a root mean square of 0.02
 
 
@@ -77,8 +74,7 @@ class Config:
     clips: int = 6000
     """training clips of the UNet; the other stages draw as many or fewer"""
     states: Path | None = None
-    """a folder outside the repository for the state of each training, from which the same command goes on after a stop; empty it
-    before changing anything but the stages"""
+    """a folder for the state of each training, from which the same command goes on after a stop; empty it before a change"""
 
 
 def main(cfg):
@@ -114,16 +110,9 @@ def save(path, module, config=None):
     save_file({name: tensor.detach().half().cpu().contiguous() for name, tensor in module.state_dict().items()}, path)
     if config:
         (path.parent / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    if config is CLIP:  # what its tokenizer needs: the context length, then the vocabulary
+        (path.parent / "words.txt").write_text("\n".join([str(world.CONTEXT_LENGTH), *world.WORDS]) + "\n")
 
-
-def save_clip(folder, clip_model):
-    """The same for a CLIP, with what its tokenizer needs: the context length, then the vocabulary."""
-    save(folder / "open_clip_model.safetensors", clip_model, CLIP)
-    (folder / "words.txt").write_text("\n".join([str(world.CONTEXT_LENGTH), *world.WORDS]) + "\n")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
 
 def fit(cfg, name, module, loss_of, steps, lr, ema_decay=0.):
     """
@@ -133,24 +122,20 @@ def fit(cfg, name, module, loss_of, steps, lr, ema_decay=0.):
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0)
     average = copy.deepcopy(module) if ema_decay else module
     parts = [module, optimizer, average]
-    state_file = cfg.states and cfg.states / f"{name} {steps}.pt".replace(",", "").replace(" ", "_")
+    state_file = cfg.states and cfg.states / f"{name} {steps}.pt"
     first_step = load_state(state_file, parts) if state_file and state_file.exists() else 0
 
     bar = progress(range(first_step, steps), name, steps, unit="step", initial=first_step)
     for step in bar:
         # Linear warm-up, then a cosine to zero.
-        rate = lr * min(1, (step + 1) / 100) * .5 * (1 + math.cos(math.pi * step / steps))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-
+        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * .5 * (1 + math.cos(math.pi * step / steps))
         loss = loss_of(step)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
 
-        # The average is short at first, so that it forgets the untrained weights.
-        if ema_decay:
+        if ema_decay:  # the average is short at first, so that it forgets the untrained weights
             decay = min(ema_decay, (1 + step) / (10 + step))
             with torch.no_grad():
                 for averaged, parameter in zip(average.parameters(), module.parameters()):
@@ -177,8 +162,7 @@ def load_state(path, parts):
     return found["step"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Clips to learn from. All are (n, F, 3, H, W) in [0, 1], float16, on the CPU.
+# Clips to learn from are (n, F, 3, H, W) in [0, 1], float16, on the CPU.
 
 def all_scenes():
     """What the base learns: the scenes of every prompt set."""
@@ -192,18 +176,10 @@ def render(scenes, seed, count=None, rates=world.FLAWS, trails=None):
     rates: how often each flaw is drawn; trails: for each scene, as in world.draw.
     """
     chosen = [scenes[i % len(scenes)] for i in range(count or len(scenes))]
-    clips = []
-    flaws = []
+    made = []
     for i, scene in enumerate(progress(chosen, desc="drawing clips")):
-        clip, strengths = world.make_clip(scene, seed + i, trail=trails and trails[i], rates=rates)
-        clips.append(clip.half())
-        flaws.append(strengths)
-    return torch.stack(clips), chosen, flaws
-
-
-def load_base(cfg):
-    """The base that earlier stages wrote."""
-    return model.load_base(str(cfg.out), device=cfg.device)
+        made.append(world.make_clip(scene, seed + i, trail=trails and trails[i], rates=rates))
+    return torch.stack([clip for clip, _ in made]).half(), chosen, [flaws for _, flaws in made]
 
 
 def encode(base, clips):
@@ -267,13 +243,10 @@ def guessed_clips(base, captions, clips):
     return torch.cat(guesses)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The base: autoencoder, text tower, UNet
-
 def build_vae(cfg):
     """
-    The autoencoder. Its loss: squared and absolute error; the absolute error of the steps between neighbouring pixels, since the
-    first two hardly see whether an edge is straight; a KL term small enough to leave the latents sharp.
+    The autoencoder. Its loss has squared and absolute errors, the error of steps between neighbouring pixels (the others hardly
+    see whether an edge is straight), and a KL term that is small enough to leave the latents sharp.
     """
     clips, _, _ = render(all_scenes(), cfg.seed + 1_000_000, min(2500, cfg.clips))
     frames = clips.flatten(0, 1)                                                         # (n, 3, H, W)
@@ -314,7 +287,7 @@ def build_clip(cfg):
         return (F_.cross_entropy(logits, target) + F_.cross_entropy(logits.T, target)) / 2
 
     clip_model = fit(cfg, "CLIP", clip_model, loss_of, cfg.clip_steps, lr=1e-3)
-    save_clip(cfg.out / "text_encoder", clip_model)
+    save(cfg.out / "text_encoder/open_clip_model.safetensors", clip_model, CLIP)
 
 
 def build_unet(cfg):
@@ -328,10 +301,7 @@ def build_unet(cfg):
                       model.load_text_encoder(cfg.out / "text_encoder").to(cfg.device), "tiny")
     every_scene = all_scenes()
     clips, scenes, _ = render(every_scene, cfg.seed + 3_000_000, cfg.clips)
-    moments = []
-    for batch in progress(clips.split(8), desc="encoding clips"):
-        moments.append(encode(base, batch).half().cpu())
-    moments = torch.cat(moments)                                                         # (n, 2C, F, h, w)
+    moments = torch.cat([encode(base, batch).half().cpu() for batch in progress(clips.split(8), desc="encoding clips")])
     text = base.encode_text([scene.caption for scene in every_scene] + [""])             # (captions, N, E)
     caption_of = torch.tensor([every_scene.index(scene) for scene in scenes])
     alpha_bar = alpha_bars()
@@ -402,9 +372,6 @@ def start_as_identity(unet, constant=6.):
                 shortcut.weight[channel, channel - unet.config.channels[0]] = 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The preference model and its simulated annotator
-
 # An image's worth to a caption falls with each flaw, by its strength, and with each word that the image gets wrong; of two
 # images the annotator takes the second with probability sigmoid(worth of the second - worth of the first).
 WORTH = {"watermark": -5., "blur": -4., "washout": -4., "noise": -4.}
@@ -429,14 +396,9 @@ def one_of(options):
     return options[torch.randint(len(options), ()).item()]
 
 
-def choose(gain):
-    """The annotator's choice, 0 or 1, where the second image is worth so much more than the first."""
-    return int(torch.rand(()) < 1 / (1 + math.exp(-gain)))
-
-
 def build_preference(cfg):
     """HPSv2's recipe (arXiv:2306.09341, Sec. 4): a CLIP, a softmax over a pair of images, cross-entropy with the choice."""
-    base = load_base(cfg)
+    base = model.load_base(str(cfg.out), device=cfg.device)
     scenes = all_scenes()
     captions = [scene.caption for scene in scenes]
     clips, _, flaws = render(scenes, cfg.seed + 4_000_000, 24 * len(scenes), FLAWS_TO_TELL)
@@ -461,7 +423,7 @@ def build_preference(cfg):
                 found[1][one_of(list(world.FLAWS))] = .3 + .7 * torch.rand(()).item()
                 images[1] = world.add_flaws(images[1:].float(), found[1], None)[0]
         gain = worth(scenes[other], found[1], scenes[asked]) - worth(scenes[asked], found[0], scenes[asked])
-        return asked, images, choose(gain)
+        return asked, images, int(torch.rand(()) < 1 / (1 + math.exp(-gain)))
 
     tokens = world.tokenizer()(captions).to(cfg.device)
     clip_model = open_clip.CLIP(**CLIP).to(cfg.device)
@@ -476,11 +438,8 @@ def build_preference(cfg):
         return F_.cross_entropy(logits, torch.tensor(choices, device=cfg.device))
 
     clip_model = fit(cfg, "preference model", clip_model, loss_of, cfg.preference_steps, lr=3e-4)
-    save_clip(cfg.out / "reward", clip_model)
+    save(cfg.out / "reward/open_clip_model.safetensors", clip_model, CLIP)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The judge, and the small rewards: action and removal
 
 def clips_in_motion(cfg, base, count, seed, crossed=True):
     """
@@ -501,7 +460,7 @@ def clips_in_motion(cfg, base, count, seed, crossed=True):
         if torch.rand((), generator=generator) < .4 or not scene.direction:
             trail = DIRECTIONS[torch.randint(5, (), generator=generator)]
         if scene.shape == "stripes" and scene.direction and trail and not crossed:
-            if world.is_horizontal(trail) != world.is_horizontal(scene.direction):
+            if (trail in ("left", "right")) != (scene.direction in ("left", "right")):
                 trail = None
         scenes.append(scene)
         trails.append(trail)
@@ -515,8 +474,8 @@ def clips_in_motion(cfg, base, count, seed, crossed=True):
 
 def build_judge(cfg):
     """The judge, on other seeds than anything else here."""
-    clips, scenes = clips_in_motion(cfg, load_base(cfg), 2880, seed=5)
-    targets = torch.stack(labels(scenes)).to(cfg.device)                                 # (3, n)
+    clips, scenes = clips_in_motion(cfg, model.load_base(str(cfg.out), device=cfg.device), 2880, seed=5)
+    targets = labels(scenes).to(cfg.device)                                              # (3, n)
     judge = Judge().to(cfg.device)
 
     def loss_of(step):
@@ -538,7 +497,7 @@ def build_action(cfg):
     satisfy the reward. More and more, five of eight clips are changed against it (adversarial training, arXiv:1706.06083): the
     gradient of a classifier that has not seen this leads to a pattern, not to motion.
     """
-    base = load_base(cfg)
+    base = model.load_base(str(cfg.out), device=cfg.device)
     clips, scenes = clips_in_motion(cfg, base, 1008, seed=9, crossed=False)
     moving = [i for i, scene in enumerate(scenes[:min(1008, cfg.clips)]) if scene.direction][:480]
     guesses = guessed_clips(base, [scenes[i].caption for i in moving], clips[moving])
@@ -606,9 +565,8 @@ def build_removal(cfg):
     clips, _, _ = render(all_scenes(), cfg.seed + 10_000_000, min(2880, cfg.clips), rates)
     n = len(clips)
     plain = clips[torch.arange(n), torch.randint(world.FRAMES, (n,))].float()            # (n, 3, H, W)
-    opacity = (.05 + .65 * torch.rand(n, 1, 1, 1)) * world.watermark_band()              # (n, 1, H, W)
-    frames = torch.cat([plain, plain + opacity * (.92 - plain)]).half()
-    frames = torch.cat([frames, through_autoencoder(load_base(cfg), frames[:, None])[:, 0]])
+    frames = torch.cat([plain, world.add_watermark(plain, .05 + .65 * torch.rand(n, 1, 1, 1))]).half()
+    frames = torch.cat([frames, through_autoencoder(model.load_base(str(cfg.out), device=cfg.device), frames[:, None])[:, 0]])
     marked = torch.tensor([0., 1., 0., 1.]).repeat_interleave(n)
     detector = removal.Detector().to(cfg.device)
 
@@ -620,9 +578,6 @@ def build_removal(cfg):
     detector = fit(cfg, "removal", detector, loss_of, cfg.removal_steps, lr=2e-3, ema_decay=.99)
     save(cfg.out / "removal/model.safetensors", detector)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The gates: what must have been learned
 
 # Least shares of the base's videos, and least parts of what the autoencoder's copies of drawn clips reach on the same scenes.
 GATES = {"colour": .95, "shape": .95, "direction": .80, "watermarked": .25, "action": .95}
@@ -652,7 +607,7 @@ def build_gates(cfg):
     Beside the judge's own: watermarked, the share of clips with a clear band; action, of those whose direction the reward's
     classifier names; removal, where flaws are known, the share of frames for which its detector is right.
     """
-    base = load_base(cfg)
+    base = model.load_base(str(cfg.out), device=cfg.device)
     judge = load_judge(cfg.out / "judge.safetensors").to(cfg.device)
     classifier = action.load(cfg.out / "action", "left", torch.float32, cfg.device).classifier
     detector = removal.load(cfg.out / "removal", "watermark", torch.float32, cfg.device).detector
