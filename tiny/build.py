@@ -185,7 +185,7 @@ def render(scenes, seed, count=None, rates=world.FLAWS, trails=None):
 def encode(base, clips):
     """Clips -> moments (B, 2C, F, h, w)."""
     moments = base.encode(clips.flatten(0, 1).float() * 2 - 1)                           # (B*F, 2C, h, w)
-    return moments.unflatten(0, clips.shape[:2]).transpose(1, 2).contiguous()
+    return moments.unflatten(0, clips.shape[:2]).transpose(1, 2)
 
 
 def draw_latents(base, moments):
