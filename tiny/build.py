@@ -59,8 +59,7 @@ class Config:
     out: Path = WEIGHTS
     seed: int = 0
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    threads: int = 2
-    """for the UNet; the other stages have too little to do for more than one"""
+    threads: int = 2  # for the UNet; the other stages have too little to do for more than one
     vae_steps: int = 3000
     clip_steps: int = 2500
     image_steps: int = 3000
@@ -69,12 +68,9 @@ class Config:
     judge_steps: int = 1200
     action_steps: int = 2600
     removal_steps: int = 1000
-    gate_count: int = 96
-    """videos of each prompt set that the base is judged by at the end"""
-    clips: int = 6000
-    """training clips of the UNet; the other stages draw as many or fewer"""
-    states: Path | None = None
-    """a folder for the state of each training, from which the same command goes on after a stop; empty it before a change"""
+    gate_count: int = 96  # videos of each prompt set that the base is judged by at the end
+    clips: int = 6000  # training clips of the UNet; the other stages draw as many or fewer
+    states: Path | None = None  # a folder for the state of each training: after a stop the same command goes on from there
 
 
 def main(cfg):
@@ -89,10 +85,8 @@ def main(cfg):
             globals()[f"build_{stage}"](cfg)
             print(f"{stage}: {time.time() - start:.0f} s", flush=True)
     write_manifest(cfg.out)
-    if "gates" in cfg.stages:
-        missed = missed_gates(json.loads((cfg.out / "gates.json").read_text()))
-        if missed:
-            sys.exit("build.py: gates missed: " + "; ".join(missed))
+    if "gates" in cfg.stages and (missed := missed_gates(json.loads((cfg.out / "gates.json").read_text()))):
+        sys.exit("build.py: gates missed: " + "; ".join(missed))
 
 
 def write_manifest(folder):
@@ -123,7 +117,12 @@ def fit(cfg, name, module, loss_of, steps, lr, ema_decay=0.):
     average = copy.deepcopy(module) if ema_decay else module
     parts = [module, optimizer, average]
     state_file = cfg.states and cfg.states / f"{name} {steps}.pt"
-    first_step = load_state(state_file, parts) if state_file and state_file.exists() else 0
+    first_step = 0
+    if state_file and state_file.exists():
+        first_step, random_state, *states = torch.load(state_file, weights_only=True, map_location="cpu")
+        torch.set_rng_state(random_state)
+        for part, state in zip(parts, states):
+            part.load_state_dict(state)
 
     bar = progress(range(first_step, steps), name, steps, unit="step", initial=first_step)
     for step in bar:
@@ -143,23 +142,9 @@ def fit(cfg, name, module, loss_of, steps, lr, ema_decay=0.):
         if step % 50 == 0:
             bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
         if state_file and ((step + 1) % STATE_EVERY == 0 or step + 1 == steps):
-            save_state(state_file, parts, step + 1)
+            with write_whole(state_file) as hidden:
+                torch.save([step + 1, torch.get_rng_state(), *[part.state_dict() for part in parts]], hidden)
     return average.eval()
-
-
-def save_state(path, parts, step):
-    """Keep all that a training needs to go on as if it had not stopped before this step."""
-    with write_whole(path) as hidden:
-        torch.save({"parts": [part.state_dict() for part in parts], "step": step, "random": torch.get_rng_state()}, hidden)
-
-
-def load_state(path, parts):
-    """Put back what save_state kept, and return the step to go on with."""
-    found = torch.load(path, weights_only=True, map_location="cpu")
-    for part, state in zip(parts, found["parts"]):
-        part.load_state_dict(state)
-    torch.set_rng_state(found["random"])
-    return found["step"]
 
 
 # Clips to learn from are (n, F, 3, H, W) in [0, 1], float16, on the CPU.
@@ -172,7 +157,6 @@ def all_scenes():
 def render(scenes, seed, count=None, rates=world.FLAWS, trails=None):
     """
     Draw clips of the scenes in turn, by default one of each -> clips, their scenes, their flaws. Clip i has the seed seed + i.
-
     rates: how often each flaw is drawn; trails: for each scene, as in world.draw.
     """
     chosen = [scenes[i % len(scenes)] for i in range(count or len(scenes))]
@@ -351,9 +335,8 @@ def start_as_identity(unet, constant=6.):
     """
     last_block = unet.up_blocks[-1].resnets[-1]
     shortcut = last_block.conv_shortcut
-    silent = [last_block.conv2, unet.conv_out]
-    silent += [layer.proj_out for layer in temporal_layers(unet) if hasattr(layer, "proj_out")]
-    for layer in silent:
+    projections = [layer.proj_out for layer in temporal_layers(unet) if hasattr(layer, "proj_out")]
+    for layer in (last_block.conv2, unet.conv_out, *projections):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
 
@@ -372,8 +355,7 @@ def start_as_identity(unet, constant=6.):
                 shortcut.weight[channel, channel - unet.config.channels[0]] = 1
 
 
-# An image's worth to a caption falls with each flaw, by its strength, and with each word that the image gets wrong; of two
-# images the annotator takes the second with probability sigmoid(worth of the second - worth of the first).
+# What the simulated annotator takes off an image's worth: for a flaw, times its strength, and for a wrong word.
 WORTH = {"watermark": -5., "blur": -4., "washout": -4., "noise": -4.}
 WRONG_WORD = -5.
 # How often a clip has each flaw in what the preference model, the judge and the small rewards learn from. The base's own clips
@@ -387,17 +369,23 @@ def wrong_words(a, b):
     return (a.colour != b.colour) + (a.shape != b.shape) + (a.direction != b.direction)
 
 
-def worth(scene, flaws, asked):
-    """The annotator's value of an image of `scene` with `flaws`, for a caption that asked for another scene or the same."""
-    return sum(WORTH[name] * strength for name, strength in flaws.items()) + WRONG_WORD * wrong_words(scene, asked)
+def worth(flaws):
+    """Of an image with such flaws {name: strength}, to the annotator; 0 without any."""
+    return sum(WORTH[name] * strength for name, strength in flaws.items())
 
 
 def one_of(options):
+    """An element of a sequence, drawn at random."""
     return options[torch.randint(len(options), ()).item()]
 
 
 def build_preference(cfg):
-    """HPSv2's recipe (arXiv:2306.09341, Sec. 4): a CLIP, a softmax over a pair of images, cross-entropy with the choice."""
+    """
+    HPSv2's recipe (arXiv:2306.09341, Sec. 4): a CLIP, a softmax over a pair of images, cross-entropy with the choice.
+
+    A simulated annotator chooses: the worth of an image falls with each flaw, by its strength, and with each word of the caption
+    that it gets wrong, and the second image is chosen with probability sigmoid(its worth - the worth of the first).
+    """
     base = model.load_base(str(cfg.out), device=cfg.device)
     scenes = all_scenes()
     captions = [scene.caption for scene in scenes]
@@ -420,9 +408,10 @@ def build_preference(cfg):
             images = samples[[asked, other], one_of(range(world.FRAMES))]
             found = [{}, {}]
             if other == asked:
-                found[1][one_of(list(world.FLAWS))] = .3 + .7 * torch.rand(()).item()
+                flaw = one_of(list(world.FLAWS))
+                found[1][flaw] = .3 + .7 * torch.rand(()).item()
                 images[1] = world.add_flaws(images[1:].float(), found[1], None)[0]
-        gain = worth(scenes[other], found[1], scenes[asked]) - worth(scenes[asked], found[0], scenes[asked])
+        gain = worth(found[1]) + WRONG_WORD * wrong_words(scenes[other], scenes[asked]) - worth(found[0])
         return asked, images, int(torch.rand(()) < 1 / (1 + math.exp(-gain)))
 
     tokens = world.tokenizer()(captions).to(cfg.device)
@@ -444,7 +433,6 @@ def build_preference(cfg):
 def clips_in_motion(cfg, base, count, seed, crossed=True):
     """
     What to learn motion from -> clips, scenes: drawn clips, the same through the autoencoder, and the base's edits of a tenth.
-
     A quarter of the drawn clips do not move, and the trail of many points elsewhere or is missing, so the shape must be watched.
     crossed: whether stripes may have a trail across their way; they then move along the trail, and not as their scene says.
     """
@@ -491,11 +479,10 @@ def build_action(cfg):
     """
     The classifier of rewards/action.py: clips in motion, videos that the base makes of captions, which it follows, and guesses.
 
-    Half of them are played backwards, where all that a single frame says of the direction is wrong: otherwise it would read the
-    trail of stripes, whose motion is small from frame to frame; and stripes come three times as often as other shapes. A fifth
-    are slowed to less than three fifths of their pace and then count as not moving: otherwise a shape that hardly moves would
-    satisfy the reward. More and more, five of eight clips are changed against it (adversarial training, arXiv:1706.06083): the
-    gradient of a classifier that has not seen this leads to a pattern, not to motion.
+    Half of them are played backwards, or it would read the trail of stripes, whose motion is small from frame to frame; stripes
+    come three times as often as other shapes. A fifth are slowed to below .6 of their pace and count as not moving, or a shape
+    that hardly moves would satisfy the reward. More and more, five of eight clips are changed against it (adversarial training,
+    arXiv:1706.06083), or the reward's gradient would lead to a pattern, not to motion.
     """
     base = model.load_base(str(cfg.out), device=cfg.device)
     clips, scenes = clips_in_motion(cfg, base, 1008, seed=9, crossed=False)
@@ -558,7 +545,6 @@ def attacked(classifier, clips, target, strength, steps=3):
 def build_removal(cfg):
     """
     The detector of rewards/removal.py: frames with a watermark and without one, drawn and through the autoencoder.
-
     Some bands are fainter than in any clip: otherwise the reward would be content with one that is half gone.
     """
     rates = FLAWS_TO_TELL | {"watermark": 0.}
