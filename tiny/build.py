@@ -70,7 +70,7 @@ class Config:
     removal_steps: int = 1000
     gate_count: int = 96  # videos of each prompt set that the base is judged by at the end
     clips: int = 6000  # training clips of the UNet; the other stages draw as many or fewer
-    states: Path | None = None  # a folder for the state of each training: after a stop the same command goes on from there
+    states: Path | None = None  # a folder of states, from which the same command goes on after a stop; for another, empty it
 
 
 def main(cfg):
@@ -81,11 +81,12 @@ def main(cfg):
             write_manifest(cfg.out)  # of what earlier stages wrote, since loading the base checks it
             torch.set_num_threads(cfg.threads if stage == "unet" else 1)
             torch.manual_seed(cfg.seed + number)
-            start = time.time()
+            began = time.time()
             globals()[f"build_{stage}"](cfg)
-            print(f"{stage}: {time.time() - start:.0f} s", flush=True)
+            print(f"{stage}: {time.time() - began:.0f} s", flush=True)
     write_manifest(cfg.out)
-    if "gates" in cfg.stages and (missed := missed_gates(json.loads((cfg.out / "gates.json").read_text()))):
+    missed = missed_gates(json.loads((cfg.out / "gates.json").read_text())) if "gates" in cfg.stages else []
+    if missed:
         sys.exit("build.py: gates missed: " + "; ".join(missed))
 
 
@@ -159,11 +160,11 @@ def render(scenes, seed, count=None, rates=world.FLAWS, trails=None):
     Draw clips of the scenes in turn, by default one of each -> clips, their scenes, their flaws. Clip i has the seed seed + i.
     rates: how often each flaw is drawn; trails: for each scene, as in world.draw.
     """
-    chosen = [scenes[i % len(scenes)] for i in range(count or len(scenes))]
+    scenes = [scenes[i % len(scenes)] for i in range(count or len(scenes))]
     made = []
-    for i, scene in enumerate(progress(chosen, desc="drawing clips")):
+    for i, scene in enumerate(progress(scenes, desc="drawing clips")):
         made.append(world.make_clip(scene, seed + i, trail=trails and trails[i], rates=rates))
-    return torch.stack([clip for clip, _ in made]).half(), chosen, [flaws for _, flaws in made]
+    return torch.stack([clip for clip, _ in made]).half(), scenes, [flaws for _, flaws in made]
 
 
 def encode(base, clips):
@@ -279,23 +280,22 @@ def build_unet(cfg):
     The text-to-video UNet, on Eq. (1) with captions dropped in a tenth of the clips: the spatial layers on single frames first,
     which shows many captions and places for the price of one clip; then everything on clips, as ModelScopeT2V (arXiv:2308.06571).
     """
-    unet = model.UNet3D(UNET)
+    unet = model.UNet3D(UNET).to(cfg.device)
     start_as_identity(unet)
-    base = model.Base(unet.to(cfg.device), model.load_vae(cfg.out / "vae").to(cfg.device),
-                      model.load_text_encoder(cfg.out / "text_encoder").to(cfg.device), "tiny")
-    every_scene = all_scenes()
-    clips, scenes, _ = render(every_scene, cfg.seed + 3_000_000, cfg.clips)
+    vae = model.load_vae(cfg.out / "vae").to(cfg.device)
+    base = model.Base(unet, vae, model.load_text_encoder(cfg.out / "text_encoder").to(cfg.device), "tiny")
+    scenes = all_scenes()
+    clips, _, _ = render(scenes, cfg.seed + 3_000_000, cfg.clips)
     moments = torch.cat([encode(base, batch).half().cpu() for batch in progress(clips.split(8), desc="encoding clips")])
-    text = base.encode_text([scene.caption for scene in every_scene] + [""])             # (captions, N, E)
-    caption_of = torch.tensor([every_scene.index(scene) for scene in scenes])
+    text = base.encode_text([scene.caption for scene in scenes] + [""])                  # (captions, N, E)
     alpha_bar = alpha_bars()
 
-    def loss_of(rows, chosen):
-        """Eq. (1), weighted by noise level, on `chosen` (B, 2C, F, h, w), which are moments of the clips `rows`."""
+    def loss_of(rows, batch):
+        """Eq. (1), weighted by noise level, on a batch of moments (B, 2C, F, h, w) of the clips `rows`."""
         B = len(rows)
-        z = draw_latents(base, chosen)
+        z = draw_latents(base, batch)
         t = (len(alpha_bar) * (torch.randperm(B) + torch.rand(B)) / B).long()            # one in each B-th of all steps
-        caption = torch.where(torch.rand(B) < .1, len(every_scene), caption_of[rows])    # the last one is empty
+        caption = torch.where(torch.rand(B) < .1, len(scenes), rows % len(scenes))       # the last one is empty
         eps = torch.randn_like(z)
         z_t = add_noise(z, eps, t, alpha_bar)
         error = (unet(z_t, t.to(cfg.device), text[caption.to(cfg.device)]) - eps).square().mean(dim=(1, 2, 3, 4))
@@ -340,7 +340,7 @@ def start_as_identity(unet, constant=6.):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
 
-    signs = torch.tensor([1., -1., 0., 0.])
+    signs = torch.tensor([1., -1., 0., 0.], device=shortcut.weight.device)
     constants = torch.tensor([0., 0., constant, -constant])
     with torch.no_grad():
         for c in range(unet.config.in_channels):
@@ -395,23 +395,23 @@ def build_preference(cfg):
     samples = base_clips(base, captions)                                                 # (captions, F, 3, H, W)
 
     def pair():
-        """Number of the caption, two images, the annotator's choice (0 or 1)."""
+        """Number of the caption, two images (2, 3, H, W), the annotator's choice (0 or 1)."""
         asked = one_of(range(len(scenes)))
         other = asked
         if torch.rand(()) < .4:  # another scene, which differs in one word, so that every word of a caption comes to matter
             other = one_of([i for i, scene in enumerate(scenes) if wrong_words(scene, scenes[asked]) == 1])
         if torch.rand(()) < .7:  # pictures of drawn clips, where all scenes come in turn
-            chosen = [one_of(range(number, len(pictures), len(scenes))) for number in (asked, other)]
-            images = pictures[chosen]
-            found = [flaws[i % len(flaws)] for i in chosen]
+            picked = [one_of(range(number, len(pictures), len(scenes))) for number in (asked, other)]
+            images = pictures[picked]
+            first_flaws, second_flaws = [flaws[i % len(flaws)] for i in picked]
         else:  # samples of the base; if it is twice the same one, the second is spoilt further
             images = samples[[asked, other], one_of(range(world.FRAMES))]
-            found = [{}, {}]
+            first_flaws, second_flaws = {}, {}
             if other == asked:
-                flaw = one_of(list(world.FLAWS))
-                found[1][flaw] = .3 + .7 * torch.rand(()).item()
-                images[1] = world.add_flaws(images[1:].float(), found[1], None)[0]
-        gain = worth(found[1]) + WRONG_WORD * wrong_words(scenes[other], scenes[asked]) - worth(found[0])
+                name = one_of(list(world.FLAWS))
+                second_flaws = {name: .3 + .7 * torch.rand(()).item()}
+                images[1] = world.add_flaws(images[1:].float(), second_flaws, None)[0]
+        gain = worth(second_flaws) + WRONG_WORD * wrong_words(scenes[other], scenes[asked]) - worth(first_flaws)
         return asked, images, int(torch.rand(()) < 1 / (1 + math.exp(-gain)))
 
     tokens = world.tokenizer()(captions).to(cfg.device)
@@ -437,19 +437,19 @@ def clips_in_motion(cfg, base, count, seed, crossed=True):
     crossed: whether stripes may have a trail across their way; they then move along the trail, and not as their scene says.
     """
     generator = torch.Generator().manual_seed(cfg.seed + seed)
-    every_scene = all_scenes()
+    known = all_scenes()
     scenes = []
     trails = []
     for i in range(min(count, cfg.clips)):
-        scene = every_scene[i % len(every_scene)]
+        scene = known[i % len(known)]
         if torch.rand((), generator=generator) < .25:
             scene = replace(scene, direction="")
         trail = None
         if torch.rand((), generator=generator) < .4 or not scene.direction:
             trail = DIRECTIONS[torch.randint(5, (), generator=generator)]
-        if scene.shape == "stripes" and scene.direction and trail and not crossed:
-            if (trail in ("left", "right")) != (scene.direction in ("left", "right")):
-                trail = None
+        turns = (trail in ("left", "right")) != (scene.direction in ("left", "right"))
+        if scene.shape == "stripes" and scene.direction and trail and turns and not crossed:
+            trail = None
         scenes.append(scene)
         trails.append(trail)
 
@@ -488,9 +488,9 @@ def build_action(cfg):
     clips, scenes = clips_in_motion(cfg, base, 1008, seed=9, crossed=False)
     moving = [i for i, scene in enumerate(scenes[:min(1008, cfg.clips)]) if scene.direction][:480]
     guesses = guessed_clips(base, [scenes[i].caption for i in moving], clips[moving])
-    asked = all_scenes() * 2
-    clips = torch.cat([clips, base_clips(base, [scene.caption for scene in asked]), guesses])
-    scenes = scenes + asked + [scenes[i] for i in moving]
+    twice = all_scenes() * 2
+    clips = torch.cat([clips, base_clips(base, [scene.caption for scene in twice]), guesses])
+    scenes = scenes + twice + [scenes[i] for i in moving]
     how_often = torch.tensor([3. if scene.shape == "stripes" else 1. for scene in scenes])
     direction = labels(scenes)[2]
     turned = torch.tensor([1, 0, 3, 2, 4])  # right for left, down for up
@@ -579,10 +579,10 @@ def missed_gates(found):
         gates[f"base, {name}"] = GATES | {measure: part * found[copies][measure] for measure, part in GATES_OF_COPIES.items()}
 
     missed = []
-    for clips, least in gates.items():
+    for what, least in gates.items():
         for measure, value in least.items():
-            if found[clips][measure] < value:
-                missed.append(f"{clips}: {measure} {found[clips][measure]:.3f} < {value:.3f}")
+            if found[what][measure] < value:
+                missed.append(f"{what}: {measure} {found[what][measure]:.3f} < {value:.3f}")
     return missed
 
 
@@ -590,8 +590,8 @@ def build_gates(cfg):
     """
     gates.json: the mean of each measure, over clips that no training has seen and over the base's videos.
 
-    Beside the judge's own: watermarked, the share of clips with a clear band; action, of those whose direction the reward's
-    classifier names; removal, where flaws are known, the share of frames for which its detector is right.
+    Beside the judge's own: watermarked, the share of clips with a clear band; action, of clips whose direction the reward's
+    classifier names; removal, where flaws are known, of frames for which its detector is right.
     """
     base = model.load_base(str(cfg.out), device=cfg.device)
     judge = load_judge(cfg.out / "judge.safetensors").to(cfg.device)
@@ -610,11 +610,11 @@ def build_gates(cfg):
         found["watermarked"] = found["watermark"] > .1
         return {measure: round(values.float().mean().item(), 4) for measure, values in found.items()}
 
-    every_scene = all_scenes()
-    fresh = render(every_scene, cfg.seed + 6_000_000, 3 * len(every_scene))
-    still, _, _ = render([replace(scene, direction="") for scene in every_scene], cfg.seed + 7_000_000,
-                         trails=[scene.direction for scene in every_scene])  # which say that they move
-    found = {"fresh clips": measures(*fresh), "still clips": {"static": measures(still, every_scene)["static"]}}
+    scenes = all_scenes()
+    fresh = render(scenes, cfg.seed + 6_000_000, 3 * len(scenes))
+    still, _, _ = render([replace(scene, direction="") for scene in scenes], cfg.seed + 7_000_000,
+                         trails=[scene.direction for scene in scenes])  # which say that they move
+    found = {"fresh clips": measures(*fresh), "still clips": {"static": measures(still, scenes)["static"]}}
     for name in world.PROMPT_SETS:
         clips, scenes, flaws = render(world.scenes(name), cfg.seed + 8_000_000, cfg.gate_count)
         found[f"through the autoencoder, {name}"] = measures(through_autoencoder(base, clips), scenes, flaws)

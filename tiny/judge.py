@@ -89,8 +89,6 @@ def pixel_measures(clips):
             "motion": moved / colourful.mean(dim=(1, 2, 3)).clamp(min=1e-3)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
 def ramp(cover):
     """
     Coverage (or saturation relative to its peak) to a mask: 0 up to .45, 1 from .85. A trail covers at most .38 and disappears;
@@ -184,8 +182,6 @@ def steadiness(masks):
             found.append(overlap(moved[..., 2:-2, 2:-2], masks[:, 1:, 2:-2, 2:-2]).mean(dim=1))     # (B,), off the border
     return torch.stack(found).amax(dim=0)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def judge_clips(judge, clips, captions):
