@@ -340,7 +340,7 @@ def start_as_identity(unet, constant=6.):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
 
-    signs = torch.tensor([1., -1., 0., 0.], device=shortcut.weight.device)
+    signs = torch.tensor([1., -1., 0., 0.])
     constants = torch.tensor([0., 0., constant, -constant])
     with torch.no_grad():
         for c in range(unet.config.in_channels):
