@@ -2,11 +2,11 @@
 An independent judge of tiny clips, which nothing ever optimises: measures of pixels, of how well the shape is drawn and of how
 steadily it moves, and a classifier.
 
-Its numbers say what a rising reward hides: a colour that floods the picture, a shape that melts, a clip that stops moving.
+It shows what a rising reward hides: a colour that floods the picture, a shape that melts, a clip that stops moving.
 The classifier learns motion from clips whose trail may point elsewhere or be missing, so it must watch the shape move. It only
 has to tell five shapes apart, and calls a square with hollow sides a square; fidelity compares it with a drawn one instead.
 
-Letters: B clips, F frames, H and W pixel rows and columns.
+Letters: B clips, F frames, H and W pixel rows and columns, N masks, K candidates.
 """
 import math
 from pathlib import Path
@@ -20,6 +20,7 @@ from tiny import world
 
 SHAPES = (*world.SHAPES, "stripes")
 DIRECTIONS = (*world.DIRECTIONS, "")  # "" is no motion
+CLASSES = {"colour": tuple(world.COLOURS), "shape": SHAPES, "direction": DIRECTIONS}
 
 
 class Judge(nn.Module):
@@ -30,11 +31,11 @@ class Judge(nn.Module):
         def conv(c_in, c_out, stride):
             return nn.Sequential(nn.Conv3d(c_in, c_out, 3, stride, 1), nn.GroupNorm(8, c_out), nn.SiLU())
         self.body = nn.Sequential(conv(3, 16, (1, 2, 2)), conv(16, 32, 2), conv(32, 64, 2), conv(64, 64, 1))
-        self.heads = nn.ModuleList([nn.Linear(64, len(names)) for names in (world.COLOURS, SHAPES, DIRECTIONS)])
+        self.heads = nn.ModuleList([nn.Linear(64, len(names)) for names in CLASSES.values()])
 
     def forward(self, clips):
-        h = self.body(clips.transpose(1, 2) * 2 - 1).amax(dim=(2, 3, 4))                  # (B, 64): wherever it is
-        return [head(h) for head in self.heads]
+        features = self.body(clips.transpose(1, 2) * 2 - 1).amax(dim=(2, 3, 4))           # (B, 64): wherever it is
+        return [head(features) for head in self.heads]
 
 
 def load_judge(path):
@@ -53,10 +54,11 @@ left.num_frames = world.FRAMES
 
 
 def labels(scenes):
-    """What each classifier should say: three (B,) tensors of class numbers."""
-    names = (tuple(world.COLOURS), SHAPES, DIRECTIONS)
-    return [torch.tensor([n.index(getattr(s, what)) for s in scenes])
-            for n, what in zip(names, ("colour", "shape", "direction"))]
+    """What the classifier should say: class numbers (3, B) of colour, shape and direction."""
+    rows = []
+    for what, names in CLASSES.items():
+        rows.append([names.index(getattr(scene, what)) for scene in scenes])
+    return torch.tensor(rows)
 
 
 def watermark_contrast(clips):
@@ -78,23 +80,19 @@ def pixel_measures(clips):
     motion      change of saturation over four frames, relative to all saturation; near 0 when nothing moves
     """
     off_band = torch.cat([clips[..., :13, :], clips[..., 20:, :]], dim=-2)
-    colours = clips.amax(dim=2) - clips.amin(dim=2)                                       # (B, F, H, W)
-    moved = (colours[:, 4:] - colours[:, :-4]).abs().mean(dim=(1, 2, 3))
+    colourful = clips.amax(dim=2) - clips.amin(dim=2)                                     # (B, F, H, W)
+    moved = (colourful[:, 4:] - colourful[:, :-4]).abs().mean(dim=(1, 2, 3))
     return {"watermark": watermark_contrast(clips),
             "sharpness": sharpness(off_band),
             "saturation": saturation(clips),
             "noise": clips.diff(dim=1).abs().mean(dim=2).flatten(1).quantile(.25, dim=1),
-            "motion": moved / colours.mean(dim=(1, 2, 3)).clamp(min=1e-3)}
+            "motion": moved / colourful.mean(dim=(1, 2, 3)).clamp(min=1e-3)}
 
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 def ramp(cover):
     """
-    Coverage (or saturation relative to its peak) to a mask: 0 up to .45, 1 from .85.
-
-    A trail covers at most .38 and disappears; the inside of a shape counts in full though it is not quite even; and the edge
-    stays soft, so that half a pixel of place or size can be told.
+    Coverage (or saturation relative to its peak) to a mask: 0 up to .45, 1 from .85. A trail covers at most .38 and disappears;
+    the inside of a shape counts in full though it is not quite even; a soft edge tells half a pixel of place or size.
     """
     return ((cover - .45) / .4).clamp(0, 1)
 
@@ -106,15 +104,15 @@ def shape_mask(clips):
     Saturation counts relative to the frame's own peak, so pale shapes have the same mask as vivid ones. A watermark is grey and
     lowers the saturation beneath it by its opacity, which its contrast tells; this is undone, or each band would cut the shape.
     """
-    saturation = clips.amax(dim=2) - clips.amin(dim=2)                                    # (B, F, H, W)
+    colourful = clips.amax(dim=2) - clips.amin(dim=2)                                     # (B, F, H, W)
     beside = clips[..., [12, 13, 19, 20], :].mean(dim=(1, 2, 3, 4))                       # (B,): grey under the band
-    opacity = (watermark_contrast(clips) / (.92 - beside).clamp(min=.2)).clamp(max=.7)    # .92: the band's own grey
+    opacity = (watermark_contrast(clips) / (world.WATERMARK_GREY - beside).clamp(min=.2)).clamp(max=.7)
     band = opacity[:, None, None, None] * world.watermark_band().to(clips)                # (B, 1, H, W)
-    saturation = saturation / (1 - band)
+    colourful = colourful / (1 - band)
 
     # The floor keeps a grey clip, which shows no shape at all, from being stretched into one.
-    peak = saturation.flatten(2).quantile(.96, dim=2).clamp(min=.12)                      # (B, F)
-    return ramp(saturation / peak[..., None, None])
+    peak = colourful.flatten(2).quantile(.96, dim=2).clamp(min=.12)                       # (B, F)
+    return ramp(colourful / peak[..., None, None])
 
 
 def overlap(a, b):
@@ -122,31 +120,24 @@ def overlap(a, b):
     return torch.minimum(a, b).sum(dim=(-2, -1)) / torch.maximum(a, b).sum(dim=(-2, -1)).clamp(min=1e-6)
 
 
-def pixel_grid(masks):
-    """Columns x (1, W) and rows y (H, 1) of the pixels' centres, as the world counts them."""
-    at = torch.arange(world.SIZE, device=masks.device) + .5
-    return at[None], at[:, None]
-
-
-def offsets(*axes):
-    """All combinations of the given values: one row each, (K, number of axes)."""
-    return torch.cartesian_prod(*[torch.tensor(a) for a in axes])
-
-
 def best_shape(masks, shape):
     """Best overlap of each mask (N, H, W) with a drawn shape, over place and radius -> (N,)."""
-    x, y = pixel_grid(masks)
+    x = torch.arange(world.SIZE, device=masks.device) + .5                                # (W,): pixels' centres
+    y = x[:, None]                                                                        # (H, 1)
     weight = masks.sum(dim=(1, 2)).clamp(min=1e-6)
-    best = torch.stack([(masks * x).sum(dim=(1, 2)) / weight,                             # (N, 3): place and radius
-                        (masks * y).sum(dim=(1, 2)) / weight, torch.full_like(weight, 6.75)], dim=1)
+    centre_x = (masks * x).sum(dim=(1, 2)) / weight
+    centre_y = (masks * y).sum(dim=(1, 2)) / weight
+    best = torch.stack([centre_x, centre_y, torch.full_like(weight, 6.75)], dim=1)        # (N, 3): place and radius
 
     # From the centre of mass and the middle radius outwards, first in coarse steps, then in finer ones around the best.
-    coarse = offsets((-2., -1., 0., 1., 2.), (-2., -1., 0., 1., 2.), (-2., -1.5, -1., -.5, 0., .5, 1., 1.5, 2.))
-    fine = offsets((-.5, 0., .5), (-.5, 0., .5), (-.25, 0., .25))
-    for steps in (coarse, fine, fine / 2):
-        tried = best[:, None] + steps.to(best)                                            # (N, K, 3)
-        cx, cy, r = tried[..., None, None].unbind(dim=2)                                  # (N, K, 1, 1)
-        drawn = ramp(world.mask(shape, x - cx, y - cy, r))                                # (N, K, H, W)
+    two_pixels = torch.arange(-2., 2.5)
+    coarse = torch.cartesian_prod(two_pixels, two_pixels, torch.arange(-2., 2.5, .5))     # (K, 3)
+    half_pixel = torch.tensor([-.5, 0., .5])
+    fine = torch.cartesian_prod(half_pixel, half_pixel, half_pixel / 2)
+    for offsets in (coarse, fine, fine / 2):
+        tried = best[:, None] + offsets.to(best)                                          # (N, K, 3)
+        centre_x, centre_y, radius = tried[..., None, None].unbind(dim=2)                 # (N, K, 1, 1)
+        drawn = ramp(world.mask(shape, x - centre_x, y - centre_y, radius))               # (N, K, H, W)
         found, which = overlap(drawn, masks[:, None]).max(dim=1)
         best = tried[torch.arange(len(masks), device=masks.device), which]
     return found
@@ -154,11 +145,12 @@ def best_shape(masks, shape):
 
 def best_stripes(masks, direction):
     """Best overlap of each mask (N, H, W) with stripes that drift as told, over period and phase -> (N,)."""
-    x, y = pixel_grid(masks)
     dx, dy = world.DIRECTIONS[direction]
-    period, phase = offsets([9.5 + .25 * i for i in range(15)], [i / 48 for i in range(48)]).to(masks).T[..., None, None]
-    position = (x if dx else y) - phase * period                                          # (K, W) or (K, H), a 1 for the other
-    drawn = ramp(world.stripes(position, period, dx + dy))                                # (K, 1, W) or (K, H, 1)
+    candidates = torch.cartesian_prod(torch.arange(9.5, 13.25, .25), torch.arange(48) / 48)     # (K, 2)
+    period, phase = candidates.to(masks).T[..., None]                                     # (K, 1)
+    position = torch.arange(world.SIZE, device=masks.device) + .5 - phase * period        # (K, W) or (K, H)
+    drawn = ramp(world.stripes(position, period, dx + dy))
+    drawn = drawn[:, None, :] if dx else drawn[:, :, None]                                # (K, 1, W) or (K, H, 1)
     return overlap(drawn.expand(-1, *masks.shape[1:]), masks[:, None]).amax(dim=1)
 
 
@@ -167,16 +159,9 @@ def fidelity(masks, scene):
     How well a clip's shape is drawn: the best overlap (IoU) of its mask with the caption's own shape, over place and size; of
     stripes, over period and phase. masks (F, H, W) of one clip -> (), the mean over six of its frames.
     """
-    masks = masks[::3]
-    found = best_stripes(masks, scene.direction) if scene.shape == "stripes" else best_shape(masks, scene.shape)
-    return found.mean()
-
-
-def shifted(masks, speed, axis):
-    """Masks (..., H, W) moved by a part of a pixel or more along an axis (-1: x, -2: y), linear between pixels."""
-    whole = math.floor(speed)
-    part = speed - whole
-    return (1 - part) * masks.roll(whole, axis) + part * masks.roll(whole + 1, axis)
+    if scene.shape == "stripes":
+        return best_stripes(masks[::3], scene.direction).mean()
+    return best_shape(masks[::3], scene.shape).mean()
 
 
 def steadiness(masks):
@@ -184,17 +169,19 @@ def steadiness(masks):
     How steady the shape is: the mean overlap of each frame's mask with the frame before, moved on at one speed for the whole
     clip, the best of all that a clip may have and none. masks (B, F, H, W) -> (B,).
 
-    A shape that jumps, swells or flickers lowers it; where the shape goes, and whether at all, it leaves to others.
+    It falls if the shape jumps, swells or flickers, and does not depend on where the shape goes, or whether at all.
     """
+    speeds = torch.arange(.75, 1.4, .1, dtype=torch.float64).tolist()
     found = []
     for axis in (-1, -2):
-        for speed in (0., *[sign * (.75 + .1 * i) for i in range(7) for sign in (-1, 1)]):
-            before = shifted(masks[:, :-1], speed, axis)[..., 2:-2, 2:-2]                 # what left the picture stays out
-            found.append(overlap(before, masks[:, 1:, 2:-2, 2:-2]).mean(dim=1))           # (B,)
+        for speed in (0., *speeds, *[-speed for speed in speeds]):                        # pixels a frame
+            whole = math.floor(speed)
+            part = speed - whole
+            before = masks[:, :-1]
+            moved = (1 - part) * before.roll(whole, axis) + part * before.roll(whole + 1, axis)     # between pixels: linear
+            found.append(overlap(moved[..., 2:-2, 2:-2], masks[:, 1:, 2:-2, 2:-2]).mean(dim=1))     # (B,), off the border
     return torch.stack(found).amax(dim=0)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def judge_clips(judge, clips, captions):
@@ -204,14 +191,13 @@ def judge_clips(judge, clips, captions):
     Beside pixel_measures: colour, shape, direction (1 where the classifier says what the caption says), static (1 where it
     sees no motion), fidelity and steadiness. Raises ValueError for a caption that is not of the tiny world.
     """
-    scenes = [world.parse(c) for c in captions]
-    truth = labels(scenes)
-    said = [logits.argmax(dim=1).cpu() for logits in judge(clips)]
-    out = {k: v.float().cpu() for k, v in pixel_measures(clips).items()}
-    for name, a, b in zip(("colour", "shape", "direction"), said, truth):
-        out[name] = (a == b).float()
-    out["static"] = (said[2] == DIRECTIONS.index("")).float()
+    scenes = [world.parse(caption) for caption in captions]
+    measures = {name: values.float().cpu() for name, values in pixel_measures(clips).items()}
+    for name, truth, logits in zip(CLASSES, labels(scenes), judge(clips)):
+        said = logits.argmax(dim=1).cpu()
+        measures[name] = (said == truth).float()
+    measures["static"] = (said == DIRECTIONS.index("")).float()  # the last one is the direction
     masks = shape_mask(clips.float())
-    out["fidelity"] = torch.stack([fidelity(m, scene) for m, scene in zip(masks, scenes)]).cpu()
-    out["steadiness"] = steadiness(masks).cpu()
-    return out
+    measures["fidelity"] = torch.stack([fidelity(mask, scene) for mask, scene in zip(masks, scenes)]).cpu()
+    measures["steadiness"] = steadiness(masks).cpu()
+    return measures
