@@ -83,8 +83,8 @@ def test_the_table_in_the_docs_is_the_count_at_full_size():
 # A small structure that diffusers can build too, with weights everywhere: zeros left from the start would hide a mistake
 
 SMALL = UNetConfig(channels=(16, 32), blocks_per_level=1, attention_levels=(False, True), context_dim=16, head_dim=8,
-                   stem_heads=8, norm_groups=8, sample_size=8)
-ONE_LEVEL = replace(SMALL, channels=(16,), attention_levels=(True,), stem_heads=1)  # on meta what takes time is operations
+                   stem_heads=1, norm_groups=8, sample_size=8)
+ONE_LEVEL = replace(SMALL, channels=(16,), attention_levels=(True,))  # on meta what takes time is operations
 SHORT = Config(base="small", batch_size=2, frames=4, size=16, num_steps=5, steps=1, diffusers=False)
 
 
@@ -110,9 +110,8 @@ def gradient(contender, batch):
     return R.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(-R.sum(), [adapters[k] for k in sorted(adapters)])])
 
 
-@pytest.mark.parametrize("stem_heads", [1, 8])
-def test_the_step_on_diffusers_is_the_same_method(stem_heads):
-    base, reward = small(replace(SMALL, stem_heads=stem_heads))
+def test_the_step_on_diffusers_is_the_same_method():
+    base, reward = small(SMALL)
     mine = benchmark.contenders(base, reward, SHORT)["ours"]
     for i, layer in enumerate(lora.layers(base.unet).values()):  # adapters that differ from their start, where A has no gradient
         torch.nn.init.normal_(layer.lora_B, std=0.1, generator=torch.Generator().manual_seed(i))
@@ -205,7 +204,6 @@ def test_the_expected_memory_is_what_a_step_takes_on_the_cpu():
     """Within 15% in each memory setting; 0.99 to 1.01 with random:64 and 128 pixels. In a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         found = pool.apply(memory_on_the_cpu)
-    assert list(found) == list(benchmark.MEMORY_SETTINGS)
     for name, (expected, saved, grown) in found.items():
         assert expected["saved"] == pytest.approx(saved, rel=.03), name
         assert grown > .1 and expected["total"] - expected["weights"] == pytest.approx(grown, rel=.15), name
@@ -265,7 +263,9 @@ def test_instruct_video_is_counted_as_the_step_of_train(monkeypatch):
     assert row["peak_gib"] == pytest.approx(count_memory(*small(), METHOD)["no flag"][1])
 
 
-def test_the_report(tmp_path, capsys):
+def test_the_report(tmp_path, capsys, monkeypatch):
+    order, timed = [], benchmark.time_step
+    monkeypatch.setattr(benchmark, "time_step", lambda mine, *more: order.append(type(mine.networks[0])) or timed(mine, *more))
     out = tmp_path / "new" / "report.json"
     benchmark.main(Config(batch_size=1, frames=4, size=16, num_steps=5, steps=2, device="cpu", out=out))
     report, shown = json.loads(out.read_text()), capsys.readouterr().out
@@ -277,22 +277,9 @@ def test_the_report(tmp_path, capsys):
         assert f"{name}: {row['seconds']:.4g} s a step, {row['tflop']['step'] / row['seconds']:.4g} TFLOP/s\n" in shown
     ours, theirs = (row["tflop"] for row in report["contenders"].values())
     assert theirs == {part: pytest.approx(work, rel=.05) for part, work in ours.items()}  # it saves what ours saves
+    assert [network is UNet3D for network in order] == [False, True, True, False, False, True]  # in turns; the first two warm up
     assert 0 < report["time_ratio"]["min"] <= report["time_ratio"]["median"] <= report["time_ratio"]["max"]
     assert "diffusers takes" in shown and f"report: {out}" in shown
-
-
-def test_times_are_compared_within_a_repeat(monkeypatch):
-    """Both run once in every repeat, the first of them in turns, and a repeat before the others only warms up."""
-    order = []
-
-    def timed(contender, optimizer, batch, device):
-        order.append("diffusers" if contender.networks[0] is not base.unet else "ours")
-        return {"seconds": float(len(order)), "peak_gib": None}
-    monkeypatch.setattr(benchmark, "time_step", timed)
-    base, reward = small(SMALL)
-    repeats = benchmark.time_contenders(base, reward, replace(SHORT, diffusers=True, steps=2), torch.device("cpu"))
-    assert order == ["diffusers", "ours", "ours", "diffusers", "diffusers", "ours"]
-    assert [cost["seconds"] for cost in repeats["ours"]] == [3, 6]
 
 
 def test_the_meta_device_counts_and_times_nothing(monkeypatch):
