@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F_
 from torch import nn
 
-from formats.tensors import build_empty, load_strict, read_tensors
-from support.files import read_json
+from formats.names import check_whole
+from formats.tensors import build_empty, load_strict, read_config, read_tensors
 
 
 class RewardModel(nn.Module):
@@ -134,6 +134,49 @@ def spread_frames(num_frames, wanted):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Modules from files
+
+def build(make, source=None, dtype=torch.float32, device="cpu", tensors=None, spellings=()):
+    """
+    The module that make() builds, frozen and in eval mode, with published weights, or seeded random ones if source is None.
+
+    source: a file or folder of tensors, also named in errors; tensors: those of it to take, if not all.
+    spellings: pairs of pieces of a tensor's name that stand for each other. ValueError if the tensors do not fit.
+    """
+    if source is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # the CPU's alone
+            return make().eval().requires_grad_(False).to(device=device, dtype=dtype)
+
+    module = build_empty(make, source)
+    tensors = read_tensors(source) if tensors is None else tensors
+    load_strict(module, spell(tensors, module.state_dict(), spellings), source, dtype)
+    for name, buffer in list(module.named_buffers()):
+        if buffer.is_meta:  # in no file
+            parent, _, own_name = name.rpartition(".")
+            if own_name == "attn_mask":  # open_clip's: -inf above the diagonal
+                values = torch.full(buffer.shape, -math.inf, dtype=dtype).triu(1)         # (tokens, tokens)
+            else:
+                assert own_name == "position_ids", name
+                values = torch.arange(buffer.shape[-1]).expand(buffer.shape)              # (1, tokens)
+            module.get_submodule(parent).register_buffer(own_name, values, persistent=False)
+    return module.to(device)
+
+
+def spell(tensors, expected, spellings):
+    """Tensors under the names that a module expects; older files also hold position numbers, which are left out."""
+    found = {}
+    for name, tensor in tensors.items():
+        if name.endswith("position_ids") and name not in expected:
+            continue
+        for one, other in [*spellings, *((b, a) for a, b in spellings)]:
+            if name not in expected and name.replace(one, other) in expected:
+                name = name.replace(one, other)
+        found[name] = tensor
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # CLIPs of open_clip's class
 
 SMALL_CLIP = dict(embed_dim=32, vision_cfg=dict(image_size=32, patch_size=8, width=32, layers=2, head_width=16),
@@ -152,39 +195,25 @@ def read_clip_config(path):
 
     ValueError for anything else. Other fields exist by which open_clip would fetch a model of some name: files are data.
     """
-    config = read_json(path)
-    parts = [(config, SMALL_CLIP)]
-    for name in ("vision_cfg", "text_cfg"):
-        parts.append((config.get(name), SMALL_CLIP[name]))
-    for found, like in parts:
-        is_small = isinstance(found, dict) and found.keys() == like.keys()
-        for name in like if is_small else ():
-            largest = 256 if name == "layers" else 2**16
-            is_number = type(found[name]) is int and 0 < found[name] <= largest
-            is_small = is_small and (is_number or isinstance(like[name], dict))
-        if not is_small:
-            raise ValueError(f"{path}: expected a small CLIP, whole numbers as in {SMALL_CLIP}, found {str(config)[:200]}")
+    return read_config(path, check_small_clip)
+
+
+def check_small_clip(config):
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    for found, like in ((config, SMALL_CLIP), (vision, SMALL_CLIP["vision_cfg"]), (text, SMALL_CLIP["text_cfg"])):
+        if found.keys() != like.keys():
+            raise ValueError(f"expected the fields {', '.join(like)}, found {', '.join(found)}")
+        sizes = [value for value in found.values() if not isinstance(value, dict)]
+        check_whole(found.get("layers", 1), *sizes)
     return config
 
 
 def load_clip(path, config, dtype, device):
-    """
-    An open_clip CLIP from its published tensors, in eval mode. config: open_clip's description, default ViT-H-14's.
-
-    ValueError, naming the file, for other tensors or a description that cannot be built.
-    """
+    """An open_clip CLIP as `build` makes it. config: open_clip's description, default ViT-H-14's."""
     import open_clip
-    tensors = read_tensors(path)
-    clip = build_empty(lambda: open_clip.CLIP(**(config or open_clip.get_model_config("ViT-H-14"))), path)
-    load_strict(clip, tensors, path, dtype)
-    if clip.attn_mask is not None:  # in no file: -inf above the diagonal
-        clip.attn_mask = torch.full(clip.attn_mask.shape, -math.inf).triu(1)              # (tokens, tokens)
-    return clip.to(device=device, dtype=dtype)
+    return build(lambda: open_clip.CLIP(**(config or open_clip.get_model_config("ViT-H-14"))), path, dtype, device)
 
 
 def random_clip(config, dtype, device):
     """An untrained CLIP, seeded. config: as in load_clip."""
-    import open_clip
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # the CPU's alone
-        return open_clip.CLIP(**(config or open_clip.get_model_config("ViT-H-14"))).to(device=device, dtype=dtype)
+    return load_clip(None, config, dtype, device)

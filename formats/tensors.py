@@ -5,7 +5,6 @@ Files are data. Torch files are read with weights_only=True and nothing else is 
 memory-mapped and converted one by one, so loading takes no more memory than the module itself.
 """
 import hashlib
-import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -17,7 +16,7 @@ from support.files import first_line, first_names, read_json
 
 
 class Ignored:
-    """Stands in for the few classes that published checkpoints mention beside their tensors; forgets what it is given."""
+    """Stands in for what Stable Diffusion .ckpt files mention beside their tensors, so that the named code never runs."""
 
     def __init__(self, *args):
         pass
@@ -26,8 +25,6 @@ class Ignored:
         pass
 
 
-# Lightning's callbacks and numpy's numbers in the logs of Stable Diffusion .ckpt files. Allowed by name, as Ignored: the
-# named code itself never runs.
 MENTIONED = [(Ignored, name) for name in (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
     "pytorch_lightning.callbacks.base.Callback",
@@ -39,25 +36,24 @@ def read_tensors(path):
     Every tensor of a published file or component folder, {name: tensor}, memory-mapped: nothing is copied yet.
 
     path: .safetensors; a torch file (.pth, .pt, .bin, .ckpt), bare or with the tensors under "state_dict", names with or without
-    "module."; or a folder of one component, whole or in shards.
-    Raises ValueError naming the file when it is missing, damaged, holds no tensors or holds code.
+    "module."; or a folder of one component, whole or in shards. ValueError names a file that is none or holds code.
     """
     path = Path(path)
     if path.is_dir():
         return read_folder(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file or folder")
-    kind = "a .safetensors file" if path.suffix == ".safetensors" else "a torch file of tensors"
+    kind, read = "a torch file of tensors", read_torch_file
+    if path.suffix == ".safetensors":
+        kind, read = "a .safetensors file", load_file
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else read_torch_file(path)
-    except PermissionError:
-        raise ValueError(f"{path}: may not be read by this user") from None
+        content = read(path)
     except Exception as error:  # a damaged file can fail in any way: zip, pickle, json, or the reader itself
-        code = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if code:
             raise ValueError(f"{path}: expected tensors alone, found {code[1]}; nothing in it was run. "
                              "Use a copy without it, best as .safetensors") from None
-        raise ValueError(f"{path}: expected {kind}, found a damaged one or another kind ({first_line(error)})") from None
+        raise ValueError(f"{path}: expected {kind} that can be read, found another or none ({first_line(error)})") from None
 
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
@@ -70,7 +66,7 @@ def read_tensors(path):
 
 
 def read_torch_file(path):
-    """The content of a torch file, memory-mapped where its form allows; any kind of exception if it is none."""
+    """The content of a torch file, memory-mapped where its form allows."""
     zipped = zipfile.is_zipfile(path)
     if zipped and any(part.compress_type for part in zipfile.ZipFile(path).infolist()):
         raise ValueError("compressed, which torch.save never does")  # mapped, such bytes would be taken for weights
@@ -105,18 +101,23 @@ def read_shards(index, suffix):
 
 def check_tensors(expected, tensors, what):
     """ValueError if a tensor is missing, left over, or of another shape than in `expected` {name: tensor}; `what`: the source."""
-    missing, unused = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
-    if missing or unused:
-        wrong = {"missing": missing, "not known": unused}
-        raise ValueError(f"{what}: "
-                         + "; ".join(f"{len(n)} tensors {kind} ({first_names(n)})" for kind, n in wrong.items() if n))
+    wrong = []
+    for kind, names in (("missing", expected.keys() - tensors.keys()), ("not known", tensors.keys() - expected.keys())):
+        if names:
+            wrong.append(f"{len(names)} tensors {kind} ({first_names(names)})")
+    if wrong:
+        raise ValueError(f"{what}: {'; '.join(wrong)}")
     for name, t in expected.items():
         found = tensors[name]
         if t.shape != found.shape:
             raise ValueError(f"{what}: tensor {name} has shape {list(found.shape)}, expected {list(t.shape)}")
-        if not found.is_floating_point() or found.layout != torch.strided or found.is_meta:
-            raise ValueError(f"{what}: tensor {name} is {found.dtype}, {found.layout} on {found.device}, "
-                             "expected floating-point numbers")
+        check_numbers(found, f"{what}: tensor {name}")
+
+
+def check_numbers(t, what):
+    """ValueError unless a tensor holds plain floating-point numbers: not whole ones, not sparse, not without data."""
+    if not t.is_floating_point() or t.layout != torch.strided or t.is_meta:
+        raise ValueError(f"{what} is {t.dtype}, {t.layout} on {t.device}, expected floating-point numbers")
 
 
 def build_empty(make, what):
@@ -144,12 +145,15 @@ def load_strict(module, tensors, what, dtype=None):
 def component_config(path, from_json):
     """What from_json makes of the config.json of a component folder; None where there is no such file."""
     file = Path(path) / "config.json"
-    if not file.is_file():
-        return None
+    return read_config(file, from_json) if file.is_file() else None
+
+
+def read_config(file, from_json):
+    """What from_json makes of a JSON file; whatever it raises becomes a ValueError that names the file."""
     content = read_json(file)
     try:
         return from_json(content)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except Exception as error:  # transformers' own too, which differ by version
         raise ValueError(f"{file}: not the config of a model we have ({first_line(error)})") from None
 
 

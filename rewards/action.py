@@ -16,8 +16,7 @@ Letters: B videos, F frames, C classes.
 import torch
 from torch import nn
 
-from formats.reward_model import RewardModel, crop_centre
-from rewards.hub import build
+from formats.reward_model import RewardModel, build, crop_centre
 
 FRAMES, SIZE = 16, 32  # the tiny world's
 DIRECTIONS = ("left", "right", "up", "down")  # and a last class, no motion

@@ -15,10 +15,10 @@ Letters: B videos, S frames, E width of CLIP's features.
 """
 import torch.nn.functional as F_
 
-from formats.reward_model import RewardModel, clip_normalize, crop_centre
+from formats.reward_model import RewardModel, build, clip_normalize, crop_centre
 from formats.tensors import read_tensors
 from formats.weights import hub_file
-from rewards.hub import LinearHead, build, read_model_config
+from rewards.hub import LinearHead, read_model_config
 
 HEAD_REPO = "trl-lib/ddpo-aesthetic-predictor"
 HEADS = ("aesthetic-model.pth", "sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.safetensors")

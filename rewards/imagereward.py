@@ -14,10 +14,10 @@ Letters: B videos, S frames, N = B S pictures, T tokens.
 import torch
 from torch import nn
 
-from formats.reward_model import RewardModel, clip_normalize, crop_centre
+from formats.reward_model import RewardModel, build, clip_normalize, crop_centre
 from formats.tensors import read_tensors
 from formats.weights import hub_file
-from rewards.hub import LinearHead, build
+from rewards.hub import LinearHead
 from support.files import read_text
 
 BERT = "google-bert/bert-base-uncased"  # whose words these are

@@ -15,8 +15,7 @@ Letters: B videos, S frames, N = B S pictures.
 import torch.nn.functional as F_
 from torch import nn
 
-from formats.reward_model import RewardModel, crop_centre
-from rewards.hub import build
+from formats.reward_model import RewardModel, build, crop_centre
 
 SIZE = 32  # the tiny world's
 THINGS = ("watermark",)

@@ -16,15 +16,8 @@ import re
 
 import torch
 
-from formats.reward_model import RewardModel, crop_centre
-from rewards.hub import (
-    build,
-    imagenet_normalize,
-    read_model_config,
-    say_non_commercial,
-    size_name,
-    wanted_label,
-)
+from formats.reward_model import RewardModel, build, crop_centre
+from rewards import hub
 
 SPELLINGS = [  # transformers 5 has the second of each
     ("attention.q_bias", "attention.query.bias"), ("attention.v_bias", "attention.value.bias")]
@@ -49,7 +42,7 @@ class VideoMAE(RewardModel):
     def forward(self, frames, captions):
         size = self.classifier.config.image_size
         x = crop_centre(self.pixels(frames, captions), size, mode="bilinear")
-        x = imagenet_normalize(x).to(self.classifier.classifier.weight.dtype)
+        x = hub.imagenet_normalize(x).to(self.classifier.classifier.weight.dtype)
         x = x.unflatten(0, frames.shape[:2])                                  # (B, F, 3, h, w)
         logits = self.classifier(pixel_values=x).logits                       # (B, C)
         wanted = [[self.class_of(caption)] for caption in captions]
@@ -71,11 +64,11 @@ class VideoMAE(RewardModel):
 def load(path, argument, dtype, device):
     """The reward from a hub folder, for the class `argument` if any; path None: small, random."""
     from transformers import VideoMAEConfig, VideoMAEForVideoClassification
-    config = read_model_config(VideoMAEConfig, path) if path else VideoMAEConfig(**SMALL)
-    number = wanted_label(config.id2label, argument, "reward videomae") if argument else None
+    config = hub.read_model_config(VideoMAEConfig, path) if path else VideoMAEConfig(**SMALL)
+    number = hub.wanted_label(config.id2label, argument, "reward videomae") if argument else None
     classifier = build(lambda: VideoMAEForVideoClassification(config), path, dtype, device,
                        spellings=SPELLINGS)
-    name = f"VideoMAE-{size_name(config) if path else 'random'}"
+    name = f"VideoMAE-{hub.size_name(config) if path else 'random'}"
     if path:
-        say_non_commercial(name, "CC-BY-NC-4.0")
+        hub.say_non_commercial(name, "CC-BY-NC-4.0")
     return VideoMAE(classifier, number, f"{name}:{argument}" if argument else name)

@@ -20,9 +20,9 @@ import zlib
 import torch
 import torch.nn.functional as F_
 
-from formats.reward_model import RewardModel, crop_centre
+from formats.reward_model import RewardModel, build, crop_centre
 from formats.weights import WHOLE_CLIPS
-from rewards.hub import build, imagenet_normalize, read_model_config, size_name
+from rewards.hub import imagenet_normalize, read_model_config, size_name
 
 FRAMES = WHOLE_CLIPS["vjepa"]
 BLOCKS, SHARE = 8, .15  # V-JEPA's: 8 blocks of 15% of the picture, through all frames; they overlap

@@ -14,15 +14,8 @@ back to zero within its loop, so that one frame counts; here each frame has a sc
 
 Letters: B videos, S frames, N = B S pictures, Q queries, C classes.
 """
-from formats.reward_model import RewardModel
-from rewards.hub import (
-    build,
-    fit_within,
-    imagenet_normalize,
-    read_model_config,
-    size_name,
-    wanted_label,
-)
+from formats.reward_model import RewardModel, build
+from rewards import hub
 
 SHORTEST, LONGEST = 512, 864  # yolos-tiny's own preprocessor
 SPELLINGS = [  # transformers 5 has the second
@@ -46,8 +39,8 @@ class Yolos(RewardModel):
         self.limits = shortest, longest, detector.config.patch_size
 
     def forward(self, frames, captions):
-        x = fit_within(self.pixels(frames, captions), *self.limits)           # (N, 3, h, w)
-        x = imagenet_normalize(x).to(self.detector.vit.embeddings.cls_token.dtype)
+        x = hub.fit_within(self.pixels(frames, captions), *self.limits)           # (N, 3, h, w)
+        x = hub.imagenet_normalize(x).to(self.detector.vit.embeddings.cls_token.dtype)
         logits = self.detector(pixel_values=x).logits                         # (N, Q, C + 1)
         probability = logits.float().softmax(dim=-1)[..., self.number]        # (N, Q)
         return 1 - probability.amax(dim=-1).view(frames.shape[:2])            # (B, S)
@@ -56,10 +49,10 @@ class Yolos(RewardModel):
 def load(path, argument, dtype, device):
     """The reward from a hub folder, for the class `argument`; path None: small and random."""
     from transformers import YolosConfig, YolosForObjectDetection
-    config = read_model_config(YolosConfig, path) if path else YolosConfig(**SMALL)
-    number = wanted_label(config.id2label, argument, "reward yolos")
+    config = hub.read_model_config(YolosConfig, path) if path else YolosConfig(**SMALL)
+    number = hub.wanted_label(config.id2label, argument, "reward yolos")
     detector = build(lambda: YolosForObjectDetection(config), path, dtype, device,
                      spellings=SPELLINGS)
     if path is None:
         return Yolos(detector, number, f"YOLOS-random:{argument}", *config.image_size)
-    return Yolos(detector, number, f"YOLOS-{size_name(config)}:{argument}")
+    return Yolos(detector, number, f"YOLOS-{hub.size_name(config)}:{argument}")

@@ -34,6 +34,7 @@ from formats import tensors as published
 from model import Autoencoder, Base, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig, decode_frames, load_base
 from support import ranks as processes
 from support import run as run_folder
+from tests.ldm import vae_to_official
 from tiny import clips
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,7 +120,7 @@ def instructvideo(parts, tmp_path_factory):
     write(folder / "model_scope_v1-4_0600000.pth", base)
     state = {f"module.{k}": v for k, v in (base | tuned).items()}
     write(folder / TUNED, {"state_dict": state, "optimizer": {"lr": 1e-5}, "scaler": {}, "step": 620000})
-    ldm = {f"first_stage_model.{k}": v for k, v in names.vae_to_official(vae.state_dict(), VAE).items()}
+    ldm = {f"first_stage_model.{k}": v for k, v in vae_to_official(vae.state_dict(), VAE).items()}
     write(folder / "v2-1_512-ema-pruned.ckpt", {"state_dict": ldm | {"model_ema.decay": torch.tensor(.9)}})
     write(folder / "stable-diffusion-v/open_clip_pytorch_model.bin", text.state_dict() | {"visual.proj": torch.zeros(2, 2)})
     write(folder / "HPS_v2.pt", {"iterations": np.float64(4000), "state_dict": clip.state_dict(), "optimizer": {"lr": 1.}})

@@ -33,6 +33,7 @@ from formats import names
 from formats import tensors as published
 from model import Autoencoder, UNet3D, UNetConfig, VAEConfig, load_text_encoder, load_unet, load_vae
 from support import files
+from tests.ldm import vae_to_official
 
 UNET = UNetConfig(channels=(8, 16), blocks_per_level=1, attention_levels=(True, False), context_dim=128, head_dim=4,
                   norm_groups=4)
@@ -201,7 +202,7 @@ def lightning(monkeypatch):
 
 def stable_diffusion(vae, callback):
     """A Stable Diffusion .ckpt: the whole model under state_dict, and what Lightning saves beside it."""
-    parts = {f"first_stage_model.{k}": v for k, v in names.vae_to_official(vae, VAE).items()}
+    parts = {f"first_stage_model.{k}": v for k, v in vae_to_official(vae, VAE).items()}
     parts |= {"model.diffusion_model.out.2.weight": torch.ones(3), "cond_stage_model.model.ln_final.weight": torch.ones(3),
               "betas": torch.ones(4), "model_ema.num_updates": torch.tensor(4)}
     state = callback()
@@ -235,7 +236,7 @@ def test_inert_stand_ins_forget_what_they_are_given():
     ("vae.ckpt", lambda x: {"state_dict": {f"first_stage_model.{k}": v for k, v in x.items()}}),
     ("vae.safetensors", None)])
 def test_autoencoder_under_ldm_names(tmp_path, vae, name, wrap):
-    tensors = names.vae_to_official(vae, VAE)
+    tensors = vae_to_official(vae, VAE)
     if wrap:
         torch.save(wrap(tensors), tmp_path / name)
     else:
@@ -317,7 +318,7 @@ def test_half_precision_files_load_as_float32_or_as_asked(tmp_path, unet, offici
     path = saved(tmp_path / "unet.pth", {k: v.half() for k, v in official.items()})
     assert_holds(load_unet(path, UNET), unet)
     assert_holds(load_unet(path, UNET, dtype=dtype), unet, dtype)
-    path = saved(tmp_path / "vae.pth", {k: v.to(torch.bfloat16) for k, v in names.vae_to_official(vae, VAE).items()})
+    path = saved(tmp_path / "vae.pth", {k: v.to(torch.bfloat16) for k, v in vae_to_official(vae, VAE).items()})
     assert_holds(load_vae(path, VAE, dtype=dtype), {k: v.to(torch.bfloat16) for k, v in vae.items()}, dtype)
     text = load_text_encoder(saved(tmp_path / "clip.bin", clip.state_dict()), letters, dtype)
     assert {p.dtype for p in text.parameters()} == {dtype}
@@ -420,7 +421,7 @@ def test_base_of_modelscope(tmp_path, monkeypatch, official, unet, vae, clip, ca
     monkeypatch.setattr(model, "UNetConfig", lambda: UNET)  # such files bring no config: they are full size
     monkeypatch.setattr(model, "VAEConfig", lambda: VAE)
     torch.save(official, tmp_path / called[0])
-    in_ckpt = {f"first_stage_model.{k}": v for k, v in names.vae_to_official(vae, VAE).items()}
+    in_ckpt = {f"first_stage_model.{k}": v for k, v in vae_to_official(vae, VAE).items()}
     torch.save({"state_dict": in_ckpt}, tmp_path / called[1])
     torch.save(clip.state_dict(), tmp_path / called[2])
     path = {"folder": tmp_path, "file": tmp_path / called[0], "other file": tmp_path / "tuned/my_non_ema_0620000.pth"}[given]

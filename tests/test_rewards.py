@@ -26,13 +26,9 @@ from evaluate import measure
 from formats.reward_model import (
     CLIP_MEAN,
     CLIP_STD,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     SMALL_CLIP,
-    LinearHead,
     RewardModel,
     crop_centre,
-    fit_within,
     spread_frames,
 )
 from formats.weights import named_rewards
