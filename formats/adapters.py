@@ -1,8 +1,8 @@
 """
 Adapter files: ours, PEFT's and the official code's, read into one form, checked against a UNet, and exported.
 
-Ours is a safetensors file under PEFT's tensor names, with rank, alpha, base and the base's fingerprint as metadata. All of
-this works on dicts of tensors, so that a merged UNet can be written without building one.
+Ours is a safetensors file under PEFT's tensor names, with rank, alpha, base and the base's fingerprint as metadata. Dicts of
+tensors are enough for all of this: a merged UNet is written without building one.
 
 Letters: r rank, C_in and C_out widths of a projection; A (r, C_in) and B (C_out, r) are the two halves of an adapter.
 """
@@ -18,16 +18,16 @@ import tyro
 from safetensors import safe_open
 
 from formats import names
-from formats.names import official_unet_blocks, rename, split_lora, unet_from_official
+from formats.names import official_unet_blocks, split_lora, unet_from_official
 from formats.tensors import check_numbers, check_tensors, component_config, fingerprint, read_tensors
 from formats.weights import PARTS, find_base, find_part
 from support.files import first_names, read_json, write_folder, write_whole
 
 PREFIX = "base_model.model."  # what PEFT's wrapper puts before the path of a layer
 NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-OFFICIAL_NAME = re.compile(r"(.+\.to_)([qkv]|out)_lora\.(down|up)_linear\.weight")
 PROJECTION = re.compile(r"(^|\.)(to_[qkv]|to_out\.0)$")  # which layers are adapted: those of every attention
 ATTENTION = re.compile(r"(attentions\.\d+|transformer_in)$")  # the blocks that have them
+LAYERS = [f"transformer_blocks.0.attn{i}.{layer}" for i in (1, 2) for layer in ("to_q", "to_k", "to_v", "to_out.0")]
 VERSION = "1"
 
 
@@ -36,21 +36,15 @@ def adapter_name(path, half):
     return f"{PREFIX}{path}.lora_{half}.weight"
 
 
-def to_official_name(name, config):
-    """Our name of half an adapter -> the official one. A is called down_linear there, B up_linear, to_out.0 to_out."""
-    path, half = NAME.fullmatch(name).groups()
-    path = rename(path + ".weight", official_unet_blocks(config), {}).removesuffix(".weight")
-    return f"{path.removesuffix('.0')}_lora.{'down' if half == 'A' else 'up'}_linear.weight"
-
-
-def from_official_name(name, config):
-    """Inverse of to_official_name; a name that is none of an adapter's, or of a block that `config` has not, is kept as it is."""
-    match = OFFICIAL_NAME.fullmatch(name)
-    blocks = {theirs: ours for ours, theirs in official_unet_blocks(config).items()}
-    path = match and rename(f"{match[1]}{match[2]}.weight", blocks, {}).removesuffix(".weight")
-    if not match or path == match[1] + match[2]:
-        return name
-    return adapter_name(path + ".0" if match[2] == "out" else path, "A" if match[3] == "down" else "B")
+def official_names(config):
+    """{our name: the official one} of both halves of every adapter. A is called down_linear there, B up_linear."""
+    table = {}
+    for ours, theirs in official_unet_blocks(config).items():
+        for layer in LAYERS if ATTENTION.search(ours) else ():
+            stem = f"{theirs}.{layer.removesuffix('.0')}_lora"
+            table[adapter_name(f"{ours}.{layer}", "A")] = f"{stem}.down_linear.weight"
+            table[adapter_name(f"{ours}.{layer}", "B")] = f"{stem}.up_linear.weight"
+    return table
 
 
 @dataclass
@@ -81,7 +75,8 @@ def read_adapter(path, config=None):
         tensors = read_tensors(path)
         rest, official = split_lora(tensors)
         if official:
-            tensors = {from_official_name(k, config or names.MODELSCOPE): v for k, v in official.items()}
+            ours = {theirs: name for name, theirs in official_names(config or names.MODELSCOPE).items()}
+            tensors = {ours.get(name, name): t for name, t in official.items()}
             weights, recorded = rest, None
         elif path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
@@ -131,11 +126,7 @@ def common_rank(tensors, path):
 
 
 def check_adapter(adapter, shapes, base_fingerprint, what):
-    """
-    ValueError unless an Adapter fits projections {path: (C_out, C_in)} and, where both are known, the base's fingerprint.
-
-    what: the adapter's source, for messages.
-    """
+    """ValueError naming `what` unless it fits projections {path: (C_out, C_in)} and, where known, the base's fingerprint."""
     expected = {}
     for path, (c_out, c_in) in shapes.items():
         expected[adapter_name(path, "A")] = torch.empty(adapter.rank, c_in, device="meta")
@@ -183,10 +174,8 @@ def export(adapter, to, out, base=None, config=None):
         paths = {name.removesuffix(".weight"): t.shape for name, t in weights.items()}
         shapes = {path: shape for path, shape in paths.items() if PROJECTION.search(path)}
         check_adapter(found, shapes, fingerprint(weights), adapter)
-    elif to == "official":  # nothing else tells that the adapters are another model's
-        expected = {block for block in official_unet_blocks(config) if ATTENTION.search(block)}
-        if {name.removeprefix(PREFIX).partition(".transformer_blocks.")[0] for name in found.tensors} != expected:
-            raise ValueError(f"{adapter}: not adapters of ModelScope's UNet; --base must name the weights of theirs")
+    if to == "official" and found.tensors.keys() != official_names(config).keys():
+        raise ValueError(f"{adapter}: not adapters of ModelScope's UNet; --base must name the weights of theirs")
 
     if to == "peft":
         export_peft(found, out, base)
@@ -219,10 +208,10 @@ def export_peft(found, out, base):
 def export_official(found, weights, out, config):
     """A .pth: with the base's weights the whole state dict that the official inference loads, else the adapters alone."""
     # Official inference adds B A as they are (inference_instructvideo_entrance.py), so our scale goes into B.
-    scale = found.alpha / found.rank
-    tensors = {}
+    table, tensors = official_names(config), {}
     for name, t in found.tensors.items():
-        tensors[to_official_name(name, config)] = t.float() * (scale if ".lora_B." in name else 1)
+        scale = found.alpha / found.rank if ".lora_B." in name else 1
+        tensors[table[name]] = t.float() * scale
     base = {k: t.float() for k, t in names.unet_to_official(weights, config).items()}
     with write_whole(out) as file:
         torch.save({"state_dict": tensors | base}, file)

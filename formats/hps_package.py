@@ -29,18 +29,17 @@ def import_hpsv2():
         missing = Path(path).name == vocabulary.name and not Path(path).exists()
         return gzip_open(vocabulary if missing else path, *args, **kwargs)
 
-    turtle = sys.modules.get("turtle")
-    sys.modules["turtle"] = types.ModuleType("turtle")
-    sys.modules["turtle"].forward = None
+    provided = "turtle" not in sys.modules
+    if provided:
+        sys.modules["turtle"] = types.SimpleNamespace(forward=None)
     try:
         with mock.patch("gzip.open", open_vocabulary), warnings.catch_warnings():  # or it mutes all our UserWarnings
             warnings.simplefilter("ignore")
             from hpsv2 import img_score
             from hpsv2.src import open_clip as fork
     finally:
-        del sys.modules["turtle"]
-        if turtle is not None:
-            sys.modules["turtle"] = turtle
+        if provided:
+            del sys.modules["turtle"]
     return img_score, fork
 
 
@@ -48,11 +47,9 @@ def official_hps(clip, clip_config=None, tokenizer=None):
     """
     The hpsv2 package's own scorer, model class and preprocessing, on weights that are already loaded. No download.
 
-    clip: the float32 CLIP of `load_hpsv2(...).clip`, whose memory is shared; clip_config: as there; tokenizer: for a CLIP with
-      words of its own, else the package's.
-    Returns score(frames, caption): frames (S, 3, H, W) uint8, or S PIL images, of one video -> S floats.
+    clip: the float32 CLIP of `load_hpsv2(...).clip`, whose memory is shared; clip_config: as there; tokenizer: default the
+    package's. Returns score(frames, caption): frames (S, 3, H, W) uint8, or S PIL images, of one video -> S floats.
     It agrees with HPSv2 on the same 8-bit frames; on CUDA less closely, since there the package computes in float16.
-    ValueError: weights that are not float32; frames that are not 8-bit.
     """
     if {p.dtype for p in clip.parameters()} != {torch.float32}:
         raise ValueError("the hpsv2 package scores in float32; load the weights with dtype=torch.float32")

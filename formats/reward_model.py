@@ -1,5 +1,5 @@
 """
-What published reward models share: they stay frozen, they take pictures of their own kind, and they are built from files.
+What reward models share: they stay frozen, they take pictures of their own kind, and they are built from files.
 
 A reward maps frames (B, S, 3, H, W) in [0, 1] and B captions to scores. `num_frames` says which frames it wants: None for an
 image reward, which scores any S frames each by itself -> (B, S); a number for a video reward, which is given so many frames of
@@ -44,10 +44,9 @@ class RewardModel(nn.Module):
         """
         encode(caption) of each caption, computed once for the weights that `model` has now: a list of tensors, no gradient.
 
-        Captions are encoded one at a time and outside autocast, so not even the last bit depends on the batch. After a resume,
-        the same captions may come in other batches.
+        One at a time and outside autocast, so that not even the last bit depends on the batch: a resumed run has others.
         """
-        # What is kept belongs to exactly these weights: moving, casting or loading them changes an address or a version.
+        # Moving, casting or loading the weights changes an address or a version.
         weights = [(p.data_ptr(), p._version) for p in model.parameters()]
         if weights != self._texts_of:
             self._texts, self._texts_of = {}, weights
@@ -72,11 +71,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def limit(x):
-    """
-    x limited to [0, 1]; a pixel outside gets no gradient (official code: reward.py:147), one at exactly 0 or 1 does.
-
-    That is clamp() as it was when the official code was written; torch 2.15's gives no gradient at the limits either.
-    """
+    """x limited to [0, 1]; a pixel outside gets no gradient (official reward.py:147), one at 0 or 1 does, as clamp() had it."""
     return torch.where((x >= 0) & (x <= 1), x, x.detach().clamp(0, 1))
 
 
@@ -84,8 +79,7 @@ def letterbox(x, size):
     """
     HPSv2's own resize: longest side to `size`, then black bars. x (N, 3, H, W) -> (N, 3, size, size).
 
-    Follows ResizeMaxSize on float tensors (hpsv2 1.2.0, src/open_clip/transform.py:26): bicubic, antialiased, and its
-    overshoot outside [0, 1] is kept. The bars are 0 before CLIP's mean is subtracted: black, not grey.
+    Follows ResizeMaxSize on float tensors (hpsv2 1.2.0, src/open_clip/transform.py:26), which keeps the overshoot outside [0, 1].
     """
     H, W = x.shape[-2:]
     scale = size / max(H, W)
@@ -99,8 +93,7 @@ def stretch(x, size):
     """
     The official InstructVideo code's resize (utils/reward/reward.py:79). x (N, 3, H, W) -> (N, 3, size, size).
 
-    Bilinear and not antialiased: what torchvision 0.13, which VGen installs, does to tensors. The official code resizes
-    the shorter side and so takes square videos only; others are stretched here.
+    Not antialiased, as in VGen's torchvision 0.13. The official code takes square videos only; others are stretched here.
     """
     return F_.interpolate(x, (size, size), mode="bilinear", align_corners=False)
 
@@ -109,8 +102,7 @@ def crop_centre(x, size, shortest=None, mode="bicubic"):
     """
     CLIP's own resize: shortest side to `shortest` (default `size`), then the middle square. (N, 3, H, W) -> (N, 3, size, size).
 
-    The published code of PickScore, ImageReward and others resizes 8-bit pictures, which cannot overshoot; so neither does this.
-    The longer side and the square's corner are rounded as torchvision's Resize and CenterCrop do.
+    Rounded as torchvision's Resize and CenterCrop. Published code resizes 8-bit pictures, which cannot overshoot; nor does this.
     """
     H, W = x.shape[-2:]
     shortest = shortest or size
@@ -140,8 +132,8 @@ def build(make, source=None, dtype=torch.float32, device="cpu", tensors=None, sp
     """
     The module that make() builds, frozen and in eval mode, with published weights, or seeded random ones if source is None.
 
-    source: a file or folder of tensors, also named in errors; tensors: those of it to take, if not all.
-    spellings: pairs of pieces of a tensor's name that stand for each other. ValueError if the tensors do not fit.
+    source: a file or folder of tensors; tensors: those of it to take, if not all. spellings: pairs (old, new) of pieces of a
+    tensor's name, either of which the file may have.
     """
     if source is None:
         with torch.random.fork_rng(devices=[]):
@@ -154,26 +146,24 @@ def build(make, source=None, dtype=torch.float32, device="cpu", tensors=None, sp
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:  # in no file
             parent, _, own_name = name.rpartition(".")
-            if own_name == "attn_mask":  # open_clip's: -inf above the diagonal
+            assert own_name in ("attn_mask", "position_ids"), name
+            values = torch.arange(buffer.shape[-1]).expand(buffer.shape)                  # (1, tokens)
+            if own_name == "attn_mask":  # open_clip's
                 values = torch.full(buffer.shape, -math.inf, dtype=dtype).triu(1)         # (tokens, tokens)
-            else:
-                assert own_name == "position_ids", name
-                values = torch.arange(buffer.shape[-1]).expand(buffer.shape)              # (1, tokens)
             module.get_submodule(parent).register_buffer(own_name, values, persistent=False)
     return module.to(device)
 
 
 def spell(tensors, expected, spellings):
     """Tensors under the names that a module expects; older files also hold position numbers, which are left out."""
-    found = {}
-    for name, tensor in tensors.items():
-        if name.endswith("position_ids") and name not in expected:
-            continue
-        for one, other in [*spellings, *((b, a) for a, b in spellings)]:
-            if name not in expected and name.replace(one, other) in expected:
-                name = name.replace(one, other)
-        found[name] = tensor
-    return found
+    def newest(name):
+        for old, new in spellings:
+            name = name.replace(old, new)
+        return name
+
+    ours = {newest(name): name for name in expected}
+    kept = [name for name in tensors if name in expected or not name.endswith("position_ids")]
+    return {ours.get(newest(name), name): tensors[name] for name in kept}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,15 +180,12 @@ def clip_tokenizer(context_length):
 
 
 def read_clip_config(path):
-    """
-    open_clip's description of a small CLIP from a JSON file: the fields of SMALL_CLIP, all of them and no other.
-
-    ValueError for anything else. Other fields exist by which open_clip would fetch a model of some name: files are data.
-    """
+    """open_clip's description of a small CLIP from a JSON file: the fields of SMALL_CLIP, all of them and no other."""
     return read_config(path, check_small_clip)
 
 
 def check_small_clip(config):
+    """The same dict. Other fields exist by which open_clip would fetch a model of some name, and files are data: ValueError."""
     vision, text = config["vision_cfg"], config["text_cfg"]
     for found, like in ((config, SMALL_CLIP), (vision, SMALL_CLIP["vision_cfg"]), (text, SMALL_CLIP["text_cfg"])):
         if found.keys() != like.keys():
@@ -214,6 +201,4 @@ def load_clip(path, config, dtype, device):
     return build(lambda: open_clip.CLIP(**(config or open_clip.get_model_config("ViT-H-14"))), path, dtype, device)
 
 
-def random_clip(config, dtype, device):
-    """An untrained CLIP, seeded. config: as in load_clip."""
-    return load_clip(None, config, dtype, device)
+random_clip = partial(load_clip, None)  # untrained, seeded

@@ -2,16 +2,12 @@
 Action in the tiny world: how sure a classifier is that the shape moves as wanted. `--reward
 action:left`, whatever the caption says.
 
-VADER (arXiv:2407.08737) takes VideoMAE's classes for this; the tiny world has a small classifier of
-its own (tiny/build.py, stage "action"), which shares neither seeds nor architecture with the judge:
-the judge convolves over time, this one attends over it. The score is the log-probability of the
-wanted direction, at most 0. Its gradient is as large for a clip that certainly moves another way as
-for one in doubt, where the probability itself has next to none. A video reward: it sees 16 frames
-in order, and gives one score for all.
+VADER (arXiv:2407.08737) takes VideoMAE's classes for this; this classifier is the tiny world's own
+(tiny/build.py). Unlike the judge, which convolves over time, it attends over it. The score is the
+log-probability of the direction, at most 0: its gradient is large for a clip that certainly moves
+another way, where the probability itself has next to none. A video reward of 16 frames.
 
-Weights: the folder action of the tiny base; no other base has one.
-
-Letters: B videos, F frames, C classes.
+Letters: B videos, F frames, C classes, E width.
 """
 import torch
 from torch import nn
@@ -29,11 +25,7 @@ def convolution(c_in, c_out):
 
 
 class Classifier(nn.Module):
-    """
-    Clips (B, F, 3, SIZE, SIZE) in [0, 1] -> logits (B, C) of DIRECTIONS and of no motion.
-
-    A frame alone says where its shape is; the order of the frames, where it goes.
-    """
+    """Clips (B, F, 3, SIZE, SIZE) in [0, 1] -> logits (B, C) of DIRECTIONS and of no motion."""
 
     def __init__(self):
         super().__init__()
@@ -52,11 +44,7 @@ class Classifier(nn.Module):
 
 
 class Action(RewardModel):
-    """
-    number: the wanted one of DIRECTIONS.
-
-    frames (B, F, 3, H, W) -> (B, 1), log-probabilities.
-    """
+    """number: which of DIRECTIONS. frames (B, F, 3, H, W) -> (B, 1), log-probabilities."""
 
     def __init__(self, classifier, number, name):
         super().__init__(name, FRAMES)

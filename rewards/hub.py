@@ -1,5 +1,5 @@
 """
-What rewards of the transformers library share: reading a config.json, their pictures, their classes.
+What rewards of the transformers library share: reading a config.json, pictures, classes.
 
 No download, and tensors are read as data like all others.
 """

@@ -2,15 +2,11 @@
 Removal in the tiny world: how sure a detector is that a frame has no watermark. `--reward
 removal:watermark`; captions are ignored.
 
-VADER (arXiv:2407.08737) takes YOLOS's classes for this; the tiny world has a small detector of its
-own (tiny/build.py, stage "removal"), learned from examples; the judge measures the contrast of the
-band's dashes instead. The score is the log-probability that there is no watermark, at most 0. Its
-gradient is as large where the detector is sure that there is one as where it is in doubt. An image
-reward.
+VADER (arXiv:2407.08737) takes YOLOS's classes for this; this detector is the tiny world's own
+(tiny/build.py). The score is the log-probability that there is no watermark, at most 0: its
+gradient is large where the detector is sure that there is one, too. An image reward.
 
-Weights: the folder removal of the tiny base; no other base has one.
-
-Letters: B videos, S frames, N = B S pictures.
+Letters: B videos, S frames, N = B S pictures, E channels.
 """
 import torch.nn.functional as F_
 from torch import nn

@@ -3,12 +3,10 @@ Action: how sure a classifier is that the wanted action happens. `--reward "vide
 piano"`, or `--reward videomae` for the action that each caption names.
 
 VADER (arXiv:2407.08737) with VideoMAE (arXiv:2203.12602), tuned on Kinetics-400: the score is the
-probability of the class, 0 to 1. A video reward: it sees 16 frames in order, and gives one score
-for all.
+probability of the class, 0 to 1. A video reward of 16 frames.
 
-Weights: the hub folder MCG-NJU/videomae-base-finetuned-kinetics (config.json, which has the
-classes, and model.safetensors); CC-BY-NC-4.0, so neither it nor what is tuned on it may be used
-commercially.
+Weights: the hub folder MCG-NJU/videomae-base-finetuned-kinetics; its config.json has the classes.
+CC-BY-NC-4.0: neither they nor what is tuned on them may be used commercially.
 
 Letters: B videos, F frames, C classes.
 """
@@ -28,11 +26,9 @@ SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_atte
 
 class VideoMAE(RewardModel):
     """
-    classifier: a transformers VideoMAEForVideoClassification; number: the class's, None for the
-    one that a caption names.
+    classifier: VideoMAEForVideoClassification; number: the class's, None for what a caption names.
 
-    frames (B, F, 3, H, W), captions -> (B, 1) in [0, 1]. ValueError for a caption that names no
-    class, if it has to.
+    frames (B, F, 3, H, W), captions -> (B, 1) in [0, 1].
     """
 
     def __init__(self, classifier, number, name):

@@ -1,16 +1,14 @@
 """
 Object removal: how sure a detector is that a thing is nowhere in the picture. `--reward
-yolos:book`.
+yolos:book`; captions are ignored.
 
 VADER (arXiv:2407.08737) with YOLOS (arXiv:2106.00666): the score is one minus the largest
-probability of the class over all of the detector's queries, 0 to 1. An image reward; captions are
-ignored.
+probability of the class over all of the detector's queries, 0 to 1. An image reward.
 
-Weights: the hub folder hustvl/yolos-tiny (config.json, which has the classes, and
-model.safetensors).
+Weights: the hub folder hustvl/yolos-tiny; its config.json has the classes.
 Ours differs from VADER's code: (1) that looks at detections above 0.2 only, so a thing that is
-seen dimly gives no gradient; here there is one everywhere; (2) that sets its sum over the frames
-back to zero within its loop, so that one frame counts; here each frame has a score.
+seen dimly gives no gradient; (2) that sets its sum over the frames back to zero within its loop, so
+that one frame counts; here each frame has a score.
 
 Letters: B videos, S frames, N = B S pictures, Q queries, C classes.
 """
@@ -27,11 +25,7 @@ SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_atte
 
 
 class Yolos(RewardModel):
-    """
-    detector: a transformers YolosForObjectDetection; number: the class's.
-
-    frames (B, S, 3, H, W) -> (B, S) in [0, 1].
-    """
+    """detector: YolosForObjectDetection; number: the class's. (B, S, 3, H, W) -> (B, S)."""
 
     def __init__(self, detector, number, name, shortest=SHORTEST, longest=LONGEST):
         super().__init__(name)

