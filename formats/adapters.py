@@ -61,10 +61,9 @@ class Adapter:
 
 def read_adapter(path, config=None):
     """
-    Adapters of any form: our file, PEFT's folder, the official tensors alone or in a fine-tuned .pth (rank as found, scale 1).
+    An Adapter from a file of any form: ours, PEFT's folder, the official tensors alone or in a fine-tuned .pth (scale 1).
 
-    config: the structure by which official names are translated, default ModelScope's. ValueError naming the file if it is none,
-    or records no alpha, another rank than its tensors have, or more than plain LoRA.
+    config: the structure by which official names are translated, default ModelScope's.
     """
     path, weights, recorded = Path(path), {}, {}
     if (path / "lora.safetensors").is_file():  # a run folder
@@ -98,7 +97,7 @@ def read_adapter(path, config=None):
 
 
 def read_peft(folder):
-    """The tensors of a PEFT folder and what its settings record of rank and alpha. ValueError for more than plain LoRA."""
+    """The tensors of a PEFT folder and what its settings record of rank and alpha."""
     settings = read_json(folder / "adapter_config.json")
     for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
         if settings.get(key):
@@ -137,8 +136,7 @@ def check_adapter(adapter, shapes, base_fingerprint, what):
                          f"the model's is {base_fingerprint!r}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Export
+# -- Export -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Export:
@@ -155,12 +153,7 @@ class Export:
 
 
 def export(adapter, to, out, base=None, config=None):
-    """
-    Write trained adapters in a form that another program reads: the fields of Export.
-
-    config: the structure of bare files, default ModelScope's. ValueError if something cannot be read or does not fit; nothing is
-    written then.
-    """
+    """Write trained adapters as Export's fields say, or nothing. config: the structure of bare files, default ModelScope's."""
     out = Path(out)
     if out.exists():
         raise ValueError(f"{out}: is there already; choose another --out")

@@ -1,8 +1,7 @@
 """
 What published files call the same tensors, and how they describe the same structure: tables and rules, no modules.
 
-Our modules carry the names of the diffusers checkpoints, so those need no translation. ModelScope's UNet, LDM's autoencoder
-and transformers' text tower have other names; each tensor is renamed on its own, so none can be dropped or mixed up.
+Our names are those of the diffusers checkpoints. ModelScope's UNet, LDM's autoencoder and transformers' text tower have others.
 A structure (`config`) is anything with the fields of model.UNetConfig or model.VAEConfig.
 """
 import math
@@ -181,15 +180,11 @@ def official_vae_names(config, names):
 
 
 def vae_from_official(tensors, config, names):
-    """
-    LDM's names, with or without first_stage_model., or diffusers' old ones -> ours. names: all of ours.
-
-    The other parts of a Stable Diffusion file, and the training loss in VQGAN_autoencoder.pth, are left out.
-    """
+    """LDM's names, with or without first_stage_model., or diffusers' old ones -> ours (names), without what is no autoencoder."""
     prefix = "first_stage_model."
     if any(k.startswith(prefix) for k in tensors):
         tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    tensors = {k: v for k, v in tensors.items() if not k.startswith("loss.")}
+    tensors = {k: v for k, v in tensors.items() if not k.startswith("loss.")}  # VQGAN_autoencoder.pth's training loss
     ours_of = {theirs: ours for ours, theirs in official_vae_names(config, names).items()}
     renamed = {}
     for name, t in tensors.items():
@@ -243,13 +238,8 @@ def text_from_transformers(tensors):
 
 
 def text_tower(tensors, path):
-    """
-    The tensors of a text tower up to its penultimate block, under OpenCLIP's names, and the number of blocks that is.
-
-    tensors: open_clip's (its last block, image tower and head are left out) or transformers' text_encoder, whose 23 layers end at
-    the penultimate one already. ValueError, naming `path`, for anything else.
-    """
-    left_out = 1
+    """The tensors of a text tower up to its penultimate block, under OpenCLIP's names, and the number of blocks that is."""
+    left_out = 1  # the last block; transformers' text_encoder ends at the penultimate one already
     if any("self_attn.q_proj" in k for k in tensors):
         left_out = 0
         try:

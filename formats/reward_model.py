@@ -19,7 +19,7 @@ from formats.tensors import build_empty, load_strict, read_config, read_tensors
 
 
 class RewardModel(nn.Module):
-    """A reward that stays frozen and in eval mode. name: with its version; num_frames: see above."""
+    """A reward that stays frozen and in eval mode."""
 
     def __init__(self, name, num_frames=None):
         super().__init__()
@@ -41,16 +41,13 @@ class RewardModel(nn.Module):
         return limit(frames.flatten(0, 1).float())
 
     def encode_once(self, captions, model, encode):
-        """
-        encode(caption) of each caption, computed once for the weights that `model` has now: a list of tensors, no gradient.
-
-        One at a time and outside autocast, so that not even the last bit depends on the batch: a resumed run has others.
-        """
+        """[encode(caption)] without gradient, each computed once for the weights that `model` has now."""
         # Moving, casting or loading the weights changes an address or a version.
         weights = [(p.data_ptr(), p._version) for p in model.parameters()]
         if weights != self._texts_of:
             self._texts, self._texts_of = {}, weights
 
+        # One at a time and outside autocast: not even the last bit may depend on the batch, as a resumed run has others.
         with torch.no_grad(), no_autocast(next(model.parameters())):
             for caption in captions:
                 if caption not in self._texts:
@@ -63,8 +60,7 @@ def no_autocast(tensor):
     return torch.autocast("cpu" if tensor.is_meta else tensor.device.type, enabled=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Frames in [0, 1] into the pictures that models were trained on, on tensors and differentiable
+# -- Frames in [0, 1] into the pictures that models were trained on, on tensors and differentiable --------------------
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, as in open_clip and transformers
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -76,45 +72,34 @@ def limit(x):
 
 
 def letterbox(x, size):
-    """
-    HPSv2's own resize: longest side to `size`, then black bars. x (N, 3, H, W) -> (N, 3, size, size).
-
-    Follows ResizeMaxSize on float tensors (hpsv2 1.2.0, src/open_clip/transform.py:26), which keeps the overshoot outside [0, 1].
-    """
+    """HPSv2's own resize (ResizeMaxSize, hpsv2 1.2.0, src/open_clip/transform.py:26): longest side to `size`, then black bars."""
     H, W = x.shape[-2:]
     scale = size / max(H, W)
     h, w = round(H * scale), round(W * scale)  # the package's order of operations, so that ties round alike
-    x = F_.interpolate(x, (h, w), mode="bicubic", align_corners=False, antialias=True)      # (N, 3, h, w)
+    x = F_.interpolate(x, (h, w), mode="bicubic", align_corners=False, antialias=True)      # (N, 3, h, w), may overshoot
     top, left = (size - h) // 2, (size - w) // 2
     return F_.pad(x, (left, size - w - left, top, size - h - top))                          # (N, 3, size, size)
 
 
 def stretch(x, size):
-    """
-    The official InstructVideo code's resize (utils/reward/reward.py:79). x (N, 3, H, W) -> (N, 3, size, size).
-
-    Not antialiased, as in VGen's torchvision 0.13. The official code takes square videos only; others are stretched here.
-    """
+    """The official InstructVideo code's resize (utils/reward/reward.py:79), of square videos there; not antialiased."""
     return F_.interpolate(x, (size, size), mode="bilinear", align_corners=False)
 
 
 def crop_centre(x, size, shortest=None, mode="bicubic"):
-    """
-    CLIP's own resize: shortest side to `shortest` (default `size`), then the middle square. (N, 3, H, W) -> (N, 3, size, size).
-
-    Rounded as torchvision's Resize and CenterCrop. Published code resizes 8-bit pictures, which cannot overshoot; nor does this.
-    """
+    """CLIP's own resize, rounded as torchvision's: shortest side to `shortest` (default `size`), then the middle square."""
     H, W = x.shape[-2:]
     shortest = shortest or size
     h, w = (shortest, shortest * W // H) if H <= W else (shortest * H // W, shortest)
+    # Published code resizes 8-bit pictures, which cannot overshoot.
     x = limit(F_.interpolate(x, (h, w), mode=mode, align_corners=False, antialias=True))    # (N, 3, h, w)
     top, left = round((h - size) / 2), round((w - size) / 2)
     return x[..., top:top + size, left:left + size]
 
 
-def clip_normalize(x):
-    """Subtract CLIP's channel means, divide by its deviations. x (N, 3, H, W) in [0, 1] -> (N, 3, H, W)."""
-    mean, std = torch.tensor([CLIP_MEAN, CLIP_STD]).to(x)[..., None, None]
+def clip_normalize(x, mean=CLIP_MEAN, std=CLIP_STD):
+    """Subtract the channel means that a model was trained with, divide by the deviations. x (N, 3, H, W) -> (N, 3, H, W)."""
+    mean, std = torch.tensor([mean, std]).to(x)[..., None, None]
     return (x - mean) / std
 
 
@@ -125,8 +110,7 @@ def spread_frames(num_frames, wanted):
     return torch.tensor([i * num_frames // wanted for i in range(wanted)])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Modules from files
+# -- Modules from files -----------------------------------------------------------------------------------------------
 
 def build(make, source=None, dtype=torch.float32, device="cpu", tensors=None, spellings=()):
     """
@@ -166,8 +150,7 @@ def spell(tensors, expected, spellings):
     return {ours.get(newest(name), name): tensors[name] for name in kept}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# CLIPs of open_clip's class
+# -- CLIPs of open_clip's class ---------------------------------------------------------------------------------------
 
 SMALL_CLIP = dict(embed_dim=32, vision_cfg=dict(image_size=32, patch_size=8, width=32, layers=2, head_width=16),
                   text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2))
@@ -180,19 +163,20 @@ def clip_tokenizer(context_length):
 
 
 def read_clip_config(path):
-    """open_clip's description of a small CLIP from a JSON file: the fields of SMALL_CLIP, all of them and no other."""
-    return read_config(path, check_small_clip)
+    """
+    open_clip's description of a small CLIP from a JSON file: the fields of SMALL_CLIP, all of them and no other.
 
-
-def check_small_clip(config):
-    """The same dict. Other fields exist by which open_clip would fetch a model of some name, and files are data: ValueError."""
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    for found, like in ((config, SMALL_CLIP), (vision, SMALL_CLIP["vision_cfg"]), (text, SMALL_CLIP["text_cfg"])):
-        if found.keys() != like.keys():
-            raise ValueError(f"expected the fields {', '.join(like)}, found {', '.join(found)}")
-        sizes = [value for value in found.values() if not isinstance(value, dict)]
-        check_whole(found.get("layers", 1), *sizes)
-    return config
+    Other fields exist by which open_clip would fetch a model of some name, and files are data.
+    """
+    def from_json(config):
+        for part in (None, "vision_cfg", "text_cfg"):
+            found, like = (config[part], SMALL_CLIP[part]) if part else (config, SMALL_CLIP)
+            if found.keys() != like.keys():
+                raise ValueError(f"expected the fields {', '.join(like)}, found {', '.join(found)}")
+            sizes = [value for value in found.values() if not isinstance(value, dict)]
+            check_whole(found.get("layers", 1), *sizes)
+        return config
+    return read_config(path, from_json)
 
 
 def load_clip(path, config, dtype, device):

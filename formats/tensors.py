@@ -17,12 +17,7 @@ from support.files import first_line, first_names, read_json
 
 class Ignored:
     """Stands in for what Stable Diffusion .ckpt files mention beside their tensors, so that the named code never runs."""
-
-    def __init__(self, *args):
-        pass
-
-    def __setstate__(self, state):
-        pass
+    __init__ = __setstate__ = lambda self, *content: None
 
 
 MENTIONED = [(Ignored, name) for name in (
@@ -79,28 +74,26 @@ WEIGHT_FILES = [f"{stem}.{suffix}" for suffix in ("safetensors", "bin", "fp16.sa
 
 
 def read_folder(folder):
-    """The tensors of a component folder: a single file, or the shards that an index lists."""
-    for name in WEIGHT_FILES:
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            return read_shards(index, Path(name).suffix)
-        if (folder / name).is_file():
-            return read_tensors(folder / name)
-    raise ValueError(f"{folder}: no weights here; expected one of {', '.join(WEIGHT_FILES)} (or its .index.json)")
+    """The tensors of a component folder: a single file, or the shards beside an index that lists them."""
+    found = [n for n in WEIGHT_FILES if (folder / n).is_file() or (folder / f"{n}.index.json").is_file()]
+    if not found:
+        raise ValueError(f"{folder}: no weights here; expected one of {', '.join(WEIGHT_FILES)} (or its .index.json)")
+    index = folder / f"{found[0]}.index.json"
+    if not index.is_file():
+        return read_tensors(folder / found[0])
 
-
-def read_shards(index, suffix):
-    """The tensors of all files that an index lists. A shard is a file beside its index, nothing else."""
     listed = read_json(index).get("weight_map")
-    shards = {str(s) for s in listed.values()} if isinstance(listed, dict) else ()
+    shards = sorted({str(s) for s in listed.values()}) if isinstance(listed, dict) else []
+    tensors = {}
     for s in shards or [""]:
-        if Path(s).name != s or Path(s).suffix != suffix or not (index.parent / s).is_file():
-            raise ValueError(f"{index}: expected a weight_map of {suffix} files beside it, found {s[:100]!r}")
-    return {k: v for s in sorted(shards) for k, v in read_tensors(index.parent / s).items()}
+        if Path(s).name != s or Path(s).suffix != Path(found[0]).suffix or not (folder / s).is_file():
+            raise ValueError(f"{index}: expected a weight_map of files of its kind beside it, found {s[:100]!r}")
+        tensors |= read_tensors(folder / s)
+    return tensors
 
 
 def check_tensors(expected, tensors, what):
-    """ValueError if a tensor is missing, left over, or of another shape than in `expected` {name: tensor}; `what`: the source."""
+    """ValueError naming `what` if a tensor is missing, left over, or of another shape than in `expected` {name: tensor}."""
     wrong = []
     for kind, names in (("missing", expected.keys() - tensors.keys()), ("not known", tensors.keys() - expected.keys())):
         if names:
@@ -121,7 +114,7 @@ def check_numbers(t, what):
 
 
 def build_empty(make, what):
-    """The module that make() builds, without memory or random numbers for weights that a file brings; `what` names the file."""
+    """The module that make() builds, without memory or random numbers for the weights, which a file `what` brings."""
     try:
         with torch.device("meta"):
             return make()
@@ -130,11 +123,7 @@ def build_empty(make, what):
 
 
 def load_strict(module, tensors, what, dtype=None):
-    """
-    Put tensors into a module built on the meta device, frozen and in eval mode: each is converted and taken over on its own.
-
-    dtype: of the result, each tensor's own if not given. `what` names the source. ValueError as check_tensors.
-    """
+    """The module, built on the meta device, with these tensors, frozen and in eval mode. dtype: default each tensor's own."""
     check_tensors(module.state_dict(), tensors, what)
     # A copy, because a memory-mapped tensor would change or crash when its file does.
     copies = {k: v.to(dtype or v.dtype, copy=True) for k, v in tensors.items()}
@@ -158,13 +147,10 @@ def read_config(file, from_json):
 
 
 def fingerprint(tensors):
-    """
-    Names frozen weights {name: tensor} whatever file they came from and in whatever precision, adapters left out.
-
-    It is a hash of their signs. The sign bit, not p > 0: in fp16 the smallest of 1.4 billion weights become +0 or -0.
-    """
+    """Names frozen weights {name: tensor} whatever file they came from and in whatever precision, adapters left out."""
     digest = hashlib.sha256()
     for name, p in sorted(tensors.items()):
         if "lora_" not in name:
+            # The sign bit, not p > 0: in fp16 the smallest of 1.4 billion weights become +0 or -0.
             digest.update(p.signbit().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -1,9 +1,4 @@
-"""
-Where weights lie: the tiny world's folder, any folder or file, or a repository of the Hugging Face hub.
-
-A model is found by its parts. A folder may be laid out as diffusers does (unet, vae, text_encoder) or as ModelScope's hub
-folders damo/text-to-video-synthesis and iic/InstructVideo; which one it is shows in the names of its files.
-"""
+"""Where weights lie: the tiny world's folder, any folder or file, or a repository of the Hugging Face hub."""
 import hashlib
 import math
 import re
@@ -36,15 +31,13 @@ TINY_REWARDS = ("action", "removal")  # those of rewards/ for the tiny world alo
 
 
 def find_base(base):
-    """Folder or file of a base: "tiny", a path, or a hub id, which is downloaded. ValueError: there is none or it is damaged."""
+    """Folder or file of a base: "tiny", a path, or a hub id, which is downloaded."""
     path = TINY if str(base) == "tiny" else Path(base)
     path = path if path.exists() else from_hub(str(base))
     manifest = path / "manifest.json"  # of SHA-256 digests: every file must be there and as it was built
     for name, digest in read_json(manifest).items() if manifest.is_file() else ():
-        if not (path / name).is_file():
-            raise ValueError(f"{path / name}: missing, though manifest.json lists it")
-        if hashlib.sha256((path / name).read_bytes()).hexdigest() != digest:
-            raise ValueError(f"{path / name}: not the file that manifest.json lists (its SHA-256 differs)")
+        if not (path / name).is_file() or hashlib.sha256((path / name).read_bytes()).hexdigest() != digest:
+            raise ValueError(f"{path / name}: missing, or not the file that manifest.json lists (its SHA-256 differs)")
     return path
 
 
@@ -52,8 +45,8 @@ def find_parts(base, given):
     """
     (folder, {part: its file or folder}) of a base. given: {part: a path to take instead, or None}.
 
-    A base that is a file is a UNet, and its other parts lie beside it. ValueError names a part that is not there, or a base that
-    does not predict noise: trained and sampled as if it did, it would give nonsense.
+    A base that is a file is a UNet, and its other parts lie beside it. One that does not predict noise is refused, since it would
+    be trained and sampled as if it did.
     """
     for path in given.values():  # before the base, which may be a download of gigabytes
         if path and not Path(path).exists():
@@ -85,11 +78,7 @@ def find_part(folder, names):
 
 
 def reward_kind(kind):
-    """
-    (name, what follows it) of a reward's kind: hpsv2/crop, pickscore, yolos:book, my_file.py:function.
-
-    What follows is hpsv2's preprocess, default "pad"; a class or an action; a function. ValueError for an unknown kind.
-    """
+    """(name, what follows it, for hpsv2 "pad" if nothing) of a reward: hpsv2/crop, pickscore, yolos:book, my_file.py:function."""
     name, _, argument = kind.partition(":")
     own = (*HUB_REWARDS, *TINY_REWARDS)
     if kind == "yolos":
@@ -107,8 +96,7 @@ def reward_kind(kind):
 def named_rewards(cfg):
     """
     What the settings reward, watch and reward_weights name: (parts [(weight, kind)], watched kinds, {kind: path of its weights}).
-
-    ValueError for all that is wrong with them and can be known before anything is loaded or downloaded.
+    What is wrong with them is said before anything is loaded or downloaded.
     """
     parts = []
     for given in cfg.reward or ("hpsv2=1",):
@@ -141,7 +129,8 @@ def named_rewards(cfg):
         if not named:
             raise ValueError(f"reward_weights {given!r}: must be NAME=PATH, with one of the rewards "
                              f"{', '.join(names.values())} as NAME")
-        find_reward(names[named[0]], path)
+        if not RANDOM.fullmatch(path) and not Path(path).exists():
+            raise ValueError(f"reward {names[named[0]]}: {path}: no such file or folder")
         paths |= dict.fromkeys(named, path)
 
     for kind, name in names.items():
@@ -155,10 +144,9 @@ def named_rewards(cfg):
 
 def find_reward(kind, weights=None, base_folder=None):
     """
-    File or folder of a reward: the path given; or what the base's folder has (the tiny world's, InstructVideo's HPS_v2.pt), or a
-    folder beside it; or the hub's, downloaded once. None for "random" and "random:W".
+    File or folder of a reward, a name as reward_kind gives it; None for "random" and "random:W".
 
-    kind: a name as reward_kind gives it. ValueError if there is no such path, or it is nowhere and cannot be downloaded.
+    It is the path given; or what lies in the base's folder or beside it; or the hub's, downloaded once.
     """
     if weights and RANDOM.fullmatch(str(weights)):
         return None
@@ -194,11 +182,7 @@ def hub_file(kind, repo, name, advice):
 
 
 def hub_files(files):
-    """
-    Of a hub repository's files, those of a base's parts: {part: names}, no names for a part that it lacks.
-
-    Of several weight files of a part, the first of WEIGHT_FILES, whole or in shards: safetensors before .bin, full precision.
-    """
+    """Of a hub repository's files, those of a base's parts: {part: names}. One of WEIGHT_FILES for each, whole or in shards."""
     chosen = {}
     for part, names in PARTS.items():
         weights = next((n for n in WEIGHT_FILES if f"{part}/{n}" in files or f"{part}/{n}.index.json" in files), None)

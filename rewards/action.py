@@ -19,9 +19,10 @@ DIRECTIONS = ("left", "right", "up", "down")  # and a last class, no motion
 WIDTH = 64
 
 
-def convolution(c_in, c_out):
-    """Half the rows and columns."""
-    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, 2, 1), nn.GroupNorm(8, c_out), nn.SiLU())
+def convolution(c_in, c_out, stride=2, groups=8):
+    """A layer of 3 x 3; half the rows and columns at stride 2."""
+    layers = nn.Conv2d(c_in, c_out, 3, stride, 1), nn.GroupNorm(groups, c_out), nn.SiLU()
+    return nn.Sequential(*layers)
 
 
 class Classifier(nn.Module):

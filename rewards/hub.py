@@ -1,19 +1,16 @@
-"""
-What rewards of the transformers library share: reading a config.json, pictures, classes.
-
-No download, and tensors are read as data like all others.
-"""
+"""What rewards of the transformers library share. No download: tensors are read as data."""
 import json
 import re
 import sys
+from collections import OrderedDict
+from functools import partial
 
-import torch
 import torch.nn.functional as F_
 from torch import nn
 from tqdm import tqdm
 
 from formats.names import check_whole
-from formats.reward_model import no_autocast
+from formats.reward_model import clip_normalize, no_autocast
 from formats.tensors import read_config
 from support.ranks import is_main_process
 
@@ -38,7 +35,7 @@ def size_name(config):
 
 
 def wanted_label(labels, wanted, what):
-    """The number of the class called `wanted` in {number: name}; ValueError names some that there are."""
+    """The number of the class called `wanted` in {number: name}."""
     wanted = wanted.strip().lower()
     for number, label in labels.items():
         if label.lower() == wanted:
@@ -50,11 +47,7 @@ def wanted_label(labels, wanted, what):
 
 
 def fit_within(x, shortest, longest, multiple):
-    """
-    YOLOS's resize: shortest side to `shortest`, longest at most `longest`, cut to a `multiple`.
-
-    x (N, 3, H, W) -> (N, 3, h, w), bilinear and antialiased; nothing is cropped.
-    """
+    """YOLOS's resize: shortest side to `shortest`, longest at most `longest`, to a `multiple`."""
     H, W = x.shape[-2:]
     if max(H, W) / min(H, W) * shortest > longest:
         exact = longest * min(H, W) / max(H, W)
@@ -65,32 +58,22 @@ def fit_within(x, shortest, longest, multiple):
     return F_.interpolate(x, (h, w), mode="bilinear", align_corners=False, antialias=True)
 
 
-def imagenet_normalize(x):
-    """Subtract ImageNet's channel means from x (N, 3, H, W), divide by its deviations."""
-    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]).to(x)[..., None, None]
-    return (x - mean) / std
+imagenet_normalize = partial(clip_normalize, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
 class LinearHead(nn.Module):
-    """
-    Five linear layers, the aesthetic predictor's and ImageReward's: (N, width) -> scores (N,).
-
-    Always in float32, under autocast too: it costs nothing, and the score is what is compared.
-    """
+    """Five linear layers, the aesthetic predictor's and ImageReward's: (N, width) -> (N,)."""
 
     def __init__(self, width):
         super().__init__()
         widths = (width, 1024, 128, 64, 16, 1)
         layers = [nn.Linear(a, b) for a, b in zip(widths, widths[1:])]
         # The dropout layers between the first ones count in the published names.
-        self.layers = nn.ModuleDict(dict(zip("02467", layers)))
+        self.layers = nn.Sequential(OrderedDict(zip("02467", layers)))
 
     def forward(self, x):
-        with no_autocast(x):
-            x = x.float()
-            for layer in self.layers.values():
-                x = layer(x)
-        return x[:, 0]
+        with no_autocast(x):  # float32 costs nothing, and the score is what is compared
+            return self.layers(x.float())[:, 0]
 
 
 def say_non_commercial(name, licence):

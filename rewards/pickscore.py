@@ -14,8 +14,7 @@ Letters: B videos, S frames, E width of the features.
 import torch
 import torch.nn.functional as F_
 
-from formats import reward_model
-from formats.reward_model import RewardModel, build, clip_normalize, crop_centre
+from formats.reward_model import RewardModel, build, clip_normalize, clip_tokenizer, crop_centre
 from rewards.hub import read_model_config
 
 TOWER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
@@ -31,8 +30,7 @@ class PickScore(RewardModel):
         super().__init__(name)
         self.clip = clip
         self.size = clip.config.vision_config.image_size
-        self.tokenizer = reward_model.clip_tokenizer(
-            clip.config.text_config.max_position_embeddings)
+        self.tokenizer = clip_tokenizer(clip.config.text_config.max_position_embeddings)
 
     def forward(self, frames, captions):
         x = crop_centre(self.pixels(frames, captions), self.size)             # (B*S, 3, size, size)

@@ -12,6 +12,7 @@ import torch.nn.functional as F_
 from torch import nn
 
 from formats.reward_model import RewardModel, build, crop_centre
+from rewards.action import convolution
 
 SIZE = 32  # the tiny world's
 THINGS = ("watermark",)
@@ -22,11 +23,8 @@ class Detector(nn.Module):
 
     def __init__(self):
         super().__init__()
-        def convolution(c_in, c_out, stride):
-            layers = nn.Conv2d(c_in, c_out, 3, stride, 1), nn.GroupNorm(4, c_out), nn.SiLU()
-            return nn.Sequential(*layers)
-        self.body = nn.Sequential(convolution(3, 24, 1), convolution(24, 32, 2),
-                                  convolution(32, 32, 2))
+        self.body = nn.Sequential(convolution(3, 24, 1, 4), convolution(24, 32, 2, 4),
+                                  convolution(32, 32, 2, 4))
         self.head = nn.Linear(32, 1)
 
     def forward(self, pictures):

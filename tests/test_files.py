@@ -456,7 +456,7 @@ def test_a_manifest_is_checked(pipeline):
     good = hashlib.sha256((pipeline / file).read_bytes()).hexdigest()
     write(**{file: good})
     model.load_base(str(pipeline))
-    for digests, what in (({file: "0" * 64}, "its SHA-256 differs"), ({"absent.pt": good}, "absent.pt: missing"),
+    for digests, what in (({file: "0" * 64}, "its SHA-256 differs"), ({"absent.pt": good}, "absent.pt: missing, or not"),
                           ({file: None}, "its SHA-256 differs")):
         write(**digests)
         with pytest.raises(ValueError, match=what):
@@ -678,7 +678,7 @@ BAD = {
     "autoencoder of other channels": (load_vae, lambda w: w.component(names.vae_to_diffusers(VAE), in_channels=1),
                                       "expected in_channels 3"),
     # shards
-    "shard outside": (unet_file, lambda w: w.index({"a": "../x.safetensors"}), INDEX, "files beside it", "../x.safetensors"),
+    "shard outside": (unet_file, lambda w: w.index({"a": "../x.safetensors"}), INDEX, "of its kind beside it", "found '../x"),
     "shard is missing": (unet_file, lambda w: w.index({"a": "shard.safetensors", "b": "shard-2.safetensors"}),
                          INDEX, "found 'shard-2.safetensors'"),
     "shard of another kind": (unet_file, lambda w: [w.torch("evil.bin", w.unet), w.index({"a": "evil.bin"})][1],
