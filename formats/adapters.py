@@ -1,8 +1,8 @@
 """
 Adapter files: ours, PEFT's and the official code's, read into one form, checked against a UNet, and exported.
 
-Ours is a safetensors file under PEFT's tensor names, with rank, alpha, base and the base's fingerprint as metadata. Dicts of
-tensors are enough for all of this: a merged UNet is written without building one.
+Ours is a safetensors file under PEFT's tensor names, with rank, alpha, base and the base's fingerprint as metadata. Tensors are
+merged and renamed one by one: no UNet is built.
 
 Letters: r rank, C_in and C_out widths of a projection; A (r, C_in) and B (C_out, r) are the two halves of an adapter.
 """
@@ -60,11 +60,7 @@ class Adapter:
 
 
 def read_adapter(path, config=None):
-    """
-    An Adapter from a file of any form: ours, PEFT's folder, the official tensors alone or in a fine-tuned .pth (scale 1).
-
-    config: the structure by which official names are translated, default ModelScope's.
-    """
+    """An Adapter from our file, PEFT's folder or official tensors, alone or in a .pth; config: as in export."""
     path, weights, recorded = Path(path), {}, {}
     if (path / "lora.safetensors").is_file():  # a run folder
         path = path / "lora.safetensors"

@@ -41,11 +41,9 @@ def import_hpsv2():
 
 def official_hps(clip, clip_config=None, tokenizer=None):
     """
-    The hpsv2 package's own scorer, model class and preprocessing, on weights that are already loaded. No download.
+    The hpsv2 package's score(frames (S, 3, H, W) uint8, caption) -> S floats, on the float32 CLIP of `load_hpsv2(...).clip`.
 
-    clip: the float32 CLIP of `load_hpsv2(...).clip`, whose memory is shared; clip_config: as there; tokenizer: default the
-    package's. Returns score(frames, caption): frames (S, 3, H, W) uint8 of one video -> S floats.
-    It agrees with HPSv2 on the same 8-bit frames; on CUDA less closely, since there the package computes in float16.
+    clip_config: as there; tokenizer: default the package's. On CUDA it differs more from HPSv2, since it computes in float16.
     """
     if {p.dtype for p in clip.parameters()} != {torch.float32}:
         raise ValueError("the hpsv2 package scores in float32; load the weights with dtype=torch.float32")
@@ -63,8 +61,7 @@ def official_hps(clip, clip_config=None, tokenizer=None):
         pictures = [Image.fromarray(x.permute(1, 2, 0).cpu().numpy()) for x in frames]      # S of (H, W, 3)
         torch.save({"state_dict": {}}, nothing := io.BytesIO())
         nothing.seek(0)
-        # The package's globals for this one call: a filled model_dict keeps it from downloading LAION's CLIP, an
-        # existing root_path from making a cache folder.
+        # For this one call: a filled model_dict keeps it from downloading LAION's CLIP, a root_path from making a cache folder.
         here = {"model_dict": loaded, "device": str(clip.logit_scale.device), "root_path": "."}
         if tokenizer:
             here["get_tokenizer"] = lambda name: tokenizer
@@ -77,9 +74,8 @@ def official_hps(clip, clip_config=None, tokenizer=None):
 
 def official_distances(reward, sheets, sets, index):
     """
-    How far our score of each shown video, as 8-bit pictures, is from the package's own: a list.
-
-    sheets: {set: [videos (k, F, 3, H, W) of each model]}, sets: {set: prompts}, index: the frames that are scored (S,).
+    [distance of our score from the package's own] of sheets {set: [videos (k, F, 3, H, W) of each model]}.
+    sets: {set: prompts}, index: the frames that are scored (S,).
     """
     tokenizer = reward.tokenizer if reward.clip_config else None  # a CLIP of another kind has words of its own
     score = official_hps(reward.clip, reward.clip_config, tokenizer)

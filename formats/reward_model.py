@@ -1,9 +1,9 @@
 """
 What reward models share: they stay frozen, they take pictures of their own kind, and they are built from files.
 
-A reward maps frames (B, S, 3, H, W) in [0, 1] and B captions to scores. `num_frames` says which frames it wants: None for an
-image reward, which scores any S frames each by itself -> (B, S); a number for a video reward, which is given so many frames of
-a clip, evenly spread and in order -> (B, 1). `name` tells the version, since scores of two versions do not compare.
+A reward maps frames (B, S, 3, H, W) in [0, 1] and B captions to scores. Its `num_frames` is None for an image reward, which
+scores any S frames each by itself -> (B, S); for a video reward it is a number, so many frames of a clip, evenly spread and in
+order -> (B, 1). `name` tells the version, since scores of two versions do not compare.
 
 Letters: N pictures, H and W pixel rows and columns.
 """
@@ -116,8 +116,7 @@ def build(make, source=None, dtype=torch.float32, device="cpu", tensors=None, sp
     """
     The module that make() builds, frozen and in eval mode, with published weights, or seeded random ones if source is None.
 
-    source: a file or folder of tensors; tensors: those of it to take, if not all. spellings: pairs (old, new) of pieces of a
-    tensor's name, either of which the file may have.
+    source: a file or folder; tensors: those of it to take, if not all; spellings: pairs (old, new) of what names may contain.
     """
     if source is None:
         with torch.random.fork_rng(devices=[]):
@@ -163,15 +162,11 @@ def clip_tokenizer(context_length):
 
 
 def read_clip_config(path):
-    """
-    open_clip's description of a small CLIP from a JSON file: the fields of SMALL_CLIP, all of them and no other.
-
-    Other fields exist by which open_clip would fetch a model of some name, and files are data.
-    """
+    """open_clip's description of a small CLIP from a JSON file: the fields of SMALL_CLIP, all of them and no other."""
     def from_json(config):
         for part in (None, "vision_cfg", "text_cfg"):
             found, like = (config[part], SMALL_CLIP[part]) if part else (config, SMALL_CLIP)
-            if found.keys() != like.keys():
+            if found.keys() != like.keys():  # by others open_clip would fetch a model of some name, and files are data
                 raise ValueError(f"expected the fields {', '.join(like)}, found {', '.join(found)}")
             sizes = [value for value in found.values() if not isinstance(value, dict)]
             check_whole(found.get("layers", 1), *sizes)

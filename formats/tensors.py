@@ -1,7 +1,7 @@
 """
 Published weights: reading a file or a folder of tensors, and putting them into a module.
 
-Files are data. Torch files are read with weights_only=True and nothing else is tried, so no code in them runs. Tensors are
+Files are data: torch files are read with weights_only=True and nothing else is tried, so no code in them runs. Tensors are
 memory-mapped and converted one by one, so loading takes no more memory than the module itself.
 """
 import hashlib
@@ -38,11 +38,9 @@ def read_tensors(path):
         return read_folder(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file or folder")
-    kind, read = "a torch file of tensors", read_torch_file
-    if path.suffix == ".safetensors":
-        kind, read = "a .safetensors file", load_file
+    kind = "a .safetensors file" if path.suffix == ".safetensors" else "a torch file of tensors"
     try:
-        content = read(path)
+        content = load_file(path) if path.suffix == ".safetensors" else read_torch_file(path)
     except Exception as error:  # a damaged file can fail in any way: zip, pickle, json, or the reader itself
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if code:

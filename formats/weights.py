@@ -43,10 +43,8 @@ def find_base(base):
 
 def find_parts(base, given):
     """
-    (folder, {part: its file or folder}) of a base. given: {part: a path to take instead, or None}.
-
-    A base that is a file is a UNet, and its other parts lie beside it. One that does not predict noise is refused, since it would
-    be trained and sampled as if it did.
+    (folder, {part: its file or folder}) of a base; a file is a UNet with its other parts beside it. given: {part: a path to take
+    instead, or None}. A base that does not predict noise is refused: it would be trained and sampled as if it did.
     """
     for path in given.values():  # before the base, which may be a download of gigabytes
         if path and not Path(path).exists():
@@ -94,10 +92,7 @@ def reward_kind(kind):
 
 
 def named_rewards(cfg):
-    """
-    What the settings reward, watch and reward_weights name: (parts [(weight, kind)], watched kinds, {kind: path of its weights}).
-    What is wrong with them is said before anything is loaded or downloaded.
-    """
+    """(parts [(weight, kind)], watched kinds, {kind: path of its weights}) of the settings, checked before anything is loaded."""
     parts = []
     for given in cfg.reward or ("hpsv2=1",):
         kind, equals, number = given.rpartition("=")
@@ -144,9 +139,8 @@ def named_rewards(cfg):
 
 def find_reward(kind, weights=None, base_folder=None):
     """
-    File or folder of a reward, a name as reward_kind gives it; None for "random" and "random:W".
-
-    It is the path given; or what lies in the base's folder or beside it; or the hub's, downloaded once.
+    File or folder of a reward, a name as reward_kind gives it: the path given, or what lies in the base's folder or beside it, or
+    the hub's, downloaded once; None for "random" and "random:W".
     """
     if weights and RANDOM.fullmatch(str(weights)):
         return None

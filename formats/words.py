@@ -11,11 +11,7 @@ REPORTED = set()  # unknown words that were named already, by any tokenizer
 
 
 class WordTokenizer:
-    """
-    Called like open_clip's tokenizers: captions [B] -> (B, context_length) int64: start, words, end, then padding.
-
-    The end token has the largest number, which is where CLIP pools. An unknown word, a typing mistake perhaps, is reported.
-    """
+    """Like open_clip's tokenizers: captions [B] -> (B, context_length) int64. CLIP pools at the largest number, the end's."""
 
     def __init__(self, words, context_length):
         self.words, self.context_length = list(words), context_length

@@ -16,8 +16,7 @@ from support.ranks import is_main_process
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# Widths of the published models.
-SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
+SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}  # by width
 
 
 def read_model_config(config_class, path):

@@ -37,8 +37,8 @@ RENAMED = (  # from the authors' names to transformers'
     ("vision.blocks.", "vision.encoder.layers."), ("vision.norm.", "vision.post_layernorm."),
     (".attn.proj.", ".self_attn.projection."), (".attn.", ".self_attn."),
     (".norm1.", ".layer_norm1."), (".norm2.", ".layer_norm2."))
-SPECIAL, LETTERS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"], "abcdefghijklmnopqrstuvwxyz0123456789"
-SPELLED = [*SPECIAL, *LETTERS, *(f"##{c}" for c in LETTERS)]  # the small one's words
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+SPELLED = [*SPECIAL, *"abcdefghijklmnopqrstuvwxyz"]  # the small one's words
 
 
 class Blip(nn.Module):

@@ -1,10 +1,9 @@
 """
-A reward of the user's own: `--reward my_file.py:function`.
+A reward of the user's own: `--reward my_file.py:function`, or any object that can be called.
 
-function(frames, captions): frames (B, S, 3, H, W) in [0, 1], float32 and with gradient, and B
-captions -> scores (B, S). With an attribute `num_frames` it is a video reward: it is given so many
-frames in order -> (B, 1). It may be any object that can be called; a torch module is frozen and
-moved to the device. An attribute `name` replaces its name.
+function(frames, captions): frames (B, S, 3, H, W) in [0, 1], with gradient, and B captions ->
+scores (B, S). With an attribute `num_frames` it is a video reward: it is given so many frames in
+order -> (B, 1). A torch module is frozen. An attribute `name` replaces its name.
 """
 import importlib.util
 from pathlib import Path

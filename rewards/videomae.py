@@ -25,11 +25,7 @@ SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_atte
 
 
 class VideoMAE(RewardModel):
-    """
-    classifier: VideoMAEForVideoClassification; number: the class's, None for what a caption names.
-
-    frames (B, F, 3, H, W), captions -> (B, 1) in [0, 1].
-    """
+    """number: the class's, None for what a caption names. (B, F, 3, H, W) -> (B, 1) in [0, 1]."""
 
     def __init__(self, classifier, number, name):
         super().__init__(name, classifier.config.num_frames)

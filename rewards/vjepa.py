@@ -9,8 +9,7 @@ Below 0; real clips are nearer to it. A video reward of 16 frames, without text.
 
 Weights: the hub folder facebook/vjepa2-vitl-fpc64-256; VADER has V-JEPA 1, which is CC-BY-NC.
 Ours differs from transformers' class: its encoder is shown everything, and would so pass on what it
-has to predict. A caption's own seed hides the patches, the same ones at every step, so that scores
-compare; over many captions all parts of the picture take turns.
+has to predict. A caption's own seed hides the patches, so that scores of two steps compare.
 
 Letters: B videos, F frames, N patches of a clip, M hidden ones, E width.
 """

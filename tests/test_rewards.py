@@ -499,7 +499,11 @@ def mixed(**settings):
       "reward_weights": ("videomae=a", "hpsv2.1=b=c", "yolos:book=d")},
      ([(2., "hpsv2.1/crop"), (-.5, "videomae:playing piano")], ["yolos:book"],
       {"videomae:playing piano": "a", "hpsv2.1/crop": "b=c", "yolos:book": "d"}))])
-def test_what_settings_name(settings, expected):
+def test_what_settings_name(tmp_path, monkeypatch, settings, expected):
+    monkeypatch.chdir(tmp_path)
+    for path in map(Path, ("a=b/HPS.pt", "a", "b=c", "d")):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
     assert named_rewards(mixed(**settings)) == expected
 
 
