@@ -15,7 +15,6 @@ from support.files import first_line, first_names
 LORA_TENSOR = re.compile(r"_lora\.(down|up)_linear\.weight$")
 UNET_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
                "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-
 CONV1D = re.compile(r"(temp_attentions\.\d+|transformer_in)\.proj_(in|out)\.weight$")  # Linear here and in diffusers
 MODELSCOPE = SimpleNamespace(  # the structure of the published UNet, for files that bring no config.json
     in_channels=4, out_channels=4, channels=(320, 640, 1280, 1280), blocks_per_level=2, context_dim=1024, head_dim=64,
@@ -246,8 +245,9 @@ def text_tower(tensors, path):
             tensors = text_from_transformers(tensors)
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"{path}: not the tensors of transformers' CLIPTextModel ({first_line(error)})") from None
-    others = ("visual.", "text_projection", "logit_scale", "logit_bias")  # the rest of a whole CLIP
-    tensors = {k: v for k, v in tensors.items() if not k.startswith(others)}
+    else:
+        others = ("visual.", "text_projection", "logit_scale", "logit_bias")  # the rest of a whole CLIP
+        tensors = {k: v for k, v in tensors.items() if not k.startswith(others)}
 
     blocks = {m[1] for k in tensors if (m := re.match(r"transformer\.resblocks\.(\d+)\.", k))}
     layers = len(blocks) - left_out

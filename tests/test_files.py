@@ -659,6 +659,8 @@ BAD = {
     "q a number": (load_text_encoder,
         lambda w: w.text(**{f"encoder.layers.1.self_attn.{p}_proj.bias": torch.ones(()) for p in "qkv"}),
         "not the tensors of transformers' CLIPTextModel (RuntimeError: "),
+    "with a projection": (load_text_encoder, lambda w: w.text(**{"text_projection.weight": torch.ones(8, 1288)}),
+                          "text_projection.weight"),
     "unused in a CLIP": (load_text_encoder, lambda w: w.torch("clip.bin", w.clip.state_dict() | {"extra": torch.ones(2)}),
                          "1 tensors not known (extra)"),
     "another activation": (load_text_encoder, lambda w: w.text_folder(hidden_act="quick_gelu"),
