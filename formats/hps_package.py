@@ -12,13 +12,13 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
-import open_clip
 import torch
 from PIL import Image
 
 
 def import_hpsv2():
     """The hpsv2 package's modules `img_score` and `src.open_clip`. It lacks a vocabulary file, and imports tkinter's turtle."""
+    import open_clip
     gzip_open, vocabulary = gzip.open, Path(open_clip.tokenizer.default_bpe())
 
     def open_vocabulary(path, *args, **kwargs):
