@@ -518,7 +518,8 @@ def test_a_small_reward_with_words_of_its_own(parts):
     (CLIP | {"vision_cfg": CLIP["vision_cfg"] | {"timm_model_name": "vit"}}, None, "expected the fields image_size"),
     (CLIP | {"vision_cfg": CLIP["vision_cfg"] | {"layers": 10**6}}, None, "whole numbers"),
     (CLIP | {"embed_dim": True}, None, "whole numbers"), (CLIP | {"embed_dim": 0}, None, "whole numbers"),
-    (CLIP | {"vision_cfg": [1]}, None, "expected whole numbers"), ({"embed_dim": 8}, None, "expected the fields embed_dim"), ([], None, "JSON object"),
+    (CLIP | {"vision_cfg": [1]}, None, "expected whole numbers"), ({"embed_dim": 8}, None, "expected the fields"),
+    ([], None, "JSON object"),
     (CLIP | {"text_cfg": CLIP["text_cfg"] | {"heads": 5}}, None, "not a model that can be built"),
     (CLIP, "5\na\ncat", "words.txt: makes 5 tokens"), (CLIP, "a cat", "words.txt: expected a context length"),
     (CLIP | {"embed_dim": 16}, None, "has shape")])
