@@ -140,7 +140,8 @@ def write_all(made, base, prompts, cfg):
         pixels = None  # of a rank that has no more to make
         if z_0 is not None:
             pixels = to_pixels(decode_frames(base.vae, z_0[None])[0])         # (F, H, W, 3)
-        for i, video in enumerate(ranks.gather(pixels), start):
+        made_now = [video for video in ranks.all_gather(pixels) if video is not None]
+        for i, video in enumerate(made_now if ranks.is_main_process() else (), start):
             for suffix in suffixes:
                 path = cfg.out / (video_name(i, prompts[i]) + suffix)
                 write_video(path, video, cfg.fps)

@@ -346,8 +346,7 @@ def main(argv, module=sys.modules[__name__]):
     run = run_folder.Run(cfg, folder, lora.adapter_state(base.unet), evaluations, method)
     with ranks.catch_signals():
         run.open(resumed)
-        return run_folder.train_and_report(run, lambda: train(cfg, parameters, method, run),
-                                           module.__spec__)
+        return run_folder.train_and_report(run, lambda: train(cfg, parameters, method, run))
 
 
 def start(module):

@@ -1,14 +1,13 @@
 """
 Adapter files: ours, PEFT's and the official code's, read into one form, checked against a UNet, and exported.
 
-Ours is a safetensors file under PEFT's tensor names, with rank, alpha, base and the base's fingerprint as metadata. All of
-this works on dicts of tensors, so that a merged UNet can be written without building one.
+Ours is a safetensors file under PEFT's tensor names, with rank, alpha, base and the base's fingerprint as metadata. Tensors are
+merged and renamed one by one: no UNet is built.
 
 Letters: r rank, C_in and C_out widths of a projection; A (r, C_in) and B (C_out, r) are the two halves of an adapter.
 """
 import math
 import re
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,26 +17,17 @@ import torch
 import tyro
 from safetensors import safe_open
 
-from formats.names import (
-    MODELSCOPE_UNET,
-    UNET_RESNET,
-    official_unet_blocks,
-    our_unet_blocks,
-    rename,
-    split_lora,
-    unet_from_diffusers,
-    unet_from_official,
-    unet_to_diffusers,
-    unet_to_official,
-)
-from formats.tensors import check_tensors, component_config, fingerprint, read_tensors
-from formats.weights import find_base, find_part
+from formats import names
+from formats.names import official_unet_blocks, split_lora, unet_from_official
+from formats.tensors import check_numbers, check_tensors, component_config, fingerprint, read_tensors
+from formats.weights import PARTS, find_base, find_part
 from support.files import first_names, read_json, write_folder, write_whole
 
 PREFIX = "base_model.model."  # what PEFT's wrapper puts before the path of a layer
 NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-OFFICIAL_NAME = re.compile(r"(.+\.to_)([qkv]|out)_lora\.(down|up)_linear\.weight")
 PROJECTION = re.compile(r"(^|\.)(to_[qkv]|to_out\.0)$")  # which layers are adapted: those of every attention
+ATTENTION = re.compile(r"(attentions\.\d+|transformer_in)$")  # the blocks that have them
+LAYERS = [f"transformer_blocks.0.attn{i}.{layer}" for i in (1, 2) for layer in ("to_q", "to_k", "to_v", "to_out.0")]
 VERSION = "1"
 
 
@@ -46,20 +36,15 @@ def adapter_name(path, half):
     return f"{PREFIX}{path}.lora_{half}.weight"
 
 
-def to_official_name(name, config):
-    """Our name of half an adapter -> the official one. A is called down_linear there, B up_linear, to_out.0 to_out."""
-    path, half = NAME.fullmatch(name).groups()
-    path = rename(path + ".weight", official_unet_blocks(config), UNET_RESNET).removesuffix(".weight")
-    return f"{path.removesuffix('.0')}_lora.{'down' if half == 'A' else 'up'}_linear.weight"
-
-
-def from_official_name(name, config):
-    """Inverse of to_official_name; a name that is none of an adapter's, or of a block that `config` has not, is kept as it is."""
-    match = OFFICIAL_NAME.fullmatch(name)
-    path = match and rename(f"{match[1]}{match[2]}.weight", our_unet_blocks(config), {}).removesuffix(".weight")
-    if not match or path == match[1] + match[2]:
-        return name
-    return adapter_name(path + ".0" if match[2] == "out" else path, "A" if match[3] == "down" else "B")
+def official_names(config):
+    """{our name: the official one} of both halves of every adapter. A is called down_linear there, B up_linear."""
+    table = {}
+    for ours, theirs in official_unet_blocks(config).items():
+        for layer in LAYERS if ATTENTION.search(ours) else ():
+            stem = f"{theirs}.{layer.removesuffix('.0')}_lora"
+            table[adapter_name(f"{ours}.{layer}", "A")] = f"{stem}.down_linear.weight"
+            table[adapter_name(f"{ours}.{layer}", "B")] = f"{stem}.up_linear.weight"
+    return table
 
 
 @dataclass
@@ -70,51 +55,45 @@ class Adapter:
     alpha: float
     base: str | None
     fingerprint: str | None
-    with_base: bool
-    """a fine-tuned official file, with the base's tensors beside"""
+    weights: dict
+    """the base's tensors, under official names, if the file is a fine-tuned official one that has them beside"""
 
 
 def read_adapter(path, config=None):
-    """
-    Adapters of any form: our file, PEFT's folder, the official tensors alone or in a fine-tuned .pth (rank as found, scale 1).
-
-    config: the structure by which official names are translated, default ModelScope's. ValueError naming the file if it cannot
-    be read; has tensors that are no adapters, lack the other half, are not finite or not of the recorded rank; or if it records
-    no rank and alpha, or more than plain LoRA.
-    """
-    path, with_base = Path(path), False
+    """An Adapter from our file, PEFT's folder or official tensors, alone or in a .pth; config: as in export."""
+    path, weights, recorded = Path(path), {}, {}
     if (path / "lora.safetensors").is_file():  # a run folder
         path = path / "lora.safetensors"
     if path.is_dir():
         tensors, recorded = read_peft(path)
     else:
-        tensors, recorded = read_tensors(path), {}
+        tensors = read_tensors(path)
         rest, official = split_lora(tensors)
         if official:
-            config = config or modelscope_structure()
-            tensors, with_base = {from_official_name(k, config): v for k, v in official.items()}, bool(rest)
-            rank = next((len(t) for k, t in tensors.items() if ".lora_A." in k and t.dim()), 0)
-            recorded = {"rank": rank, "alpha": rank}
+            ours = {theirs: name for name, theirs in official_names(config or names.MODELSCOPE).items()}
+            tensors = {ours.get(name, name): t for name, t in official.items()}
+            weights, recorded = rest, None
         elif path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 recorded = file.metadata() or {}
 
-    check_halves(tensors, path)
+    rank = common_rank(tensors, path)
+    if recorded is None:  # official files
+        recorded = {"rank": rank, "alpha": rank}
     if recorded.get("version", VERSION) != VERSION:
         raise ValueError(f"{path}: has format version {recorded['version']!r}, this code reads {VERSION}")
     try:
-        rank, alpha = int(recorded.get("rank")), float(recorded.get("alpha"))
+        alpha = float(recorded.get("alpha"))
     except (TypeError, ValueError):
-        rank, alpha = 0, 0
-    if not (rank > 0 and 0 < alpha < math.inf):
-        raise ValueError(f"{path}: records rank {recorded.get('rank')!r} and alpha {recorded.get('alpha')!r}; expected two above "
-                         "0, without which the scale of its adapters is not known")
-    check_numbers(tensors, rank, path)
-    return Adapter(tensors, rank, alpha, recorded.get("base"), recorded.get("base_fingerprint"), with_base)
+        alpha = 0
+    if str(recorded.get("rank")) != str(rank) or not 0 < alpha < math.inf:
+        raise ValueError(f"{path}: records rank {recorded.get('rank')!r} and alpha {recorded.get('alpha')!r}; expected rank "
+                         f"{rank}, as its tensors have, and an alpha above 0, without which their scale is not known")
+    return Adapter(tensors, rank, alpha, recorded.get("base"), recorded.get("base_fingerprint"), weights)
 
 
 def read_peft(folder):
-    """The tensors of a PEFT folder and what its settings record of rank and alpha. ValueError for more than plain LoRA."""
+    """The tensors of a PEFT folder and what its settings record of rank and alpha."""
     settings = read_json(folder / "adapter_config.json")
     for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
         if settings.get(key):
@@ -124,32 +103,25 @@ def read_peft(folder):
     return tensors, {"rank": settings.get("r"), "alpha": settings.get("lora_alpha")}
 
 
-def check_halves(tensors, path):
-    """ValueError if a tensor is no half of an adapter, or the other half is missing."""
-    halves = {k: NAME.fullmatch(k) for k in tensors}
-    paths = Counter(m[1] for m in halves.values() if m)
-    bad = [k for k, m in halves.items() if not m or paths[m[1]] != 2]
-    if bad:
-        raise ValueError(f"{path}: {len(bad)} of {len(tensors)} tensors are not half of an adapter ({first_names(bad)}); "
-                         f"expected {PREFIX}(...).lora_A.weight and lora_B.weight, or (...)_lora.down_linear.weight and "
-                         "up_linear.weight")
-
-
-def check_numbers(tensors, rank, path):
-    """ValueError unless every tensor is a finite matrix of this rank: A (r, C_in), B (C_out, r)."""
-    for k, t in tensors.items():
-        numbers = t.is_floating_point() and t.layout == torch.strided and not t.is_meta
-        side = 1 if ".lora_B." in k else 0
-        if not numbers or t.dim() != 2 or t.shape[side] != rank or not t.float().isfinite().all():
-            raise ValueError(f"{path}: tensor {k}: expected a matrix of rank {rank}, finite; found {t.dtype} {list(t.shape)}")
+def common_rank(tensors, path):
+    """The rank of adapters A (r, C_in) and B (C_out, r); ValueError unless they are finite pairs, all of one rank."""
+    ranks = set()
+    for name, t in tensors.items():
+        match = NAME.fullmatch(name)
+        if not match or adapter_name(match[1], "B" if match[2] == "A" else "A") not in tensors:
+            raise ValueError(f"{path}: tensor {first_names([name])} is not half of an adapter; expected "
+                             f"{PREFIX}(...).lora_A.weight and lora_B.weight, or (...)_lora.down_linear.weight and up_linear.")
+        check_numbers(t, f"{path}: tensor {name}")
+        if t.dim() != 2 or not t.float().isfinite().all():
+            raise ValueError(f"{path}: tensor {name} has shape {list(t.shape)}; expected a matrix of finite numbers")
+        ranks.add(len(t) if match[2] == "A" else t.shape[1])
+    if len(ranks) > 1:
+        raise ValueError(f"{path}: has adapters of ranks {sorted(ranks)}; expected one rank for all")
+    return ranks.pop()
 
 
 def check_adapter(adapter, shapes, base_fingerprint, what):
-    """
-    ValueError unless an Adapter fits projections {path: (C_out, C_in)} and, where both are known, the base's fingerprint.
-
-    what: the adapter's source, for messages.
-    """
+    """ValueError naming `what` unless it fits projections {path: (C_out, C_in)} and, where known, the base's fingerprint."""
     expected = {}
     for path, (c_out, c_in) in shapes.items():
         expected[adapter_name(path, "A")] = torch.empty(adapter.rank, c_in, device="meta")
@@ -160,8 +132,7 @@ def check_adapter(adapter, shapes, base_fingerprint, what):
                          f"the model's is {base_fingerprint!r}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Export
+# -- Export -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Export:
@@ -177,62 +148,23 @@ class Export:
     """where the UNet is: a folder, a file, a hub id; not random. A fine-tuned .pth has its own; peft needs none"""
 
 
-def read_structure(content):
-    """The structure that a UNet's config.json describes."""
-    return unet_from_diffusers(content, SimpleNamespace)
-
-
-def modelscope_structure():
-    """The structure of ModelScope's own UNet, for files that bring no config."""
-    return unet_from_diffusers(MODELSCOPE_UNET, SimpleNamespace)
-
-
-def projection_shapes(config):
-    """{path: (C_out, C_in)} of the projections of every attention in a UNet of this structure."""
-    widths = {"down_blocks": config.channels, "mid_block": config.channels[-1:], "up_blocks": config.channels[::-1]}
-    layers = [f"attn{i}.{layer}" for i in (1, 2) for layer in ("to_q", "to_k", "to_v", "to_out.0")]
-    shapes = {}
-    for block in official_unet_blocks(config):
-        if block == "transformer_in":
-            c = config.stem_heads * config.head_dim
-        elif re.search(r"attentions\.\d+$", block):
-            part, level = re.match(r"([a-z_]+)(?:\.(\d+))?", block).groups()
-            c = widths[part][int(level or 0)]
-        else:
-            continue
-        for layer in layers:
-            text = ".attentions." in block and layer in ("attn2.to_k", "attn2.to_v")
-            shapes[f"{block}.transformer_blocks.0.{layer}"] = (c, config.context_dim if text else c)
-    return shapes
-
-
 def export(adapter, to, out, base=None, config=None):
-    """
-    Write trained adapters in a form that another program reads: to "peft" (a folder), "official" (a .pth) or "diffusers" (a UNet
-    folder, the adapters merged into its weights).
-
-    base: where the UNet is, as train.py's --base; a fine-tuned .pth has its own; peft needs none. config: the structure of bare
-    files, default ModelScope's. ValueError if something cannot be read or does not fit, or if `out` exists; nothing is written.
-    """
+    """Write trained adapters as Export's fields say, or nothing. config: the structure of bare files, default ModelScope's."""
     out = Path(out)
     if out.exists():
         raise ValueError(f"{out}: is there already; choose another --out")
     if to == "official" and out.suffix == ".safetensors":
         raise ValueError(f"{out}: the official code reads torch files; expected a name like lora.pth")
 
-    weights, config = read_unet(base, config) if base else ({}, config or modelscope_structure())
+    weights, config = read_unet(base, config) if base else ({}, config or names.MODELSCOPE)
     found = read_adapter(adapter, config)
-    if not weights and found.with_base:
-        weights = unet_from_official(split_lora(read_tensors(adapter))[0], config)
+    weights = weights or unet_from_official(found.weights, config)
     if weights:
-        shapes = {}
-        for name, t in weights.items():
-            path = name.removesuffix(".weight")
-            if path != name and PROJECTION.search(path):
-                shapes[path] = t.shape
+        paths = {name.removesuffix(".weight"): t.shape for name, t in weights.items()}
+        shapes = {path: shape for path, shape in paths.items() if PROJECTION.search(path)}
         check_adapter(found, shapes, fingerprint(weights), adapter)
-    elif to == "official":  # nothing else tells that the adapters are another model's
-        check_adapter(found, projection_shapes(config), None, adapter)
+    if to == "official" and found.tensors.keys() != official_names(config).keys():
+        raise ValueError(f"{adapter}: not adapters of ModelScope's UNet; --base must name the weights of theirs")
 
     if to == "peft":
         export_peft(found, out, base)
@@ -246,9 +178,9 @@ def read_unet(base, config):
     """A UNet's tensors under our names, and its structure: its own config.json's, or `config`, default ModelScope's."""
     path = find_base(base)
     alone = path.is_file() or (path / "config.json").is_file()  # the UNet itself, or the whole model with the UNet in it
-    path = path if alone else find_part(path, "unet") or path
-    described = component_config(path, read_structure)
-    config = described or config or modelscope_structure()
+    path = path if alone else find_part(path, PARTS["unet"]) or path
+    described = component_config(path, lambda content: names.unet_from_diffusers(content, SimpleNamespace))
+    config = described or config or names.MODELSCOPE
     return unet_from_official(split_lora(read_tensors(path))[0], config), config
 
 
@@ -265,11 +197,11 @@ def export_peft(found, out, base):
 def export_official(found, weights, out, config):
     """A .pth: with the base's weights the whole state dict that the official inference loads, else the adapters alone."""
     # Official inference adds B A as they are (inference_instructvideo_entrance.py), so our scale goes into B.
-    scale = found.alpha / found.rank
-    tensors = {}
+    table, tensors = official_names(config), {}
     for name, t in found.tensors.items():
-        tensors[to_official_name(name, config)] = t.float() * (scale if ".lora_B." in name else 1)
-    base = {k: t.float() for k, t in unet_to_official(weights, config).items()}
+        scale = found.alpha / found.rank if ".lora_B." in name else 1
+        tensors[table[name]] = t.float() * scale
+    base = {k: t.float() for k, t in names.unet_to_official(weights, config).items()}
     with write_whole(out) as file:
         torch.save({"state_dict": tensors | base}, file)
 
@@ -282,12 +214,12 @@ def export_diffusers(found, weights, out, config, source):
         raise ValueError(f"{source}: the first temporal transformer has {config.stem_heads} heads; "
                          "diffusers' UNet3DConditionModel has 8 there")
     merged = {k: t.float() for k, t in weights.items()}
-    for name, A in found.tensors.items():
+    for name, B in found.tensors.items():
         match = NAME.fullmatch(name)
-        if match[2] == "A":
-            B = found.tensors[adapter_name(match[1], "B")]
+        if match[2] == "B":
+            A = found.tensors[adapter_name(match[1], "A")]
             W = merged[f"{match[1]}.weight"]
             merged[f"{match[1]}.weight"] = W + found.alpha / found.rank * (B.float() @ A.float())
-    settings = unet_to_diffusers(config)
+    settings = names.unet_to_diffusers(config)
     del settings["stem_heads"]  # diffusers has no such field
     write_folder(out, "config.json", settings, "diffusion_pytorch_model.safetensors", merged)

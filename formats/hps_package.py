@@ -1,8 +1,8 @@
 """
 The hpsv2 package's own score(), to check ours against.
 
-The package (1.2.0) does not import as it is published, and downloads 4 GB of CLIP weights that it then replaces. What it
-lacks is provided from outside while it is imported or called; nothing installed is touched.
+The package (1.2.0) does not import as it is published, and downloads 4 GB of CLIP weights that it then replaces; so what it
+lacks is provided while it is imported or called.
 """
 import gzip
 import io
@@ -12,47 +12,38 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
-import open_clip
 import torch
 from PIL import Image
 
 
 def import_hpsv2():
-    """
-    The hpsv2 package's modules `img_score` and `src.open_clip`, its fork of open_clip.
-
-    The wheel lacks a vocabulary file, of which open_clip has the same bytes, and its `from turtle import forward` needs tkinter.
-    """
+    """The hpsv2 package's modules `img_score` and `src.open_clip`. It lacks a vocabulary file, and imports tkinter's turtle."""
+    import open_clip
     gzip_open, vocabulary = gzip.open, Path(open_clip.tokenizer.default_bpe())
 
     def open_vocabulary(path, *args, **kwargs):
         missing = Path(path).name == vocabulary.name and not Path(path).exists()
         return gzip_open(vocabulary if missing else path, *args, **kwargs)
 
-    turtle = sys.modules.get("turtle")
-    sys.modules["turtle"] = types.ModuleType("turtle")
-    sys.modules["turtle"].forward = None
+    provided = "turtle" not in sys.modules
+    if provided:
+        sys.modules["turtle"] = types.SimpleNamespace(forward=None)
     try:
         with mock.patch("gzip.open", open_vocabulary), warnings.catch_warnings():  # or it mutes all our UserWarnings
             warnings.simplefilter("ignore")
             from hpsv2 import img_score
             from hpsv2.src import open_clip as fork
     finally:
-        del sys.modules["turtle"]
-        if turtle is not None:
-            sys.modules["turtle"] = turtle
+        if provided:
+            del sys.modules["turtle"]
     return img_score, fork
 
 
 def official_hps(clip, clip_config=None, tokenizer=None):
     """
-    The hpsv2 package's own scorer, model class and preprocessing, on weights that are already loaded. No download.
+    The hpsv2 package's score(frames (S, 3, H, W) uint8, caption) -> S floats, on the float32 CLIP of `load_hpsv2(...).clip`.
 
-    clip: the float32 CLIP of `load_hpsv2(...).clip`, whose memory is shared; clip_config: as there; tokenizer: for a CLIP with
-      words of its own, else the package's.
-    Returns score(frames, caption): frames (S, 3, H, W) uint8, or S PIL images, of one video -> S floats.
-    It agrees with HPSv2 on the same 8-bit frames; on CUDA less closely, since there the package computes in float16.
-    ValueError: weights that are not float32; frames that are not 8-bit.
+    clip_config: as there; tokenizer: default the package's. On CUDA it differs more from HPSv2, since it computes in float16.
     """
     if {p.dtype for p in clip.parameters()} != {torch.float32}:
         raise ValueError("the hpsv2 package scores in float32; load the weights with dtype=torch.float32")
@@ -63,41 +54,36 @@ def official_hps(clip, clip_config=None, tokenizer=None):
     model.attn_mask = clip.attn_mask
     # score() reads its checkpoint again at every call (2 GB a caption). The weights are in place: let it read nothing.
     model.load_state_dict = lambda state_dict: None
-    loaded = {"model": model}
-    loaded["preprocess_val"] = fork.image_transform(model.visual.image_size, is_train=False, resize_longest_max=True)
+    preprocess = fork.image_transform(model.visual.image_size, is_train=False, resize_longest_max=True)
+    loaded = {"model": model, "preprocess_val": preprocess}
 
     def score(frames, caption):
-        if isinstance(frames, torch.Tensor):
-            if frames.dtype != torch.uint8:
-                raise ValueError(f"frames are {frames.dtype}; the hpsv2 package scores 8-bit pictures")
-            frames = [Image.fromarray(x.permute(1, 2, 0).cpu().numpy()) for x in frames]    # S of (H, W, 3)
+        pictures = [Image.fromarray(x.permute(1, 2, 0).cpu().numpy()) for x in frames]      # S of (H, W, 3)
         torch.save({"state_dict": {}}, nothing := io.BytesIO())
         nothing.seek(0)
-        # The package's globals for this one call: a filled model_dict keeps it from downloading LAION's CLIP, an
-        # existing root_path from making a cache folder.
+        # For this one call: a filled model_dict keeps it from downloading LAION's CLIP, a root_path from making a cache folder.
         here = {"model_dict": loaded, "device": str(clip.logit_scale.device), "root_path": "."}
         if tokenizer:
             here["get_tokenizer"] = lambda name: tokenizer
         with mock.patch.multiple(img_score, **here), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its way to write autocast is deprecated
-            return [float(s) for s in img_score.score(list(frames), caption, cp=nothing)]
+            return [float(s) for s in img_score.score(pictures, caption, cp=nothing)]
 
     return score
 
 
 def official_distances(reward, sheets, sets, index):
     """
-    How far our score of each shown video, as 8-bit pictures, is from the package's own: a list.
-
-    sheets: {set: [videos (k, F, 3, H, W) of each model]}, sets: {set: prompts}, index: the frames that are scored (S,).
+    [distance of our score from the package's own] of sheets {set: [videos (k, F, 3, H, W) of each model]}.
+    sets: {set: prompts}, index: the frames that are scored (S,).
     """
     tokenizer = reward.tokenizer if reward.clip_config else None  # a CLIP of another kind has words of its own
     score = official_hps(reward.clip, reward.clip_config, tokenizer)
+    shown = [(videos, sets[name]) for name in sheets for videos in sheets[name]]
     apart = []
-    for name in sheets:
-        for videos in sheets[name]:
-            for video, prompt in zip(videos, sets[name]):
-                frames = video[index].clamp(0, 1).mul(255).round().byte()               # (S, 3, H, W)
-                ours = reward(frames[None].to(reward.clip.logit_scale.device) / 255, [prompt])[0].cpu()
-                apart.append((ours - torch.tensor(score(frames, prompt))).abs().max().item())
+    for videos, prompts in shown:
+        for video, prompt in zip(videos, prompts):
+            frames = video[index].clamp(0, 1).mul(255).round().byte()                   # (S, 3, H, W)
+            ours = reward(frames[None].to(reward.clip.logit_scale.device) / 255, [prompt])[0].cpu()
+            apart.append((ours - torch.tensor(score(frames, prompt))).abs().max().item())
     return apart

@@ -1,24 +1,24 @@
 """
 What published files call the same tensors, and how they describe the same structure: tables and rules, no modules.
 
-Our modules carry the names of the diffusers checkpoints, so those need no translation. ModelScope's UNet, LDM's autoencoder
-and transformers' text tower have other names; each tensor is renamed on its own, so none can be dropped or mixed up.
+Our names are those of the diffusers checkpoints. ModelScope's UNet, LDM's autoencoder and transformers' text tower have others.
 A structure (`config`) is anything with the fields of model.UNetConfig or model.VAEConfig.
 """
 import math
 import re
+from types import SimpleNamespace
 
 import torch
+
+from support.files import first_line, first_names
 
 LORA_TENSOR = re.compile(r"_lora\.(down|up)_linear\.weight$")
 UNET_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
                "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-
-MODELSCOPE_UNET = {  # the config.json of ali-vilab/text-to-video-ms-1.7b/unet, for files of the same weights that have none
-    "_class_name": "UNet3DConditionModel", "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2, "cross_attention_dim": 1024, "attention_head_dim": 64, "sample_size": 32,
-    "down_block_types": ["CrossAttnDownBlock3D", "CrossAttnDownBlock3D", "CrossAttnDownBlock3D", "DownBlock3D"],
-    "up_block_types": ["UpBlock3D", "CrossAttnUpBlock3D", "CrossAttnUpBlock3D", "CrossAttnUpBlock3D"]}
+CONV1D = re.compile(r"(temp_attentions\.\d+|transformer_in)\.proj_(in|out)\.weight$")  # Linear here and in diffusers
+MODELSCOPE = SimpleNamespace(  # the structure of the published UNet, for files that bring no config.json
+    in_channels=4, out_channels=4, channels=(320, 640, 1280, 1280), blocks_per_level=2, context_dim=1024, head_dim=64,
+    attention_levels=(True, True, True, False), stem_heads=8, norm_groups=32, sample_size=32)
 
 
 def expect(found, expected):
@@ -56,80 +56,59 @@ def add_renamed(tensors, name, t):
 # -- UNet ------------------------------------------------------------------------------------------------------------
 
 def official_unet_blocks(config):
-    """{our block: ModelScope's}, the longest names first (official tools/modules/unet/unet_t2v.py)."""
-    n, levels = config.blocks_per_level, len(config.attention_levels)
+    """{our block: ModelScope's} (official tools/modules/unet/unet_t2v.py)."""
+    n = config.blocks_per_level
     blocks = {"conv_in": "input_blocks.0.0", "transformer_in": "input_blocks.0.1", "conv_norm_out": "out.0", "conv_out": "out.2",
-              "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+              "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+              "mid_block.resnets.1": "middle_block.3", "mid_block.temp_convs.1": "middle_block.3.temopral_conv"}
 
     def add_block(ours, j, theirs, attention):
         """Block j of a level: its ResBlock, temporal convolution and attentions are one official block's parts 0, 1, 2."""
         blocks[f"{ours}.resnets.{j}"] = f"{theirs}.0"
         blocks[f"{ours}.temp_convs.{j}"] = f"{theirs}.0.temopral_conv"  # their spelling
         if attention:
-            blocks[f"{ours}.attentions.{j}"], blocks[f"{ours}.temp_attentions.{j}"] = f"{theirs}.1", f"{theirs}.2"
+            blocks[f"{ours}.attentions.{j}"] = f"{theirs}.1"
+            blocks[f"{ours}.temp_attentions.{j}"] = f"{theirs}.2"
 
-    number = 1
+    add_block("mid_block", 0, "middle_block", True)
     for i, attention in enumerate(config.attention_levels):
         for j in range(n):
-            add_block(f"down_blocks.{i}", j, f"input_blocks.{number}", attention)
-            number += 1
-        if i < levels - 1:
-            blocks[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{number}.op"
-            number += 1
-    add_block("mid_block", 0, "middle_block", True)
-    blocks["mid_block.resnets.1"], blocks["mid_block.temp_convs.1"] = "middle_block.3", "middle_block.3.temopral_conv"
-    number = 0
+            add_block(f"down_blocks.{i}", j, f"input_blocks.{i * (n + 1) + j + 1}", attention)
+        blocks[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{(i + 1) * (n + 1)}.op"
     for i, attention in enumerate(reversed(config.attention_levels)):
         for j in range(n + 1):
-            add_block(f"up_blocks.{i}", j, f"output_blocks.{number}", attention)
-            number += 1
-        if i < levels - 1:
-            part = 3 if attention else 1  # the upsampler follows the last block's other parts
-            blocks[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{number - 1}.{part}.conv"
-    return dict(sorted(blocks.items(), key=lambda pair: -len(pair[0])))
-
-
-def our_unet_blocks(config):
-    """Inverse of official_unet_blocks, the longest names first too."""
-    blocks = {theirs: ours for ours, theirs in official_unet_blocks(config).items()}
-    return dict(sorted(blocks.items(), key=lambda pair: -len(pair[0])))
+            add_block(f"up_blocks.{i}", j, f"output_blocks.{i * (n + 1) + j}", attention)
+        part = 3 if attention else 1  # the upsampler follows the last block's other parts
+        blocks[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{i * (n + 1) + n}.{part}.conv"
+    return blocks
 
 
 def rename(name, blocks, parts):
     """A tensor's name with its block and its part of a block translated; unchanged if its block is not in the table."""
-    for block, other in blocks.items():
-        if name.startswith(block + "."):
-            part, dot, leaf = name[len(block) + 1:].rpartition(".")
-            return f"{other}.{parts.get(part, part)}{dot}{leaf}"
-    return name
-
-
-def official_unet_names(config, names):
-    """{our tensor name: ModelScope's} of some of our names."""
-    blocks = official_unet_blocks(config)
-    return {name: rename(name, blocks, UNET_RESNET) for name in names}
-
-
-def is_conv1d(name):
-    """Whether the official code has a Conv1d here, (out, in, 1), where we and diffusers have a Linear, (out, in)."""
-    return bool(re.search(r"(temp_attentions\.\d+|transformer_in)\.proj_(in|out)\.weight$", name))
+    block = max((b for b in blocks if name.startswith(b + ".")), key=len, default=None)
+    if block is None:
+        return name
+    part, dot, leaf = name[len(block) + 1:].rpartition(".")
+    return f"{blocks[block]}.{parts.get(part, part)}{dot}{leaf}"
 
 
 def unet_to_official(tensors, config):
     """Tensors under our (diffusers') names -> the same under the official names and shapes."""
-    names = official_unet_names(config, tensors)
-    return {names[ours]: t.unsqueeze(-1) if is_conv1d(ours) else t for ours, t in tensors.items()}
+    blocks, renamed = official_unet_blocks(config), {}
+    for name, t in tensors.items():
+        renamed[rename(name, blocks, UNET_RESNET)] = t.unsqueeze(-1) if CONV1D.search(name) else t
+    return renamed
 
 
 def unet_from_official(tensors, config):
     """Inverse of unet_to_official. Unknown names, and diffusers' own, are kept as they are."""
-    blocks = our_unet_blocks(config)
+    blocks = {theirs: ours for ours, theirs in official_unet_blocks(config).items()}
     parts = {theirs: ours for ours, theirs in UNET_RESNET.items()}
     renamed = {}
     for name, t in tensors.items():
         ours = rename(name, blocks, parts)
         # In every transformer here the official code may have 1x1 convolutions where we have a Linear.
-        flat = ours != name and ours.endswith(("proj_in.weight", "proj_out.weight")) and t.dim() == 3 and t.shape[-1] == 1
+        flat = ours.endswith(("proj_in.weight", "proj_out.weight")) and t.dim() == 3 and t.shape[-1] == 1
         add_renamed(renamed, ours, t.squeeze(-1) if flat else t)
     return renamed
 
@@ -170,10 +149,10 @@ def unet_from_diffusers(content, config_class):
 
 
 def own_guidance(content):
-    """The guidance scale that a UNet's config.json (a dict) recommends, or None; ValueError if it is no number."""
+    """The guidance scale that a UNet's config.json (a dict) recommends, or None; an exception if it is no number."""
     scale = content.get("guidance")
-    if scale is not None and (type(scale) not in (int, float) or not abs(scale) < float("inf")):
-        raise ValueError(f"expected a number as guidance, found {str(scale)[:80]!r}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"expected a number as guidance, found {scale}")
     return scale
 
 
@@ -199,22 +178,12 @@ def official_vae_names(config, names):
     return table
 
 
-def vae_to_official(tensors, config):
-    """Tensors under our (diffusers') names -> LDM's, where the attention's projections are 1x1 convolutions."""
-    return {theirs: tensors[ours][:, :, None, None] if re.search(r"attn_1\.(q|k|v|proj_out)\.weight$", theirs) else tensors[ours]
-            for ours, theirs in official_vae_names(config, tensors).items()}
-
-
 def vae_from_official(tensors, config, names):
-    """
-    LDM's names, with or without first_stage_model., or diffusers' old ones -> ours. names: all of ours.
-
-    The other parts of a Stable Diffusion file, and the training loss in VQGAN_autoencoder.pth, are left out.
-    """
+    """LDM's names, with or without first_stage_model., or diffusers' old ones -> ours (names), without what is no autoencoder."""
     prefix = "first_stage_model."
     if any(k.startswith(prefix) for k in tensors):
         tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    tensors = {k: v for k, v in tensors.items() if not k.startswith("loss.")}
+    tensors = {k: v for k, v in tensors.items() if not k.startswith("loss.")}  # VQGAN_autoencoder.pth's training loss
     ours_of = {theirs: ours for ours, theirs in official_vae_names(config, names).items()}
     renamed = {}
     for name, t in tensors.items():
@@ -253,44 +222,39 @@ def text_from_transformers(tensors):
     """transformers' CLIPTextModel, with or without its `text_model.` prefix -> OpenCLIP's names (its qkv are one matrix)."""
     renames = {"embeddings.token_embedding": "token_embedding", "embeddings.position_embedding.weight": "positional_embedding",
                "final_layer_norm": "ln_final", "encoder.layers": "transformer.resblocks",
-               "layer_norm1": "ln_1", "layer_norm2": "ln_2",
-               "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj"}
+               "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+               "self_attn.out_proj": "attn.out_proj", "self_attn.q_proj.": "attn.in_proj_"}
     renamed = {}
     for full, t in tensors.items():
         name = full.removeprefix("text_model.")
-        if name == "embeddings.position_ids":  # a buffer that old versions saved
-            continue
-        if match := re.fullmatch(r"(.*encoder\.layers\.(\d+)\.self_attn\.)([qkv])_proj\.(weight|bias)", full):
-            parts = [tensors.get(f"{match[1]}{p}_proj.{match[4]}") for p in "qkv"]
-            if t.dim() and all(p is not None and p.shape == t.shape for p in parts):
-                if match[3] == "q":
-                    renamed[f"transformer.resblocks.{match[2]}.attn.in_proj_{match[4]}"] = torch.cat(parts)
-                continue
         for theirs, ours in renames.items():
             name = name.replace(theirs, ours)
-        add_renamed(renamed, name, t)
+        if ".q_proj." in full:
+            t = torch.cat([tensors[full.replace(".q_proj.", f".{p}_proj.")] for p in "qkv"])
+        if name != "embeddings.position_ids" and not re.search(r"\.[kv]_proj\.", name):  # a buffer that old versions saved
+            add_renamed(renamed, name, t)
     return renamed
 
 
 def text_tower(tensors, path):
-    """
-    The tensors of a text tower up to its penultimate block, under OpenCLIP's names, and the number of blocks that is.
-
-    tensors: open_clip's (its last block, image tower and head are left out) or transformers' text_encoder, whose 23 layers end at
-    the penultimate one already. ValueError, naming `path`, for anything else.
-    """
+    """The tensors of a text tower up to its penultimate block, under OpenCLIP's names, and the number of blocks that is."""
+    left_out = 1  # the last block; transformers' text_encoder ends at the penultimate one already
     if any("self_attn.q_proj" in k for k in tensors):
-        tensors, left_out = text_from_transformers(tensors), 0
+        left_out = 0
+        try:
+            tensors = text_from_transformers(tensors)
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"{path}: not the tensors of transformers' CLIPTextModel ({first_line(error)})") from None
     else:
-        others = re.compile(r"visual\.|text_projection|logit_scale|logit_bias")  # the rest of a whole CLIP
-        tensors, left_out = {k: v for k, v in tensors.items() if not others.match(k)}, 1
+        others = ("visual.", "text_projection", "logit_scale", "logit_bias")  # the rest of a whole CLIP
+        tensors = {k: v for k, v in tensors.items() if not k.startswith(others)}
 
-    blocks = {int(m[1]) for k in tensors if (m := re.match(r"transformer\.resblocks\.(\d{1,4})\.", k))}
+    blocks = {m[1] for k in tensors if (m := re.match(r"transformer\.resblocks\.(\d+)\.", k))}
     layers = len(blocks) - left_out
     tables = [tensors.get(name, torch.empty(0)) for name in ("token_embedding.weight", "positional_embedding")]
-    if layers < 1 or blocks != set(range(len(blocks))) or any(t.dim() != 2 for t in tables):
-        found = ", ".join(sorted(tensors)[:3])
-        raise ValueError(f"{path}: expected the text tower of open_clip or transformers' CLIPTextModel, found {found[:200]}")
+    if layers < 1 or any(t.dim() != 2 for t in tables):
+        raise ValueError(f"{path}: expected the text tower of open_clip or transformers' CLIPTextModel, found "
+                         f"{first_names(tensors)}")
     return {k: v for k, v in tensors.items() if not k.startswith(f"transformer.resblocks.{layers}.")}, layers
 
 

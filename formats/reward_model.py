@@ -1,9 +1,9 @@
 """
-What published reward models share: they stay frozen, they take pictures of their own kind, and they are built from files.
+What reward models share: they stay frozen, they take pictures of their own kind, and they are built from files.
 
-A reward maps frames (B, S, 3, H, W) in [0, 1] and B captions to scores. `num_frames` says which frames it wants: None for an
-image reward, which scores any S frames each by itself -> (B, S); a number for a video reward, which is given so many frames of
-a clip, evenly spread and in order -> (B, 1). `name` tells the version, since scores of two versions do not compare.
+A reward maps frames (B, S, 3, H, W) in [0, 1] and B captions to scores. Its `num_frames` is None for an image reward, which
+scores any S frames each by itself -> (B, S); for a video reward it is a number, so many frames of a clip, evenly spread and in
+order -> (B, 1). `name` tells the version, since scores of two versions do not compare.
 
 Letters: N pictures, H and W pixel rows and columns.
 """
@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F_
 from torch import nn
 
-from formats.tensors import build_empty, load_strict, read_tensors
-from support.files import read_json
+from formats.names import check_whole
+from formats.tensors import build_empty, load_strict, read_config, read_tensors
 
 
 class RewardModel(nn.Module):
-    """A reward that stays frozen and in eval mode. name: with its version; num_frames: see above."""
+    """A reward that stays frozen and in eval mode."""
 
     def __init__(self, name, num_frames=None):
         super().__init__()
@@ -41,17 +41,13 @@ class RewardModel(nn.Module):
         return limit(frames.flatten(0, 1).float())
 
     def encode_once(self, captions, model, encode):
-        """
-        encode(caption) of each caption, computed once for the weights that `model` has now: a list of tensors, no gradient.
-
-        Captions are encoded one at a time and outside autocast, so not even the last bit depends on the batch. After a resume,
-        the same captions may come in other batches.
-        """
-        # What is kept belongs to exactly these weights: moving, casting or loading them changes an address or a version.
+        """[encode(caption)] without gradient, each computed once for the weights that `model` has now."""
+        # Moving, casting or loading the weights changes an address or a version.
         weights = [(p.data_ptr(), p._version) for p in model.parameters()]
         if weights != self._texts_of:
             self._texts, self._texts_of = {}, weights
 
+        # One at a time and outside autocast: not even the last bit may depend on the batch, as a resumed run has others.
         with torch.no_grad(), no_autocast(next(model.parameters())):
             for caption in captions:
                 if caption not in self._texts:
@@ -64,65 +60,46 @@ def no_autocast(tensor):
     return torch.autocast("cpu" if tensor.is_meta else tensor.device.type, enabled=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Frames in [0, 1] into the pictures that models were trained on, on tensors and differentiable
+# -- Frames in [0, 1] into the pictures that models were trained on, on tensors and differentiable --------------------
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, as in open_clip and transformers
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def limit(x):
-    """
-    x limited to [0, 1]; a pixel outside gets no gradient (official code: reward.py:147), one at exactly 0 or 1 does.
-
-    That is clamp() as it was when the official code was written; torch 2.15's gives no gradient at the limits either.
-    """
+    """x limited to [0, 1]; a pixel outside gets no gradient (official reward.py:147), one at 0 or 1 does, as clamp() had it."""
     return torch.where((x >= 0) & (x <= 1), x, x.detach().clamp(0, 1))
 
 
 def letterbox(x, size):
-    """
-    HPSv2's own resize: longest side to `size`, then black bars. x (N, 3, H, W) -> (N, 3, size, size).
-
-    Follows ResizeMaxSize on float tensors (hpsv2 1.2.0, src/open_clip/transform.py:26): bicubic, antialiased, and its
-    overshoot outside [0, 1] is kept. The bars are 0 before CLIP's mean is subtracted: black, not grey.
-    """
+    """HPSv2's own resize (ResizeMaxSize, hpsv2 1.2.0, src/open_clip/transform.py:26): longest side to `size`, then black bars."""
     H, W = x.shape[-2:]
     scale = size / max(H, W)
     h, w = round(H * scale), round(W * scale)  # the package's order of operations, so that ties round alike
-    x = F_.interpolate(x, (h, w), mode="bicubic", align_corners=False, antialias=True)      # (N, 3, h, w)
+    x = F_.interpolate(x, (h, w), mode="bicubic", align_corners=False, antialias=True)      # (N, 3, h, w), may overshoot
     top, left = (size - h) // 2, (size - w) // 2
     return F_.pad(x, (left, size - w - left, top, size - h - top))                          # (N, 3, size, size)
 
 
 def stretch(x, size):
-    """
-    The official InstructVideo code's resize (utils/reward/reward.py:79). x (N, 3, H, W) -> (N, 3, size, size).
-
-    Bilinear and not antialiased: what torchvision 0.13, which VGen installs, does to tensors. The official code resizes
-    the shorter side and so takes square videos only; others are stretched here.
-    """
+    """The official InstructVideo code's resize (utils/reward/reward.py:79), of square videos there; not antialiased."""
     return F_.interpolate(x, (size, size), mode="bilinear", align_corners=False)
 
 
 def crop_centre(x, size, shortest=None, mode="bicubic"):
-    """
-    CLIP's own resize: shortest side to `shortest` (default `size`), then the middle square. (N, 3, H, W) -> (N, 3, size, size).
-
-    The published code of PickScore, ImageReward and others resizes 8-bit pictures, which cannot overshoot; so neither does this.
-    The longer side and the square's corner are rounded as torchvision's Resize and CenterCrop do.
-    """
+    """CLIP's own resize, rounded as torchvision's: shortest side to `shortest` (default `size`), then the middle square."""
     H, W = x.shape[-2:]
     shortest = shortest or size
     h, w = (shortest, shortest * W // H) if H <= W else (shortest * H // W, shortest)
+    # Published code resizes 8-bit pictures, which cannot overshoot.
     x = limit(F_.interpolate(x, (h, w), mode=mode, align_corners=False, antialias=True))    # (N, 3, h, w)
     top, left = round((h - size) / 2), round((w - size) / 2)
     return x[..., top:top + size, left:left + size]
 
 
-def clip_normalize(x):
-    """Subtract CLIP's channel means, divide by its deviations. x (N, 3, H, W) in [0, 1] -> (N, 3, H, W)."""
-    mean, std = torch.tensor([CLIP_MEAN, CLIP_STD]).to(x)[..., None, None]
+def clip_normalize(x, mean=CLIP_MEAN, std=CLIP_STD):
+    """Subtract the channel means that a model was trained with, divide by the deviations. x (N, 3, H, W) -> (N, 3, H, W)."""
+    mean, std = torch.tensor([mean, std]).to(x)[..., None, None]
     return (x - mean) / std
 
 
@@ -133,8 +110,46 @@ def spread_frames(num_frames, wanted):
     return torch.tensor([i * num_frames // wanted for i in range(wanted)])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# CLIPs of open_clip's class
+# -- Modules from files -----------------------------------------------------------------------------------------------
+
+def build(make, source=None, dtype=torch.float32, device="cpu", tensors=None, spellings=()):
+    """
+    The module that make() builds, frozen and in eval mode, with published weights, or seeded random ones if source is None.
+
+    source: a file or folder; tensors: those of it to take, if not all; spellings: pairs (old, new) of what names may contain.
+    """
+    if source is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # the CPU's alone
+            return make().eval().requires_grad_(False).to(device=device, dtype=dtype)
+
+    module = build_empty(make, source)
+    tensors = read_tensors(source) if tensors is None else tensors
+    load_strict(module, spell(tensors, module.state_dict(), spellings), source, dtype)
+    for name, buffer in list(module.named_buffers()):
+        if buffer.is_meta:  # in no file
+            parent, _, own_name = name.rpartition(".")
+            assert own_name in ("attn_mask", "position_ids"), name
+            values = torch.arange(buffer.shape[-1]).expand(buffer.shape)                  # (1, tokens)
+            if own_name == "attn_mask":  # open_clip's
+                values = torch.full(buffer.shape, -math.inf, dtype=dtype).triu(1)         # (tokens, tokens)
+            module.get_submodule(parent).register_buffer(own_name, values, persistent=False)
+    return module.to(device)
+
+
+def spell(tensors, expected, spellings):
+    """Tensors under the names that a module expects; older files also hold position numbers, which are left out."""
+    def newest(name):
+        for old, new in spellings:
+            name = name.replace(old, new)
+        return name
+
+    ours = {newest(name): name for name in expected}
+    kept = [name for name in tensors if name in expected or not name.endswith("position_ids")]
+    return {ours.get(newest(name), name): tensors[name] for name in kept}
+
+
+# -- CLIPs of open_clip's class ---------------------------------------------------------------------------------------
 
 SMALL_CLIP = dict(embed_dim=32, vision_cfg=dict(image_size=32, patch_size=8, width=32, layers=2, head_width=16),
                   text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2))
@@ -147,44 +162,22 @@ def clip_tokenizer(context_length):
 
 
 def read_clip_config(path):
-    """
-    open_clip's description of a small CLIP from a JSON file: the fields of SMALL_CLIP, all of them and no other.
-
-    ValueError for anything else. Other fields exist by which open_clip would fetch a model of some name: files are data.
-    """
-    config = read_json(path)
-    parts = [(config, SMALL_CLIP)]
-    for name in ("vision_cfg", "text_cfg"):
-        parts.append((config.get(name), SMALL_CLIP[name]))
-    for found, like in parts:
-        is_small = isinstance(found, dict) and found.keys() == like.keys()
-        for name in like if is_small else ():
-            largest = 256 if name == "layers" else 2**16
-            is_number = type(found[name]) is int and 0 < found[name] <= largest
-            is_small = is_small and (is_number or isinstance(like[name], dict))
-        if not is_small:
-            raise ValueError(f"{path}: expected a small CLIP, whole numbers as in {SMALL_CLIP}, found {str(config)[:200]}")
-    return config
+    """open_clip's description of a small CLIP from a JSON file: the fields of SMALL_CLIP, all of them and no other."""
+    def from_json(config):
+        for part in (None, "vision_cfg", "text_cfg"):
+            found, like = (config[part], SMALL_CLIP[part]) if part else (config, SMALL_CLIP)
+            if found.keys() != like.keys():  # by others open_clip would fetch a model of some name, and files are data
+                raise ValueError(f"expected the fields {', '.join(like)}, found {', '.join(found)}")
+            sizes = [value for value in found.values() if not isinstance(value, dict)]
+            check_whole(found.get("layers", 1), *sizes)
+        return config
+    return read_config(path, from_json)
 
 
 def load_clip(path, config, dtype, device):
-    """
-    An open_clip CLIP from its published tensors, in eval mode. config: open_clip's description, default ViT-H-14's.
-
-    ValueError, naming the file, for other tensors or a description that cannot be built.
-    """
+    """An open_clip CLIP as `build` makes it. config: open_clip's description, default ViT-H-14's."""
     import open_clip
-    tensors = read_tensors(path)
-    clip = build_empty(lambda: open_clip.CLIP(**(config or open_clip.get_model_config("ViT-H-14"))), path)
-    load_strict(clip, tensors, path, dtype)
-    if clip.attn_mask is not None:  # in no file: -inf above the diagonal
-        clip.attn_mask = torch.full(clip.attn_mask.shape, -math.inf).triu(1)              # (tokens, tokens)
-    return clip.to(device=device, dtype=dtype)
+    return build(lambda: open_clip.CLIP(**(config or open_clip.get_model_config("ViT-H-14"))), path, dtype, device)
 
 
-def random_clip(config, dtype, device):
-    """An untrained CLIP, seeded. config: as in load_clip."""
-    import open_clip
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # the CPU's alone
-        return open_clip.CLIP(**(config or open_clip.get_model_config("ViT-H-14"))).to(device=device, dtype=dtype)
+random_clip = partial(load_clip, None)  # untrained, seeded

@@ -1,11 +1,10 @@
 """
 Published weights: reading a file or a folder of tensors, and putting them into a module.
 
-Files are data. Torch files are read with weights_only=True and nothing else is tried, so no code in them runs. Tensors are
+Files are data: torch files are read with weights_only=True and nothing else is tried, so no code in them runs. Tensors are
 memory-mapped and converted one by one, so loading takes no more memory than the module itself.
 """
 import hashlib
-import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -17,17 +16,10 @@ from support.files import first_line, first_names, read_json
 
 
 class Ignored:
-    """Stands in for the few classes that published checkpoints mention beside their tensors; forgets what it is given."""
-
-    def __init__(self, *args):
-        pass
-
-    def __setstate__(self, state):
-        pass
+    """Stands in for what Stable Diffusion .ckpt files mention beside their tensors, so that the named code never runs."""
+    __init__ = __setstate__ = lambda self, *content: None
 
 
-# Lightning's callbacks and numpy's numbers in the logs of Stable Diffusion .ckpt files. Allowed by name, as Ignored: the
-# named code itself never runs.
 MENTIONED = [(Ignored, name) for name in (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
     "pytorch_lightning.callbacks.base.Callback",
@@ -39,8 +31,7 @@ def read_tensors(path):
     Every tensor of a published file or component folder, {name: tensor}, memory-mapped: nothing is copied yet.
 
     path: .safetensors; a torch file (.pth, .pt, .bin, .ckpt), bare or with the tensors under "state_dict", names with or without
-    "module."; or a folder of one component, whole or in shards.
-    Raises ValueError naming the file when it is missing, damaged, holds no tensors or holds code.
+    "module."; or a folder of one component, whole or in shards. ValueError names a file that is none or holds code.
     """
     path = Path(path)
     if path.is_dir():
@@ -50,14 +41,12 @@ def read_tensors(path):
     kind = "a .safetensors file" if path.suffix == ".safetensors" else "a torch file of tensors"
     try:
         content = load_file(path) if path.suffix == ".safetensors" else read_torch_file(path)
-    except PermissionError:
-        raise ValueError(f"{path}: may not be read by this user") from None
     except Exception as error:  # a damaged file can fail in any way: zip, pickle, json, or the reader itself
-        code = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if code:
             raise ValueError(f"{path}: expected tensors alone, found {code[1]}; nothing in it was run. "
                              "Use a copy without it, best as .safetensors") from None
-        raise ValueError(f"{path}: expected {kind}, found a damaged one or another kind ({first_line(error)})") from None
+        raise ValueError(f"{path}: expected {kind} that can be read, found another or none ({first_line(error)})") from None
 
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
@@ -70,7 +59,7 @@ def read_tensors(path):
 
 
 def read_torch_file(path):
-    """The content of a torch file, memory-mapped where its form allows; any kind of exception if it is none."""
+    """The content of a torch file, memory-mapped where its form allows."""
     zipped = zipfile.is_zipfile(path)
     if zipped and any(part.compress_type for part in zipfile.ZipFile(path).infolist()):
         raise ValueError("compressed, which torch.save never does")  # mapped, such bytes would be taken for weights
@@ -83,44 +72,47 @@ WEIGHT_FILES = [f"{stem}.{suffix}" for suffix in ("safetensors", "bin", "fp16.sa
 
 
 def read_folder(folder):
-    """The tensors of a component folder: a single file, or the shards that an index lists."""
-    for name in WEIGHT_FILES:
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            return read_shards(index, Path(name).suffix)
-        if (folder / name).is_file():
-            return read_tensors(folder / name)
-    raise ValueError(f"{folder}: no weights here; expected one of {', '.join(WEIGHT_FILES)} (or its .index.json)")
+    """The tensors of a component folder: a single file, or the shards beside an index that lists them."""
+    found = [n for n in WEIGHT_FILES if (folder / n).is_file() or (folder / f"{n}.index.json").is_file()]
+    if not found:
+        raise ValueError(f"{folder}: no weights here; expected one of {', '.join(WEIGHT_FILES)} (or its .index.json)")
+    index = folder / f"{found[0]}.index.json"
+    if not index.is_file():
+        return read_tensors(folder / found[0])
 
-
-def read_shards(index, suffix):
-    """The tensors of all files that an index lists. A shard is a file beside its index, nothing else."""
     listed = read_json(index).get("weight_map")
-    shards = {str(s) for s in listed.values()} if isinstance(listed, dict) else ()
+    shards = sorted({str(s) for s in listed.values()}) if isinstance(listed, dict) else []
+    tensors = {}
     for s in shards or [""]:
-        if Path(s).name != s or Path(s).suffix != suffix or not (index.parent / s).is_file():
-            raise ValueError(f"{index}: expected a weight_map of {suffix} files beside it, found {s[:100]!r}")
-    return {k: v for s in sorted(shards) for k, v in read_tensors(index.parent / s).items()}
+        if Path(s).name != s or Path(s).suffix != Path(found[0]).suffix or not (folder / s).is_file():
+            raise ValueError(f"{index}: expected a weight_map of files of its kind beside it, found {s[:100]!r}")
+        tensors |= read_tensors(folder / s)
+    return tensors
 
 
 def check_tensors(expected, tensors, what):
-    """ValueError if a tensor is missing, left over, or of another shape than in `expected` {name: tensor}; `what`: the source."""
-    missing, unused = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
-    if missing or unused:
-        wrong = {"missing": missing, "not known": unused}
-        raise ValueError(f"{what}: "
-                         + "; ".join(f"{len(n)} tensors {kind} ({first_names(n)})" for kind, n in wrong.items() if n))
+    """ValueError naming `what` if a tensor is missing, left over, or of another shape than in `expected` {name: tensor}."""
+    wrong = []
+    for kind, names in (("missing", expected.keys() - tensors.keys()), ("not known", tensors.keys() - expected.keys())):
+        if names:
+            wrong.append(f"{len(names)} tensors {kind} ({first_names(names)})")
+    if wrong:
+        raise ValueError(f"{what}: {'; '.join(wrong)}")
     for name, t in expected.items():
         found = tensors[name]
         if t.shape != found.shape:
             raise ValueError(f"{what}: tensor {name} has shape {list(found.shape)}, expected {list(t.shape)}")
-        if not found.is_floating_point() or found.layout != torch.strided or found.is_meta:
-            raise ValueError(f"{what}: tensor {name} is {found.dtype}, {found.layout} on {found.device}, "
-                             "expected floating-point numbers")
+        check_numbers(found, f"{what}: tensor {name}")
+
+
+def check_numbers(t, what):
+    """ValueError unless a tensor holds plain floating-point numbers: not whole ones, not sparse, not without data."""
+    if not t.is_floating_point() or t.layout != torch.strided or t.is_meta:
+        raise ValueError(f"{what} is {t.dtype}, {t.layout} on {t.device}, expected floating-point numbers")
 
 
 def build_empty(make, what):
-    """The module that make() builds, without memory or random numbers for weights that a file brings; `what` names the file."""
+    """The module that make() builds, without memory or random numbers for the weights, which a file `what` brings."""
     try:
         with torch.device("meta"):
             return make()
@@ -129,11 +121,7 @@ def build_empty(make, what):
 
 
 def load_strict(module, tensors, what, dtype=None):
-    """
-    Put tensors into a module built on the meta device, frozen and in eval mode: each is converted and taken over on its own.
-
-    dtype: of the result, each tensor's own if not given. `what` names the source. ValueError as check_tensors.
-    """
+    """The module, built on the meta device, with these tensors, frozen and in eval mode. dtype: default each tensor's own."""
     check_tensors(module.state_dict(), tensors, what)
     # A copy, because a memory-mapped tensor would change or crash when its file does.
     copies = {k: v.to(dtype or v.dtype, copy=True) for k, v in tensors.items()}
@@ -144,23 +132,23 @@ def load_strict(module, tensors, what, dtype=None):
 def component_config(path, from_json):
     """What from_json makes of the config.json of a component folder; None where there is no such file."""
     file = Path(path) / "config.json"
-    if not file.is_file():
-        return None
+    return read_config(file, from_json) if file.is_file() else None
+
+
+def read_config(file, from_json):
+    """What from_json makes of a JSON file; whatever it raises becomes a ValueError that names the file."""
     content = read_json(file)
     try:
         return from_json(content)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except Exception as error:  # transformers' own too, which differ by version
         raise ValueError(f"{file}: not the config of a model we have ({first_line(error)})") from None
 
 
 def fingerprint(tensors):
-    """
-    Names frozen weights {name: tensor} whatever file they came from and in whatever precision, adapters left out.
-
-    It is a hash of their signs. The sign bit, not p > 0: in fp16 the smallest of 1.4 billion weights become +0 or -0.
-    """
+    """Names frozen weights {name: tensor} whatever file they came from and in whatever precision, adapters left out."""
     digest = hashlib.sha256()
     for name, p in sorted(tensors.items()):
         if "lora_" not in name:
+            # The sign bit, not p > 0: in fp16 the smallest of 1.4 billion weights become +0 or -0.
             digest.update(p.signbit().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -1,9 +1,4 @@
-"""
-Where weights lie: the tiny world's folder, any folder or file, or a repository of the Hugging Face hub.
-
-A model is found by its parts. A folder may be laid out as diffusers does (unet, vae, text_encoder) or as ModelScope's hub
-folders damo/text-to-video-synthesis and iic/InstructVideo; which one it is shows in the names of its files.
-"""
+"""Where weights lie: the tiny world's folder, any folder or file, or a repository of the Hugging Face hub."""
 import hashlib
 import math
 import re
@@ -36,57 +31,52 @@ TINY_REWARDS = ("action", "removal")  # those of rewards/ for the tiny world alo
 
 
 def find_base(base):
-    """Folder or file of a base: "tiny", a path, or a hub id, which is downloaded. ValueError: there is none or it is damaged."""
+    """Folder or file of a base: "tiny", a path, or a hub id, which is downloaded."""
     path = TINY if str(base) == "tiny" else Path(base)
     path = path if path.exists() else from_hub(str(base))
     manifest = path / "manifest.json"  # of SHA-256 digests: every file must be there and as it was built
     for name, digest in read_json(manifest).items() if manifest.is_file() else ():
-        if not (path / name).is_file():
-            raise ValueError(f"{path / name}: missing, though manifest.json lists it")
-        if hashlib.sha256((path / name).read_bytes()).hexdigest() != digest:
-            raise ValueError(f"{path / name}: not the file that manifest.json lists (its SHA-256 differs)")
+        if not (path / name).is_file() or hashlib.sha256((path / name).read_bytes()).hexdigest() != digest:
+            raise ValueError(f"{path / name}: missing, or not the file that manifest.json lists (its SHA-256 differs)")
     return path
 
 
 def find_parts(base, given):
     """
-    (folder, {part: its file or folder}) of a base. given: {part: a path to take instead, or None}.
-
-    A base that is a file is a UNet, and its other parts lie beside it. ValueError names a part that is not there, or a base that
-    does not predict noise: trained and sampled as if it did, it would give nonsense.
+    (folder, {part: its file or folder}) of a base; a file is a UNet with its other parts beside it. given: {part: a path to take
+    instead, or None}. A base that does not predict noise is refused: it would be trained and sampled as if it did.
     """
-    paths = {part: Path(given[part]) if given.get(part) else None for part in PARTS}
-    for path in paths.values():  # before the base, which may be a download of gigabytes
-        if path and not path.exists():
+    for path in given.values():  # before the base, which may be a download of gigabytes
+        if path and not Path(path).exists():
             raise ValueError(f"{path}: no such file or folder")
     folder = find_base(base)
-    schedulers = [parent / "scheduler" / "scheduler_config.json" for parent in (folder, folder.absolute().parent)]
-    for file in [file for file in schedulers if file.is_file()][:1]:
-        kind = read_json(file).get("prediction_type", "epsilon")
-        if kind != "epsilon":
-            raise ValueError(f"{file}: prediction_type is {kind!r}: must be 'epsilon', which is what this code samples with")
+    scheduler = find_part(folder, ["scheduler/scheduler_config.json"])
+    kind = read_json(scheduler).get("prediction_type", "epsilon") if scheduler else "epsilon"
+    if kind != "epsilon":
+        raise ValueError(f"{scheduler}: prediction_type is {kind!r}: must be 'epsilon', which is what this code samples with")
 
+    paths = {part: Path(path) for part, path in given.items() if path}
     if folder.is_file():
         paths["unet"], folder = folder, folder.parent
     for part in PARTS:
-        paths[part] = paths[part] or find_part(folder, part)
+        paths[part] = paths.get(part) or find_part(folder, PARTS[part])
         if paths[part] is None:
             flag = "" if part == "unet" else f", or --{part.replace('_', '-')}"
             raise ValueError(f"{base}: no {part} found in {folder}; expected one of {', '.join(PARTS[part])}{flag}")
     return folder, paths
 
 
-def find_part(folder, part):
-    """Where a part of the model lies: in the folder, or beside it if the folder is itself a part. None if nowhere."""
-    return next((d / name for d in (folder, folder.absolute().parent) for name in PARTS[part] if (d / name).exists()), None)
+def find_part(folder, names):
+    """The first of some files or folders that is in the folder, or beside it if the folder is itself a part; else None."""
+    for parent in (folder, folder.absolute().parent):
+        for name in names:
+            if (parent / name).exists():
+                return parent / name
+    return None
 
 
 def reward_kind(kind):
-    """
-    (name, what follows it) of a reward's kind: hpsv2/crop, pickscore, yolos:book, my_file.py:function.
-
-    What follows is hpsv2's preprocess, "pad" if none; a class or an action; a function. ValueError for an unknown kind.
-    """
+    """(name, what follows it, for hpsv2 "pad" if nothing) of a reward: hpsv2/crop, pickscore, yolos:book, my_file.py:function."""
     name, _, argument = kind.partition(":")
     own = (*HUB_REWARDS, *TINY_REWARDS)
     if kind == "yolos":
@@ -102,13 +92,9 @@ def reward_kind(kind):
 
 
 def named_rewards(cfg):
-    """
-    What the settings reward, watch and reward_weights name: (parts [(weight, kind)], watched kinds, {kind: path of its weights}).
-
-    ValueError for all that is wrong with them and can be known before anything is loaded or downloaded.
-    """
+    """(parts [(weight, kind)], watched kinds, {kind: path of its weights}) of the settings, checked before anything is loaded."""
     parts = []
-    for given in cfg.reward or ("hpsv2",):
+    for given in cfg.reward or ("hpsv2=1",):
         kind, equals, number = given.rpartition("=")
         try:
             weight = float(number) if equals else 1.
@@ -116,7 +102,7 @@ def named_rewards(cfg):
             weight = 0.
         if weight == 0 or not math.isfinite(weight):
             raise ValueError(f"reward {given!r}: the weight after = must be a finite number other than 0")
-        parts.append((weight, kind if equals else given))
+        parts.append((weight, kind or given))
 
     watched = [name for name in cfg.watch if name not in (*PIXELS, "pixels", JUDGE)]
     kinds, names = [kind for _, kind in parts] + watched, {}
@@ -139,7 +125,7 @@ def named_rewards(cfg):
             raise ValueError(f"reward_weights {given!r}: must be NAME=PATH, with one of the rewards "
                              f"{', '.join(names.values())} as NAME")
         if not RANDOM.fullmatch(path) and not Path(path).exists():
-            raise ValueError(f"reward {name if equals else kinds[0]}: {path}: no such file or folder")
+            raise ValueError(f"reward {names[named[0]]}: {path}: no such file or folder")
         paths |= dict.fromkeys(named, path)
 
     for kind, name in names.items():
@@ -153,10 +139,8 @@ def named_rewards(cfg):
 
 def find_reward(kind, weights=None, base_folder=None):
     """
-    File or folder of a reward: the path given; or what the base's folder has (the tiny world's, InstructVideo's HPS_v2.pt), or a
-    folder beside it; or the hub's, downloaded once. None for "random" and "random:W".
-
-    kind: a name as reward_kind gives it. ValueError if there is no such path, or it is nowhere and cannot be downloaded.
+    File or folder of a reward, a name as reward_kind gives it: the path given, or what lies in the base's folder or beside it, or
+    the hub's, downloaded once; None for "random" and "random:W".
     """
     if weights and RANDOM.fullmatch(str(weights)):
         return None
@@ -164,6 +148,7 @@ def find_reward(kind, weights=None, base_folder=None):
         if not Path(weights).exists():
             raise ValueError(f"reward {kind}: {weights}: no such file or folder")
         return Path(weights)
+
     if kind in TINY_REWARDS:
         if base_folder and (base_folder / kind).is_dir():
             return base_folder / kind
@@ -172,12 +157,8 @@ def find_reward(kind, weights=None, base_folder=None):
         names = REWARD_FILES[kind]
         if base_folder and (base_folder / "reward" / "words.txt").is_file():
             return base_folder / "reward"
-        for folder in (base_folder, base_folder.absolute().parent) if base_folder else ():
-            for name in names:
-                if (folder / name).is_file():
-                    return folder / name
-        return hub_file(kind, REWARD_REPO, names[0], "give its path as --reward-weights")
-
+        found = find_part(base_folder, names) if base_folder else None
+        return found or hub_file(kind, REWARD_REPO, names[0], "give its path as --reward-weights")
     repo, *names = HUB_REWARDS[kind]
     what = "its folder" if len(names) > 1 else "its path"
     files = [hub_file(kind, repo, name, f"give {what} as --reward-weights {kind}=PATH") for name in names]
@@ -185,7 +166,7 @@ def find_reward(kind, weights=None, base_folder=None):
 
 
 def hub_file(kind, repo, name, advice):
-    """A file of a hub repository that a reward needs, downloaded once; ValueError with `advice` if it cannot be had."""
+    """A file of a hub repository that a reward needs, downloaded once; ValueError with `advice` if that fails."""
     import huggingface_hub
     try:
         return Path(huggingface_hub.hf_hub_download(repo, name))
@@ -195,11 +176,7 @@ def hub_file(kind, repo, name, advice):
 
 
 def hub_files(files):
-    """
-    Of a hub repository's files, those of a base's parts: {part: names}, no names for a part that it lacks.
-
-    Of several weight files of a part, the first of WEIGHT_FILES, whole or in shards: safetensors before .bin, full precision.
-    """
+    """Of a hub repository's files, those of a base's parts: {part: names}. One of WEIGHT_FILES for each, whole or in shards."""
     chosen = {}
     for part, names in PARTS.items():
         weights = next((n for n in WEIGHT_FILES if f"{part}/{n}" in files or f"{part}/{n}.index.json" in files), None)
@@ -232,11 +209,7 @@ def from_hub(repo):
 
 
 def cached_from_hub(repo):
-    """
-    The folder that the hub's cache has of a repository, if all parts are in it; else None.
-
-    The hub itself calls a cache incomplete that lacks files we never asked for, so we look for the parts ourselves.
-    """
+    """The folder that the hub's cache has of a repository, or None unless all parts are in it: a download may have been cut."""
     import huggingface_hub
     try:
         folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=[f"{part}/config.json" for part in PARTS],

@@ -11,12 +11,7 @@ REPORTED = set()  # unknown words that were named already, by any tokenizer
 
 
 class WordTokenizer:
-    """
-    Called like open_clip's tokenizers: captions [B] -> (B, context_length) int64: start, words, end, then padding.
-
-    The end token has the largest number, which is where CLIP pools. All unknown words share one token; each is named
-    once on standard error, since a caption with a typing mistake would otherwise give a different video, silently.
-    """
+    """Like open_clip's tokenizers: captions [B] -> (B, context_length) int64. CLIP pools at the largest number, the end's."""
 
     def __init__(self, words, context_length):
         self.words, self.context_length = list(words), context_length
@@ -42,11 +37,7 @@ class WordTokenizer:
 
 
 def read_words(path, sizes=None):
-    """
-    The WordTokenizer of a words.txt: the context length on its first line, then one word a line.
-
-    sizes: vocab_size and context_length of the tables of the text tower beside it. ValueError unless it can read the tokens.
-    """
+    """The WordTokenizer of a words.txt: a context length, then words. sizes: what the text tower beside it can read, by name."""
     length, *words = Path(path).read_text(encoding="utf-8").split() or [""]
     if not re.fullmatch("[1-9][0-9]{0,4}", length) or not words:
         raise ValueError(f"{path}: expected a context length, then words, found {length[:20]!r}")

@@ -25,7 +25,6 @@ from support.clips import read_prompts
 from support.files import read_json, write_text, write_whole
 from support.ranks import (
     all_gather,
-    gather,
     is_main_process,
     on_rank_0,
     progress,
@@ -207,7 +206,7 @@ class Rounds:
                 bar.update(world_size * len(next(iter(part.values()))))
                 if signalled() and world_size == 1:  # else the others would be kept waiting
                     raise Stopped
-        shares = gather(parts)
+        shares = all_gather(parts)
         if is_main_process():
             parts, whole = sum(shares, []), {}
             for name in parts[0]:

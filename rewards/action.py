@@ -2,39 +2,31 @@
 Action in the tiny world: how sure a classifier is that the shape moves as wanted. `--reward
 action:left`, whatever the caption says.
 
-VADER (arXiv:2407.08737) takes VideoMAE's classes for this; the tiny world has a small classifier of
-its own (tiny/build.py, stage "action"), which shares neither seeds nor architecture with the judge:
-the judge convolves over time, this one attends over it. The score is the log-probability of the
-wanted direction, at most 0. Its gradient is as large for a clip that certainly moves another way as
-for one in doubt, where the probability itself has next to none. A video reward: it sees 16 frames
-in order, and gives one score for all.
+VADER (arXiv:2407.08737) takes VideoMAE's classes for this; this classifier is the tiny world's own
+(tiny/build.py). Unlike the judge, which convolves over time, it attends over it. The score is the
+log-probability of the direction, at most 0: its gradient is large for a clip that certainly moves
+another way, where the probability itself has next to none. A video reward of 16 frames.
 
-Weights: the folder action of the tiny base; no other base has one.
-
-Letters: B videos, F frames, C classes.
+Letters: B videos, F frames, C classes, E width.
 """
 import torch
 from torch import nn
 
-from formats.reward_model import RewardModel, crop_centre
-from rewards.hub import build
+from formats.reward_model import RewardModel, build, crop_centre
 
 FRAMES, SIZE = 16, 32  # the tiny world's
 DIRECTIONS = ("left", "right", "up", "down")  # and a last class, no motion
 WIDTH = 64
 
 
-def convolution(c_in, c_out):
-    """Half the rows and columns."""
-    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, 2, 1), nn.GroupNorm(8, c_out), nn.SiLU())
+def convolution(c_in, c_out, stride=2, groups=8):
+    """A layer of 3 x 3; half the rows and columns at stride 2."""
+    layers = nn.Conv2d(c_in, c_out, 3, stride, 1), nn.GroupNorm(groups, c_out), nn.SiLU()
+    return nn.Sequential(*layers)
 
 
 class Classifier(nn.Module):
-    """
-    Clips (B, F, 3, SIZE, SIZE) in [0, 1] -> logits (B, C) of DIRECTIONS and of no motion.
-
-    A frame alone says where its shape is; the order of the frames, where it goes.
-    """
+    """Clips (B, F, 3, SIZE, SIZE) in [0, 1] -> logits (B, C) of DIRECTIONS and of no motion."""
 
     def __init__(self):
         super().__init__()
@@ -53,11 +45,7 @@ class Classifier(nn.Module):
 
 
 class Action(RewardModel):
-    """
-    number: the wanted one of DIRECTIONS.
-
-    frames (B, F, 3, H, W) -> (B, 1), log-probabilities.
-    """
+    """number: which of DIRECTIONS. frames (B, F, 3, H, W) -> (B, 1), log-probabilities."""
 
     def __init__(self, classifier, number, name):
         super().__init__(name, FRAMES)

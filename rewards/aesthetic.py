@@ -1,24 +1,20 @@
 """
 LAION's aesthetic predictor V2: how beautiful people would find a picture, whatever its caption, on
-a scale of 1 to 10.
+a scale of 1 to 10; most score 4.5 to 7. An image reward.
 
-Unit features of OpenAI's CLIP ViT-L/14, then five linear layers without anything between them: one
-linear map in all. Most pictures score 4.5 to 7. An image reward; captions are ignored.
-
-Weights: the hub folder openai/clip-vit-large-patch14 (config.json and model.safetensors), and for
-the layers aesthetic-model.pth of trl-lib/ddpo-aesthetic-predictor, which is
-sac+logos+ava1-l14-linearMSE.pth of the authors (christophschuhmann/improved-aesthetic-predictor).
-Given as a folder, it has both.
+Unit features of OpenAI's CLIP ViT-L/14, then five linear layers without anything between them.
+Weights: the hub folder openai/clip-vit-large-patch14; in it, or from the hub, the layers, which are
+the authors' (christophschuhmann/improved-aesthetic-predictor).
 Ours differs from the published code: pictures are resized as tensors, so there is a gradient.
 
 Letters: B videos, S frames, E width of CLIP's features.
 """
 import torch.nn.functional as F_
 
-from formats.reward_model import RewardModel, clip_normalize, crop_centre
+from formats.reward_model import RewardModel, build, clip_normalize, crop_centre
 from formats.tensors import read_tensors
 from formats.weights import hub_file
-from rewards.hub import LinearHead, build, read_model_config
+from rewards.hub import LinearHead, read_model_config
 
 HEAD_REPO = "trl-lib/ddpo-aesthetic-predictor"
 HEADS = ("aesthetic-model.pth", "sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.safetensors")
@@ -27,11 +23,7 @@ SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_atte
 
 
 class Aesthetic(RewardModel):
-    """
-    clip: a transformers CLIPVisionModelWithProjection; head: LinearHead(E).
-
-    frames (B, S, 3, H, W) -> (B, S).
-    """
+    """clip: CLIPVisionModelWithProjection; head: LinearHead(E). (B, S, 3, H, W) -> (B, S)."""
 
     def __init__(self, clip, head, name="aesthetic-v2"):
         super().__init__(name)

@@ -4,8 +4,7 @@ ImageReward: how people rate a picture as an answer to a caption. Xu et al. (arX
 A BLIP reads the caption while it looks at the picture; five linear layers turn its first token
 into a score, standardised over the authors' data: mostly -2 to 2. An image reward.
 
-Weights: ImageReward.pt of the hub repository THUDM/ImageReward, and the words of BERT's tokenizer,
-vocab.txt of google-bert/bert-base-uncased, beside it or from the hub.
+Weights: ImageReward.pt of THUDM/ImageReward; beside it, or from the hub, BERT's vocab.txt.
 Ours differs from the published code: pictures are resized as tensors, so there is a gradient; BLIP
 is transformers', whose tensors have other names.
 
@@ -14,10 +13,10 @@ Letters: B videos, S frames, N = B S pictures, T tokens.
 import torch
 from torch import nn
 
-from formats.reward_model import RewardModel, clip_normalize, crop_centre
+from formats.reward_model import RewardModel, build, clip_normalize, crop_centre
 from formats.tensors import read_tensors
 from formats.weights import hub_file
-from rewards.hub import LinearHead, build
+from rewards.hub import LinearHead
 from support.files import read_text
 
 BERT = "google-bert/bert-base-uncased"  # whose words these are
@@ -38,8 +37,8 @@ RENAMED = (  # from the authors' names to transformers'
     ("vision.blocks.", "vision.encoder.layers."), ("vision.norm.", "vision.post_layernorm."),
     (".attn.proj.", ".self_attn.projection."), (".attn.", ".self_attn."),
     (".norm1.", ".layer_norm1."), (".norm2.", ".layer_norm2."))
-SPECIAL, LETTERS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"], "abcdefghijklmnopqrstuvwxyz0123456789"
-SPELLED = [*SPECIAL, *LETTERS, *(f"##{c}" for c in LETTERS)]  # the small one's words
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+SPELLED = [*SPECIAL, *"abcdefghijklmnopqrstuvwxyz"]  # the small one's words
 
 
 class Blip(nn.Module):

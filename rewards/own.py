@@ -1,9 +1,9 @@
 """
-A reward of the user's own: `--reward my_file.py:function`.
+A reward of the user's own: `--reward my_file.py:function`, or any object that can be called.
 
-function(frames, captions) is the protocol itself: frames (B, S, 3, H, W) in [0, 1], float32 and with gradient, and B captions
--> scores (B, S). With an attribute `num_frames` it is a video reward: it is given so many frames in order -> (B, 1). It may be
-any object that can be called; a torch module is frozen and moved to the device. An attribute `name` replaces its name.
+function(frames, captions): frames (B, S, 3, H, W) in [0, 1], with gradient, and B captions ->
+scores (B, S). With an attribute `num_frames` it is a video reward: it is given so many frames in
+order -> (B, 1). A torch module is frozen. An attribute `name` replaces its name.
 """
 import importlib.util
 from pathlib import Path
@@ -16,31 +16,31 @@ from support.files import first_line
 
 
 class OwnReward(RewardModel):
-    """A user's function, checked at every call: ValueError for scores of another shape, or without gradient to the frames."""
+    """A user's function; scores of another shape or without gradient would train nothing."""
 
     def __init__(self, function, name):
         super().__init__(getattr(function, "name", name), getattr(function, "num_frames", None))
-        self.function = function.requires_grad_(False).eval() if isinstance(function, nn.Module) else function
+        is_module = isinstance(function, nn.Module)
+        self.function = function.requires_grad_(False).eval() if is_module else function
 
     def forward(self, frames, captions):
-        pictures = self.pixels(frames, captions).unflatten(0, frames.shape[:2])                     # (B, S, 3, H, W)
+        pictures = self.pixels(frames, captions).unflatten(0, frames.shape[:2])   # (B, S, 3, H, W)
         scores = self.function(pictures, captions)
         expected = (len(frames), 1 if self.num_frames else frames.shape[1])
-        if not isinstance(scores, torch.Tensor) or scores.shape != expected or not scores.is_floating_point():
-            found = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, torch.Tensor) else type(scores).__name__
-            raise ValueError(f"reward {self.name}: returned {found}; must be floating {expected}")
+        if not isinstance(scores, torch.Tensor):
+            raise ValueError(f"reward {self.name}: returned {type(scores).__name__}, not a tensor")
+        if scores.shape != expected or not scores.is_floating_point():
+            raise ValueError(f"reward {self.name}: returned {scores.dtype} {tuple(scores.shape)}; "
+                             f"must be floating {expected}")
         if pictures.requires_grad and not scores.requires_grad:
             raise ValueError(f"reward {self.name}: its scores have no gradient to the frames")
         return scores.float()
 
 
 def load(file, function, dtype, device):
-    """The reward `function` of a Python file, which is run. ValueError if there is none or it cannot be imported."""
-    path = Path(file)
+    """The reward `function` of a Python file, which is run."""
     what = f"reward {file}:{function}"
-    if not path.is_file():
-        raise ValueError(f"{what}: no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -48,7 +48,5 @@ def load(file, function, dtype, device):
         raise ValueError(f"{what}: the file cannot be imported ({first_line(error)})") from None
     found = getattr(module, function, None) if function else None
     if not callable(found):
-        callables = [k for k, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == path.stem]
-        raise ValueError(f"{what}: must name a function of the file, as in {file}:NAME; it has "
-                         f"{', '.join(callables[:8]) or 'none'}")
-    return OwnReward(found, f"{path.stem}:{function}").to(device)
+        raise ValueError(f"{what}: must name a function of the file, as in {file}:NAME")
+    return OwnReward(found, f"{Path(file).stem}:{function}").to(device)

@@ -3,20 +3,19 @@ PickScore: which of two pictures people would pick for a caption. Kirstain et al
 (arXiv:2305.01569).
 
 A CLIP ViT-H-14 tuned on people's choices; the score is exp(logit_scale) times the cosine of a
-picture's and a caption's features, 18 to 24 for published weights. An image reward.
+picture's and a caption's features, 18 to 24. An image reward.
 
-Weights: the hub folder yuvalkirstain/PickScore_v1 (config.json and model.safetensors).
-Ours differs from the published code: (1) pictures are resized as tensors, not as 8-bit pictures,
-so there is a gradient; (2) captions are cleaned as CLIP's authors do, which turns `&amp;` into
-`&`; transformers' tokenizer leaves it.
+Weights: the hub folder yuvalkirstain/PickScore_v1.
+Ours differs from the published code: (1) pictures are resized as tensors, so there is a gradient;
+(2) captions are cleaned as CLIP's authors do, which turns `&amp;` into `&`.
 
 Letters: B videos, S frames, E width of the features.
 """
 import torch
 import torch.nn.functional as F_
 
-from formats.reward_model import RewardModel, clip_normalize, clip_tokenizer, crop_centre
-from rewards.hub import build, read_model_config
+from formats.reward_model import RewardModel, build, clip_normalize, clip_tokenizer, crop_centre
+from rewards.hub import read_model_config
 
 TOWER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
              projection_dim=24, hidden_act="gelu")

@@ -2,21 +2,17 @@
 Removal in the tiny world: how sure a detector is that a frame has no watermark. `--reward
 removal:watermark`; captions are ignored.
 
-VADER (arXiv:2407.08737) takes YOLOS's classes for this; the tiny world has a small detector of its
-own (tiny/build.py, stage "removal"), learned from examples; the judge measures the contrast of the
-band's dashes instead. The score is the log-probability that there is no watermark, at most 0. Its
-gradient is as large where the detector is sure that there is one as where it is in doubt. An image
-reward.
+VADER (arXiv:2407.08737) takes YOLOS's classes for this; this detector is the tiny world's own
+(tiny/build.py). The score is the log-probability that there is no watermark, at most 0: its
+gradient is large where the detector is sure that there is one, too. An image reward.
 
-Weights: the folder removal of the tiny base; no other base has one.
-
-Letters: B videos, S frames, N = B S pictures.
+Letters: B videos, S frames, N = B S pictures, E channels.
 """
 import torch.nn.functional as F_
 from torch import nn
 
-from formats.reward_model import RewardModel, crop_centre
-from rewards.hub import build
+from formats.reward_model import RewardModel, build, crop_centre
+from rewards.action import convolution
 
 SIZE = 32  # the tiny world's
 THINGS = ("watermark",)
@@ -27,11 +23,8 @@ class Detector(nn.Module):
 
     def __init__(self):
         super().__init__()
-        def convolution(c_in, c_out, stride):
-            layers = nn.Conv2d(c_in, c_out, 3, stride, 1), nn.GroupNorm(4, c_out), nn.SiLU()
-            return nn.Sequential(*layers)
-        self.body = nn.Sequential(convolution(3, 24, 1), convolution(24, 32, 2),
-                                  convolution(32, 32, 2))
+        self.body = nn.Sequential(convolution(3, 24, 1, 4), convolution(24, 32, 2, 4),
+                                  convolution(32, 32, 2, 4))
         self.head = nn.Linear(32, 1)
 
     def forward(self, pictures):

@@ -3,12 +3,10 @@ Action: how sure a classifier is that the wanted action happens. `--reward "vide
 piano"`, or `--reward videomae` for the action that each caption names.
 
 VADER (arXiv:2407.08737) with VideoMAE (arXiv:2203.12602), tuned on Kinetics-400: the score is the
-probability of the class, 0 to 1. A video reward: it sees 16 frames in order, and gives one score
-for all.
+probability of the class, 0 to 1. A video reward of 16 frames.
 
-Weights: the hub folder MCG-NJU/videomae-base-finetuned-kinetics (config.json, which has the
-classes, and model.safetensors); CC-BY-NC-4.0, so neither it nor what is tuned on it may be used
-commercially.
+Weights: the hub folder MCG-NJU/videomae-base-finetuned-kinetics; its config.json has the classes.
+CC-BY-NC-4.0: neither they nor what is tuned on them may be used commercially.
 
 Letters: B videos, F frames, C classes.
 """
@@ -16,15 +14,8 @@ import re
 
 import torch
 
-from formats.reward_model import RewardModel, crop_centre
-from rewards.hub import (
-    build,
-    imagenet_normalize,
-    read_model_config,
-    say_non_commercial,
-    size_name,
-    wanted_label,
-)
+from formats.reward_model import RewardModel, build, crop_centre
+from rewards import hub
 
 SPELLINGS = [  # transformers 5 has the second of each
     ("attention.q_bias", "attention.query.bias"), ("attention.v_bias", "attention.value.bias")]
@@ -34,13 +25,7 @@ SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_atte
 
 
 class VideoMAE(RewardModel):
-    """
-    classifier: a transformers VideoMAEForVideoClassification; number: the class's, None for the
-    one that a caption names.
-
-    frames (B, F, 3, H, W), captions -> (B, 1) in [0, 1]. ValueError for a caption that names no
-    class, if it has to.
-    """
+    """number: the class's, None for what a caption names. (B, F, 3, H, W) -> (B, 1) in [0, 1]."""
 
     def __init__(self, classifier, number, name):
         super().__init__(name, classifier.config.num_frames)
@@ -49,7 +34,7 @@ class VideoMAE(RewardModel):
     def forward(self, frames, captions):
         size = self.classifier.config.image_size
         x = crop_centre(self.pixels(frames, captions), size, mode="bilinear")
-        x = imagenet_normalize(x).to(self.classifier.classifier.weight.dtype)
+        x = hub.imagenet_normalize(x).to(self.classifier.classifier.weight.dtype)
         x = x.unflatten(0, frames.shape[:2])                                  # (B, F, 3, h, w)
         logits = self.classifier(pixel_values=x).logits                       # (B, C)
         wanted = [[self.class_of(caption)] for caption in captions]
@@ -71,11 +56,11 @@ class VideoMAE(RewardModel):
 def load(path, argument, dtype, device):
     """The reward from a hub folder, for the class `argument` if any; path None: small, random."""
     from transformers import VideoMAEConfig, VideoMAEForVideoClassification
-    config = read_model_config(VideoMAEConfig, path) if path else VideoMAEConfig(**SMALL)
-    number = wanted_label(config.id2label, argument, "reward videomae") if argument else None
+    config = hub.read_model_config(VideoMAEConfig, path) if path else VideoMAEConfig(**SMALL)
+    number = hub.wanted_label(config.id2label, argument, "reward videomae") if argument else None
     classifier = build(lambda: VideoMAEForVideoClassification(config), path, dtype, device,
                        spellings=SPELLINGS)
-    name = f"VideoMAE-{size_name(config) if path else 'random'}"
+    name = f"VideoMAE-{hub.size_name(config) if path else 'random'}"
     if path:
-        say_non_commercial(name, "CC-BY-NC-4.0")
+        hub.say_non_commercial(name, "CC-BY-NC-4.0")
     return VideoMAE(classifier, number, f"{name}:{argument}" if argument else name)

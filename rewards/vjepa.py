@@ -5,13 +5,11 @@ Temporal consistency: how well the hidden parts of a clip follow from the parts 
 VADER (arXiv:2407.08737), here with V-JEPA 2 (arXiv:2506.09985): minus the mean distance
 |prediction - target| over the hidden patches, where the prediction comes from the shown patches
 alone, and the target is what the encoder makes of the whole clip, normalised and without gradient.
-Below 0; real clips are nearer to it. A video reward without text: 16 frames in order.
+Below 0; real clips are nearer to it. A video reward of 16 frames, without text.
 
-Weights: the hub folder facebook/vjepa2-vitl-fpc64-256 (config.json and model.safetensors).
-Ours differs from VADER, which has V-JEPA 1 (CC-BY-NC): the second version's weights. From
-transformers' class: its encoder is shown everything, and would so pass on what it has to predict;
-here it is given the shown patches only. A caption's own seed hides the patches, the same ones at
-every step, so that scores compare; over many captions all parts of the picture take turns.
+Weights: the hub folder facebook/vjepa2-vitl-fpc64-256; VADER has V-JEPA 1, which is CC-BY-NC.
+Ours differs from transformers' class: its encoder is shown everything, and would so pass on what it
+has to predict. A caption's own seed hides the patches, so that scores of two steps compare.
 
 Letters: B videos, F frames, N patches of a clip, M hidden ones, E width.
 """
@@ -20,9 +18,9 @@ import zlib
 import torch
 import torch.nn.functional as F_
 
-from formats.reward_model import RewardModel, crop_centre
+from formats.reward_model import RewardModel, build, crop_centre
 from formats.weights import WHOLE_CLIPS
-from rewards.hub import build, imagenet_normalize, read_model_config, size_name
+from rewards.hub import imagenet_normalize, read_model_config, size_name
 
 FRAMES = WHOLE_CLIPS["vjepa"]
 BLOCKS, SHARE = 8, .15  # V-JEPA's: 8 blocks of 15% of the picture, through all frames; they overlap
@@ -32,11 +30,7 @@ SMALL = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=2, crop_si
 
 
 def hidden_patches(rows, times, seed):
-    """
-    Which of the rows x rows patches of a picture are hidden, at all times alike.
-
-    Bool (times * rows * rows,); some are hidden and some are not.
-    """
+    """Bool (times * rows * rows,): which patches of a picture are hidden, at all times alike."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.zeros(rows, rows, dtype=torch.bool)
     for _ in range(BLOCKS):

@@ -1,28 +1,19 @@
 """
 Object removal: how sure a detector is that a thing is nowhere in the picture. `--reward
-yolos:book`.
+yolos:book`; captions are ignored.
 
 VADER (arXiv:2407.08737) with YOLOS (arXiv:2106.00666): the score is one minus the largest
-probability of the class over all of the detector's queries, 0 to 1. An image reward; captions are
-ignored.
+probability of the class over all of the detector's queries, 0 to 1. An image reward.
 
-Weights: the hub folder hustvl/yolos-tiny (config.json, which has the classes, and
-model.safetensors).
+Weights: the hub folder hustvl/yolos-tiny; its config.json has the classes.
 Ours differs from VADER's code: (1) that looks at detections above 0.2 only, so a thing that is
-seen dimly gives no gradient; here there is one everywhere; (2) that sets its sum over the frames
-back to zero within its loop, so that one frame counts; here each frame has a score.
+seen dimly gives no gradient; (2) that sets its sum over the frames back to zero within its loop, so
+that one frame counts; here each frame has a score.
 
 Letters: B videos, S frames, N = B S pictures, Q queries, C classes.
 """
-from formats.reward_model import RewardModel
-from rewards.hub import (
-    build,
-    fit_within,
-    imagenet_normalize,
-    read_model_config,
-    size_name,
-    wanted_label,
-)
+from formats.reward_model import RewardModel, build
+from rewards import hub
 
 SHORTEST, LONGEST = 512, 864  # yolos-tiny's own preprocessor
 SPELLINGS = [  # transformers 5 has the second
@@ -34,11 +25,7 @@ SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_atte
 
 
 class Yolos(RewardModel):
-    """
-    detector: a transformers YolosForObjectDetection; number: the class's.
-
-    frames (B, S, 3, H, W) -> (B, S) in [0, 1].
-    """
+    """detector: YolosForObjectDetection; number: the class's. (B, S, 3, H, W) -> (B, S)."""
 
     def __init__(self, detector, number, name, shortest=SHORTEST, longest=LONGEST):
         super().__init__(name)
@@ -46,8 +33,8 @@ class Yolos(RewardModel):
         self.limits = shortest, longest, detector.config.patch_size
 
     def forward(self, frames, captions):
-        x = fit_within(self.pixels(frames, captions), *self.limits)           # (N, 3, h, w)
-        x = imagenet_normalize(x).to(self.detector.vit.embeddings.cls_token.dtype)
+        x = hub.fit_within(self.pixels(frames, captions), *self.limits)           # (N, 3, h, w)
+        x = hub.imagenet_normalize(x).to(self.detector.vit.embeddings.cls_token.dtype)
         logits = self.detector(pixel_values=x).logits                         # (N, Q, C + 1)
         probability = logits.float().softmax(dim=-1)[..., self.number]        # (N, Q)
         return 1 - probability.amax(dim=-1).view(frames.shape[:2])            # (B, S)
@@ -56,10 +43,10 @@ class Yolos(RewardModel):
 def load(path, argument, dtype, device):
     """The reward from a hub folder, for the class `argument`; path None: small and random."""
     from transformers import YolosConfig, YolosForObjectDetection
-    config = read_model_config(YolosConfig, path) if path else YolosConfig(**SMALL)
-    number = wanted_label(config.id2label, argument, "reward yolos")
+    config = hub.read_model_config(YolosConfig, path) if path else YolosConfig(**SMALL)
+    number = hub.wanted_label(config.id2label, argument, "reward yolos")
     detector = build(lambda: YolosForObjectDetection(config), path, dtype, device,
                      spellings=SPELLINGS)
     if path is None:
         return Yolos(detector, number, f"YOLOS-random:{argument}", *config.image_size)
-    return Yolos(detector, number, f"YOLOS-{size_name(config)}:{argument}")
+    return Yolos(detector, number, f"YOLOS-{hub.size_name(config)}:{argument}")

@@ -105,22 +105,12 @@ def on_rank_0(function):
     return result
 
 
-def check_alike(what, value):
-    """ValueError, on every rank, unless all ranks have the same value."""
-    values = all_gather(value)
-    for rank, other in enumerate(values):
-        if other != values[0]:
-            raise ValueError(f"{what}: rank {rank} has {other}, rank 0 has {values[0]}; they must be the same on every node")
-
-
-def gather(value):
-    """What every rank has, on rank 0 and in order of rank, without the Nones; nothing on the others."""
-    rank, size = rank_and_size()
-    if size == 1:
-        return [value]
-    values = [None] * size if rank == 0 else None
-    dist.gather_object(value, values, group=GROUPS["patient"])
-    return [v for v in values or [] if v is not None]
+def check_alike(clips):
+    """ValueError, on every rank, unless all ranks have the same clips."""
+    for rank, other in enumerate(all_gather(clips)):
+        if other != clips:
+            raise ValueError(f"clips: rank {rank} has {other}, rank {rank_and_size()[0]} has {clips}; they must be the same on "
+                             "every node")
 
 
 def all_gather(value):

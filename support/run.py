@@ -52,7 +52,7 @@ class Run:
         """Take up what the folder holds, if the run is resumed, else remove an earlier run; then write what this one is."""
         record = {"data": self.method.data, "watched": self.evaluations.watched, "prompts": self.evaluations.prompts}
         if rank_and_size()[1] > 1:
-            check_alike("clips", self.method.data)
+            check_alike(self.method.data)
         if resumed:  # rank 0 alone reads: on other nodes, with disks of their own, there is no such folder
             state, self.lines, tables = on_rank_0(lambda: read_run(self.folder, self.cfg.steps, self.adapters, record["data"]))
             self.evaluations.take_up(self.lines, tables)
@@ -289,11 +289,9 @@ class Evaluations:
         write_comparison_gif(self.folder / "before_after.gif", rows, list(chosen.values()), ["before", "after"], self.cfg.fps)
 
 
-def train_and_report(run, train, spec):
+def train_and_report(run, train):
     """
-    Train to the end, or until a signal: what is then printed, and the exit status.
-
-    train() -> whether it came to the end. spec: of the module that was started, None for train.py.
+    Train to the end, or until a signal: what is then printed, and the exit status. train() -> whether it came to the end.
     """
     if run.writes:
         print(f"run folder: {run.folder}" + (f", from step {run.step}" if run.step else ""))
@@ -309,22 +307,11 @@ def train_and_report(run, train, spec):
     if finished or run.evaluations.ended_early():
         run.evaluations.compare()
         if run.writes and run.step < run.cfg.steps:
-            print(f"ended early; to go on: {command(spec)} --resume {run.folder} --no-early-stop")
+            print(f"ended early; to go on: the same command with --resume {run.folder} --no-early-stop")
         return 0
     if run.writes:
-        print(f"stopped; continue with: {command(spec)} --resume {run.folder}")
+        print(f"stopped; to go on: the same command with --resume {run.folder}")
     return 128 + signalled() if signalled() else 1
-
-
-def command(spec):
-    """How this script was started, for a hint: torchrun's number of processes is what a plain `python` would lose."""
-    script = f"-m {spec.name}" if spec and "." in spec.name else "train.py"
-    processes = os.environ.get("LOCAL_WORLD_SIZE")
-    if "RANK" not in os.environ or not processes:
-        return f"python {script}"
-    nodes = int(os.environ["WORLD_SIZE"]) // int(processes)
-    more = f" --nnodes={nodes} (and the rendezvous as before)" if nodes > 1 else ""
-    return f"torchrun --nproc_per_node={processes}{more} {script}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ import train
 from formats import adapters, names, reward_model as clip_configs, tensors as published, weights, words
 from model import Autoencoder, Base, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig, decode_frames, load_base
 from support import ranks as processes, run as run_folder
+from tests.ldm import vae_to_official
 from tiny import clips
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +96,7 @@ def diffusers_folder(parts, tmp_path_factory):
     for shard in set(shards.values()):
         write(folder / "text_encoder" / shard, {k: v for k, v in text.state_dict().items() if shards[k] == shard})
     write(folder / "text_encoder/pytorch_model.bin.index.json", {"weight_map": shards})
+    write(folder / "scheduler/scheduler_config.json", {"prediction_type": "epsilon"})
     write(folder / "model_index.json", {"_class_name": "TextToVideoSDPipeline"})
     return folder
 
@@ -112,11 +114,12 @@ def instructvideo(parts, tmp_path_factory):
     """A folder with the files of InstructVideo's own, as its README has them laid out."""
     folder, (unet, vae, text, clip) = tmp_path_factory.mktemp("InstructVideo"), parts
     base = names.unet_to_official(without_lora(unet), UNET)
-    tuned = {adapters.to_official_name(k, UNET): v for k, v in lora.adapter_state(unet).items()}
+    official = adapters.official_names(UNET)
+    tuned = {official[k]: v for k, v in lora.adapter_state(unet).items()}
     write(folder / "model_scope_v1-4_0600000.pth", base)
     state = {f"module.{k}": v for k, v in (base | tuned).items()}
     write(folder / TUNED, {"state_dict": state, "optimizer": {"lr": 1e-5}, "scaler": {}, "step": 620000})
-    ldm = {f"first_stage_model.{k}": v for k, v in names.vae_to_official(vae.state_dict(), VAE).items()}
+    ldm = {f"first_stage_model.{k}": v for k, v in vae_to_official(vae.state_dict(), VAE).items()}
     write(folder / "v2-1_512-ema-pruned.ckpt", {"state_dict": ldm | {"model_ema.decay": torch.tensor(.9)}})
     write(folder / "stable-diffusion-v/open_clip_pytorch_model.bin", text.state_dict() | {"visual.proj": torch.zeros(2, 2)})
     write(folder / "HPS_v2.pt", {"iterations": np.float64(4000), "state_dict": clip.state_dict(), "optimizer": {"lr": 1.}})
@@ -279,7 +282,8 @@ def hub(tmp_path, monkeypatch):
     stop()
 
 
-FULL_PRECISION = ["text_encoder/config.json", "text_encoder/pytorch_model-00001-of-00002.bin",
+FULL_PRECISION = ["scheduler/scheduler_config.json",
+                  "text_encoder/config.json", "text_encoder/pytorch_model-00001-of-00002.bin",
                   "text_encoder/pytorch_model-00002-of-00002.bin", "text_encoder/pytorch_model.bin.index.json",
                   "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
                   "vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
@@ -507,11 +511,12 @@ def test_a_small_reward_with_words_of_its_own(parts):
 
 
 @pytest.mark.parametrize(("config", "words", "message"), [
-    (CLIP | {"text_cfg": CLIP["text_cfg"] | {"hf_model_name": "someone/code"}}, None, "whole numbers as in"),
-    (CLIP | {"vision_cfg": CLIP["vision_cfg"] | {"timm_model_name": "vit"}}, None, "whole numbers"),
+    (CLIP | {"text_cfg": CLIP["text_cfg"] | {"hf_model_name": "someone/code"}}, None, "expected the fields context_length"),
+    (CLIP | {"vision_cfg": CLIP["vision_cfg"] | {"timm_model_name": "vit"}}, None, "expected the fields image_size"),
     (CLIP | {"vision_cfg": CLIP["vision_cfg"] | {"layers": 10**6}}, None, "whole numbers"),
     (CLIP | {"embed_dim": True}, None, "whole numbers"), (CLIP | {"embed_dim": 0}, None, "whole numbers"),
-    (CLIP | {"vision_cfg": [1]}, None, "whole numbers"), ({"embed_dim": 8}, None, "whole numbers"), ([], None, "JSON object"),
+    (CLIP | {"vision_cfg": [1]}, None, "expected whole numbers"), ({"embed_dim": 8}, None, "expected the fields"),
+    ([], None, "JSON object"),
     (CLIP | {"text_cfg": CLIP["text_cfg"] | {"heads": 5}}, None, "not a model that can be built"),
     (CLIP, "5\na\ncat", "words.txt: makes 5 tokens"), (CLIP, "a cat", "words.txt: expected a context length"),
     (CLIP | {"embed_dim": 16}, None, "has shape")])

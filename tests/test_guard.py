@@ -311,7 +311,7 @@ def test_the_guard_tells_keeps_the_adapter_before_the_turn_and_ends_the_run(scri
     # Ended there: saved, and the same when it is continued; until it is told to go on.
     assert run(*WATCHED, "--steps", 4, "--early-stop", "--out", "early") == 0
     said = capsys.readouterr().out
-    assert said.count(SAID) == 2 and "ended early; to go on: python train.py --resume early --no-early-stop" in said
+    assert said.count(SAID) == 2 and "ended early; to go on: the same command with --resume early --no-early-stop" in said
     assert torch.load("early/state.pt", weights_only=True)["step"] == 3
     assert same("early/best.safetensors", "two/lora.safetensors")
     metrics = Path("early/metrics.jsonl").read_bytes()

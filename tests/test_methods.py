@@ -593,7 +593,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(name, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
         assert run(name, *flags, "--out", "run") == 143
-    assert f"continue with: python -m methods.{name} --resume run" in capsys.readouterr().out
+    assert "stopped; to go on: the same command with --resume run" in capsys.readouterr().out
     assert torch.load("run/state.pt", weights_only=True)["step"] == saved_at
     assert run(name, "--resume", "run") == 0
     assert metrics("run") == metrics("whole") and [line["step"] for line in metrics("run")] == [*range(1, steps + 1)]

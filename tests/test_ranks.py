@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import train
-from support import clips as clip_lists, ranks as processes, run as run_folder
+from support import clips as clip_lists, ranks as processes
 from tiny import clips
 
 PATIENCE = 120
@@ -186,15 +186,6 @@ def test_nodes_that_have_other_clips_are_told(short_clips):
     assert [status for status, _, _ in ended][0] == 2
     assert any("clips: rank 1 has {'clips': 5," in line and "the same on every node" in line for line in said(ended)), ended
     assert not Path("node0/run").exists()
-
-
-def test_the_hint_after_a_stop_names_torchrun(monkeypatch):
-    assert run_folder.command("train.py") == "python train.py"
-    for name, value in (("RANK", "0"), ("LOCAL_WORLD_SIZE", "4"), ("WORLD_SIZE", "4")):
-        monkeypatch.setenv(name, value)
-    assert run_folder.command("train.py") == "torchrun --nproc_per_node=4 train.py"
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    assert "--nproc_per_node=4 --nnodes=2" in run_folder.command("train.py")
 
 
 # ---------------------------------------------------------- Clips ----------------------------------------------------------

@@ -235,7 +235,6 @@ def test_official_score_through_the_bridge(package, monkeypatch, tmp_path):
     score = hps_package.official_hps(hps.clip, CONFIG)
     assert score(frames, CAPTIONS[0]) == pytest.approx(ours, abs=1e-4)
     pictures = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in frames]
-    assert score(pictures, CAPTIONS[0]) == pytest.approx(ours, abs=1e-4)
     assert score(frames, CAPTIONS[1]) != pytest.approx(ours, abs=1e-4)  # the caption counts
     assert img_score.model_dict == {}  # whoever calls the package later does not get our model
 
@@ -251,9 +250,6 @@ def test_official_score_through_the_bridge(package, monkeypatch, tmp_path):
 def test_the_bridge_refuses_what_would_not_be_official():
     with pytest.raises(ValueError, match="float32"):
         hps_package.official_hps(tiny_clip().bfloat16(), CONFIG)
-    score = hps_package.official_hps(tiny_clip(), CONFIG)
-    with pytest.raises(ValueError, match=r"torch.float32; the hpsv2 package scores 8-bit"):
-        score(random_frames()[0], "a cat")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

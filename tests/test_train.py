@@ -519,7 +519,7 @@ def test_resuming_equals_not_stopping(whole, plain, monkeypatch, capsys, step, n
     # The signal came in the middle of a step; the next one is finished and saved, wherever --save-every stands.
     at = saved("run/state.pt")["step"]
     assert at in (step, step + 1) and metrics("run")[-1]["step"] == at
-    assert "continue with: python train.py --resume run" in capsys.readouterr().out
+    assert "stopped; to go on: the same command with --resume run" in capsys.readouterr().out
     # What a killed run may leave besides: lines past its checkpoint, the last one half written, and half a file.
     with open("run/metrics.jsonl", "a") as file:
         file.write('{"step": 77, "reward": 0.5, "loss": -0.1, "grad_norm": 1.0, "seconds": 1.0}\n{"step": 78, "rew')
