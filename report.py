@@ -109,7 +109,7 @@ def report(cfg):
         path, "report.html", cfg.max_mb, title=title[:120], fps=cfg.fps, runs=runs, studies=studies,
         parts=parts, changed=run_pages.changed_settings(runs), charts=run_pages.curves(runs),
         gains=run_pages.gain_rows(runs), versions=versions(), clips=packed, quality=clips.quality,
-        halved=clips.halved)
+        shrink=clips.shrink)
     finish(cfg, path, size)
 
 
@@ -134,7 +134,7 @@ def blind(cfg):
                       clips=packed, comparison=key["comparison"], pairs=shown, questions=QUESTIONS)
     write_text(out / "key.json", json.dumps(key, indent=1) + "\n")
     words = f", {len(shown)} prompts; {out / 'key.json'} says whose clips are where: keep it from the voters"
-    if clips.quality < 80 or clips.halved:
+    if clips.quality < 80 or clips.shrink > 1:
         words += f"; clips are compressed to WebP quality {clips.quality}, --max-mb allows more"
     finish(cfg, out / "blind.html", size, words)
 

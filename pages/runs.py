@@ -6,10 +6,10 @@ import math
 import re
 from pathlib import Path
 
-from pages.html import line_chart, undo_enlarging
+from pages.html import line_chart
 from support import tables as guard
 from support.files import first_names, read_json, read_text
-from support.run import SHOWN, mean_rewards, read_metrics, read_record, read_tables
+from support.run import SHOWN, mean_rewards, read_metrics, read_tables
 from support.tables import paired
 from support.videos import read_video
 
@@ -30,7 +30,8 @@ class RunFiles:
         if not (self.folder / "config.json").is_file():
             raise ValueError(f"{folder}: holds no run (no config.json)")
         self.config = read_json(self.folder / "config.json")
-        self.record = read_record(self.folder)
+        record = self.folder / "run.json"
+        self.record = read_json(record) if record.is_file() else {}
         self.prompts = self.record.get("prompts", {})
         metrics = self.folder / "metrics.jsonl"
         self.lines = read_metrics(metrics) if metrics.is_file() else []
@@ -184,7 +185,7 @@ def clip_rows(runs, clips):
             for name, clip in run.clips(step).items():
                 row = rows.setdefault((clip["set"], name), clip | {"runs": {}})
                 mine = row["runs"].setdefault(run.name, {"shown": []})
-                number = clips.add(undo_enlarging(read_video(clip["file"])))
+                number = clips.add(read_video(clip["file"]))
                 mine["shown"].append({"step": step, "clip": number, "score": clip["score"]})
                 mine["gain"] = clip["score"] - mine["shown"][0]["score"]
     for row in rows.values():
@@ -266,9 +267,6 @@ def pair_up(first, second, prompts):
 def read_pair(files):
     """The pixels of both clips, {"a", "b"}; ValueError if size or length would tell them apart."""
     pixels = {side: read_video(file) for side, file in files.items()}
-    small = {side: undo_enlarging(clip) for side, clip in pixels.items()}
-    if small["a"].shape == small["b"].shape:  # if one alone were shown small, it would tell them apart
-        return small
     if pixels["a"].shape != pixels["b"].shape:
         shapes = f"{pixels['a'].shape[:3]} and {pixels['b'].shape[:3]}"
         raise ValueError(f"{files['a']} and {files['b']}: frames, rows and columns are {shapes}; both must be "
