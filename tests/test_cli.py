@@ -94,7 +94,7 @@ def test_a_folder_of_generated_videos_is_what_train_takes_as_data():
     assert len(files("videos")) == 3 * 3
     listed = read_list("videos")
     assert [(clip.path.suffix, clip.caption) for clip in listed] == [(".mp4", prompt) for prompt in prompts]
-    assert not find_problems(listed, ClipConfig(num_frames=4), print, dict.fromkeys(clip.path for clip in listed))
+    assert not find_problems(listed, ClipConfig(num_frames=4), dict.fromkeys(clip.path for clip in listed))
 
 
 def test_file_names_are_safe_whatever_the_prompt():
