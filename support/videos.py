@@ -150,20 +150,20 @@ def to_pixels(video):
 
 
 def write_video(path, pixels, fps):
-    """Save pixels (F, H, W, 3), uint8, as .mp4 or .gif."""
+    """
+    Save pixels (F, H, W, 3), uint8, as .mp4 or .gif.
+
+    Small pictures are enlarged to at most 256 for viewing, and sizes made even by a crop, which yuv420p needs.
+    """
+    zoom = max(1, 256 // max(pixels.shape[1:3]))
+    pixels = pixels.repeat(zoom, 1).repeat(zoom, 2)
+    pixels = pixels[:, :pixels.shape[1] // 2 * 2, :pixels.shape[2] // 2 * 2]
     with write_whole(path) as hidden:
         if path.suffix == ".gif":
             import imageio.v3 as iio
-            iio.imwrite(hidden, enlarge(pixels), extension=".gif", duration=round(1000 / fps), loop=0)
+            iio.imwrite(hidden, pixels, extension=".gif", duration=round(1000 / fps), loop=0)
         else:
-            write_mp4(hidden, enlarge(pixels), fps)
-
-
-def enlarge(pixels):
-    """Enlarge small pictures to at most 256 for viewing; crop to even sizes, which yuv420p needs."""
-    zoom = max(1, 256 // max(pixels.shape[1:3]))
-    pixels = pixels.repeat(zoom, 1).repeat(zoom, 2)
-    return pixels[:, :pixels.shape[1] // 2 * 2, :pixels.shape[2] // 2 * 2]
+            write_mp4(hidden, pixels, fps)
 
 
 def write_mp4(path, pixels, fps):

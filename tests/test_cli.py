@@ -248,7 +248,7 @@ def test_base_and_fine_tuned_on_two_sets_at_several_d_and_guidance(adapter, capf
     # One strip of two frames for each set and model, so that rows are sets and columns models.
     sheet = iio.imread("report/sheet.png")
     strip = pictures.strip(torch.rand(8, 3, 32, 32))
-    assert sheet.shape == (22 + 2 * (strip.shape[1] + 22), 2 * (strip.shape[2] + 14), 3)
+    assert sheet.shape == (22 + 2 * (strip.shape[0] + 22), 2 * strip.shape[1], 3)
 
 
 def test_several_strengths_show_what_the_reward_gains_and_what_is_lost(adapter, monkeypatch, capfd):
