@@ -129,7 +129,8 @@ def line_chart(title, lines):
     """
     Curves with bands of their errors: {"title", "svg", "legend"}, in the page's colours, light or dark.
 
-    lines: {name: [(step, y, error)]}, at least one point. The template writes the legend below: what each line is, and its ends.
+    lines: {name: [(step, y, error)]}, at least one point. The legend, which the template
+    writes below, has the name of each line and the values at its ends.
     """
     from matplotlib import rc_context, rcParams
     from matplotlib.colors import to_hex

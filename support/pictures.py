@@ -33,7 +33,7 @@ def words(text, width, height=22, font_size=15):
     from PIL import Image, ImageDraw, ImageFont
     picture = Image.new("RGB", (width, height), "white")
     font = ImageFont.load_default(font_size)
-    ImageDraw.Draw(picture).text((2, height // 2), text, fill="#222222", font=font, anchor="lm", spacing=1)
+    ImageDraw.Draw(picture).text((2, height // 2 - 2), text, fill="#222222", font=font, anchor="lm", spacing=1)
     return np.asarray(picture)
 
 
