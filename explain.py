@@ -97,9 +97,8 @@ class Setup:
         if cfg.lora:
             self.parameters = lora.load(self.base.unet, cfg.lora)
         else:
-            beside = lora.load_beside(self.base.unet, self.base.unet_file, cfg.rank)
-            generator = sample_generator(cfg.seed, "lora")
-            self.parameters = beside or lora.inject(self.base.unet, cfg.rank, generator=generator)
+            self.parameters = lora.load_beside(self.base.unet, self.base.unet_file, cfg.rank) or lora.inject(
+                self.base.unet, cfg.rank, generator=sample_generator(cfg.seed, "lora"))
         self.reward = load_rewards(cfg, self.base.folder, dtype, device)
         if isinstance(self.reward, Rewards) or self.reward.num_frames:
             raise ValueError(f"reward {self.reward.name}: the page needs a single reward, of frames")
@@ -139,16 +138,16 @@ class Setup:
         return noised, z_0, {"tau": tau, "t": t_noi, "steps": edit_steps(tau, cfg.num_steps), "R": R.item(),
                              "reward": logged["reward"].item()}
 
-    def rewards(self, batch, cfg):
-        """train.edit_rewards, with this setup's networks."""
-        return train.edit_rewards(self.base, self.reward, self.uncond, batch, cfg)
+    def rewards(self, cfg):
+        """train.edit_rewards of the step's batch."""
+        return train.edit_rewards(self.base, self.reward, self.uncond, self.batch, cfg)
 
     def train_one_step(self):
         """train.train itself, for one step, which moves the adapters: the numbers that it logs."""
         logged = []
         run = SimpleNamespace(steps=lambda optimizer: [self.cfg.step], stop=lambda: False,
                               finish_step=lambda step, numbers, finite, stopping: logged.append(numbers))
-        method = train.Method(lambda step: self.batch, lambda part: self.rewards(part, self.cfg))
+        method = train.Method(lambda step: self.batch, lambda part: self.rewards(self.cfg))
         train.train(self.cfg, self.parameters, method, run)
         return logged[0]
 
@@ -156,7 +155,7 @@ class Setup:
         """For this K: the adapters' gradient, and what the page says of it but for the cosine."""
         self.base.unet.zero_grad()
         started = time.perf_counter()
-        R, _ = self.rewards(self.batch, replace(self.cfg, grad_steps=grad_steps))
+        R, _ = self.rewards(replace(self.cfg, grad_steps=grad_steps))
         (-R.mean()).backward()                                                # Eq. (9)
         seconds = time.perf_counter() - started
         squares = {}

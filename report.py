@@ -154,27 +154,21 @@ def count_votes(cfg):
             raise ValueError(f"{path}: votes of {rater!r} were counted already; each rater counts once")
         votes[rater] = ballot
     result = tally(key, votes)
-    text = tally_text(result)
-    print(text)
-    if cfg.out:
-        write_text(cfg.out / "tally.md", text)
-        write_text(cfg.out / "tally.json", json.dumps(result, indent=1) + "\n")
-        print(f"written: {cfg.out}/tally.md, tally.json")
-
-
-def tally_text(result):
-    """The counts as they are printed."""
     rows = [["who", "question", "set", "prompts", "votes", "A better", "tie", "B better"]]
     for row in result["rows"]:
         cells = [f"{share:.0%} ({low:.0%} to {high:.0%})" for share, low, high in row["shares"].values()]
         rows.append([row["who"], row["question"], row["set"], row["prompts"], row["votes"], *cells])
-    text = f"A is {result['a']}, B is {result['b']}. Raters: {len(result['raters'])}. In parentheses 95% "
-    text += "intervals over prompts.\n\n" + markdown(rows)
-    for a in result["agreement"]:
-        kappa = "not defined (all the same)" if a["kappa"] is None else f"{a['kappa']:.2f}"
-        text += f"\nAgreement on {a['question']}, {a['between']}: {a['measure']} {kappa}"
-        text += f" ({a['prompts']} prompts)."
-    return text + "\n"
+    text = f"A is {key['a']}, B is {key['b']}. Raters: {len(votes)}. In parentheses 95% intervals over prompts."
+    text += "\n\n" + markdown(rows)
+    for found in result["agreement"]:
+        kappa = "not defined (all the same)" if found["kappa"] is None else f"{found['kappa']:.2f}"
+        text += f"\nAgreement on {found['question']}, {found['between']}: {found['measure']} {kappa}"
+        text += f" ({found['prompts']} prompts)."
+    print(text)
+    if cfg.out:
+        write_text(cfg.out / "tally.md", text + "\n")
+        write_text(cfg.out / "tally.json", json.dumps(result, indent=1) + "\n")
+        print(f"written: {cfg.out}/tally.md, tally.json")
 
 
 def main(cfg):

@@ -49,29 +49,17 @@ def read_list(path, root=None) -> list[Clip]:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         try:
             if form == ".csv" and number == 1:
-                columns = read_header(line)
+                columns = [name.strip() for name in next(csv.reader([line]), [])]
+                if not {"path", "caption"} <= set(columns):
+                    raise ValueError(f"columns {', '.join(columns) or 'none'}")
             elif line.strip():
-                clips.append(make_clip(Path(root or path.parent), parse_line(line.strip(), form, columns)))
+                row = parse_line(line.strip(), form, columns)
+                clips.append(make_clip(Path(root or path.parent), **row))
         except (ValueError, csv.Error) as error:
             raise ValueError(f"{path}, line {number}: {getattr(error, 'msg', error)}. Allowed: {FORMS[form]}") from None
     if not clips:
         raise ValueError(f"{path}: an empty list. Allowed: {FORMS[form]}")
     return clips
-
-
-def read_header(line):
-    """The columns of a .csv; ValueError unless path and caption are among them."""
-    columns = [name.strip() for name in next(csv.reader([line]), [])]
-    missing = [name for name in ("path", "caption") if name not in columns]
-    if missing:
-        raise ValueError(f"no column {' and no '.join(missing)}, but {', '.join(columns) or 'nothing'}")
-    return columns
-
-
-def describe_clips(names, captions):
-    """What clips a run has, in a few letters: how many, and a hash of their names and captions in order."""
-    digest = hashlib.sha256(json.dumps([list(names), list(captions)]).encode()).hexdigest()
-    return {"clips": len(captions), "fingerprint": digest[:16]}
 
 
 def parse_line(line, form, columns):
@@ -87,14 +75,13 @@ def parse_line(line, form, columns):
     return dict(zip(columns, fields))
 
 
-def make_clip(root, row):
+def make_clip(root, path=None, caption=None, num_frames=None, **_):
     """
-    The Clip of a line's {column: value}; ValueError if they are not what they should be.
+    The Clip of a line's columns; ValueError if they are not what they should be.
 
     num_frames is checked and not used: official prompt lists say 16, the length of the video to generate, beside the name of a
     far longer clip, and the official code drops it (inference_instructvideo_entrance.py). Frames are counted instead.
     """
-    path, caption, num_frames = row.get("path"), row.get("caption"), row.get("num_frames")
     if not isinstance(path, str) or not path.strip() or not isinstance(caption, str | None):
         raise ValueError(f"clip {path!r} has caption {caption!r}: must be a path and a text")
     if num_frames not in (None, "") and not str(num_frames).strip().isdecimal():
@@ -114,6 +101,12 @@ def read_clip_folder(folder):
     if not clips:
         raise ValueError(f"{folder}: no clips in this folder. Allowed: {' '.join(SUFFIXES)}, each with a .txt caption")
     return clips
+
+
+def describe_clips(names, captions):
+    """What clips a run has, in a few letters: how many, and a hash of their names and captions in order."""
+    digest = hashlib.sha256(json.dumps([list(names), list(captions)]).encode()).hexdigest()
+    return {"clips": len(captions), "fingerprint": digest[:16]}
 
 
 def read_prompts(path):
