@@ -11,7 +11,6 @@ functions that train; train.train itself takes the step.
 Letters: F frames, S segments, H and W pixels.
 """
 import inspect
-import re
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -69,20 +68,19 @@ PRESETS = {name: Config(**vars(preset)) for name, preset in train.PRESETS.items(
 @torch.no_grad()
 def guess_clips(denoiser, z, eps, text, uncond, cfg):
     """What the model thinks the clip is at each step of an edit, from the noise it sees there: [(t, z_0)]."""
-    calls = []
-
-    def listening(z_t, t, texts):
-        both = denoiser(z_t, t, texts)
-        calls.append((z_t.chunk(2)[0], int(t[0]), both))
-        return both
-
-    edit(listening, z, eps, text, uncond, cfg.tau, cfg.num_steps, cfg.guidance)
     # With abar = 1 in front of the schedule, ddim_step takes the noise out and puts none back.
     alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bars()])
     guesses = []
-    for z_t, t, both in calls:
-        noise = guided_eps(lambda *_, both=both: both, z_t, t, text, uncond, cfg.guidance)
-        guesses.append((t, ddim_step(z_t, noise, t + 1, 0, alpha_bar)))
+
+    def listening(z_t, t, texts):
+        both = denoiser(z_t, t, texts)
+        z_t = z_t.chunk(2)[0]
+        step = int(t[0])
+        noise = guided_eps(lambda *_: both, z_t, step, text, uncond, cfg.guidance)
+        guesses.append((step, ddim_step(z_t, noise, step + 1, 0, alpha_bar)))
+        return both
+
+    edit(listening, z, eps, text, uncond, cfg.tau, cfg.num_steps, cfg.guidance)
     return guesses
 
 
@@ -196,9 +194,7 @@ def source_lines():
     """The step's source as it stands in train.py: [(line, the panel that shows it, or "")]."""
     loop = inspect.getsource(train.train)
     parts = [loop[loop.index("        # 1. The gradient"):loop.index("        # 4. Log")].rstrip()]
-    for function in (train.edit_rewards, train.video_rewards):
-        docstring = r'""".*?"""\n\s*'
-        parts.append(re.sub(docstring, "", inspect.getsource(function), count=1, flags=re.DOTALL))
+    parts += [inspect.getsource(train.edit_rewards), inspect.getsource(train.video_rewards)]
     lines = []
     for line in "\n\n".join(parts).splitlines():
         shown = [panel for words, panel in PANELS.items() if words in line]

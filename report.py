@@ -79,12 +79,10 @@ def run_folders(paths):
     folders = []
     studies = []
     for path in paths:
+        inside = sorted(file.parent for file in path.glob("*/config.json"))
         if path.suffix == ".json":
             studies.append(run_pages.read_study(path))
-        elif path.is_dir() and not (path / "config.json").is_file():
-            inside = sorted(p.parent for p in path.glob("*/config.json"))
-            if not inside:
-                raise ValueError(f"{path}: holds no run (no config.json), and no folders of runs")
+        elif inside and not (path / "config.json").is_file():
             folders += inside
         else:
             folders.append(path)
@@ -158,8 +156,8 @@ def count_votes(cfg):
     for row in result["rows"]:
         cells = [f"{share:.0%} ({low:.0%} to {high:.0%})" for share, low, high in row["shares"].values()]
         rows.append([row["who"], row["question"], row["set"], row["prompts"], row["votes"], *cells])
-    text = f"A is {key['a']}, B is {key['b']}. Raters: {len(votes)}. In parentheses 95% intervals over prompts."
-    text += "\n\n" + markdown(rows)
+    text = f"A is {key['a']}, B is {key['b']}. Raters: {len(votes)}. In parentheses 95% intervals over "
+    text += "prompts.\n\n" + markdown(rows)
     for found in result["agreement"]:
         kappa = "not defined (all the same)" if found["kappa"] is None else f"{found['kappa']:.2f}"
         text += f"\nAgreement on {found['question']}, {found['between']}: {found['measure']} {kappa}"

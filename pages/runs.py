@@ -76,13 +76,10 @@ class RunFiles:
 
 def changed_settings(runs):
     """[(setting, [value in each run])] of those that differ; folders and the continuing of a run aside."""
-    names = {}
-    for run in runs:
-        names |= run.config
     changed = []
-    for name in names:
+    for name in sorted(set().union(*(run.config for run in runs)) - {"out", "resume", "overwrite"}):
         values = [run.config.get(name, "not there") for run in runs]
-        if name not in ("out", "resume", "overwrite") and values != values[:1] * len(runs):
+        if values != values[:1] * len(runs):
             changed.append((name, values))
     return changed
 
@@ -232,13 +229,14 @@ def pair_up(first, second, prompts):
         different = first_names(a.keys() ^ b.keys()) or "there are none"
         raise ValueError(f"{first} and {second}: must have clips of the same prompts and seeds; not in both: "
                          f"{different}")
+    alike = reward_a is not None and reward_a == reward_b
     pairs = []
     for name, clip in a.items():
-        files = {"a": str(clip["file"]), "b": str(b[name]["file"])}
-        scores = {"a": clip["score"], "b": b[name]["score"]}
-        known = reward_a is not None and reward_a == reward_b
+        sides = {"a": clip, "b": b[name]}
+        files = {side: str(shown["file"]) for side, shown in sides.items()}
+        scores = {side: shown["score"] for side, shown in sides.items()}
         pairs.append({"name": name, "caption": clip["caption"], "set": clip["set"], "files": files,
-                      "reward": scores if known else None})
+                      "reward": scores if alike else None})
     return pairs
 
 

@@ -125,12 +125,9 @@ def reward_choices(key):
     """The reward as a rater: its choice of each pair, None where the key does not know the scores."""
     choices = []
     for pair in key["pairs"]:
-        choice = None
-        if pair["reward"]:
-            a = pair["reward"]["a"]
-            b = pair["reward"]["b"]
-            choice = "tie" if a == b else "a" if a > b else "b"
-        choices.append(choice)
+        scores = pair["reward"]
+        same = scores and scores["a"] == scores["b"]
+        choices.append(None if not scores else "tie" if same else max(scores, key=scores.get))
     return choices
 
 

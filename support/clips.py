@@ -53,8 +53,7 @@ def read_list(path, root=None) -> list[Clip]:
                 if not {"path", "caption"} <= set(columns):
                     raise ValueError(f"columns {', '.join(columns) or 'none'}")
             elif line.strip():
-                row = parse_line(line.strip(), form, columns)
-                clips.append(make_clip(Path(root or path.parent), **row))
+                clips.append(parse_line(line.strip(), form, columns, Path(root or path.parent)))
         except (ValueError, csv.Error) as error:
             raise ValueError(f"{path}, line {number}: {getattr(error, 'msg', error)}. Allowed: {FORMS[form]}") from None
     if not clips:
@@ -62,26 +61,24 @@ def read_list(path, root=None) -> list[Clip]:
     return clips
 
 
-def parse_line(line, form, columns):
-    """{column: text} of one line; ValueError if it is not of this form."""
-    if form == ".jsonl":
-        row = json.loads(line)
-        if not isinstance(row, dict):
-            raise ValueError(f"no path and caption in {line[:80]!r}")
-        return row
-    fields = next(csv.reader([line], strict=True)) if form == ".csv" else line.split("|||")
-    if len(fields) != len(columns) and (form or len(fields) != 2):  # only the official form may leave its last column out
-        raise ValueError(f"{len(fields)} field(s) in {line[:80]!r}")
-    return dict(zip(columns, fields))
-
-
-def make_clip(root, path=None, caption=None, num_frames=None, **_):
+def parse_line(line, form, columns, root):
     """
-    The Clip of a line's columns; ValueError if they are not what they should be.
+    The Clip of one line; ValueError if it is not of this form. columns: their names; root: the folder that paths start from.
 
     num_frames is checked and not used: official prompt lists say 16, the length of the video to generate, beside the name of a
     far longer clip, and the official code drops it (inference_instructvideo_entrance.py). Frames are counted instead.
     """
+    if form == ".jsonl":
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise ValueError(f"no path and caption in {line[:80]!r}")
+    else:
+        fields = next(csv.reader([line], strict=True)) if form == ".csv" else line.split("|||")
+        if len(fields) != len(columns) and (form or len(fields) != 2):  # only the official form may leave its last column out
+            raise ValueError(f"{len(fields)} field(s) in {line[:80]!r}")
+        row = dict(zip(columns, fields))
+
+    path, caption, num_frames = row.get("path"), row.get("caption"), row.get("num_frames")
     if not isinstance(path, str) or not path.strip() or not isinstance(caption, str | None):
         raise ValueError(f"clip {path!r} has caption {caption!r}: must be a path and a text")
     if num_frames not in (None, "") and not str(num_frames).strip().isdecimal():

@@ -185,15 +185,15 @@ def evaluation_bar(sets, settings, models):
     with 20, so that the time that it promises is right from the start.
     """
     rank, world_size = rank_and_size()
+    videos = sum(map(len, sets.values()))
+    chains, scales = (sorted(set(values)) for values in zip(*settings))
     steps = len(models) * sum(num_steps for num_steps, _ in settings)
-    videos = sum(len(prompts) for prompts in sets.values())
     if rank == 0:
-        guidance = sorted({w for _, w in settings})
-        print(f"{videos} prompts in {len(sets)} sets, by {' and '.join(models)}, with D = "
-              f"{', '.join(map(str, sorted({d for d, _ in settings})))} and guidance {', '.join(f'{w:g}' for w in guidance)}: "
-              f"{videos * len(models) * len(settings)} videos, {videos * steps} denoising steps", flush=True)
+        print(f"{videos} prompts in {len(sets)} sets, by {' and '.join(models)}, with D = {', '.join(map(str, chains))} and "
+              f"guidance {', '.join(f'{scale:g}' for scale in scales)}: {videos * len(models) * len(settings)} videos, "
+              f"{videos * steps} denoising steps", flush=True)
     mine = sum(len(prompts[rank::world_size]) for prompts in sets.values())
-    return progress(None, "evaluating", mine * steps, unit="step", disable=rank > 0)
+    return progress(None, "evaluating", mine * steps, unit="step")
 
 
 def as_markdown(results, reward_name):
@@ -225,7 +225,7 @@ def save_evaluation(cfg, results, sheets, sets, models, reward_name, apart):
     write_text(cfg.out / "table.json", json.dumps(json_numbers(report), indent=1) + "\n")
     write_text(cfg.out / "table.md", table)
     if cfg.sheet:
-        columns = [torch.cat([videos[k] for videos in sheets.values()]) for k in range(len(models))]
+        columns = [torch.cat(of_sets) for of_sets in zip(*sheets.values())]
         captions = []
         for name in sheets:
             captions += sets[name][:cfg.sheet]

@@ -4,6 +4,7 @@ Numbers of many videos: a table is {measure: (n,) tensor}, one entry a video, "r
 Means with their errors, what `--watch` measures, and the guard. Differences are paired: the same prompt and noise, before and
 after.
 """
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -252,7 +253,7 @@ def pool(table, prompts):
     pooled = {}
     for name in next(iter(table.values())):
         pooled[name] = torch.cat([measures[name] for measures in table.values()])
-    return pooled, [caption for set_name in table for caption in prompts[set_name]]
+    return pooled, list(itertools.chain(*(prompts[set_name] for set_name in table)))
 
 
 def change(before, after, measure, captions):
