@@ -11,7 +11,6 @@ functions that train; train.train itself takes the step.
 Letters: F frames, S segments, H and W pixels.
 """
 import inspect
-import re
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -69,20 +68,19 @@ PRESETS = {name: Config(**vars(preset)) for name, preset in train.PRESETS.items(
 @torch.no_grad()
 def guess_clips(denoiser, z, eps, text, uncond, cfg):
     """What the model thinks the clip is at each step of an edit, from the noise it sees there: [(t, z_0)]."""
-    calls = []
-
-    def listening(z_t, t, texts):
-        both = denoiser(z_t, t, texts)
-        calls.append((z_t.chunk(2)[0], int(t[0]), both))
-        return both
-
-    edit(listening, z, eps, text, uncond, cfg.tau, cfg.num_steps, cfg.guidance)
     # With abar = 1 in front of the schedule, ddim_step takes the noise out and puts none back.
     alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bars()])
     guesses = []
-    for z_t, t, both in calls:
-        noise = guided_eps(lambda *_, both=both: both, z_t, t, text, uncond, cfg.guidance)
-        guesses.append((t, ddim_step(z_t, noise, t + 1, 0, alpha_bar)))
+
+    def listening(z_t, t, texts):
+        both = denoiser(z_t, t, texts)
+        z_t = z_t.chunk(2)[0]
+        step = int(t[0])
+        noise = guided_eps(lambda *_: both, z_t, step, text, uncond, cfg.guidance)
+        guesses.append((step, ddim_step(z_t, noise, step + 1, 0, alpha_bar)))
+        return both
+
+    edit(listening, z, eps, text, uncond, cfg.tau, cfg.num_steps, cfg.guidance)
     return guesses
 
 
@@ -97,9 +95,8 @@ class Setup:
         if cfg.lora:
             self.parameters = lora.load(self.base.unet, cfg.lora)
         else:
-            beside = lora.load_beside(self.base.unet, self.base.unet_file, cfg.rank)
-            generator = sample_generator(cfg.seed, "lora")
-            self.parameters = beside or lora.inject(self.base.unet, cfg.rank, generator=generator)
+            self.parameters = lora.load_beside(self.base.unet, self.base.unet_file, cfg.rank) or lora.inject(
+                self.base.unet, cfg.rank, generator=sample_generator(cfg.seed, "lora"))
         self.reward = load_rewards(cfg, self.base.folder, dtype, device)
         if isinstance(self.reward, Rewards) or self.reward.num_frames:
             raise ValueError(f"reward {self.reward.name}: the page needs a single reward, of frames")
@@ -139,16 +136,16 @@ class Setup:
         return noised, z_0, {"tau": tau, "t": t_noi, "steps": edit_steps(tau, cfg.num_steps), "R": R.item(),
                              "reward": logged["reward"].item()}
 
-    def rewards(self, batch, cfg):
-        """train.edit_rewards, with this setup's networks."""
-        return train.edit_rewards(self.base, self.reward, self.uncond, batch, cfg)
+    def rewards(self, cfg):
+        """train.edit_rewards of the step's batch."""
+        return train.edit_rewards(self.base, self.reward, self.uncond, self.batch, cfg)
 
     def train_one_step(self):
         """train.train itself, for one step, which moves the adapters: the numbers that it logs."""
         logged = []
         run = SimpleNamespace(steps=lambda optimizer: [self.cfg.step], stop=lambda: False,
                               finish_step=lambda step, numbers, finite, stopping: logged.append(numbers))
-        method = train.Method(lambda step: self.batch, lambda part: self.rewards(part, self.cfg))
+        method = train.Method(lambda step: self.batch, lambda part: self.rewards(self.cfg))
         train.train(self.cfg, self.parameters, method, run)
         return logged[0]
 
@@ -156,7 +153,7 @@ class Setup:
         """For this K: the adapters' gradient, and what the page says of it but for the cosine."""
         self.base.unet.zero_grad()
         started = time.perf_counter()
-        R, _ = self.rewards(self.batch, replace(self.cfg, grad_steps=grad_steps))
+        R, _ = self.rewards(replace(self.cfg, grad_steps=grad_steps))
         (-R.mean()).backward()                                                # Eq. (9)
         seconds = time.perf_counter() - started
         squares = {}
@@ -197,9 +194,7 @@ def source_lines():
     """The step's source as it stands in train.py: [(line, the panel that shows it, or "")]."""
     loop = inspect.getsource(train.train)
     parts = [loop[loop.index("        # 1. The gradient"):loop.index("        # 4. Log")].rstrip()]
-    for function in (train.edit_rewards, train.video_rewards):
-        docstring = r'""".*?"""\n\s*'
-        parts.append(re.sub(docstring, "", inspect.getsource(function), count=1, flags=re.DOTALL))
+    parts += [inspect.getsource(train.edit_rewards), inspect.getsource(train.video_rewards)]
     lines = []
     for line in "\n\n".join(parts).splitlines():
         shown = [panel for words, panel in PANELS.items() if words in line]

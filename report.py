@@ -79,12 +79,10 @@ def run_folders(paths):
     folders = []
     studies = []
     for path in paths:
+        inside = sorted(file.parent for file in path.glob("*/config.json"))
         if path.suffix == ".json":
             studies.append(run_pages.read_study(path))
-        elif path.is_dir() and not (path / "config.json").is_file():
-            inside = sorted(p.parent for p in path.glob("*/config.json"))
-            if not inside:
-                raise ValueError(f"{path}: holds no run (no config.json), and no folders of runs")
+        elif inside and not (path / "config.json").is_file():
             folders += inside
         else:
             folders.append(path)
@@ -109,7 +107,7 @@ def report(cfg):
         path, "report.html", cfg.max_mb, title=title[:120], fps=cfg.fps, runs=runs, studies=studies,
         parts=parts, changed=run_pages.changed_settings(runs), charts=run_pages.curves(runs),
         gains=run_pages.gain_rows(runs), versions=versions(), clips=packed, quality=clips.quality,
-        halved=clips.halved)
+        shrink=clips.shrink)
     finish(cfg, path, size)
 
 
@@ -134,7 +132,7 @@ def blind(cfg):
                       clips=packed, comparison=key["comparison"], pairs=shown, questions=QUESTIONS)
     write_text(out / "key.json", json.dumps(key, indent=1) + "\n")
     words = f", {len(shown)} prompts; {out / 'key.json'} says whose clips are where: keep it from the voters"
-    if clips.quality < 80 or clips.halved:
+    if clips.quality < 80 or clips.shrink > 1:
         words += f"; clips are compressed to WebP quality {clips.quality}, --max-mb allows more"
     finish(cfg, out / "blind.html", size, words)
 
@@ -154,27 +152,21 @@ def count_votes(cfg):
             raise ValueError(f"{path}: votes of {rater!r} were counted already; each rater counts once")
         votes[rater] = ballot
     result = tally(key, votes)
-    text = tally_text(result)
-    print(text)
-    if cfg.out:
-        write_text(cfg.out / "tally.md", text)
-        write_text(cfg.out / "tally.json", json.dumps(result, indent=1) + "\n")
-        print(f"written: {cfg.out}/tally.md, tally.json")
-
-
-def tally_text(result):
-    """The counts as they are printed."""
     rows = [["who", "question", "set", "prompts", "votes", "A better", "tie", "B better"]]
     for row in result["rows"]:
         cells = [f"{share:.0%} ({low:.0%} to {high:.0%})" for share, low, high in row["shares"].values()]
         rows.append([row["who"], row["question"], row["set"], row["prompts"], row["votes"], *cells])
-    text = f"A is {result['a']}, B is {result['b']}. Raters: {len(result['raters'])}. In parentheses 95% "
-    text += "intervals over prompts.\n\n" + markdown(rows)
-    for a in result["agreement"]:
-        kappa = "not defined (all the same)" if a["kappa"] is None else f"{a['kappa']:.2f}"
-        text += f"\nAgreement on {a['question']}, {a['between']}: {a['measure']} {kappa}"
-        text += f" ({a['prompts']} prompts)."
-    return text + "\n"
+    text = f"A is {key['a']}, B is {key['b']}. Raters: {len(votes)}. In parentheses 95% intervals over "
+    text += "prompts.\n\n" + markdown(rows)
+    for found in result["agreement"]:
+        kappa = "not defined (all the same)" if found["kappa"] is None else f"{found['kappa']:.2f}"
+        text += f"\nAgreement on {found['question']}, {found['between']}: {found['measure']} {kappa}"
+        text += f" ({found['prompts']} prompts)."
+    print(text)
+    if cfg.out:
+        write_text(cfg.out / "tally.md", text + "\n")
+        write_text(cfg.out / "tally.json", json.dumps(result, indent=1) + "\n")
+        print(f"written: {cfg.out}/tally.md, tally.json")
 
 
 def main(cfg):

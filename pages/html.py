@@ -15,13 +15,15 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from einops import rearrange
 
 from support.files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
-QUALITIES = (100, 90, 80, 65, 50, 35, 20)  # of WebP; 100 is without loss
-CHART_SIZE = 420, 230  # pixels
-SMALL = 64  # pixels: clips up to this side are shown enlarged, with square pixels
+# How clips are made to fit: WebP's quality, 100 being without loss, and the divisor of their sides.
+COMPRESSIONS = ((100, 1), (90, 1), (80, 1), (65, 1), (50, 1), (35, 1), (20, 1), (50, 2), (20, 2), (50, 4),
+                (20, 4))
+LINE_COLORS = 6  # of page.css
 
 
 # ----------------------------------------------------------------------------------------------
@@ -61,19 +63,20 @@ def fixed(value, digits=4, sign=""):
 
 
 # ----------------------------------------------------------------------------------------------
-# Pictures and clips
+# Pictures, clips and curves
 
-def webp(pixels, quality):
-    """A picture (H, W, 3) uint8 as the bytes of a WebP file."""
+def webp(pixels, quality, shrink=1):
+    """A picture (H, W, 3) uint8 as a WebP file in base64; shrink: by how much to divide its sides."""
     from PIL import Image
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "WEBP", lossless=quality == 100, quality=min(quality, 90), method=4)
-    return file.getvalue()
+    picture = Image.fromarray(pixels).reduce(shrink)
+    picture.save(file, "WEBP", lossless=quality == 100, quality=min(quality, 90), method=4)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def picture_uri(pixels):
     """A picture (H, W, 3) uint8 as the src of an <img>, without loss."""
-    return "data:image/webp;base64," + base64.b64encode(webp(pixels, 100)).decode()
+    return "data:image/webp;base64," + webp(pixels, 100)
 
 
 def heat(values):
@@ -83,52 +86,13 @@ def heat(values):
     return (colormaps["inferno"](scaled)[..., :3] * 255).round().astype(np.uint8)
 
 
-def undo_enlarging(pixels):
-    """
-    A clip (F, H, W, 3) at the size it had before support.videos.enlarge, which files of small clips have been
-    through. Pages show it with square pixels of their own, and its file is smaller.
-
-    Enlarged pixels show as steps at every zoom-th row and column and next to none between. Their mean takes
-    out most of the codec's loss.
-    """
-    F, H, W, _ = pixels.shape
-    signed = pixels.astype(np.int16)
-    across = np.abs(np.diff(signed, axis=2)).mean(axis=(0, 1, 3))             # (W - 1,)
-    down = np.abs(np.diff(signed, axis=1)).mean(axis=(0, 2, 3))               # (H - 1,)
-    for zoom in range(min(H, W) // 8, 2, -1):
-        if H % zoom or W % zoom:
-            continue
-        # By place within an enlarged pixel; the last place is the edge to the next one.
-        *inside, edge = [across[i::zoom].mean() + down[i::zoom].mean() for i in range(zoom)]
-        if edge < .5 or max(inside) > .3 * edge:
-            continue
-        small = block_means(pixels, zoom)
-        lost = np.abs(small.repeat(zoom, 1).repeat(zoom, 2).astype(np.int16) - signed)
-        if lost.mean() < 3 and (lost > 50).mean() < 5e-4:  # of 255; what a codec changes, not edges elsewhere
-            return small
-    return pixels
-
-
-def block_means(pixels, side):
-    """A clip (F, H, W, 3) with each square of side x side pixels as one; what is left over is cut off."""
-    F, H, W = len(pixels), pixels.shape[1] // side, pixels.shape[2] // side
-    blocks = pixels[:, :H * side, :W * side].reshape(F, H, side, W, side, 3)
-    return blocks.mean(axis=(2, 4)).round().astype(np.uint8)                  # (F, H, W, 3)
-
-
-def pack_clip(pixels, quality):
+def pack_clip(pixels, quality, shrink):
     """What the page's script reads of a clip: all frames in rows, as one WebP picture, and their sizes."""
-    # Lossy WebP halves the resolution of colours; of small clips that would show as smeared edges.
-    zoom = 2 if quality < 100 and max(pixels.shape[1:3]) <= SMALL else 1
-    enlarged = pixels.repeat(zoom, 1).repeat(zoom, 2)
-    F, H, W, _ = enlarged.shape
+    F, H, W, _ = pixels.shape
     columns = min(F, max(1, 4096 // W))
-    rows = math.ceil(F / columns)
-    filled = np.concatenate([enlarged, np.zeros((rows * columns - F, H, W, 3), np.uint8)])
-    grid = filled.reshape(rows, columns, H, W, 3).swapaxes(1, 2)              # (rows, H, columns, W, 3)
-    picture = np.ascontiguousarray(grid.reshape(rows * H, columns * W, 3))
-    return {"src": base64.b64encode(webp(picture, quality)).decode(), "frames": F, "columns": columns,
-            "width": pixels.shape[2], "height": pixels.shape[1]}
+    blank = np.zeros((-F % columns, H, W, 3), np.uint8)
+    picture = rearrange(np.concatenate([pixels, blank]), "(r c) h w rgb -> (r h) (c w) rgb", c=columns)
+    return {"src": webp(picture, quality, shrink), "frames": F, "columns": columns, "width": W, "height": H}
 
 
 class Clips:
@@ -146,66 +110,52 @@ class Clips:
         return number
 
     def pack(self, max_mb):
-        """
-        pack_clip of each, at the best WebP quality at which all of them fit into max_mb; if the lowest is too
-        large, at half the size, and so on. self.quality and self.halved say what was lost.
-        """
-        for self.halved in range(4):
-            clips = [block_means(clip, 2 ** self.halved) for clip in self.pixels]
-            for self.quality in QUALITIES:
-                packed = []
-                size = 0
-                for clip in clips:
-                    packed.append(pack_clip(clip, self.quality))
-                    size += len(packed[-1]["src"])
-                    if size > max_mb * 1e6:
-                        break
-                else:
-                    return packed
-        raise ValueError(f"{len(clips)} clips do not fit into {max_mb:.3g} MB: show fewer, or raise --max-mb")
-
-
-# ----------------------------------------------------------------------------------------------
-# Curves
-
-def ticks(low, high):
-    """Round numbers from low to high, about four of them."""
-    from matplotlib.ticker import MaxNLocator
-    found = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high)
-    return [value for value in found if low <= value <= high]
+        """pack_clip of each, compressed until all fit into max_mb; self.quality and self.shrink say how."""
+        for self.quality, self.shrink in COMPRESSIONS:
+            packed = []
+            size = 0
+            for pixels in self.pixels:
+                packed.append(pack_clip(pixels, self.quality, self.shrink))
+                size += len(packed[-1]["src"])
+                if size > max_mb * 1e6:
+                    break
+            else:
+                return packed
+        raise ValueError(f"{len(self.pixels)} clips do not fit into {max_mb:.3g} MB: show fewer, or raise "
+                         "--max-mb")
 
 
 def line_chart(title, lines):
     """
-    What the template's chart() draws: lines, bands of their errors, and ticks, in pixels.
+    Curves with bands of their errors: {"title", "svg", "legend"}, in the page's colours, light or dark.
 
-    lines: {name: [(step, y, error)]}, at least one point.
+    lines: {name: [(step, y, error)]}, at least one point. The legend, which the template
+    writes below, has the name of each line and the values at its ends.
     """
-    every = sum(lines.values(), [])
-    left = min(x for x, _, _ in every)
-    right = max(left + 1, *(x for x, _, _ in every))
-    bottom = min(y - e for _, y, e in every)
-    top = max(y + e for _, y, e in every)
-    width, height = CHART_SIZE
-    margin = .06 * (top - bottom) or .05 * abs(top) or .1
-    bottom -= margin
-    top += margin
+    from matplotlib import rc_context, rcParams
+    from matplotlib.colors import to_hex
+    from matplotlib.figure import Figure
+    with rc_context({"svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(4.6, 2.6), layout="constrained")
+        axis = figure.subplots()
+        legend = []
+        for i, (name, points) in enumerate(lines.items()):
+            steps, values, errors = np.array(points, dtype=float).reshape(-1, 3).T
+            color = f"C{i % LINE_COLORS}"
+            axis.plot(steps, values, color=color, lw=1.8, marker="o" if len(steps) <= 60 else "", ms=4)
+            axis.fill_between(steps, values - errors, values + errors, color=color, alpha=.15, lw=0)
+            legend.append(f"{name}: {values[0]:.4g} to {values[-1]:.4g}")
+        axis.set_xlabel("step")
+        axis.locator_params("x", integer=True)
+        axis.grid(axis="y")
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
 
-    def place(x, y):
-        across = 48 + (x - left) / (right - left) * (width - 60)
-        down = 10 + (top - y) / (top - bottom) * (height - 46)
-        return round(across, 1), round(down, 1)
-
-    def path(points):
-        return " ".join(f"{x},{y}" for x, y in points)
-
-    drawn = []
-    for name, points in lines.items():
-        upper = [place(x, y + e) for x, y, e in points]
-        lower = [place(x, y - e) for x, y, e in points]
-        dots = [{"at": place(x, y), "x": x, "y": y, "error": e} for x, y, e in points]
-        drawn.append({"name": name, "dots": dots, "path": path(dot["at"] for dot in dots),
-                      "band": path(upper + lower[::-1])})
-    return {"title": title, "lines": drawn, "width": width, "height": height,
-            "x_ticks": [(place(x, bottom)[0], f"{x:g}") for x in ticks(left, right)],
-            "y_ticks": [(place(left, y)[1], f"{y:g}") for y in ticks(bottom, top)]}
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg"):]
+    page_colors = {"#000000": "--soft", "#b0b0b0": "--line"}
+    for i, color in enumerate(rcParams["axes.prop_cycle"].by_key()["color"][:LINE_COLORS]):
+        page_colors[to_hex(color)] = f"--c{i}"
+    for color, variable in page_colors.items():
+        svg = svg.replace(color, f"var({variable})")
+    return {"title": title, "svg": svg, "legend": legend}

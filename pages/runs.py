@@ -6,12 +6,12 @@ import math
 import re
 from pathlib import Path
 
-from pages.html import line_chart, undo_enlarging
+from pages.html import line_chart
 from support import tables as guard
 from support.files import first_names, read_json, read_text
-from support.run import SHOWN, mean_rewards, read_metrics, read_record, read_tables
+from support.run import SHOWN, mean_rewards, read_metrics, read_tables, sample_file
 from support.tables import paired
-from support.videos import read_video
+from support.videos import read_video, video_name
 
 COLUMNS = 5  # evaluations whose clips are shown: the first, the last, and some between
 
@@ -20,76 +20,55 @@ class RunFiles:
     """
     One run folder, as its files tell it. ValueError if it holds no run.
 
-    tables: {step: {set: {measure: (n,)}}} of its evaluations. prompts: {set: captions} of these videos; {} of
-    older runs, whose run.json has none: then file names stand in, and errors are not clustered by caption.
+    tables: {step: {set: {measure: (n,)}}} of its evaluations. prompts: {set: captions} of these videos.
     """
 
     def __init__(self, folder):
         self.folder = Path(folder)
         self.name = self.folder.name or str(folder)
-        if not (self.folder / "config.json").is_file():
-            raise ValueError(f"{folder}: holds no run (no config.json)")
+        for file in ("config.json", "run.json"):
+            if not (self.folder / file).is_file():
+                raise ValueError(f"{folder}: holds no run (no {file})")
         self.config = read_json(self.folder / "config.json")
-        self.record = read_record(self.folder)
-        self.prompts = self.record.get("prompts", {})
+        self.record = read_json(self.folder / "run.json")
+        self.prompts = self.record.get("prompts")
+        if self.prompts is None:
+            raise ValueError(f"{folder}: a run of an early version, whose run.json has no prompts")
         metrics = self.folder / "metrics.jsonl"
         self.lines = read_metrics(metrics) if metrics.is_file() else []
-        self.evals = [line for line in self.lines if "eval" in line]
         self.tables = {}
-        for step in sorted(line["step"] for line in self.evals):
-            table = self.folder / "samples" / f"step_{step:06d}.json"
-            if table.is_file():
-                self.tables[step] = read_tables(table)
+        for step in sorted(line["step"] for line in self.lines if "eval" in line):
+            file = sample_file(self.folder, step, ".json")
+            if file.is_file():
+                self.tables[step] = read_tables(file)
 
     def clips(self, step):
         """The clips of an evaluation, the first few of each set: {name: {file, set, caption, score}}."""
-        expected = []
-        for set_name, table in self.tables[step].items():
-            scores = table["reward"][:SHOWN].tolist()
-            captions = self.prompts.get(set_name, [None] * len(scores))
-            expected += [(set_name, caption, score) for caption, score in zip(captions, scores)]
+        shown = []
+        for set_name, captions in self.prompts.items():
+            scores = self.tables[step][set_name]["reward"].tolist()
+            shown += [(set_name, caption, score) for caption, score in zip(captions[:SHOWN], scores)]
         found = {}
-        for name, file in clip_files(self.folder / "samples", f"step_{step:06d}_").items():
-            set_name, caption, score = expected[number_of(name)]
-            caption = caption or words_of(name)
-            found[name] = {"file": file, "set": set_name, "caption": caption, "score": score}
+        for i, (set_name, caption, score) in enumerate(shown):
+            name = video_name(i, caption)
+            file = sample_file(self.folder, step, f"_{name}.mp4")
+            if file.is_file():
+                found[name] = {"file": file, "set": set_name, "caption": caption, "score": score}
         return found
 
     def difference(self, set_name, measure, step):
         """Of a measure from the first evaluation to this one, and its standard error over prompts."""
         first = next(iter(self.tables.values()))
-        return paired(first[set_name], self.tables[step][set_name], measure, self.prompts.get(set_name))
+        return paired(first[set_name], self.tables[step][set_name], measure, self.prompts[set_name])
 
     def guard_says(self):
-        """What the run said of what it watches, found anew; None where nothing is watched, or its prompts are
-        not known, by which videos are grouped."""
+        """What the run said of what it watches, found anew; None where nothing is watched."""
         watched = self.record.get("watched")
-        if not (watched and self.prompts and self.tables):
+        if not (watched and self.tables):
             return None
         turn = guard.find_turn(self.tables, self.prompts, watched)
         said = turn.words("the reward") if turn else f"none of {', '.join(watched)} has turned"
         return f"{said}; best.safetensors is step {guard.best_step(mean_rewards(self.lines), turn)}"
-
-
-def number_of(name):
-    """Which of all videos a clip is, by the name that support.videos.video_name gave it."""
-    return int(name.partition("-")[0])
-
-
-def words_of(name):
-    """The words that the name of a clip has kept of its prompt; the name itself if there are none."""
-    return name.partition("-")[2].replace("-", " ") or name
-
-
-def clip_files(folder, prefix=""):
-    """{name: file} of the clips of a folder, of an evaluation by its prefix; .gif where there is no .mp4."""
-    found = {}
-    for suffix in (".gif", ".mp4"):
-        for path in folder.glob(f"{prefix}*{suffix}"):
-            name = path.stem.removeprefix(prefix)
-            if re.fullmatch(r"\d{4,}(-[a-z0-9-]*)?", name):
-                found[name] = path
-    return dict(sorted(found.items()))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -97,13 +76,10 @@ def clip_files(folder, prefix=""):
 
 def changed_settings(runs):
     """[(setting, [value in each run])] of those that differ; folders and the continuing of a run aside."""
-    names = {}
-    for run in runs:
-        names |= run.config
     changed = []
-    for name in names:
+    for name in sorted(set().union(*(run.config for run in runs)) - {"out", "resume", "overwrite"}):
         values = [run.config.get(name, "not there") for run in runs]
-        if name not in ("out", "resume", "overwrite") and values != values[:1] * len(runs):
+        if values != values[:1] * len(runs):
             changed.append((name, values))
     return changed
 
@@ -115,17 +91,17 @@ def curves(runs):
     for run in runs:
         steps = [line for line in run.lines if line.get("reward") is not None]
         training[run.name] = [(line["step"], line["reward"], 0.) for line in steps]
-        for line in run.evals:
-            sets |= line["eval"]
-            for means in line["eval"].values():
-                measures |= means
+        for tables in run.tables.values():
+            sets |= tables
+            for table in tables.values():
+                measures |= table
 
     charts = [("reward in training", training)]
-    for measure in [name for name in measures if name not in ("reward_std", "n")]:
-        title = "reward of videos from pure noise" if measure == "reward_mean" else measure
+    for measure in measures:
+        title = "reward of videos from pure noise" if measure == "reward" else measure
         if len(runs) == 1:
             charts.append((title, {name: curve(runs[0], [name], measure) for name in sets}))
-        elif measure == "reward_mean":
+        elif measure == "reward":
             for name in sets:
                 charts.append((f"{title}, {name}", {run.name: curve(run, [name], measure) for run in runs}))
         else:
@@ -138,14 +114,12 @@ def curve(run, sets, measure):
     """[(step, y, error)]: a measure's mean over these sets at each evaluation that knows it; of the reward
     with the error of its gain."""
     points = []
-    for line in run.evals:
-        means = [line["eval"][name].get(measure) for name in sets if name in line["eval"]]
-        known = [mean for mean in means if mean is not None]
-        error = 0.
-        if measure == "reward_mean" and line["step"] in run.tables and known:
-            error = run.difference(*sets, "reward", line["step"])[1]
+    for step, tables in run.tables.items():
+        means = [tables[name][measure].nanmean().item() for name in sets if measure in tables.get(name, {})]
+        known = [mean for mean in means if math.isfinite(mean)]
         if known:
-            points.append((line["step"], sum(known) / len(known), error if math.isfinite(error) else 0.))
+            error = run.difference(*sets, measure, step)[1] if measure == "reward" else 0.
+            points.append((step, sum(known) / len(known), error))
     return points
 
 
@@ -173,8 +147,8 @@ def gain_rows(runs):
 
 def clip_rows(runs, clips):
     """
-    The clips of a few evaluations, largest and smallest gains first: {title: [{caption, set, gain, runs: {run's
-    name: {gain, shown: [{step, clip: its number in clips, a pages.html.Clips, score}]}}}]}.
+    The clips of a few evaluations, largest and smallest gains first: {title: [{caption, set, gain, runs:
+    {run's name: {gain, shown: [{step, clip: its number in clips, a pages.html.Clips, score}]}}}]}.
     """
     rows = {}
     for run in runs:
@@ -184,7 +158,7 @@ def clip_rows(runs, clips):
             for name, clip in run.clips(step).items():
                 row = rows.setdefault((clip["set"], name), clip | {"runs": {}})
                 mine = row["runs"].setdefault(run.name, {"shown": []})
-                number = clips.add(undo_enlarging(read_video(clip["file"])))
+                number = clips.add(read_video(clip["file"]))
                 mine["shown"].append({"step": step, "clip": number, "score": clip["score"]})
                 mine["gain"] = clip["score"] - mine["shown"][0]["score"]
     for row in rows.values():
@@ -232,11 +206,13 @@ def read_side(argument, prompts):
     for set_name, texts in prompts.items():
         sets += [set_name] * len(texts)
     found = {}
-    for name, file in clip_files(path).items():
-        beside = file.with_suffix(".txt")  # generate.py writes the prompt there
-        caption = read_text(beside).strip() if beside.is_file() else words_of(name)
-        set_name = sets[number_of(name)] if number_of(name) < len(sets) else "all"
-        found[name] = {"file": file, "set": set_name, "caption": caption, "score": None}
+    for file in sorted([*path.glob("*.gif"), *path.glob("*.mp4")]):  # of both the second, .mp4, is kept
+        number = re.match(r"\d{4,}(?=-|$)", file.stem)  # support.videos.video_name puts it there
+        if number:
+            words = file.with_suffix(".txt")  # generate.py writes the prompt there
+            caption = read_text(words).strip() if words.is_file() else file.stem
+            set_name = sets[int(number[0])] if int(number[0]) < len(sets) else "all"
+            found[file.stem] = {"file": file, "set": set_name, "caption": caption, "score": None}
     return found, None
 
 
@@ -253,24 +229,22 @@ def pair_up(first, second, prompts):
         different = first_names(a.keys() ^ b.keys()) or "there are none"
         raise ValueError(f"{first} and {second}: must have clips of the same prompts and seeds; not in both: "
                          f"{different}")
+    alike = reward_a is not None and reward_a == reward_b
     pairs = []
     for name, clip in a.items():
-        files = {"a": str(clip["file"]), "b": str(b[name]["file"])}
-        scores = {"a": clip["score"], "b": b[name]["score"]}
-        known = reward_a is not None and reward_a == reward_b
+        sides = {"a": clip, "b": b[name]}
+        files = {side: str(shown["file"]) for side, shown in sides.items()}
+        scores = {side: shown["score"] for side, shown in sides.items()}
         pairs.append({"name": name, "caption": clip["caption"], "set": clip["set"], "files": files,
-                      "reward": scores if known else None})
+                      "reward": scores if alike else None})
     return pairs
 
 
 def read_pair(files):
     """The pixels of both clips, {"a", "b"}; ValueError if size or length would tell them apart."""
     pixels = {side: read_video(file) for side, file in files.items()}
-    small = {side: undo_enlarging(clip) for side, clip in pixels.items()}
-    if small["a"].shape == small["b"].shape:  # if one alone were shown small, it would tell them apart
-        return small
     if pixels["a"].shape != pixels["b"].shape:
         shapes = f"{pixels['a'].shape[:3]} and {pixels['b'].shape[:3]}"
-        raise ValueError(f"{files['a']} and {files['b']}: frames, rows and columns are {shapes}; both must be "
-                         "alike, or the page would tell the models apart")
+        raise ValueError(f"{files['a']} and {files['b']}: frames, rows and columns are {shapes}; both must "
+                         "be alike, or the page would tell the models apart")
     return pixels

@@ -1,7 +1,7 @@
 """The picture of one training step that explain.py writes, and where in the network its gradient is large."""
 import re
 
-from support.files import write_whole
+from support.pictures import write_figure
 
 KINDS = ("within a frame", "to the caption", "across frames")
 
@@ -62,5 +62,4 @@ def draw_step(path, columns, g, r, f, R, caption, reward):
     figure.text(.055, .17 / height, f"“{caption[:70]}”", fontsize=10, parse_math=False)
     formula = f"$R = \\frac{{1}}{{S}}\\sum_i f_i r_i = {R:.4f}$ (Eq. 8), loss $= -R$ (Eq. 9)"
     figure.text(.985, .17 / height, formula, fontsize=10, ha="right")
-    with write_whole(path) as hidden:
-        figure.savefig(hidden, dpi=110, format="png")
+    write_figure(path, figure)

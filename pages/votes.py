@@ -8,7 +8,9 @@ text better. Which side is whose is drawn for each prompt, and written into a ke
 import math
 import random
 import secrets
-from collections import Counter
+from statistics import multimode
+
+import numpy as np
 
 from support.files import first_line, read_json
 
@@ -50,18 +52,14 @@ def read_votes(path, key):
     votes = {}
     try:
         for vote in content["votes"]:
-            number = vote["pair"]
-            if number not in range(len(key["pairs"])):
-                raise KeyError(f"pair {number!r:.40}")
+            pair = dict(enumerate(key["pairs"]))[vote["pair"]]
             for question in QUESTIONS:
                 side = vote.get(question)
-                if side not in (None, *SIDES):
-                    raise ValueError(f"{path}: {question} of pair {number} is {side!r:.40}; must be one of "
-                                     f"{', '.join(SIDES)}")
                 if side is not None:
-                    votes[number, question] = unblind(key["pairs"][number], side)
+                    votes[vote["pair"], question] = unblind(pair, side)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not the votes of a comparison ({first_line(error)})") from None
+        raise ValueError(f"{path}: not the votes of a comparison ({first_line(error)}); a side must be one "
+                         f"of {', '.join(SIDES)}") from None
     return str(content.get("rater") or path.stem)[:60], votes
 
 
@@ -84,88 +82,65 @@ def wilson(share, n, z=1.96):
     return max(0., middle - half), min(1., middle + half)
 
 
-def choices_by_pair(votes, question, count):
-    """[the choices of all who voted on it] for each of `count` pairs, always in the same order of raters."""
-    choices = []
-    for i in range(count):
-        choices.append([ballot[i, question] for ballot in votes.values() if (i, question) in ballot])
-    return choices
-
-
 def shares(choices):
     """
-    {"prompts", "votes": how many there are, "shares": {choice: (share, low, high)}} of a choices_by_pair.
+    {"prompts", "votes": how many there are, "shares": {choice: (share, low, high)}} of the choices [n] of
+    all who voted on each prompt.
 
     Each prompt counts once, however many voted on it. Votes on one prompt depend on each other, so the
     interval is that of as many trials as there are prompts.
     """
-    voted = [Counter(row) for row in choices if row]
+    voted = [row for row in choices if row]
     found = {}
     for choice in ("a", "tie", "b"):
-        share = sum(counts[choice] / counts.total() for counts in voted) / max(len(voted), 1)
+        share = sum(row.count(choice) / len(row) for row in voted) / max(len(voted), 1)
         found[choice] = (share, *wilson(share, len(voted)))
     return {"prompts": len(voted), "votes": sum(map(len, choices)), "shares": found}
 
 
-def cohen_kappa(first, second):
-    """Agreement of two raters beyond chance (Cohen 1960); None where chance alone would agree always, or
-    without votes."""
-    n = len(first)
-    if not n:
-        return None
-    seen = sum(a == b for a, b in zip(first, second)) / n
-    ones, twos = Counter(first), Counter(second)
-    chance = sum(ones[c] * twos[c] for c in ones) / n**2
-    return None if chance == 1 else (seen - chance) / (1 - chance)
-
-
-def fleiss_kappa(rows):
-    """Agreement of m raters beyond chance (Fleiss 1971): rows [n] of the m choices of each prompt."""
+def kappa(rows):
+    """
+    Agreement of raters beyond chance: of two Cohen's (1960), of m > 2 Fleiss' (1971). None where chance alone
+    would agree always, or without votes. rows [n]: the choices of all raters of a prompt, in the same order.
+    """
     if not rows:
         return None
-    n = len(rows)
-    m = len(rows[0])
-    seen = 0.
-    total = Counter()
-    for row in rows:
-        counts = Counter(row)
-        total += counts
-        seen += (sum(v * v for v in counts.values()) - m) / (m * (m - 1)) / n
-    chance = sum((v / (n * m)) ** 2 for v in total.values())
-    return None if chance == 1 else (seen - chance) / (1 - chance)
+    chosen = np.array(rows)[:, :, None] == np.unique(rows)                    # (n, m, choices)
+    m = chosen.shape[1]
+    alike = (chosen.sum(axis=1) ** 2).sum(axis=1) - m                         # (n,), of m (m - 1)
+    seen = alike.mean() / (m * (m - 1))
+    rates = chosen.mean(axis=0)                                               # (m, choices)
+    chance = rates.prod(axis=0).sum() if m == 2 else (rates.mean(axis=0) ** 2).sum()
+    return None if chance == 1 else float((seen - chance) / (1 - chance))
 
 
-def kappa_of(rows):
-    """The measure's name, kappa or None, and how many prompts. rows [n]: all raters' choices of a prompt."""
-    if rows and len(rows[0]) > 2:
-        return {"measure": "Fleiss' kappa", "kappa": fleiss_kappa(rows), "prompts": len(rows)}
-    kappa = cohen_kappa([row[0] for row in rows], [row[1] for row in rows])
-    return {"measure": "Cohen's kappa", "kappa": kappa, "prompts": len(rows)}
+def agreement(question, between, rows):
+    """What the tally says of how much raters agree; rows as in kappa."""
+    measure = "Fleiss' kappa" if rows and len(rows[0]) > 2 else "Cohen's kappa"
+    return {"question": question, "between": between, "measure": measure, "kappa": kappa(rows),
+            "prompts": len(rows)}
 
 
 def reward_choices(key):
     """The reward as a rater: its choice of each pair, None where the key does not know the scores."""
     choices = []
     for pair in key["pairs"]:
-        choice = None
-        if pair["reward"]:
-            a = pair["reward"]["a"]
-            b = pair["reward"]["b"]
-            choice = "tie" if a == b else "a" if a > b else "b"
-        choices.append(choice)
+        scores = pair["reward"]
+        same = scores and scores["a"] == scores["b"]
+        choices.append(None if not scores else "tie" if same else max(scores, key=scores.get))
     return choices
 
 
 def majority(choices):
     """What most raters of a pair chose; a tie of choices is a tie."""
-    counts = Counter(choices).most_common()
-    return counts[0][0] if len(counts) == 1 or counts[0][1] > counts[1][1] else "tie"
+    most = multimode(choices)
+    return most[0] if len(most) == 1 else "tie"
 
 
 def tally(key, votes):
     """
     What was voted, by question and prompt set, and what the reward would have; and how much they agree:
-    {"rows": [{who, question, set, ...shares}], "agreement": [{question, between, ...kappa_of}], ...}.
+    {"rows": [{who, question, set, ...shares}], "agreement": [agreement()], ...}.
 
     votes: {rater: {(pair, question): choice}}.
     """
@@ -176,17 +151,19 @@ def tally(key, votes):
     sets = every | sets if len(sets) > 1 else every
 
     reward = reward_choices(key)
-    agreement = []
+    agreements = []
     tables = []
     for question in QUESTIONS:
-        choices = choices_by_pair(votes, question, len(key["pairs"]))
+        choices = []
+        for i in range(len(key["pairs"])):
+            choices.append([ballot[i, question] for ballot in votes.values() if (i, question) in ballot])
         tables.append(("people", question, choices))
         if len(votes) > 1:
-            rows = [row for row in choices if len(row) == len(votes)]  # prompts that all voted on
-            agreement.append({"question": question, "between": f"{len(votes)} raters"} | kappa_of(rows))
-        rows = [(majority(row), choice) for row, choice in zip(choices, reward) if row and choice]
-        if rows:
-            agreement.append({"question": question, "between": "most raters and the reward"} | kappa_of(rows))
+            everybody = [row for row in choices if len(row) == len(votes)]  # prompts that all voted on
+            agreements.append(agreement(question, f"{len(votes)} raters", everybody))
+        both = [(majority(row), choice) for row, choice in zip(choices, reward) if row and choice]
+        if both:
+            agreements.append(agreement(question, "most raters and the reward", both))
     if any(reward):
         tables.append(("the reward", "its score", [[choice] if choice else [] for choice in reward]))
 
@@ -195,4 +172,4 @@ def tally(key, votes):
         for name, pairs in sets.items():
             found = shares([choices[i] for i in pairs])
             rows.append({"who": who, "question": question, "set": name} | found)
-    return {"a": key["a"], "b": key["b"], "raters": list(votes), "rows": rows, "agreement": agreement}
+    return {"a": key["a"], "b": key["b"], "raters": list(votes), "rows": rows, "agreement": agreements}

@@ -2,16 +2,15 @@
 import csv
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from tqdm import tqdm
 
-from support.files import read_text
+from support.files import read_text, write_whole
 from support.ranks import all_gather, barrier, is_main_process, progress, rank_and_size
 from support.videos import measure, read_all_windows
 
@@ -25,13 +24,9 @@ FORMS = {
 
 @dataclass(frozen=True)
 class Clip:
-    """One line of a list: a file of footage, what it shows, and what the list says of its length."""
+    """One line of a list: a file of footage and what it shows; "" where the list has no caption."""
     path: Path
     caption: str
-    """"" where the list has none: such clips are named and left out with the others that cannot be used"""
-    num_frames: int | None = None
-    """what the list claims. Kept, not used: official prompt lists say 16, the length of the video to generate, beside the name
-    of a far longer clip, and the official code drops it (inference_instructvideo_entrance.py). Files are counted instead"""
 
 
 def read_list(path, root=None) -> list[Clip]:
@@ -49,14 +44,16 @@ def read_list(path, root=None) -> list[Clip]:
     if not path.is_file():
         raise ValueError(f"{path}: no such list of clips, nor a folder of them")
     form = path.suffix.lower() if path.suffix.lower() in FORMS else ""
-    clips, columns = [], None
+    columns = ["path", "caption", "num_frames"]
+    clips = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         try:
-            if form == ".csv" and columns is None:
-                columns = read_header(line)
+            if form == ".csv" and number == 1:
+                columns = [name.strip() for name in next(csv.reader([line]), [])]
+                if not {"path", "caption"} <= set(columns):
+                    raise ValueError(f"columns {', '.join(columns) or 'none'}")
             elif line.strip():
-                row = parse_line(line.strip(), form, columns)
-                clips.append(make_clip(Path(root or path.parent), row.get("path"), row.get("caption"), row.get("num_frames")))
+                clips.append(parse_line(line.strip(), form, columns, Path(root or path.parent)))
         except (ValueError, csv.Error) as error:
             raise ValueError(f"{path}, line {number}: {getattr(error, 'msg', error)}. Allowed: {FORMS[form]}") from None
     if not clips:
@@ -64,57 +61,49 @@ def read_list(path, root=None) -> list[Clip]:
     return clips
 
 
-def read_header(line):
-    """The columns of a .csv; ValueError unless path and caption are among them."""
-    columns = [name.strip() for name in next(csv.reader([line]), [])]
-    missing = [name for name in ("path", "caption") if name not in columns]
-    if missing:
-        raise ValueError(f"no column {' and no '.join(missing)}, but {', '.join(columns) or 'nothing'}")
-    return columns
+def parse_line(line, form, columns, root):
+    """
+    The Clip of one line; ValueError if it is not of this form. columns: their names; root: the folder that paths start from.
 
-
-def describe_clips(names, captions):
-    """What clips a run has, in a few letters: how many, and a hash of their names and captions in order."""
-    digest = hashlib.sha256(json.dumps([list(names), list(captions)]).encode()).hexdigest()
-    return {"clips": len(captions), "fingerprint": digest[:16]}
-
-
-def parse_line(line, form, columns):
-    """{column: text} of one line. columns: a .csv's; the official form has a fixed order. ValueError: not of this form."""
+    num_frames is checked and not used: official prompt lists say 16, the length of the video to generate, beside the name of a
+    far longer clip, and the official code drops it (inference_instructvideo_entrance.py). Frames are counted instead.
+    """
     if form == ".jsonl":
         row = json.loads(line)
         if not isinstance(row, dict):
             raise ValueError(f"no path and caption in {line[:80]!r}")
-        return row
-    fields = next(csv.reader([line], strict=True)) if form == ".csv" else line.split("|||")
-    columns = columns or ["path", "caption", "num_frames"][: max(2, len(fields))]
-    if len(fields) != len(columns):
-        raise ValueError(f"{len(fields)} field(s) in {line[:80]!r}")
-    return dict(zip(columns, fields, strict=True))
+    else:
+        fields = next(csv.reader([line], strict=True)) if form == ".csv" else line.split("|||")
+        if len(fields) != len(columns) and (form or len(fields) != 2):  # only the official form may leave its last column out
+            raise ValueError(f"{len(fields)} field(s) in {line[:80]!r}")
+        row = dict(zip(columns, fields))
 
-
-def make_clip(root, path, caption, num_frames=None):
-    """A Clip of what a list says; ValueError if that is not a path, and a caption or none."""
+    path, caption, num_frames = row.get("path"), row.get("caption"), row.get("num_frames")
     if not isinstance(path, str) or not path.strip() or not isinstance(caption, str | None):
         raise ValueError(f"clip {path!r} has caption {caption!r}: must be a path and a text")
-    if num_frames not in (None, "") and not (str(num_frames).strip().isdecimal() and int(num_frames)):
-        raise ValueError(f"clip {path!r} has frame count {num_frames!r}, which is no whole number above 0")
-    return Clip(root / path.strip(), (caption or "").strip(), int(num_frames) if num_frames else None)
+    if num_frames not in (None, "") and not str(num_frames).strip().isdecimal():
+        raise ValueError(f"clip {path!r} has frame count {num_frames!r}, which is no whole number")
+    return Clip(root / path.strip(), (caption or "").strip())
 
 
 def read_clip_folder(folder):
     """A Clip for every video below a folder, in order of their names, each with the caption in the .txt file beside it."""
     clips = []
     for path in sorted(folder.rglob("*")):
-        name, caption = path.relative_to(folder), path.with_suffix(".txt")
-        if path.suffix.lower() not in SUFFIXES or any(part.startswith(".") for part in name.parts):  # macOS: ._clip.mp4
-            continue
-        if path.suffix == ".gif" and path.with_suffix(".mp4").is_file():  # generate.py --gif writes both of each video
-            continue
-        clips.append(make_clip(folder, str(name), read_text(caption) if caption.is_file() else None))
+        text = path.with_suffix(".txt")
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)  # macOS: ._clip.mp4
+        twice = path.suffix == ".gif" and path.with_suffix(".mp4").is_file()  # generate.py --gif writes both of each video
+        if path.suffix.lower() in SUFFIXES and not hidden and not twice:
+            clips.append(Clip(path, read_text(text).strip() if text.is_file() else ""))
     if not clips:
         raise ValueError(f"{folder}: no clips in this folder. Allowed: {' '.join(SUFFIXES)}, each with a .txt caption")
     return clips
+
+
+def describe_clips(names, captions):
+    """What clips a run has, in a few letters: how many, and a hash of their names and captions in order."""
+    digest = hashlib.sha256(json.dumps([list(names), list(captions)]).encode()).hexdigest()
+    return {"clips": len(captions), "fingerprint": digest[:16]}
 
 
 def read_prompts(path):
@@ -124,11 +113,13 @@ def read_prompts(path):
     Blank lines and those that begin with # are left out. ValueError: no such file, not text, or no prompts.
     """
     try:
-        lines = read_text(Path(path)).splitlines()
+        lines = read_text(path).splitlines()
     except OSError as error:
         raise ValueError(f"prompts {path}: cannot be read ({error})") from None
-    prompts = [(line.split("|||")[1] if "|||" in line else line).strip() for line in lines
-               if line.strip() and not line.lstrip().startswith("#")]
+    prompts = []
+    for line in lines:
+        if line.strip() and not line.lstrip().startswith("#"):
+            prompts.append((line.split("|||")[1] if "|||" in line else line).strip())
     if not prompts or not all(prompts):
         raise ValueError(f"prompts {path}: expected one prompt a line, found {'an empty one' if prompts else 'none'}")
     return prompts
@@ -148,60 +139,12 @@ def read_prompt_sets(named_files, base):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Clips that cannot be used are named and left out
-
-def find_problems(clips, config, say, found):
-    """
-    {path, or Clip without a caption: why it cannot be used} of those that cannot; each is said.
-
-    found: {path: its cache entry, which needs no check, or None} of the files that are there. The ranks share the work and all
-    get the whole: a file that one node does not see is left out on every node.
-    """
-    rank, world_size = rank_and_size()
-    paths = list(dict.fromkeys(clip.path for clip in clips))
-    mine = {path: f"{path}: cannot be read: no such file" for path in paths if path not in found}
-    for path in paths[rank::world_size]:
-        try:
-            if path in found and found[path] is None:
-                measure(path, config)
-        except ValueError as error:
-            mine[path] = str(error)
-
-    everybodys = {clip: f"{clip.path}: no caption" for clip in clips if not clip.caption}
-    for theirs in all_gather(mine):
-        everybodys |= theirs
-    problems = {key: everybodys[key] for clip in clips for key in (clip.path, clip) if key in everybodys}  # in the list's order
-    for problem in problems.values():
-        say(f"left out: {problem}")
-    return problems
-
-
-def leave_out(clips, problems, max_skip, say):
-    """The clips without a problem. ValueError if too many have one."""
-    good = [clip for clip in clips if clip.path not in problems and clip not in problems]
-    bad = len(clips) - len(good)
-    if not good or not bad <= max_skip * len(clips):
-        first = next(iter(problems.values()), "none given")
-        raise ValueError(f"{bad} of {len(clips)} clips cannot be used; at most {max_skip:.0%} may, and not all (--max-skip). "
-                         f"The first: {first}")
-    say(f"{len(good)} of {len(clips)} clips can be used")
-    return good
-
-
-CACHE_VERSION = 1  # one more whenever clips are read in another way
-
-
-def describe_file(path, vae_name, config):
-    """All that the moments of a clip depend on, as text; a file that was replaced has another size or time."""
-    state = path.stat()
-    file = str(path.resolve()), state.st_size, state.st_mtime_ns
-    return json.dumps([CACHE_VERSION, "moments", vae_name, asdict(config), file])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Tensors kept on disk: one safetensors file for each, named by the hash of a text that says what it was made from.
 #
 # Whatever a tensor depends on belongs into that text. Then a stale entry cannot be found, and nothing needs to be deleted.
+
+CACHE_VERSION = 1  # one more whenever clips are read in another way
+
 
 class Stored:
     """A tensor in a cache file, read only when indexed, and only that part: stored[k], stored[:]."""
@@ -219,79 +162,102 @@ class Stored:
             return file.get_slice("tensor")[where].clone()  # off the memory map, which dies with the file
 
 
-def fill_cached(found, made_from, compute, folder):
-    """
-    Compute what is None in found {item: entry} and keep it; with a folder, every rank does its share and finds the others'.
-
-    made_from: {item: text}; compute(items) yields (item, tensor).
-    """
-    # A rank's share is one of all items: which are missing changes while other ranks are at work.
-    rank, world_size = rank_and_size()
-    mine = list(made_from)[rank::world_size] if folder else list(made_from)
-    for item, tensor in compute([item for item in mine if found[item] is None]):
-        found[item] = keep_cached(folder, made_from[item], tensor.detach().cpu().contiguous())
-    barrier()
-    for item in made_from:
-        if found[item] is None:
-            found[item] = find_cached(folder, made_from[item])
-
-
 def cached_file(folder, made_from):
     """Where a tensor made from this lies."""
     return Path(folder) / f"{hashlib.sha256(made_from.encode()).hexdigest()}.safetensors"
 
 
 def find_cached(folder, made_from):
-    """The Stored tensor made from this, or None: nothing there, no folder, or a damaged file, which is reported."""
-    if not folder or not cached_file(folder, made_from).exists():
-        return None
-    try:
-        return Stored(cached_file(folder, made_from))
-    except SafetensorError as error:
-        tqdm.write(f"{cached_file(folder, made_from)}: damaged ({error}); computing it anew")
-        return None
+    """{item: its Stored tensor} of made_from {item: text}; None: nothing there, no folder, or a damaged file, which is named."""
+    found = dict.fromkeys(made_from)
+    for item, text in made_from.items() if folder else ():
+        path = cached_file(folder, text)
+        try:
+            found[item] = Stored(path) if path.exists() else None
+        except SafetensorError as error:
+            tqdm.write(f"{path}: damaged ({error}); computing it anew")
+    return found
 
 
-def keep_cached(folder, made_from, tensor):
-    """Write a tensor, whole or not at all, and return it as Stored; without a folder the tensor itself is kept in memory."""
-    if not folder:
-        return tensor
-    path = cached_file(folder, made_from)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = path.with_name(f".{path.stem}.{os.urandom(4).hex()}")  # two runs may be at the same file
-    try:
-        with open(hidden, "wb") as file:
-            file.write(save({"tensor": tensor}, metadata={"made_from": made_from}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(hidden, path)
-    finally:
-        hidden.unlink(missing_ok=True)
-    return Stored(path)
+def fill_cached(found, made_from, compute, folder):
+    """
+    Compute what is None in found {item: tensor}; with a folder, every rank keeps its share there and finds the others'.
+
+    made_from: {item: text}; compute(items) yields (item, tensor).
+    """
+    # A rank's share is one of all items: which are missing changes while other ranks are at work.
+    rank, world_size = rank_and_size() if folder else (0, 1)
+    mine = list(made_from)[rank::world_size]
+    for item, tensor in compute([item for item in mine if found[item] is None]):
+        found[item] = tensor.detach().cpu().contiguous()
+        if folder:
+            path = cached_file(folder, made_from[item])
+            with write_whole(path) as hidden:
+                save_file({"tensor": found[item]}, hidden, metadata={"made_from": made_from[item]})
+            found[item] = Stored(path)
+    barrier()
+    missing = {item: made_from[item] for item in made_from if found[item] is None}
+    found.update(find_cached(folder, missing))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Latents and text of a list, computed once
+# Latents and text of a list, computed once. Clips that cannot be used are named and left out.
+
+def find_problems(clips, config, found):
+    """
+    {path, or Clip without a caption: why it cannot be used} of those that cannot.
+
+    found: {path: its cache entry, which needs no check, or None} of the files that are there. The ranks share the work and all
+    get the whole: a file that one node does not see is left out on every node.
+    """
+    rank, world_size = rank_and_size()
+    paths = list(dict.fromkeys(clip.path for clip in clips))
+    mine = {path: f"{path}: cannot be read: no such file" for path in paths if path not in found}
+    for path in paths[rank::world_size]:
+        try:
+            if path in found and found[path] is None:
+                measure(path, config)
+        except ValueError as error:
+            mine[path] = str(error)
+    problems = {clip: f"{clip.path}: no caption" for clip in clips if not clip.caption}
+    for theirs in all_gather(mine):
+        problems |= theirs
+    return problems
+
+
+def leave_out(clips, problems, max_skip):
+    """The clips without a problem. ValueError if too many have one."""
+    good = [clip for clip in clips if clip.path not in problems and clip not in problems]
+    bad = len(clips) - len(good)
+    if not good or not bad <= max_skip * len(clips):
+        first = next(iter(problems.values()), "none given")
+        raise ValueError(f"{bad} of {len(clips)} clips cannot be used; at most {max_skip:.0%} may, and not all (--max-skip). "
+                         f"The first: {first}")
+    return good
+
 
 @torch.no_grad()
 def encode_clips(clips, config, base, cache_dir, num_workers, max_skip):
     """Moments, text, captions and names of all usable clips, in the list's order, as data.encode_clips describes them."""
     vae_name, text_name = base.fingerprints()
-    say = tqdm.write if is_main_process() else lambda line: None
-    paths = list(dict.fromkeys(clip.path for clip in clips))
-    made_from = {path: describe_file(path, vae_name, config) for path in paths if path.is_file()}
-    found = {path: find_cached(cache_dir, key) for path, key in made_from.items()}
+    made_from = {}
+    for path in dict.fromkeys(clip.path for clip in clips):
+        if path.is_file():  # a file that was replaced has another size or time
+            state = str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns
+            made_from[path] = json.dumps([CACHE_VERSION, "moments", vae_name, asdict(config), state])
+    found = find_cached(cache_dir, made_from)
 
     # 1. Cached clips were checked when they were encoded. Check the others before the long work.
-    problems = find_problems(clips, config, say, found)
-    usable = leave_out(clips, problems, max_skip, say=lambda line: None)
-    paths = list(dict.fromkeys(clip.path for clip in usable))
+    problems = find_problems(clips, config, found)
+    for problem in problems.values() if is_main_process() else ():
+        tqdm.write(f"left out: {problem}")
+    usable = leave_out(clips, problems, max_skip)
+    made_from = {clip.path: made_from[clip.path] for clip in usable}
 
     # 2. Decode and encode what is missing, window by window, which bounds the memory.
     def encode_paths(missing):
         read = read_all_windows(missing, config, num_workers)
-        bar = progress(read, "encoding clips", len(missing), disable=not missing)
-        for path, windows, problem in bar:
+        for path, windows, problem in progress(read, "encoding clips", len(missing), disable=not missing):
             if problem:
                 problems[path] = problem
                 tqdm.write(f"left out: {problem}")  # on any rank: only this one knows
@@ -299,16 +265,18 @@ def encode_clips(clips, config, base, cache_dir, num_workers, max_skip):
             moments = [base.encode(window.float() / 127.5 - 1).transpose(0, 1) for window in windows]
             yield path, torch.stack(moments)                                  # (n, 2C, F, h, w)
 
-    fill_cached(found, {path: made_from[path] for path in paths}, encode_paths, cache_dir)
+    fill_cached(found, made_from, encode_paths, cache_dir)
 
     # 3. A clip that another rank could not read has no entry: leave it out here too.
-    for path in paths:
+    for path in made_from:
         if found[path] is None:
             problems.setdefault(path, f"{path}: cannot be read, as another rank reports")
-    clips = leave_out(clips, problems, max_skip, say)
-    captions = [clip.caption for clip in clips]
+    good = leave_out(clips, problems, max_skip)
+    if is_main_process():
+        tqdm.write(f"{len(good)} of {len(clips)} clips can be used")
+    captions = [clip.caption for clip in good]
     text = encode_captions(captions, base.encode_captions, text_name, cache_dir)
-    return [found[clip.path] for clip in clips], text, captions, [clip.path.name for clip in clips]
+    return [found[clip.path] for clip in good], text, captions, [clip.path.name for clip in good]
 
 
 @torch.no_grad()
@@ -326,6 +294,6 @@ def encode_captions(captions, encode_text, text_name, cache_dir=None):
     made_from = {}
     for caption in captions:
         made_from[caption] = json.dumps([CACHE_VERSION, "text", text_name, caption])
-    found = {caption: find_cached(cache_dir, key) for caption, key in made_from.items()}
+    found = find_cached(cache_dir, made_from)
     fill_cached(found, made_from, encode_missing, cache_dir)
     return [found[caption] for caption in captions]

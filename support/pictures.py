@@ -7,44 +7,45 @@ import json
 import platform
 import shlex
 import sys
+from textwrap import wrap
 
+import numpy as np
 import torch
-import torch.nn.functional as F_
 
 from support.files import write_text, write_whole
 from support.ranks import progress, rank_and_size
 from support.tables import json_numbers, number, with_error
+from support.videos import to_pixels
 
 
-def strip(video, segments=4, zoom=None):
-    """The middle frame of each segment of a video side by side, enlarged if small: (F, 3, H, W) -> (3, H', W')."""
+def strip(video):
+    """The middle frame of each quarter of a video side by side, enlarged if small: (F, 3, H, W) -> (H', W', 3) uint8."""
     F = len(video)
-    picked = video[[(2 * i + 1) * F // (2 * segments) for i in range(segments)]]
-    zoom = zoom or max(1, 96 // picked.shape[-1])
-    picked = picked.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
-    return torch.cat(list(F_.pad(picked, (0, 2, 0, 2), value=1.)), dim=-1)  # a white line between frames
+    frames = to_pixels(video[[F // 8, 3 * F // 8, 5 * F // 8, 7 * F // 8]])
+    zoom = max(1, 96 // frames.shape[2])
+    frames = frames.repeat(zoom, 1).repeat(zoom, 2)
+    frames = np.pad(frames, ((0, 0), (0, 2), (0, 2), (0, 0)), constant_values=255)  # a white line between frames
+    return np.pad(np.hstack(frames), ((0, 0), (0, 14), (0, 0)), constant_values=255)
+
+
+def words(text, width, height=22, font_size=15):
+    """Text on white, as a picture (height, width, 3) uint8."""
+    from PIL import Image, ImageDraw, ImageFont
+    picture = Image.new("RGB", (width, height), "white")
+    font = ImageFont.load_default(font_size)
+    ImageDraw.Draw(picture).text((2, height // 2 - 2), text, fill="#222222", font=font, anchor="lm", spacing=1)
+    return np.asarray(picture)
 
 
 def contact_sheet(columns, captions, titles):
-    """
-    Strips in a grid with words on it: columns [k] of videos (n, F, 3, H, W), captions [n], titles [k] -> uint8 (H', W', 3).
-    """
-    import numpy as np
-    from PIL import Image, ImageDraw, ImageFont
-    strips = [[strip(v.clamp(0, 1)) for v in column] for column in columns]
-    h, w = strips[0][0].shape[1:]
-    font, line = ImageFont.load_default(15), 22
-    sheet = Image.new("RGB", (len(columns) * (w + 14), line + len(captions) * (h + line)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for x, title in enumerate(titles):
-        draw.text((x * (w + 14) + 2, 2), title, fill="black", font=font)
-        for y, picture in enumerate(strips[x]):
-            top = line + y * (h + line)
-            pixels = Image.fromarray(picture.mul(255).round().byte().permute(1, 2, 0).numpy())
-            sheet.paste(pixels, (x * (w + 14), top))
-            if x == 0:
-                draw.text((2, top + h), captions[y], fill="#444444", font=font)
-    return np.asarray(sheet)
+    """Strips in a grid with words on it: columns [k] of videos (n, F, 3, H, W), captions [n], titles [k] -> uint8 (H', W', 3)."""
+    rows = []
+    for videos, caption in zip(zip(*columns), captions):
+        strips = [strip(video) for video in videos]
+        rows.append(np.hstack(strips))
+        rows.append(words(caption, rows[0].shape[1]))
+    head = [words(title, strips[0].shape[1]) for title in titles]
+    return np.vstack([np.hstack(head), *rows])
 
 
 def write_png(path, pixels):
@@ -60,43 +61,49 @@ def write_comparison_gif(path, rows, captions, titles, fps, tile=112):
 
     tile: side of each video in pixels. Colours are reduced to 128, without dithering, which keeps the file small.
     """
-    from PIL import Image, ImageDraw, ImageFont
-    font, margin, line, gap = ImageFont.load_default(13), 54, 36, 4
+    from PIL import Image
+    below = [words("", 54, 36)]
+    for caption in captions:
+        below.append(words("\n".join(wrap(caption, 17)[:2]), tile + 4, 36, 13))
     frames = []
-    for f in range(min(len(video) for row in rows for video in row)):
-        picture = Image.new("RGB", (margin + len(captions) * (tile + gap), len(rows) * (tile + gap) + line), "white")
-        draw = ImageDraw.Draw(picture)
-        for y, row in enumerate(rows):
-            draw.text((2, y * (tile + gap) + tile // 2 - 8), titles[y], fill="black", font=font)
-            for x, video in enumerate(row):
-                shown = Image.fromarray(video[f]).resize((tile, tile), Image.Resampling.NEAREST)
-                picture.paste(shown, (margin + x * (tile + gap), y * (tile + gap)))
-        for x, caption in enumerate(captions):
-            words = two_lines(caption, font, tile)
-            draw.text((margin + x * (tile + gap), len(rows) * (tile + gap)), words, fill="#444444", font=font, spacing=1)
+    for f in range(len(rows[0][0])):
+        lines = []
+        for title, row in zip(titles, rows):
+            line = [words(title, 54, tile + 4, 13)]
+            for video in row:
+                small = Image.fromarray(video[f]).resize((tile, tile), Image.Resampling.NEAREST)
+                line.append(np.pad(small, ((0, 4), (0, 4), (0, 0)), constant_values=255))
+            lines.append(np.hstack(line))
+        picture = Image.fromarray(np.vstack([*lines, np.hstack(below)]))
         frames.append(picture.quantize(128, dither=Image.Dither.NONE))
     with write_whole(path) as hidden:
         frames[0].save(hidden, format="GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
 
 
-def two_lines(text, font, width):
-    """As many words as fit on a line of `width` pixels, the rest below, cut off where that is full too."""
-    lines, words = [""], text.split()
-    for word in words:
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) > width and lines[-1]:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return "\n".join(lines[:2])
-
-
 def markdown(rows):
     """A table whose first row is its head, with columns aligned, as it is read on a terminal too."""
-    rows = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * w for w in widths])
-    return "".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |\n" for row in rows)
+    columns = []
+    for column in zip(*rows):
+        cells = [str(cell) for cell in column]
+        width = max(map(len, cells))
+        cells.insert(1, "-" * width)
+        columns.append([cell.ljust(width) for cell in cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in zip(*columns))
+
+
+def new_figure(panels, columns, panel_size):
+    """A matplotlib figure of so many panels in so many columns, each of a size in inches; and the axes of each."""
+    from matplotlib.figure import Figure  # not pyplot: no window system is wanted
+    columns = min(panels, columns)
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(panel_size[0] * columns, panel_size[1] * rows), layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]
+
+
+def write_figure(path, figure):
+    """Save a matplotlib figure as a PNG, whole or not at all."""
+    with write_whole(path) as hidden:
+        figure.savefig(hidden, dpi=110, format="png")
 
 
 def draw_curves(lines, reward_name, path, watched=(), turn=None):
@@ -104,48 +111,34 @@ def draw_curves(lines, reward_name, path, watched=(), turn=None):
     curves.png from the lines of metrics.jsonl: the reward of the training videos, step by step, and of videos from pure noise,
     with the judge's measures if there are any, and what is watched. turn: the step at which that turned, or None.
     """
-    from matplotlib.figure import Figure  # not pyplot: no window system is wanted
-    steps = [line for line in lines if line.get("reward") is not None]
+    training = [line for line in lines if line.get("reward") is not None]
     evals = [line for line in lines if "eval" in line]
-    first = next(iter(evals[0]["eval"].values()))
-    judged = [k for k in ("watermark", "colour", "shape", "direction", "fidelity") if k in first]
+    curves = {}  # {measure: {set: its mean at each evaluation}}
+    for set_name, measures in evals[0]["eval"].items():
+        for measure in measures:
+            curve = [number(line["eval"][set_name].get(measure)) for line in evals]
+            curves.setdefault(measure, {})[set_name] = curve
 
-    panels = (3 if judged else 2) + len(watched)
-    columns, rows = min(panels, 4), -(-panels // 4)
-    figure = Figure(figsize=(5 * columns, 3.6 * rows))
-    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]
-    axes[0].plot([s["step"] for s in steps], [s["reward"] for s in steps], lw=1)
-    axes[0].set(title="videos of the training steps", ylabel=reward_name)
-    x = [e["step"] for e in evals]
-    for name in evals[0]["eval"]:
-        axes[1].plot(x, [number(e["eval"][name]["reward_mean"]) for e in evals], marker="o", label=name)
-    axes[1].set(title="videos from pure noise", ylabel=reward_name)
+    panels = [("videos of the training steps", reward_name, {"each step": [line["reward"] for line in training]}),
+              ("videos from pure noise", reward_name, curves["reward_mean"])]
+    judged = [k for k in ("watermark", "colour", "shape", "direction", "fidelity") if k in curves]
     if judged:
-        draw_judge(axes[2], x, [e["eval"] for e in evals], judged)
-    for axis, k in zip(axes[panels - len(watched):], watched):
-        for name in evals[0]["eval"]:
-            axis.plot(x, [number(e["eval"][name].get(k)) for e in evals], marker="o", label=name)
-        axis.set(title="watched, videos from pure noise", ylabel=k)
-    for axis in axes[1:] if turn is not None else ():
-        axis.axvline(turn, color="#c00000", lw=1, ls=":", label="turned")
-    for a in axes:
-        a.set_xlabel("step")
-        a.xaxis.get_major_locator().set_params(integer=True)
-        if a.get_legend_handles_labels()[1]:
-            a.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, .5))  # beside, where it hides nothing
-    figure.tight_layout()
-    with write_whole(path) as hidden:
-        figure.savefig(hidden, dpi=110, format="png")
+        means = {k: np.mean(list(curves[k].values()), axis=0) for k in judged}
+        panels.append(("the same videos, by the judge", "mean over the sets", means))
+    for k in watched:
+        panels.append(("watched, videos from pure noise", k, curves[k]))
 
-
-def draw_judge(axis, x, evals, judged):
-    """The judge's first measure for each prompt set, the others (from 0 to 1, more is better) over all sets."""
-    for name in evals[0]:
-        axis.plot(x, [number(sets[name][judged[0]]) for sets in evals], marker="o", label=f"{judged[0]}, {name}")
-    for k in judged[1:]:
-        mean = [sum(number(m[k]) for m in sets.values()) / len(sets) for sets in evals]
-        axis.plot(x, mean, ls="--", label=f"{k}, all sets")
-    axis.set(title="the same videos, by the judge", ylim=(-.02, 1.02), ylabel="judge")
+    figure, axes = new_figure(len(panels), 4, (5, 3.6))
+    for axis, (title, ylabel, shown) in zip(axes, panels):
+        steps = [line["step"] for line in (training if axis is axes[0] else evals)]
+        for label, values in shown.items():
+            axis.plot(steps, values, marker=".", label=label)
+        if turn is not None and axis is not axes[0]:
+            axis.axvline(turn, color="#c00000", lw=1, ls=":", label="turned")
+        axis.set(title=title, xlabel="step", ylabel=ylabel)
+        axis.locator_params("x", integer=True)
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, .5))  # beside, where it hides nothing
+    write_figure(path, figure)
 
 
 def draw_gains(panels, path):
@@ -155,28 +148,25 @@ def draw_gains(panels, path):
     rows: {label, set, num_steps, differences {measure: (change, its error over prompts)}, error {measure: the one to draw}}.
     Colours tell prompt sets and D apart. Rows without an error of the measure are left out.
     """
-    from matplotlib.figure import Figure  # not pyplot: no window system is wanted
-    columns = min(3, len(panels))
-    figure = Figure(figsize=(5.3 * columns, 4 * -(-len(panels) // 3)), layout="constrained")
-    for place, (title, rows, measure) in enumerate(panels, 1):
-        axis = figure.add_subplot(-(-len(panels) // 3), columns, place)
+    figure, axes = new_figure(len(panels), 3, (5.3, 4))
+    for axis, (title, rows, measure) in zip(axes, panels):
         rows = [row for row in rows if measure in row["error"]]
         labels = list(dict.fromkeys(row["label"] for row in rows))
-        kinds = list(dict.fromkeys(f"{row['set']}, D = {row['num_steps']}" for row in rows))
-        for i, kind in enumerate(kinds):
-            alike = [row for row in rows if f"{row['set']}, D = {row['num_steps']}" == kind]
-            places = [labels.index(row["label"]) + 0.6 * ((i + 0.5) / len(kinds) - 0.5) for row in alike]
+        kinds = {}
+        for row in rows:
+            kinds.setdefault(f"{row['set']}, D = {row['num_steps']}", []).append(row)
+        for i, (kind, alike) in enumerate(kinds.items()):
+            heights = [labels.index(row["label"]) + 0.6 * ((i + 0.5) / len(kinds) - 0.5) for row in alike]
             gains = [row["differences"][measure][0] for row in alike]
             errors = [row["error"][measure] for row in alike]
-            axis.errorbar(gains, places, xerr=errors, fmt="o", ms=4, capsize=2, label=kind)
+            axis.errorbar(gains, heights, xerr=errors, fmt="o", ms=4, capsize=2, label=kind)
         axis.axvline(0, color="k", lw=0.8)
         axis.set(title=title, xlabel=f"change of {measure}", yticks=range(len(labels)), yticklabels=labels)
         axis.set_ylim(len(labels) - 0.5, -0.5)
         axis.margins(x=0.08)
         axis.grid(axis="x", lw=0.4)
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
-    with write_whole(path) as hidden:
-        figure.savefig(hidden, dpi=90, format="png")
+    write_figure(path, figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,15 +185,15 @@ def evaluation_bar(sets, settings, models):
     with 20, so that the time that it promises is right from the start.
     """
     rank, world_size = rank_and_size()
+    videos = sum(map(len, sets.values()))
+    chains, scales = (sorted(set(values)) for values in zip(*settings))
     steps = len(models) * sum(num_steps for num_steps, _ in settings)
-    videos = sum(len(prompts) for prompts in sets.values())
     if rank == 0:
-        guidance = sorted({w for _, w in settings})
-        print(f"{videos} prompts in {len(sets)} sets, by {' and '.join(models)}, with D = "
-              f"{', '.join(map(str, sorted({d for d, _ in settings})))} and guidance {', '.join(f'{w:g}' for w in guidance)}: "
-              f"{videos * len(models) * len(settings)} videos, {videos * steps} denoising steps", flush=True)
+        print(f"{videos} prompts in {len(sets)} sets, by {' and '.join(models)}, with D = {', '.join(map(str, chains))} and "
+              f"guidance {', '.join(f'{scale:g}' for scale in scales)}: {videos * len(models) * len(settings)} videos, "
+              f"{videos * steps} denoising steps", flush=True)
     mine = sum(len(prompts[rank::world_size]) for prompts in sets.values())
-    return progress(None, "evaluating", mine * steps, unit="step", disable=rank > 0)
+    return progress(None, "evaluating", mine * steps, unit="step")
 
 
 def as_markdown(results, reward_name):
@@ -235,7 +225,7 @@ def save_evaluation(cfg, results, sheets, sets, models, reward_name, apart):
     write_text(cfg.out / "table.json", json.dumps(json_numbers(report), indent=1) + "\n")
     write_text(cfg.out / "table.md", table)
     if cfg.sheet:
-        columns = [torch.cat([videos[k] for videos in sheets.values()]) for k in range(len(models))]
+        columns = [torch.cat(of_sets) for of_sets in zip(*sheets.values())]
         captions = []
         for name in sheets:
             captions += sets[name][:cfg.sheet]

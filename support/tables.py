@@ -1,8 +1,10 @@
 """
 Numbers of many videos: a table is {measure: (n,) tensor}, one entry a video, "reward" among the measures.
 
-Means with their errors. Differences are paired: the same prompt and the same noise before and after.
+Means with their errors, what `--watch` measures, and the guard. Differences are paired: the same prompt and noise, before and
+after.
 """
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -46,7 +48,8 @@ def paired(before, after, measure="reward", clusters=None):
     evidence; None takes every video for that. Of a single cluster the error is nan.
     """
     d = after[measure] - before[measure]                                                  # (n,)
-    mean, sums = d.mean(), {}
+    mean = d.mean()
+    sums = {}
     for label, deviation in zip(clusters or range(len(d)), (d - mean).tolist()):
         sums[label] = sums.get(label, 0.) + deviation
     groups = len(sums)
@@ -82,13 +85,13 @@ def column(values):
 
 def with_error(value, error, sign=""):
     """Both as text; the error of a single video is not 0, there is none."""
-    return f"{value:{sign}.4f} ± {error:.4f}" if math.isfinite(error) else f"{value:{sign}.4f} ± undefined"
+    return f"{value:{sign}.4f} ± " + (f"{error:.4f}" if math.isfinite(error) else "undefined")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What `--watch` can name beside rewards: measures of a video's own pixels, for any base, and the tiny world's judge.
 #
-# They are measured at evaluations and never optimised, so that a reward that rises can be held against them (support/tables.py).
+# They are measured at evaluations and never optimised, so that a reward that rises can be held against them.
 # Clips are (B, F, 3, H, W) in [0, 1]: B clips of F frames of H x W pixels.
 
 PIXELS = ("motion", "flicker", "consistency", "sharpness", "saturation", "diversity")
@@ -115,9 +118,6 @@ def check_watched(watched, prompts, judge):
         raise ValueError("watch diversity: needs several videos of a prompt, and no set has any; an eval_count (in evaluate.py "
                          "count) above the number of a set's prompts repeats them")
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Measures of pixels
 
 def quantile(values, q):
     """torch.quantile of each row (B, n) -> (B,), of any n; torch's own refuses more than 16 million values."""
@@ -146,7 +146,8 @@ def consistency(clips):
     """
     frames = clips.flatten(2)                                                             # (B, F, 3 H W)
     frames = frames - frames.mean(dim=2, keepdim=True)
-    variance, c2 = frames.square().mean(dim=2), .03 ** 2
+    variance = frames.square().mean(dim=2)
+    c2 = .03 ** 2
     covariance = (frames[:, 1:] * frames[:, :-1]).mean(dim=2)
     return ((2 * covariance + c2) / (variance[:, 1:] + variance[:, :-1] + c2)).mean(dim=1)
 
@@ -185,9 +186,6 @@ def diversity(copies, captions):
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
-
 def as_table(rows, captions):
     """
     {measure: (n,) float64} of a row {measure: a number or (1,)} for each video; captions [n].
@@ -219,10 +217,9 @@ def add_judge(watched, table, base):
 # ---------------------------------------------------------------------------------------------------------------------
 # The guard against over-optimisation: when what is watched got worse while the reward was up, and which adapter to keep.
 #
-# It reads the tables of a run's evaluations, {step: {set: {measure: (n,)}}} (samples/step_*.json), and stores nothing, so a run
-# that is continued decides the same. Every evaluation has the same videos (prompts and noise), so each difference is paired,
-# video by video, over all sets together; its standard error is clustered by caption. There is no verdict from a difference of
-# less than ERRORS of them, nor where there is no error (a single caption).
+# It reads the tables of a run's evaluations, {step: {set: {measure: (n,)}}}, and stores nothing, so a continued run decides the
+# same. Each difference is paired, video by video, over all sets together, and its standard error is clustered by caption. There
+# is no verdict from a difference of less than ERRORS of them, nor where there is no error (a single caption).
 #
 # The rule, for each watched measure at each evaluation:
 # - a score (a watched reward, the judge) has turned when it is lower than at its best evaluation so far;
@@ -253,18 +250,18 @@ class Turn:
 
 def pool(table, prompts):
     """The videos of all sets as one table {measure: (n,)}, and their captions."""
-    sets = list(table)
-    pooled = {name: torch.cat([table[s][name] for s in sets]) for name in table[sets[0]]}
-    return pooled, [caption for s in sets for caption in prompts[s]]
+    pooled = {}
+    for name in next(iter(table.values())):
+        pooled[name] = torch.cat([measures[name] for measures in table.values()])
+    return pooled, list(itertools.chain(*(prompts[set_name] for set_name in table)))
 
 
 def change(before, after, measure, captions):
     """Paired difference of a measure and its error, over the videos of which both are known: diversity needs another one."""
-    known = (before[measure].isfinite() & after[measure].isfinite()).tolist()
-    if not any(known):
+    known = (before[measure].isfinite() & after[measure].isfinite()).nonzero().flatten().tolist()
+    if not known:
         return math.nan, math.nan
-    rows = [i for i, is_known in enumerate(known) if is_known]
-    return paired({measure: before[measure][rows]}, {measure: after[measure][rows]}, measure, [captions[i] for i in rows])
+    return paired({measure: before[measure][known]}, {measure: after[measure][known]}, measure, [captions[i] for i in known])
 
 
 def counts(difference, error):
@@ -278,18 +275,22 @@ def find_turn(tables, prompts, watched):
 
     tables: as above; prompts: {set: captions}, those of the videos; watched: names of measures.
     """
-    steps, pooled = sorted(tables) if watched else [], {}
-    for step in steps:
+    pooled = {}
+    for step in sorted(tables) if watched else ():
         pooled[step], captions = pool(tables[step], prompts)
-    for i, step in enumerate(steps[1:], 1):
-        reward = change(pooled[steps[0]], pooled[step], "reward", captions)
+        first = min(pooled)
+        reward = change(pooled[first], pooled[step], "reward", captions)
         if reward[0] > 0 and counts(*reward):
             found = []
             for name in watched:
-                since = steps[0] if name in LIMITS else highest(pooled, steps[:i], name)
-                difference = change(pooled[since], pooled[step], name, captions)
-                if is_worse(name, *difference, mean(pooled[since][name])):
-                    found.append((name, since, difference))
+                means = {}  # of the evaluations before this one
+                for earlier in list(pooled)[:-1]:
+                    means[earlier] = mean(pooled[earlier][name])
+                since = first if name in LIMITS else highest(means)
+                if since is not None:
+                    difference = change(pooled[since], pooled[step], name, captions)
+                    if is_worse(name, *difference, means[since]):
+                        found.append((name, since, difference))
             if found:
                 return Turn(step, found, reward)
     return None
@@ -300,10 +301,9 @@ def mean(values):
     return values[values.isfinite()].mean().item()
 
 
-def highest(pooled, steps, name):
-    """The step of the highest mean of a score; the first of them if none is known."""
-    means = {step: mean(pooled[step][name]) for step in steps}
-    return max((step for step in steps if math.isfinite(means[step])), key=means.get, default=steps[0])
+def highest(means):
+    """The step of the highest of {step: mean}, the first of equal ones; None if none is finite."""
+    return max((step for step in means if math.isfinite(means[step])), key=means.get, default=None)
 
 
 def is_worse(name, difference, error, first):
@@ -316,7 +316,6 @@ def best_step(rewards, turn):
     """
     The step whose adapter is best.safetensors: the one with the highest mean reward, of the evaluations before the turn.
 
-    rewards: {step: mean reward of an evaluation, -inf if it is not finite} in order. The first of equal ones; None for none.
+    rewards: {step: mean reward of an evaluation, -inf if it is not finite} in order. None for none.
     """
-    before = [step for step in rewards if rewards[step] > -math.inf and (turn is None or step < turn.step)]
-    return max(before, key=rewards.get, default=None)
+    return highest({step: reward for step, reward in rewards.items() if turn is None or step < turn.step})

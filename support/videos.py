@@ -10,11 +10,12 @@ Letters: K windows, F frames, H and W pixel rows and columns.
 import os
 import re
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F_
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from support.files import write_whole
 
@@ -68,24 +69,35 @@ def read_windows(path, config, pick, count=None):
     One pass, from the first frame to the last one needed: windows overlap, and most clips have few key frames to jump to.
     """
     last, stride = measure(path, config, count)
-    windows = [list(range(start, start + config.num_frames * stride, stride)) for start in pick(last)]
-    wanted = {index for window in windows for index in window}
-    end, frames, seen = max(wanted), {}, 0
+    windows = [range(start, start + config.num_frames * stride, stride) for start in pick(last)]
+    wanted = set().union(*windows)
+    end = max(wanted)
+    frames = {}
+    seen = 0
     with open_video(path) as (container, stream):
-        packets = (packet for packet in container.demux(stream) if not packet.is_corrupt)  # the last one of a truncated file
-        for seen, frame in enumerate((frame for packet in packets for frame in packet.decode()), 1):
-            if seen - 1 in wanted:
-                frames[seen - 1] = fit_frame(frame, path, config)
+        for frame in decode(container, stream):
+            if seen in wanted:
+                frames[seen] = fit_frame(frame, path, config)
+            seen += 1
             if seen > end:
                 break
     if len(frames) < len(wanted):  # two-pass VP8, for one, has packets that show nothing: choose again, among the real frames
         return read_windows(path, config, pick, count=seen)
-    return torch.stack([torch.stack([frames[index] for index in window]) for window in windows])  # (K, F, 3, H, W)
+    clips = []
+    for window in windows:
+        clips.append(torch.stack([frames[index] for index in window]))          # (F, 3, H, W)
+    return torch.stack(clips)                                                   # (K, F, 3, H, W)
+
+
+def decode(container, stream):
+    """Yields the frames of a video, without the last packet of a truncated file, which is marked as damaged."""
+    for packet in container.demux(stream):
+        if not packet.is_corrupt:
+            yield from packet.decode()
 
 
 def fit_frame(frame, path, config):
     """One decoded frame, upright, resized until it just covers H x W, cropped around its centre -> (3, H, W) uint8."""
-    import numpy as np
     if frame.is_corrupt:
         raise ValueError(f"{path}: cannot be read: a damaged frame")
     # rgb24 from whatever the file has, grey included. Phones store portrait video sideways, with a rotation angle.
@@ -101,51 +113,27 @@ def fit_frame(frame, path, config):
     return x[0, :, top:top + config.height, left:left + config.width]           # (3, H, W)
 
 
-class WindowReader(Dataset):
-    """Path -> (its K windows, (K, F, 3, H, W) uint8, and ""), or (nothing, why not). Runs in the loader's processes."""
+def read_even_windows(config, path):
+    """
+    What a loader's process makes of a path: (path, windows of that clip, "") or (path, nothing, why not).
 
-    def __init__(self, paths, config):
-        self.paths, self.config = paths, config
+    There are config.starts windows, from the first possible start to the last; each once, as a clip may be short.
+    """
+    def pick(last):
+        gaps = max(1, config.starts - 1)
+        return sorted({round(k * last / gaps) for k in range(config.starts)})
 
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, index):
-        try:
-            return read_windows(self.paths[index], self.config, self.even_starts), ""
-        except ValueError as error:
-            return torch.empty(0), str(error)
-
-    def even_starts(self, last):
-        """config.starts of them, from 0 to the last possible one; each once, as a clip may be short."""
-        gaps = max(1, self.config.starts - 1)
-        return sorted({round(k * last / gaps) for k in range(self.config.starts)})
+    try:
+        return path, read_windows(path, config, pick), ""
+    except ValueError as error:
+        return path, torch.empty(0), str(error)
 
 
 def read_all_windows(paths, config, num_workers=0):
     """Yields (path, its windows (K, F, 3, H, W) uint8, "") or (path, nothing, why not), in order; workers read ahead."""
     # A generator of its own, since a loader draws from the global one even when it does not shuffle.
-    loader = DataLoader(WindowReader(paths, config), batch_size=None, num_workers=num_workers, generator=torch.Generator())
-    for path, (windows, problem) in zip(paths, loader, strict=True):
-        yield path, windows, problem
-
-
-def read_clip(path, config, start=None, generator=None):
-    """
-    The frames of one clip, (F, 3, H, W) float32 RGB in [-1, 1]: every round(rate / fps)-th frame of the file.
-
-    start: first frame, counted in the file; by default one that `generator` draws, all possible ones equally likely, or 0
-    (official video_dataset.py:71-77, where no window reaches the last 5 frames). ValueError names a clip that cannot be read, is
-    damaged or too short, or has no such start.
-    """
-    u = 0 if generator is None else torch.rand((), generator=generator).item()
-
-    def pick(last):
-        if start is not None and not 0 <= start <= last:
-            raise ValueError(f"{path}: no start at {start}; must be from 0 to {last}")
-        return [int(u * (last + 1)) if start is None else start]
-
-    return read_windows(path, config, pick)[0].float() / 127.5 - 1
+    return DataLoader(paths, batch_size=None, collate_fn=partial(read_even_windows, config), num_workers=num_workers,
+                      generator=torch.Generator())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,20 +150,20 @@ def to_pixels(video):
 
 
 def write_video(path, pixels, fps):
-    """Save pixels (F, H, W, 3), uint8, as .mp4 or .gif."""
+    """
+    Save pixels (F, H, W, 3), uint8, as .mp4 or .gif.
+
+    Small pictures are enlarged to at most 256 for viewing, and sizes made even by a crop, which yuv420p needs.
+    """
+    zoom = max(1, 256 // max(pixels.shape[1:3]))
+    pixels = pixels.repeat(zoom, 1).repeat(zoom, 2)
+    pixels = pixels[:, :pixels.shape[1] // 2 * 2, :pixels.shape[2] // 2 * 2]
     with write_whole(path) as hidden:
         if path.suffix == ".gif":
             import imageio.v3 as iio
-            iio.imwrite(hidden, enlarge(pixels), extension=".gif", duration=round(1000 / fps), loop=0)
+            iio.imwrite(hidden, pixels, extension=".gif", duration=round(1000 / fps), loop=0)
         else:
-            write_mp4(hidden, enlarge(pixels), fps)
-
-
-def enlarge(pixels):
-    """Enlarge small pictures to at most 256 for viewing; crop to even sizes, which yuv420p needs."""
-    zoom = max(1, 256 // max(pixels.shape[1:3]))
-    pixels = pixels.repeat(zoom, 1).repeat(zoom, 2)
-    return pixels[:, :pixels.shape[1] // 2 * 2, :pixels.shape[2] // 2 * 2]
+            write_mp4(hidden, pixels, fps)
 
 
 def write_mp4(path, pixels, fps):
@@ -190,8 +178,7 @@ def write_mp4(path, pixels, fps):
 
 
 def read_video(path):
-    """All frames of a video file that we wrote: (F, H, W, 3) uint8. By PyAV itself, as above. ValueError names a file that
-    cannot be read, or has no frames."""
+    """All frames of a file that write_video wrote, (F, H, W, 3) uint8. ValueError names a file without any."""
     with open_video(path) as (container, stream):
         frames = [frame.to_ndarray(format="rgb24", threads=1) for frame in container.decode(stream)]
     if not frames:

@@ -94,7 +94,7 @@ def test_a_folder_of_generated_videos_is_what_train_takes_as_data():
     assert len(files("videos")) == 3 * 3
     listed = read_list("videos")
     assert [(clip.path.suffix, clip.caption) for clip in listed] == [(".mp4", prompt) for prompt in prompts]
-    assert not find_problems(listed, ClipConfig(num_frames=4), print, dict.fromkeys(clip.path for clip in listed))
+    assert not find_problems(listed, ClipConfig(num_frames=4), dict.fromkeys(clip.path for clip in listed))
 
 
 def test_file_names_are_safe_whatever_the_prompt():
@@ -248,7 +248,7 @@ def test_base_and_fine_tuned_on_two_sets_at_several_d_and_guidance(adapter, capf
     # One strip of two frames for each set and model, so that rows are sets and columns models.
     sheet = iio.imread("report/sheet.png")
     strip = pictures.strip(torch.rand(8, 3, 32, 32))
-    assert sheet.shape == (22 + 2 * (strip.shape[1] + 22), 2 * (strip.shape[2] + 14), 3)
+    assert sheet.shape == (22 + 2 * (strip.shape[0] + 22), 2 * strip.shape[1], 3)
 
 
 def test_several_strengths_show_what_the_reward_gains_and_what_is_lost(adapter, monkeypatch, capfd):

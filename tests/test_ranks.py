@@ -202,7 +202,7 @@ def test_ranks_share_the_checking_of_clips_and_what_one_cannot_see_none_uses(tmp
 
     def main(rank):
         found = {clip.path: None for clip in listed if rank == 0 or clip.path.name != "4.mp4"}
-        problems = clip_lists.find_problems(listed, None, lambda line: None, found)
+        problems = clip_lists.find_problems(listed, None, found)
         print(sorted(path.name for path in problems))
     ended, _ = two_ranks(script(main))
     assert [status for status, _, _ in ended] == [0, 0], ended
