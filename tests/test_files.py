@@ -686,7 +686,8 @@ BAD = {
     "autoencoder of other channels": (load_vae, lambda w: w.component(names.vae_to_diffusers(VAE), in_channels=1),
                                       "expected in_channels 3"),
     # shards
-    "shard outside": (unet_file, lambda w: w.index({"a": "../x.safetensors"}), INDEX, "of its kind beside it", "found '../x"),
+    "shard elsewhere": (unet_file, lambda w: [(w.folder / "sub").mkdir(), w.safetensors("sub/x.safetensors", w.unet),
+                                              w.index({"a": "sub/x.safetensors"})][2], INDEX, "found 'sub/x.safetensors'"),
     "shard is missing": (unet_file, lambda w: w.index({"a": "shard.safetensors", "b": "shard-2.safetensors"}),
                          INDEX, "found 'shard-2.safetensors'"),
     "shard of another kind": (unet_file, lambda w: [w.torch("evil.bin", w.unet), w.index({"a": "evil.bin"})][1],
