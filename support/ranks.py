@@ -88,7 +88,7 @@ def barrier():
 
 
 def on_rank_0(function):
-    """What function() returns on rank 0, where alone it is called; every rank gets that, or the same ValueError."""
+    """What function() returns on rank 0, where alone it is called; all ranks get that, or a ValueError, with words on rank 0."""
     rank, world_size = rank_and_size()
     result, error = None, None
     if rank == 0:
@@ -101,7 +101,7 @@ def on_rank_0(function):
         dist.broadcast_object_list(values, group=GROUPS["patient"])
         result, error = values
     if error:
-        raise error
+        raise error if rank == 0 else ValueError()
     return result
 
 

@@ -216,7 +216,7 @@ def saved_flags(folder, presets):
             for item in value:
                 words += [flag, str(item)]
         else:
-            words += [flag, str(value)]
+            words.append(f"{flag}={value}")
     return words, defaults
 
 

@@ -135,7 +135,7 @@ def test_a_signal_ends_a_real_process_with_all_saved(number, status):
     process.send_signal(number)
     said, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == status
-    assert said.splitlines()[-1] == f"stopped; continue with: python train.py --resume {folder}"
+    assert said.splitlines()[-1] == f"stopped; to go on: the same command with --resume {folder}"
     at = steps_done(folder)
     assert checkpoint(folder)["step"] == at
     # Continued, it ends as if nothing had happened.

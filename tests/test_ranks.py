@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -107,8 +106,7 @@ def test_an_error_that_nobody_expected_shows_its_traceback_at_once(monkeypatch):
     assert "KeyError: 'a mistake in the code'" in ended[1][2] and ended[1][0] == 1 and seconds < PATIENCE / 4
 
 
-def test_what_one_rank_alone_finds_wrong_is_printed_by_it_and_what_all_find_once(monkeypatch):
-    monkeypatch.setattr(processes, "line_to_print", partial(processes.line_to_print, patience=2))
+def test_what_one_rank_alone_finds_wrong_is_printed_by_it_and_what_all_find_once():
     def alone(rank):
         if rank == 1:
             raise ValueError("data clips.txt: no such file or folder")
@@ -116,9 +114,9 @@ def test_what_one_rank_alone_finds_wrong_is_printed_by_it_and_what_all_find_once
     ended, _ = two_ranks(script(alone))
     assert said(ended)[-1] == "script.py: rank 1: data clips.txt: no such file or folder" and ended[1][0] == 2
 
-    def both(rank):
+    def both():
         raise ValueError("steps = 0: must be at least 1")
-    ended, _ = two_ranks(script(both))
+    ended, _ = two_ranks(lambda rank: processes.run_script("script.py", both))  # before they join
     assert said(ended) == ["script.py: steps = 0: must be at least 1"] and ended[0][0] == 2
 
     def first(rank):  # its ValueError is everybody's
@@ -180,8 +178,8 @@ def test_nodes_that_have_other_clips_are_told(short_clips):
 
     def other_clips(rank):
         if rank == 1:
-            real = clips.tiny_clips
-            clips.tiny_clips = lambda *args, **more: real(*args, **more | {"count": 5})
+            real = clips.clips
+            clips.clips = lambda *args, **more: real(*args, **more | {"count": 5})
     ended, _ = two_ranks(train_in(["node0", "node1"], "--steps", 1, before=other_clips))
     assert [status for status, _, _ in ended][0] == 2
     assert any("clips: rank 1 has {'clips': 5," in line and "the same on every node" in line for line in said(ended)), ended
