@@ -641,7 +641,7 @@ def test_resuming_from_damage_changes_nothing(finished, monkeypatch, name, damag
     assert one_line(error) and contents(folder) == before
 
 
-@pytest.mark.parametrize(("name", "value"), [("steps", "many"), ("lr", None), ("cache", 2)])
+@pytest.mark.parametrize(("name", "value"), [("steps", "many"), ("lr", None), ("seed", 1.5)])
 def test_a_setting_of_another_type_is_tyros_to_refuse(finished, capsys, name, value):
     """As on the command line: exit status 2, and the flag is named."""
     Path("run").mkdir()
