@@ -49,8 +49,7 @@ class Config(train.Config):
     """Take one training step apart, on one clip. Flags of train.py mean the same; those that concern a whole run (its length,
     evaluation, saving) change nothing here."""
     step: int = 0
-    """with the seed it decides the clip, its noise, its frames and the warm-up; a run takes more clips a step, so its step of
-    this number has others"""
+    """with the seed it decides clip, noise, frames and warm-up; a run takes more clips a step, so its step so numbered differs"""
     lora: Path | None = None
     """adapters to start from; default fresh ones, as a run starts"""
     cache_interval: Suppress[Fixed[int]] = 1
@@ -130,16 +129,13 @@ class Setup:
         steps = edit_steps(tau, cfg.num_steps)
         return noised, z_0, {"tau": tau, "t": t_noi, "steps": steps, "R": R.item(), "reward": logged["reward"].item()}
 
-    def rewards(self, cfg):
-        """train.edit_rewards of the step's batch."""
-        return train.edit_rewards(self.base, self.reward, self.uncond, self.batch, cfg)
-
     def train_one_step(self):
         """train.train itself, for one step, which moves the adapters: the numbers that it logs."""
         logged = []
         run = SimpleNamespace(steps=lambda optimizer: [self.cfg.step], stop=lambda: False,
                               finish_step=lambda step, numbers, finite, stopping: logged.append(numbers))
-        method = train.Method(lambda step: self.batch, lambda part: self.rewards(self.cfg))
+        method = train.Method(lambda step: self.batch, lambda part: train.edit_rewards(
+            self.base, self.reward, self.uncond, self.batch, self.cfg))
         train.train(self.cfg, self.parameters, method, run)
         return logged[0]
 
@@ -147,7 +143,8 @@ class Setup:
         """For this K: the adapters' gradient, and what the page says of it but for the cosine."""
         self.base.unet.zero_grad()
         started = time.perf_counter()
-        R, _ = self.rewards(replace(self.cfg, grad_steps=grad_steps))
+        cfg = replace(self.cfg, grad_steps=grad_steps)
+        R, _ = train.edit_rewards(self.base, self.reward, self.uncond, self.batch, cfg)
         (-R.mean()).backward()                                                # Eq. (9)
         seconds = time.perf_counter() - started
         squares = {}
@@ -159,10 +156,8 @@ class Setup:
         return gradient, {"norm": norm, "seconds": seconds, "blocks": blocks, "projections": projections}
 
     def scored(self, z_0, segments):
-        """
-        Frames of an edit drawn with S segments, their rewards, and for each lambda f, R and the length of R's gradient on each
-        frame's pixels; and that gradient as pictures (S, H, W, 3).
-        """
+        """Frames of an edit drawn with S segments, their rewards, and for each lambda f, R and the length of R's gradient on each
+        frame's pixels; and that gradient as pictures (S, H, W, 3)."""
         g = self.draw(segments)[3]
         with torch.no_grad():
             frames = decode_frames(self.base.vae, z_0, g)                     # (1, S, 3, H, W)

@@ -159,6 +159,5 @@ def tally(key, votes):
     rows = []
     for who, question, choices in tables:
         for name, pairs in sets.items():
-            found = shares([choices[i] for i in pairs])
-            rows.append({"who": who, "question": question, "set": name} | found)
+            rows.append({"who": who, "question": question, "set": name} | shares([choices[i] for i in pairs]))
     return {"a": key["a"], "b": key["b"], "raters": list(votes), "rows": rows, "agreement": agreements}

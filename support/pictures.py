@@ -40,8 +40,7 @@ def contact_sheet(columns, captions, titles):
         strips = [strip(video) for video in videos]
         rows.append(np.hstack(strips))
         rows.append(words(caption, rows[0].shape[1]))
-    head = [words(title, strips[0].shape[1]) for title in titles]
-    return np.vstack([np.hstack(head), *rows])
+    return np.vstack([np.hstack([words(title, strips[0].shape[1]) for title in titles]), *rows])
 
 
 def write_png(path, pixels):
@@ -52,15 +51,9 @@ def write_png(path, pixels):
 
 
 def write_comparison_gif(path, rows, captions, titles, fps, tile=112):
-    """
-    Videos that play side by side: rows [k] of videos [n], each (F, H, W, 3) uint8, captions [n] below, titles [k] beside.
-
-    tile: side of each video in pixels. Colours are reduced to 128, without dithering, which keeps the file small.
-    """
+    """Videos that play side by side: rows [k] of videos [n], each (F, H, W, 3) uint8, captions [n] below, titles [k] beside."""
     from PIL import Image
-    below = [words("", 54, 36)]
-    for caption in captions:
-        below.append(words("\n".join(wrap(caption, 17)[:2]), tile + 4, 36, 13))
+    below = [words("", 54, 36), *(words("\n".join(wrap(caption, 17)[:2]), tile + 4, 36, 13) for caption in captions)]
     frames = []
     for f in range(len(rows[0][0])):
         lines = []
@@ -71,7 +64,7 @@ def write_comparison_gif(path, rows, captions, titles, fps, tile=112):
                 line.append(np.pad(small, ((0, 4), (0, 4), (0, 0)), constant_values=255))
             lines.append(np.hstack(line))
         picture = Image.fromarray(np.vstack([*lines, np.hstack(below)]))
-        frames.append(picture.quantize(128, dither=Image.Dither.NONE))
+        frames.append(picture.quantize(128, dither=Image.Dither.NONE))  # which keeps the file small
     with write_whole(path) as hidden:
         frames[0].save(hidden, format="GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
 

@@ -151,19 +151,14 @@ def consistency(clips):
 
 
 def pixel_measures(clips, names):
-    """
-    {"pixel_" and the name: (B,)} of these PIXELS; of "diversity", which needs other videos, small copies (B, 3, *SMALL).
-
-    motion       mean absolute change of a pixel from frame to frame, 0 to 1
-    flicker      mean absolute second difference over three frames, 0 to 2: what changes there and back
-    Others have a function each. nan where a clip has too few frames.
-    """
+    """{"pixel_" and the name: (B,)} of these PIXELS; of "diversity", which needs other videos, small copies (B, 3, *SMALL).
+    nan where a clip has too few frames."""
     if not names:
         return {}
     clips = clips.float()
     found = {
-        "motion": clips.diff(dim=1).abs().mean(dim=(1, 2, 3, 4)),
-        "flicker": clips.diff(n=2, dim=1).abs().mean(dim=(1, 2, 3, 4)),
+        "motion": clips.diff(dim=1).abs().mean(dim=(1, 2, 3, 4)),         # from frame to frame, 0 to 1
+        "flicker": clips.diff(n=2, dim=1).abs().mean(dim=(1, 2, 3, 4)),   # over three, 0 to 2: what changes there and back
         "consistency": consistency(clips), "sharpness": sharpness(clips), "saturation": saturation(clips),
         "diversity": F_.adaptive_avg_pool3d(clips.transpose(1, 2), SMALL)}
     return {f"pixel_{name}": found[name].cpu() for name in names}
@@ -250,8 +245,6 @@ def pool(table, prompts):
 def change(before, after, measure, captions):
     """Paired difference of a measure and its error, over the videos of which both are known: diversity needs another one."""
     known = (before[measure].isfinite() & after[measure].isfinite()).nonzero().flatten().tolist()
-    if not known:
-        return math.nan, math.nan
     return paired({measure: before[measure][known]}, {measure: after[measure][known]}, measure, [captions[i] for i in known])
 
 
