@@ -5,8 +5,8 @@ One training step in pictures: what train.py does to a clip, taken apart on a pa
     python explain.py --step 7 --tau 0.3 --lora out/tiny/lora.safetensors
     python explain.py modelscope --data clips.txt      # any base and clip, with train.py's own flags
 
-Writes explain.html, which opens from disk, and explain.png, its main strip. Every number comes from the
-functions that train; train.train itself takes the step.
+Writes explain.html, which opens from disk, and explain.png, its main strip. Every number comes from the functions that train;
+train.train itself takes the step.
 
 Letters: F frames, S segments, H and W pixels.
 """
@@ -40,18 +40,16 @@ GRAD_STEPS = (1, 2, 4, 8)
 LAMBDAS = (0., .5, 1., 2.)
 SEGMENTS = (1, 2, 4, 8, 16)
 PANELS = {  # a fragment of the step's source: the panel that shows it
-    "draw(step)": "clip", "= edit(": "chain", "score_frames(": "reward", "tar_weights(": "reward",
-    "aggregate(": "reward", "loss = ": "reward", ".backward()": "pixels", "clip_grad_norm_": "unet",
-    "optimizer.step()": "after"}
+    "draw(step)": "clip", "= edit(": "chain", "score_frames(": "reward", "tar_weights(": "reward", "aggregate(": "reward",
+    "loss = ": "reward", ".backward()": "pixels", "clip_grad_norm_": "unet", "optimizer.step()": "after"}
 
 
 @dataclass(frozen=True)
 class Config(train.Config):
-    """Take one training step apart, on one clip. Flags of train.py mean the same; those that concern a
-    whole run (its length, evaluation, saving) change nothing here."""
+    """Take one training step apart, on one clip. Flags of train.py mean the same; those that concern a whole run (its length,
+    evaluation, saving) change nothing here."""
     step: int = 0
-    """with the seed it decides the clip, its noise, its frames and the warm-up; a run takes more clips a
-    step, so its step of this number has others"""
+    """with the seed it decides clip, noise, frames and warm-up; a run takes more clips a step, so its step so numbered differs"""
     lora: Path | None = None
     """adapters to start from; default fresh ones, as a run starts"""
     cache_interval: Suppress[Fixed[int]] = 1
@@ -61,9 +59,6 @@ class Config(train.Config):
 
 PRESETS = {name: Config(**vars(preset)) for name, preset in train.PRESETS.items()}
 
-
-# ----------------------------------------------------------------------------------------------
-# What can be asked about a step
 
 @torch.no_grad()
 def guess_clips(denoiser, z, eps, text, uncond, cfg):
@@ -103,8 +98,7 @@ class Setup:
         if cfg.data:
             self.dataset = train.read_clips(cfg, self.base)
         else:
-            pixels = cfg.size or self.base.default_size
-            self.dataset = self.base.world.clips(self.base, cfg.frames, pixels, CLIPS)
+            self.dataset = self.base.world.clips(self.base, cfg.frames, cfg.size or self.base.default_size, CLIPS)
         self.uncond = self.base.encode_text([""])
         self.batch = self.draw(cfg.segments)
         self.z, self.eps, self.text, self.g, self.captions = self.batch
@@ -130,22 +124,18 @@ class Setup:
         cfg = self.cfg
         t_noi = noise_step(tau, cfg.num_steps)
         noised = add_noise(self.z, self.eps, t_noi, alpha_bars())
-        z_0 = edit(self.base.denoiser, self.z, self.eps, self.text, self.uncond, tau, cfg.num_steps,
-                   cfg.guidance)
+        z_0 = edit(self.base.denoiser, self.z, self.eps, self.text, self.uncond, tau, cfg.num_steps, cfg.guidance)
         R, logged = train.video_rewards(self.base, self.reward, z_0, self.g, self.captions, cfg)
-        return noised, z_0, {"tau": tau, "t": t_noi, "steps": edit_steps(tau, cfg.num_steps), "R": R.item(),
-                             "reward": logged["reward"].item()}
-
-    def rewards(self, cfg):
-        """train.edit_rewards of the step's batch."""
-        return train.edit_rewards(self.base, self.reward, self.uncond, self.batch, cfg)
+        steps = edit_steps(tau, cfg.num_steps)
+        return noised, z_0, {"tau": tau, "t": t_noi, "steps": steps, "R": R.item(), "reward": logged["reward"].item()}
 
     def train_one_step(self):
         """train.train itself, for one step, which moves the adapters: the numbers that it logs."""
         logged = []
         run = SimpleNamespace(steps=lambda optimizer: [self.cfg.step], stop=lambda: False,
                               finish_step=lambda step, numbers, finite, stopping: logged.append(numbers))
-        method = train.Method(lambda step: self.batch, lambda part: self.rewards(self.cfg))
+        method = train.Method(lambda step: self.batch, lambda part: train.edit_rewards(
+            self.base, self.reward, self.uncond, self.batch, self.cfg))
         train.train(self.cfg, self.parameters, method, run)
         return logged[0]
 
@@ -153,7 +143,8 @@ class Setup:
         """For this K: the adapters' gradient, and what the page says of it but for the cosine."""
         self.base.unet.zero_grad()
         started = time.perf_counter()
-        R, _ = self.rewards(replace(self.cfg, grad_steps=grad_steps))
+        cfg = replace(self.cfg, grad_steps=grad_steps)
+        R, _ = train.edit_rewards(self.base, self.reward, self.uncond, self.batch, cfg)
         (-R.mean()).backward()                                                # Eq. (9)
         seconds = time.perf_counter() - started
         squares = {}
@@ -161,14 +152,12 @@ class Setup:
             squares[path] = sum(p.grad.square().sum().item() for p in (layer.lora_A, layer.lora_B))
         gradient = torch.cat([p.grad.flatten() for p in self.parameters])
         blocks, projections = gradient_shares(squares)
-        return gradient, {"norm": gradient.norm().item(), "seconds": seconds, "blocks": blocks,
-                          "projections": projections}
+        norm = gradient.norm().item()
+        return gradient, {"norm": norm, "seconds": seconds, "blocks": blocks, "projections": projections}
 
     def scored(self, z_0, segments):
-        """
-        Frames of an edit drawn with S segments, their rewards, and for each lambda f, R and the length of R's
-        gradient on each frame's pixels; and that gradient as pictures (S, H, W, 3).
-        """
+        """Frames of an edit drawn with S segments, their rewards, and for each lambda f, R and the length of R's gradient on each
+        frame's pixels; and that gradient as pictures (S, H, W, 3)."""
         g = self.draw(segments)[3]
         with torch.no_grad():
             frames = decode_frames(self.base.vae, z_0, g)                     # (1, S, 3, H, W)
@@ -187,18 +176,14 @@ class Setup:
                 "heats": [picture_uri(picture) for picture in heats], "lambdas": lambdas}, heats
 
 
-# ----------------------------------------------------------------------------------------------
-# The page
-
 def source_lines():
     """The step's source as it stands in train.py: [(line, the panel that shows it, or "")]."""
     loop = inspect.getsource(train.train)
-    parts = [loop[loop.index("        # 1. The gradient"):loop.index("        # 4. Log")].rstrip()]
-    parts += [inspect.getsource(train.edit_rewards), inspect.getsource(train.video_rewards)]
+    parts = [loop[loop.index("        # 1. The gradient"):loop.index("        # 4. Log")].rstrip(),
+             inspect.getsource(train.edit_rewards), inspect.getsource(train.video_rewards)]
     lines = []
     for line in "\n\n".join(parts).splitlines():
-        shown = [panel for words, panel in PANELS.items() if words in line]
-        lines.append((line, shown[0] if shown else ""))
+        lines.append((line, next((panel for words, panel in PANELS.items() if words in line), "")))
     return lines
 
 
@@ -231,12 +216,11 @@ def explain(setup):
 
     # The step itself, which moves the adapters.
     numbers = setup.train_one_step()
-    page = {"cfg": cfg, "caption": setup.captions[0], "reward": setup.reward.name, "versions": versions(),
+    page = {"cfg": cfg, "caption": setup.captions[0], "reward": setup.reward.name, "versions": versions(), "numbers": numbers,
             "abar": alpha_bars()[here["t"]].item(), "real": setup.show(setup.z), "source": source_lines(),
             "guesses": [{"i": first - n, "t": t, "clip": setup.show(z)} for n, (t, z) in enumerate(guesses)],
-            "pictures": [picture_uri(picture) for picture in setup.pixels(edited)], "numbers": numbers,
-            "here": here, "after": setup.edit(cfg.tau)[2], "sweep": sweep, "taus": taus, "states": states,
-            "seconds": time.perf_counter() - started}
+            "pictures": [picture_uri(picture) for picture in setup.pixels(edited)], "here": here, "taus": taus, "sweep": sweep,
+            "states": states, "after": setup.edit(cfg.tau)[2], "seconds": time.perf_counter() - started}
 
     # The strip: the frames that were drawn, from the real clip to the gradient.
     latents = [("real clip", "z", setup.z), ("noised", f"t = {here['t']}, Eq. 5", z_noi)]
@@ -247,9 +231,8 @@ def explain(setup):
     columns = [(title, below, setup.pixels(z)[mine["g"]]) for title, below, z in latents]
     columns.append(("gradient of R", "on these pixels", heats))
     weighted = mine["lambdas"][f"{cfg.lambda_tar:g}"]
-    strip = {"columns": columns, "g": mine["g"], "r": mine["r"], "f": weighted["f"], "R": weighted["R"],
-             "caption": page["caption"], "reward": page["reward"]}
-    return page, strip
+    return page, {"columns": columns, "g": mine["g"], "r": mine["r"], "f": weighted["f"], "R": weighted["R"],
+                  "caption": page["caption"], "reward": page["reward"]}
 
 
 def main(cfg):

@@ -6,11 +6,11 @@ Look at runs: one page of them, a blind comparison of two models, and what the v
     python report.py --blind out/tiny@0 out/tiny            # or two folders of generate.py
     python report.py --tally votes-anna.json votes-ben.json
 
-The pages open from disk and fetch nothing. A blind comparison is two files: blind.html for the voters, and
-key.json, which says whose clips are on which side, for whoever counts. Votes are exported by the page.
+The pages open from disk and fetch nothing. A blind comparison is two files: blind.html for the voters, who export their votes
+from it, and key.json, which says whose clips are on which side, for whoever counts.
 
-Paper: InstructVideo (arXiv:2312.12490), Table 2 and Appendix D: two clips of the same prompt and noise, two
-questions, quality and alignment with the text; 100 prompts, 60 in-domain, 20 of new animals and 20 without.
+Paper: InstructVideo (arXiv:2312.12490), Table 2 and Appendix D: two clips of the same prompt and noise, two questions, quality
+and alignment with the text; 100 prompts, 60 in-domain, 20 of new animals and 20 without.
 """
 import json
 import webbrowser
@@ -35,15 +35,13 @@ class Config:
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """run folders, folders of run folders, and studies' .json files"""
     blind: tuple[str, str] | None = None
-    """two run folders, or folders of generate.py for the same prompts and seeds; FOLDER@STEP is an evaluation
-    of a run, else the last"""
+    """two run folders, or folders of generate.py for the same prompts and seeds; FOLDER@STEP: that evaluation, else the last"""
     prompts: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
     """NAME=FILE, repeatable, for --blind: the prompt sets that generate.py was given, in this order"""
     tally: tuple[Path, ...] = ()
     """files of votes that the blind page exported"""
     key: Path | None = None
-    """for --tally: the key.json of the comparison; default the one beside the votes, else
-    out/blind/key.json"""
+    """for --tally: the key.json of the comparison; default the one beside the votes, else out/blind/key.json"""
     out: Path | None = None
     """folder of the page; default out/report or out/blind"""
     open: bool = False
@@ -54,17 +52,6 @@ class Config:
     """largest size of a page; clips are compressed until it fits"""
 
 
-def check(cfg):
-    """ValueError for what can be known to be wrong before anything is read."""
-    chosen = [name for name in ("runs", "blind", "tally") if getattr(cfg, name)]
-    if len(chosen) != 1:
-        raise ValueError("give either run folders, or --blind A B, or --tally FILE...; "
-                         f"found {' and '.join(chosen) or 'none of them'}")
-    check_positive(cfg, "fps", "max_mb")
-    if cfg.out:
-        check_folder(cfg.out)
-
-
 def finish(cfg, path, size, words=""):
     """Say what was written, and open it if asked."""
     print(f"written: {path} ({size:.1f} MB){words}")
@@ -72,26 +59,18 @@ def finish(cfg, path, size, words=""):
         webbrowser.open(path.resolve().as_uri())
 
 
-# ----------------------------------------------------------------------------------------------
-
-def run_folders(paths):
-    """The run folders and the studies that the command line names; a folder of run folders is all of them."""
+def report(cfg):
+    """One page of runs and studies."""
     folders = []
     studies = []
-    for path in paths:
+    for path in cfg.runs:
         inside = sorted(file.parent for file in path.glob("*/config.json"))
         if path.suffix == ".json":
             studies.append(run_pages.read_study(path))
         elif inside and not (path / "config.json").is_file():
-            folders += inside
+            folders += inside  # a folder of run folders is all of them
         else:
             folders.append(path)
-    return folders, studies
-
-
-def report(cfg):
-    """One page of runs and studies."""
-    folders, studies = run_folders(cfg.runs)
     runs = [run_pages.RunFiles(folder) for folder in folders]
     names = [run.name for run in runs]
     for run in runs:
@@ -103,11 +82,9 @@ def report(cfg):
     parts = run_pages.clip_rows(runs, clips)
     packed = clips.pack(cfg.max_mb * .9)
     path = (cfg.out or Path("out/report")) / "report.html"
-    size = write_page(
-        path, "report.html", cfg.max_mb, title=title[:120], fps=cfg.fps, runs=runs, studies=studies,
-        parts=parts, changed=run_pages.changed_settings(runs), charts=run_pages.curves(runs),
-        gains=run_pages.gain_rows(runs), versions=versions(), clips=packed, quality=clips.quality,
-        shrink=clips.shrink)
+    size = write_page(path, "report.html", cfg.max_mb, title=title[:120], fps=cfg.fps, runs=runs, studies=studies, parts=parts,
+                      changed=run_pages.changed_settings(runs), charts=run_pages.curves(runs), gains=run_pages.gain_rows(runs),
+                      versions=versions(), clips=packed, quality=clips.quality, shrink=clips.shrink)
     finish(cfg, path, size)
 
 
@@ -115,21 +92,19 @@ def blind(cfg):
     """The voters' page and the key."""
     out = cfg.out or Path("out/blind")
     if (out / "key.json").exists():
-        raise ValueError(f"out {out}: holds the key of an earlier comparison, which its votes need; "
-                         "choose another folder")
+        raise ValueError(f"out {out}: holds the key of an earlier comparison, which its votes need; choose another folder")
     prompts = read_prompt_sets(cfg.prompts, "tiny")  # may be none, as for the tiny world
     key = draw_key(cfg.blind, run_pages.pair_up(*cfg.blind, prompts))
     clips = Clips()
     shown = []
     for pair in key["pairs"]:
         pixels = run_pages.read_pair(pair["files"])
-        left = clips.add(pixels[unblind(pair, "left")])
-        right = clips.add(pixels[unblind(pair, "right")])
-        shown.append({"caption": pair["caption"], "left": left, "right": right})
+        sides = {side: clips.add(pixels[unblind(pair, side)]) for side in ("left", "right")}
+        shown.append({"caption": pair["caption"]} | sides)
 
     packed = clips.pack(cfg.max_mb * .95)
-    size = write_page(out / "blind.html", "blind.html", cfg.max_mb, title="Which of the two?", fps=cfg.fps,
-                      clips=packed, comparison=key["comparison"], pairs=shown, questions=QUESTIONS)
+    size = write_page(out / "blind.html", "blind.html", cfg.max_mb, title="Which of the two?", fps=cfg.fps, clips=packed,
+                      comparison=key["comparison"], pairs=shown, questions=QUESTIONS)
     write_text(out / "key.json", json.dumps(key, indent=1) + "\n")
     words = f", {len(shown)} prompts; {out / 'key.json'} says whose clips are where: keep it from the voters"
     if clips.quality < 80 or clips.shrink > 1:
@@ -142,8 +117,7 @@ def count_votes(cfg):
     places = [cfg.key] if cfg.key else [cfg.tally[0].parent / "key.json", Path("out/blind/key.json")]
     found = next((path for path in places if path.is_file()), None)
     if found is None:
-        raise ValueError(f"no key: looked for {' and '.join(map(str, places))}; "
-                         "--key must name the comparison's key.json")
+        raise ValueError(f"no key: looked for {' and '.join(map(str, places))}; --key must name the comparison's key.json")
     key = read_key(found)
     votes = {}
     for path in cfg.tally:
@@ -156,8 +130,8 @@ def count_votes(cfg):
     for row in result["rows"]:
         cells = [f"{share:.0%} ({low:.0%} to {high:.0%})" for share, low, high in row["shares"].values()]
         rows.append([row["who"], row["question"], row["set"], row["prompts"], row["votes"], *cells])
-    text = f"A is {key['a']}, B is {key['b']}. Raters: {len(votes)}. In parentheses 95% intervals over "
-    text += "prompts.\n\n" + markdown(rows)
+    text = f"A is {key['a']}, B is {key['b']}. Raters: {len(votes)}. In parentheses 95% intervals over prompts.\n\n"
+    text += markdown(rows)
     for found in result["agreement"]:
         kappa = "not defined (all the same)" if found["kappa"] is None else f"{found['kappa']:.2f}"
         text += f"\nAgreement on {found['question']}, {found['between']}: {found['measure']} {kappa}"
@@ -171,9 +145,15 @@ def count_votes(cfg):
 
 def main(cfg):
     """Whichever of the three was asked for."""
-    check(cfg)
-    action = report if cfg.runs else blind if cfg.blind else count_votes
-    action(cfg)
+    actions = {"runs": report, "blind": blind, "tally": count_votes}
+    chosen = [name for name in actions if getattr(cfg, name)]
+    if len(chosen) != 1:
+        raise ValueError("give either run folders, or --blind A B, or --tally FILE...; "
+                         f"found {' and '.join(chosen) or 'none of them'}")
+    check_positive(cfg, "fps", "max_mb")
+    if cfg.out:
+        check_folder(cfg.out)
+    actions[chosen[0]](cfg)
 
 
 if __name__ == "__main__":

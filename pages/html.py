@@ -1,10 +1,9 @@
 """
 Pages that people look at: self-contained HTML that opens from disk, with clips that play in step.
 
-A page is a template of pages/templates, filled by jinja2 with autoescape on, so a caption is always shown
-as text. Nothing is fetched: style, script, pictures and clips are inside. A clip is one WebP picture of all
-its frames, which the page's script draws frame by frame. So clips side by side stay in step to the frame, any
-browser plays them, and only those on screen are decoded.
+A page is a template of pages/templates, filled by jinja2 with autoescape on, so a caption is always shown as text. Nothing is
+fetched: style, script, pictures and clips are inside. A clip is one WebP picture of all its frames, which the page's script
+draws one by one. So clips side by side stay in step to the frame, any browser plays them, and only those on screen are decoded.
 
 Letters: F frames, H and W pixel rows and columns.
 """
@@ -21,21 +20,12 @@ from support.files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 # How clips are made to fit: WebP's quality, 100 being without loss, and the divisor of their sides.
-COMPRESSIONS = ((100, 1), (90, 1), (80, 1), (65, 1), (50, 1), (35, 1), (20, 1), (50, 2), (20, 2), (50, 4),
-                (20, 4))
+COMPRESSIONS = ((100, 1), (90, 1), (80, 1), (65, 1), (50, 1), (35, 1), (20, 1), (50, 2), (20, 2), (50, 4), (20, 4))
 LINE_COLORS = 6  # of page.css
 
 
-# ----------------------------------------------------------------------------------------------
-# Templates
-
 def write_page(path, template, max_mb, **values):
-    """
-    Fill a template and write the page, whole or not at all; returns its size in MB.
-
-    A value that the template names and that is missing is an error, not an empty space. ValueError for a
-    page larger than max_mb.
-    """
+    """Fill a template and write the page, whole or not at all; returns its size in MB. ValueError above max_mb."""
     import jinja2
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -44,8 +34,7 @@ def write_page(path, template, max_mb, **values):
     text = environment.get_template(template).render(**values)
     size = len(text.encode()) / 1e6
     if size > max_mb:
-        raise ValueError(f"{path.name} would have {size:.1f} MB, above --max-mb {max_mb:g}: show fewer "
-                         "clips, or allow more")
+        raise ValueError(f"{path.name} would have {size:.1f} MB, above --max-mb {max_mb:g}: show fewer clips, or allow more")
     write_text(path, text)
     return size
 
@@ -62,15 +51,11 @@ def fixed(value, digits=4, sign=""):
     return "-" if value is None or not math.isfinite(value) else f"{value:{sign}.{digits}f}"
 
 
-# ----------------------------------------------------------------------------------------------
-# Pictures, clips and curves
-
 def webp(pixels, quality, shrink=1):
     """A picture (H, W, 3) uint8 as a WebP file in base64; shrink: by how much to divide its sides."""
     from PIL import Image
     file = io.BytesIO()
-    picture = Image.fromarray(pixels).reduce(shrink)
-    picture.save(file, "WEBP", lossless=quality == 100, quality=min(quality, 90), method=4)
+    Image.fromarray(pixels).reduce(shrink).save(file, "WEBP", lossless=quality == 100, quality=min(quality, 90), method=4)
     return base64.b64encode(file.getvalue()).decode()
 
 
@@ -82,8 +67,7 @@ def picture_uri(pixels):
 def heat(values):
     """Numbers (H, W) of at least 0 as colours (H, W, 3) uint8: black is 0, bright yellow the largest."""
     from matplotlib import colormaps
-    scaled = values / max(values.max(), 1e-30)
-    return (colormaps["inferno"](scaled)[..., :3] * 255).round().astype(np.uint8)
+    return (colormaps["inferno"](values / max(values.max(), 1e-30))[..., :3] * 255).round().astype(np.uint8)
 
 
 def pack_clip(pixels, quality, shrink):
@@ -121,18 +105,16 @@ class Clips:
                     break
             else:
                 return packed
-        raise ValueError(f"{len(self.pixels)} clips do not fit into {max_mb:.3g} MB: show fewer, or raise "
-                         "--max-mb")
+        raise ValueError(f"{len(self.pixels)} clips do not fit into {max_mb:.3g} MB: show fewer, or raise --max-mb")
 
 
 def line_chart(title, lines):
     """
     Curves with bands of their errors: {"title", "svg", "legend"}, in the page's colours, light or dark.
 
-    lines: {name: [(step, y, error)]}, at least one point. The legend, which the template
-    writes below, has the name of each line and the values at its ends.
+    lines: {name: [(step, y, error)]}, at least one point. The legend has the name of each line and the values at its ends.
     """
-    from matplotlib import rc_context, rcParams
+    from matplotlib import rc_context
     from matplotlib.colors import to_hex
     from matplotlib.figure import Figure
     with rc_context({"svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}):
@@ -153,9 +135,7 @@ def line_chart(title, lines):
 
     svg = file.getvalue()
     svg = svg[svg.index("<svg"):]
-    page_colors = {"#000000": "--soft", "#b0b0b0": "--line"}
-    for i, color in enumerate(rcParams["axes.prop_cycle"].by_key()["color"][:LINE_COLORS]):
-        page_colors[to_hex(color)] = f"--c{i}"
-    for color, variable in page_colors.items():
+    page_colors = {"--soft": "#000000", "--line": "#b0b0b0"} | {f"--c{i}": to_hex(f"C{i}") for i in range(LINE_COLORS)}
+    for variable, color in page_colors.items():
         svg = svg.replace(color, f"var({variable})")
     return {"title": title, "svg": svg, "legend": legend}

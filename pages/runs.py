@@ -1,27 +1,19 @@
-"""
-What report.py shows of run folders, read back from their files: settings, curves, tables, and clips of the
-same prompt and noise.
-"""
+"""What report.py shows of run folders, read from their files: settings, curves, tables, clips of the same prompt and noise."""
 import math
 import re
 from pathlib import Path
 
 from pages.html import line_chart
-from support import tables as guard
 from support.files import first_names, read_json, read_text
 from support.run import SHOWN, mean_rewards, read_metrics, read_tables, sample_file
-from support.tables import paired
+from support.tables import best_step, find_turn, paired
 from support.videos import read_video, video_name
 
 COLUMNS = 5  # evaluations whose clips are shown: the first, the last, and some between
 
 
 class RunFiles:
-    """
-    One run folder, as its files tell it. ValueError if it holds no run.
-
-    tables: {step: {set: {measure: (n,)}}} of its evaluations. prompts: {set: captions} of these videos.
-    """
+    """A run folder's files. tables: {step: {set: {measure: (n,)}}} of its evaluations; prompts: {set: captions} of the videos."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -66,13 +58,10 @@ class RunFiles:
         watched = self.record.get("watched")
         if not (watched and self.tables):
             return None
-        turn = guard.find_turn(self.tables, self.prompts, watched)
+        turn = find_turn(self.tables, self.prompts, watched)
         said = turn.words("the reward") if turn else f"none of {', '.join(watched)} has turned"
-        return f"{said}; best.safetensors is step {guard.best_step(mean_rewards(self.lines), turn)}"
+        return f"{said}; best.safetensors is step {best_step(mean_rewards(self.lines), turn)}"
 
-
-# ----------------------------------------------------------------------------------------------
-# The parts of a report
 
 def changed_settings(runs):
     """[(setting, [value in each run])] of those that differ; folders and the continuing of a run aside."""
@@ -85,12 +74,10 @@ def changed_settings(runs):
 
 
 def curves(runs):
-    """Charts of the reward and of everything else that the evaluations measured. One run: a line for each
-    set; more: for each run."""
+    """Charts of the reward and all else that evaluations measured, with a line for each set of a single run, or for each run."""
     training, sets, measures = {}, {}, {}
     for run in runs:
-        steps = [line for line in run.lines if line.get("reward") is not None]
-        training[run.name] = [(line["step"], line["reward"], 0.) for line in steps]
+        training[run.name] = [(line["step"], line["reward"], 0.) for line in run.lines if line.get("reward") is not None]
         for tables in run.tables.values():
             sets |= tables
             for table in tables.values():
@@ -105,14 +92,12 @@ def curves(runs):
             for name in sets:
                 charts.append((f"{title}, {name}", {run.name: curve(run, [name], measure) for run in runs}))
         else:
-            lines = {run.name: curve(run, sets, measure) for run in runs}
-            charts.append((f"{title}, mean over the sets", lines))
+            charts.append((f"{title}, mean over the sets", {run.name: curve(run, sets, measure) for run in runs}))
     return [line_chart(title, lines) for title, lines in charts if any(lines.values())]
 
 
 def curve(run, sets, measure):
-    """[(step, y, error)]: a measure's mean over these sets at each evaluation that knows it; of the reward
-    with the error of its gain."""
+    """[(step, y, error)]: a measure's mean over these sets where an evaluation knows it; of the reward with its gain's error."""
     points = []
     for step, tables in run.tables.items():
         means = [tables[name][measure].nanmean().item() for name in sets if measure in tables.get(name, {})]
@@ -124,8 +109,7 @@ def curve(run, sets, measure):
 
 
 def gain_rows(runs):
-    """Rows of the table: for each run, set and measure the means of the first and the last evaluation,
-    spread, and paired difference. The runs of a set stand below each other."""
+    """Rows of a run and set: each measure's first and last mean and paired difference. A set's runs stand below each other."""
     rows = {}
     for run in runs:
         if len(run.tables) < 2:
@@ -136,19 +120,18 @@ def gain_rows(runs):
             for name, values in before.items():
                 gain, error = run.difference(set_name, name, last)
                 after = run.tables[last][set_name][name].mean().item()
-                measures[name] = {"before": values.mean().item(), "after": after, "gain": gain,
-                                  "error": error}
-            reward = before["reward"]
-            rows.setdefault(set_name, []).append({
-                "run": run.name, "set": set_name, "n": len(reward), "steps": last, "measures": measures,
-                "std": reward.std(correction=len(reward) > 1).item()})
+                measures[name] = {"before": values.mean().item(), "after": after, "gain": gain, "error": error}
+            n = len(before["reward"])
+            std = before["reward"].std(correction=n > 1).item()
+            row = {"run": run.name, "set": set_name, "n": n, "steps": last, "measures": measures, "std": std}
+            rows.setdefault(set_name, []).append(row)
     return sum(rows.values(), [])
 
 
 def clip_rows(runs, clips):
     """
-    The clips of a few evaluations, largest and smallest gains first: {title: [{caption, set, gain, runs:
-    {run's name: {gain, shown: [{step, clip: its number in clips, a pages.html.Clips, score}]}}}]}.
+    The clips of a few evaluations, largest and smallest gains first, as {title: [{caption, set, gain, runs: {run's name: {gain,
+    shown: [{step, clip: its number in clips, a pages.html.Clips, score}]}}}]}.
     """
     rows = {}
     for run in runs:
@@ -184,11 +167,9 @@ def read_study(path):
 
 def read_side(argument, prompts):
     """
-    One model's clips, {name: {file, set, caption, score}}, and the reward that scored them; score and reward
-    are None for a folder of generate.py.
+    One model's clips, {name: {file, set, caption, score}}, and the reward that scored them, both None for generate.py's.
 
-    argument: FOLDER, or FOLDER@STEP for an evaluation of a run. prompts: {set: prompts} that generate.py was
-    given, in this order, or {}.
+    argument: FOLDER, or FOLDER@STEP for an evaluation of a run. prompts: {set: prompts}, generate.py's in this order, or {}.
     """
     folder, at, step = argument.rpartition("@") if re.search(r"@\d+$", argument) else (argument, "", "")
     path = Path(folder)
@@ -198,8 +179,7 @@ def read_side(argument, prompts):
         run = RunFiles(path)
         chosen = int(step) if step else max(run.tables, default=None)
         if chosen not in run.tables:
-            raise ValueError(f"{argument}: no evaluation at that step; there are "
-                             f"{', '.join(map(str, run.tables)) or 'none'}")
+            raise ValueError(f"{argument}: no evaluation at that step; there are {', '.join(map(str, run.tables)) or 'none'}")
         return run.clips(chosen), run.config.get("reward")
 
     sets = []
@@ -218,25 +198,22 @@ def read_side(argument, prompts):
 
 def pair_up(first, second, prompts):
     """
-    Pairs of clips with the same name, which means the same prompt and seed: [{name, caption, set, files,
-    reward}], the last two A's and B's; reward is None unless both were scored by the same one.
+    Pairs of clips with the same name, which means the same prompt and seed: [{name, caption, set, files, reward}].
 
-    first, second, prompts: as read_side's. ValueError unless both have the same clips.
+    files and reward are {"a", "b"}; reward is None unless the same one scored both. first, second, prompts: as read_side's.
     """
     a, reward_a = read_side(first, prompts)
     b, reward_b = read_side(second, prompts)
     if a.keys() != b.keys() or not a:
         different = first_names(a.keys() ^ b.keys()) or "there are none"
-        raise ValueError(f"{first} and {second}: must have clips of the same prompts and seeds; not in both: "
-                         f"{different}")
-    alike = reward_a is not None and reward_a == reward_b
+        raise ValueError(f"{first} and {second}: must have clips of the same prompts and seeds; not in both: {different}")
     pairs = []
     for name, clip in a.items():
         sides = {"a": clip, "b": b[name]}
         files = {side: str(shown["file"]) for side, shown in sides.items()}
         scores = {side: shown["score"] for side, shown in sides.items()}
-        pairs.append({"name": name, "caption": clip["caption"], "set": clip["set"], "files": files,
-                      "reward": scores if alike else None})
+        reward = scores if reward_a is not None and reward_a == reward_b else None
+        pairs.append({"name": name, "caption": clip["caption"], "set": clip["set"], "files": files, "reward": reward})
     return pairs
 
 
@@ -245,6 +222,6 @@ def read_pair(files):
     pixels = {side: read_video(file) for side, file in files.items()}
     if pixels["a"].shape != pixels["b"].shape:
         shapes = f"{pixels['a'].shape[:3]} and {pixels['b'].shape[:3]}"
-        raise ValueError(f"{files['a']} and {files['b']}: frames, rows and columns are {shapes}; both must "
-                         "be alike, or the page would tell the models apart")
+        raise ValueError(f"{files['a']} and {files['b']}: frames, rows and columns are {shapes}; both must be alike, or the "
+                         "page would tell the models apart")
     return pixels

@@ -30,8 +30,7 @@ def gradient_shares(squares):
 
 def draw_step(path, columns, g, r, f, R, caption, reward):
     """
-    The strip: a row for each frame that was drawn, from the real clip to the gradient, then its reward and
-    its weight.
+    The strip: a row for each frame that was drawn, from the real clip to the gradient, then its reward and its weight.
 
     columns: [(title, line below it, pictures (S, H, W, 3))]; g, r, f: [S]; R: the video's reward.
     """
@@ -40,8 +39,7 @@ def draw_step(path, columns, g, r, f, R, caption, reward):
     height = 1.1 * S + 1.05                                                   # inches, words included
     figure = Figure(figsize=(1.16 * n + 2.7, height), facecolor="white")
     axes = figure.subplots(S, n + 2, squeeze=False, width_ratios=[1] * n + [1.05, 1.05])
-    figure.subplots_adjust(wspace=.05, hspace=.05, left=.055, right=.985, top=1 - .62 / height,
-                           bottom=.46 / height)
+    figure.subplots_adjust(wspace=.05, hspace=.05, left=.055, right=.985, top=1 - .62 / height, bottom=.46 / height)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)

@@ -1,9 +1,8 @@
 """
-A blind comparison of two models, as in the paper's Table 2 and Appendix D: who made which clip, and what the
-votes say.
+A blind comparison of two models, as in the paper's Table 2 and Appendix D: who made which clip, and what the votes say.
 
-People see two clips of the same prompt and noise, and say which has the better quality and which fits the
-text better. Which side is whose is drawn for each prompt, and written into a key that the voters do not get.
+People see two clips of the same prompt and noise, and say which has the better quality and which fits the text better. Which
+side is whose is drawn for each prompt, and written into a key that the voters do not get.
 """
 import math
 import random
@@ -22,8 +21,8 @@ def draw_key(names, pairs):
     """
     The key of a new comparison: pairs as pages.runs.pair_up has them, in random order, each with who is left.
 
-    names: (A's, B's). A is left in half of the pairs, so that a habit of voting left favours neither. Drawn
-    from the system's own randomness: with a seed, whoever knows the default could work out the sides.
+    names: (A's, B's). A is left in half of the pairs, so that a habit of voting left favours neither. Drawn from the system's own
+    randomness: with a seed, whoever knows the default could work out the sides.
     """
     system = random.SystemRandom()
     lefts = ["a", "b"] * ((len(pairs) + 1) // 2)  # of an odd number of pairs the last one here is dropped
@@ -43,12 +42,10 @@ def read_key(path):
 
 
 def read_votes(path, key):
-    """(rater, {(pair, question): "a", "tie" or "b"}) of a file that the page exported; ValueError if it is no
-    such file."""
+    """(rater, {(pair, question): "a", "tie" or "b"}) of a file that the page exported; ValueError for any other file."""
     content = read_json(path)
     if content.get("comparison") != key["comparison"]:
-        raise ValueError(f"{path}: votes on another comparison than the key's "
-                         f"({content.get('comparison')!s:.40})")
+        raise ValueError(f"{path}: votes on another comparison than the key's ({content.get('comparison')!s:.40})")
     votes = {}
     try:
         for vote in content["votes"]:
@@ -58,8 +55,8 @@ def read_votes(path, key):
                 if side is not None:
                     votes[vote["pair"], question] = unblind(pair, side)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not the votes of a comparison ({first_line(error)}); a side must be one "
-                         f"of {', '.join(SIDES)}") from None
+        raise ValueError(f"{path}: not the votes of a comparison ({first_line(error)}); "
+                         f"a side must be one of {', '.join(SIDES)}") from None
     return str(content.get("rater") or path.stem)[:60], votes
 
 
@@ -69,12 +66,8 @@ def unblind(pair, side):
     return {"left": pair["left"], "tie": "tie", "right": other}[side]
 
 
-# ----------------------------------------------------------------------------------------------
-# What the votes say
-
 def wilson(share, n, z=1.96):
-    """95% interval of a share that was seen in n trials; unlike share ± error it stays in 0..1 and has a
-    width at 0 and 1."""
+    """95% interval of a share that was seen in n trials; unlike share ± error it stays in 0..1, with a width at 0 and 1."""
     if not n:
         return 0., 1.
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
@@ -84,11 +77,9 @@ def wilson(share, n, z=1.96):
 
 def shares(choices):
     """
-    {"prompts", "votes": how many there are, "shares": {choice: (share, low, high)}} of the choices [n] of
-    all who voted on each prompt.
+    {"prompts", "votes": how many there are, "shares": {choice: (share, low, high)}}; choices [n]: of all who voted on a prompt.
 
-    Each prompt counts once, however many voted on it. Votes on one prompt depend on each other, so the
-    interval is that of as many trials as there are prompts.
+    Each prompt counts once, however many voted on it: votes on one depend on each other, so a prompt is a trial of the interval.
     """
     voted = [row for row in choices if row]
     found = {}
@@ -100,8 +91,8 @@ def shares(choices):
 
 def kappa(rows):
     """
-    Agreement of raters beyond chance: of two Cohen's (1960), of m > 2 Fleiss' (1971). None where chance alone
-    would agree always, or without votes. rows [n]: the choices of all raters of a prompt, in the same order.
+    Agreement of raters beyond chance: of two Cohen's (1960), of m > 2 Fleiss' (1971); rows [n]: all raters' choices of a prompt,
+    in the same order. None where chance alone would agree always, or without votes.
     """
     if not rows:
         return None
@@ -117,8 +108,7 @@ def kappa(rows):
 def agreement(question, between, rows):
     """What the tally says of how much raters agree; rows as in kappa."""
     measure = "Fleiss' kappa" if rows and len(rows[0]) > 2 else "Cohen's kappa"
-    return {"question": question, "between": between, "measure": measure, "kappa": kappa(rows),
-            "prompts": len(rows)}
+    return {"question": question, "between": between, "measure": measure, "kappa": kappa(rows), "prompts": len(rows)}
 
 
 def reward_choices(key):
@@ -139,10 +129,9 @@ def majority(choices):
 
 def tally(key, votes):
     """
-    What was voted, by question and prompt set, and what the reward would have; and how much they agree:
-    {"rows": [{who, question, set, ...shares}], "agreement": [agreement()], ...}.
+    What was voted, by question and prompt set, and what the reward would have; and how much they agree.
 
-    votes: {rater: {(pair, question): choice}}.
+    votes: {rater: {(pair, question): choice}} -> {"rows": [{who, question, set, ...shares}], "agreement": [agreement()], ...}.
     """
     sets = {}
     for i, pair in enumerate(key["pairs"]):
@@ -170,6 +159,5 @@ def tally(key, votes):
     rows = []
     for who, question, choices in tables:
         for name, pairs in sets.items():
-            found = shares([choices[i] for i in pairs])
-            rows.append({"who": who, "question": question, "set": name} | found)
+            rows.append({"who": who, "question": question, "set": name} | shares([choices[i] for i in pairs]))
     return {"a": key["a"], "b": key["b"], "raters": list(votes), "rows": rows, "agreement": agreements}

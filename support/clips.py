@@ -35,8 +35,7 @@ def read_list(path, root=None) -> list[Clip]:
 
     path: a .csv, a .jsonl or else a list in the official form (see FORMS; the first two may have a num_frames column too); or a
     folder, searched through for videos with a caption each, in a .txt file of the same name.
-    root: the folder that paths in a file start from (default: the list's own).
-    ValueError: an empty or malformed list; it names file and line, or the clip, and says what is allowed.
+    root: the folder that paths in a file start from (default: the list's own). A ValueError names file and line, or the clip.
     """
     path = Path(path)
     if path.is_dir():
@@ -107,19 +106,12 @@ def describe_clips(names, captions):
 
 
 def read_prompts(path):
-    """
-    Prompts from a text file: one a line, or the official list form `video|||caption|||frames`, whose caption is taken.
-
-    Blank lines and those that begin with # are left out. ValueError: no such file, not text, or no prompts.
-    """
+    """Prompts of a text file, one a line, or as the official `video|||caption|||frames`, without blank lines and # ones."""
     try:
-        lines = read_text(path).splitlines()
+        lines = [line for line in read_text(path).splitlines() if line.strip() and not line.lstrip().startswith("#")]
     except OSError as error:
         raise ValueError(f"prompts {path}: cannot be read ({error})") from None
-    prompts = []
-    for line in lines:
-        if line.strip() and not line.lstrip().startswith("#"):
-            prompts.append((line.split("|||")[1] if "|||" in line else line).strip())
+    prompts = [(line.split("|||")[1] if "|||" in line else line).strip() for line in lines]
     if not prompts or not all(prompts):
         raise ValueError(f"prompts {path}: expected one prompt a line, found {'an empty one' if prompts else 'none'}")
     return prompts
@@ -180,11 +172,8 @@ def find_cached(folder, made_from):
 
 
 def fill_cached(found, made_from, compute, folder):
-    """
-    Compute what is None in found {item: tensor}; with a folder, every rank keeps its share there and finds the others'.
-
-    made_from: {item: text}; compute(items) yields (item, tensor).
-    """
+    """Compute what is None in found {item: tensor}: compute(items) yields (item, tensor), made_from is {item: text}. With a
+    folder, every rank keeps its share there and finds the others'."""
     # A rank's share is one of all items: which are missing changes while other ranks are at work.
     rank, world_size = rank_and_size() if folder else (0, 1)
     mine = list(made_from)[rank::world_size]
@@ -205,10 +194,9 @@ def fill_cached(found, made_from, compute, folder):
 
 def find_problems(clips, config, found):
     """
-    {path, or Clip without a caption: why it cannot be used} of those that cannot.
+    {path, or Clip without a caption: why it cannot be used}; found: {path: its cache entry or None} of the files that are there.
 
-    found: {path: its cache entry, which needs no check, or None} of the files that are there. The ranks share the work and all
-    get the whole: a file that one node does not see is left out on every node.
+    The ranks share the work and all get the whole: a file that one node does not see is left out on every node.
     """
     rank, world_size = rank_and_size()
     paths = list(dict.fromkeys(clip.path for clip in clips))
@@ -281,19 +269,13 @@ def encode_clips(clips, config, base, cache_dir, num_workers, max_skip):
 
 @torch.no_grad()
 def encode_captions(captions, encode_text, text_name, cache_dir=None):
-    """
-    One entry per caption, whose [:] is its features (N, E); equal captions are computed once.
-
-    encode_text(list of B captions) -> (B, N, E). text_name, cache_dir: as in `encode_clips`.
-    """
+    """One entry per caption, whose [:] is its features (N, E), as encode_text([B captions]) -> (B, N, E) has them."""
     def encode_missing(missing):
         for i in progress(range(0, len(missing), 64), "encoding captions", disable=not missing):
             part = missing[i:i + 64]
             yield from zip(part, encode_text(part), strict=True)
 
-    made_from = {}
-    for caption in captions:
-        made_from[caption] = json.dumps([CACHE_VERSION, "text", text_name, caption])
+    made_from = {caption: json.dumps([CACHE_VERSION, "text", text_name, caption]) for caption in captions}  # equal ones once
     found = find_cached(cache_dir, made_from)
     fill_cached(found, made_from, encode_missing, cache_dir)
     return [found[caption] for caption in captions]

@@ -1,8 +1,4 @@
-"""
-What a person looks at: strips of frames, contact sheets, a moving before/after, curves, tables.
-
-Letters: n videos, F frames, H and W pixel rows and columns.
-"""
+"""What people look at: strips of frames, contact sheets, a moving before/after, curves, tables. Letters: n videos, F frames."""
 import json
 import platform
 import shlex
@@ -44,8 +40,7 @@ def contact_sheet(columns, captions, titles):
         strips = [strip(video) for video in videos]
         rows.append(np.hstack(strips))
         rows.append(words(caption, rows[0].shape[1]))
-    head = [words(title, strips[0].shape[1]) for title in titles]
-    return np.vstack([np.hstack(head), *rows])
+    return np.vstack([np.hstack([words(title, strips[0].shape[1]) for title in titles]), *rows])
 
 
 def write_png(path, pixels):
@@ -56,15 +51,9 @@ def write_png(path, pixels):
 
 
 def write_comparison_gif(path, rows, captions, titles, fps, tile=112):
-    """
-    Videos that play side by side: rows [k] of videos [n], each (F, H, W, 3) uint8, captions [n] below, titles [k] beside.
-
-    tile: side of each video in pixels. Colours are reduced to 128, without dithering, which keeps the file small.
-    """
+    """Videos that play side by side: rows [k] of videos [n], each (F, H, W, 3) uint8, captions [n] below, titles [k] beside."""
     from PIL import Image
-    below = [words("", 54, 36)]
-    for caption in captions:
-        below.append(words("\n".join(wrap(caption, 17)[:2]), tile + 4, 36, 13))
+    below = [words("", 54, 36), *(words("\n".join(wrap(caption, 17)[:2]), tile + 4, 36, 13) for caption in captions)]
     frames = []
     for f in range(len(rows[0][0])):
         lines = []
@@ -75,7 +64,7 @@ def write_comparison_gif(path, rows, captions, titles, fps, tile=112):
                 line.append(np.pad(small, ((0, 4), (0, 4), (0, 0)), constant_values=255))
             lines.append(np.hstack(line))
         picture = Image.fromarray(np.vstack([*lines, np.hstack(below)]))
-        frames.append(picture.quantize(128, dither=Image.Dither.NONE))
+        frames.append(picture.quantize(128, dither=Image.Dither.NONE))  # which keeps the file small
     with write_whole(path) as hidden:
         frames[0].save(hidden, format="GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
 
@@ -116,8 +105,7 @@ def draw_curves(lines, reward_name, path, watched=(), turn=None):
     curves = {}  # {measure: {set: its mean at each evaluation}}
     for set_name, measures in evals[0]["eval"].items():
         for measure in measures:
-            curve = [number(line["eval"][set_name].get(measure)) for line in evals]
-            curves.setdefault(measure, {})[set_name] = curve
+            curves.setdefault(measure, {})[set_name] = [number(line["eval"][set_name].get(measure)) for line in evals]
 
     panels = [("videos of the training steps", reward_name, {"each step": [line["reward"] for line in training]}),
               ("videos from pure noise", reward_name, curves["reward_mean"])]
@@ -125,8 +113,7 @@ def draw_curves(lines, reward_name, path, watched=(), turn=None):
     if judged:
         means = {k: np.mean(list(curves[k].values()), axis=0) for k in judged}
         panels.append(("the same videos, by the judge", "mean over the sets", means))
-    for k in watched:
-        panels.append(("watched, videos from pure noise", k, curves[k]))
+    panels += [("watched, videos from pure noise", k, curves[k]) for k in watched]
 
     figure, axes = new_figure(len(panels), 4, (5, 3.6))
     for axis, (title, ylabel, shown) in zip(axes, panels):
@@ -179,10 +166,9 @@ def versions():
 
 def evaluation_bar(sets, settings, models):
     """
-    A progress bar of this rank's share; before it, rank 0 says how much there is to do.
+    A progress bar of this rank's share; before it, rank 0 says how much there is to do. settings: each (D, guidance).
 
-    sets: {set: prompts}. settings: each (D, guidance). It counts denoising steps, as a video with D = 50 takes longer than one
-    with 20, so that the time that it promises is right from the start.
+    It counts denoising steps, as a video with D = 50 takes longer than one with 20, so that the time it promises is right.
     """
     rank, world_size = rank_and_size()
     videos = sum(map(len, sets.values()))
@@ -211,10 +197,9 @@ def as_markdown(results, reward_name):
 
 def save_evaluation(cfg, results, sheets, sets, models, reward_name, apart):
     """
-    Write the report into cfg.out and print its table.
+    Write the report into cfg.out and print its table. results: rows of set, num_steps, guidance, model, measures, differences.
 
-    results: rows of set, num_steps, guidance, model, measures and differences. sheets: {set: [videos (k, F, 3, H, W) of each
-    model]}. sets: {set: prompts}. models: their names. apart: distances from the hpsv2 package's own scores, if it was asked.
+    sheets: {set: [videos (k, F, 3, H, W) of each model]}. apart: distances from the hpsv2 package's own scores, if it was asked.
     """
     report = {"command": shlex.join(["python", "evaluate.py", *sys.argv[1:]]), "reward": reward_name, "seed": cfg.seed,
               "versions": versions(), "results": results}
@@ -226,9 +211,7 @@ def save_evaluation(cfg, results, sheets, sets, models, reward_name, apart):
     write_text(cfg.out / "table.md", table)
     if cfg.sheet:
         columns = [torch.cat(of_sets) for of_sets in zip(*sheets.values())]
-        captions = []
-        for name in sheets:
-            captions += sets[name][:cfg.sheet]
+        captions = [caption for name in sheets for caption in sets[name][:cfg.sheet]]
         write_png(cfg.out / "sheet.png", contact_sheet(columns, captions, models))
     print(table)
     print(f"written: {cfg.out}/table.md, table.json{', sheet.png' if cfg.sheet else ''}")

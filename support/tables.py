@@ -1,8 +1,7 @@
 """
 Numbers of many videos: a table is {measure: (n,) tensor}, one entry a video, "reward" among the measures.
 
-Means with their errors, what `--watch` measures, and the guard. Differences are paired: the same prompt and noise, before and
-after.
+Means with their errors, what `--watch` measures, and the guard. Differences are paired: same prompt and noise, before and after.
 """
 import itertools
 import math
@@ -52,10 +51,9 @@ def paired(before, after, measure="reward", clusters=None):
     sums = {}
     for label, deviation in zip(clusters or range(len(d)), (d - mean).tolist()):
         sums[label] = sums.get(label, 0.) + deviation
-    groups = len(sums)
-    if groups < 2:
-        return mean.item(), math.nan
-    return mean.item(), (groups / (groups - 1) * sum(s * s for s in sums.values())) ** .5 / len(d)
+    m = len(sums)
+    error = (m / (m - 1) * sum(s * s for s in sums.values())) ** .5 / len(d) if m > 1 else math.nan
+    return mean.item(), error
 
 
 def over_seeds(label, rows):
@@ -153,30 +151,21 @@ def consistency(clips):
 
 
 def pixel_measures(clips, names):
-    """
-    {"pixel_" and the name: (B,)} of these PIXELS; of "diversity", which needs other videos, small copies (B, 3, *SMALL).
-
-    motion       mean absolute change of a pixel from frame to frame, 0 to 1
-    flicker      mean absolute second difference over three frames, 0 to 2: what changes there and back
-    Others have a function each. nan where a clip has too few frames.
-    """
+    """{"pixel_" and the name: (B,)} of these PIXELS; of "diversity", which needs other videos, small copies (B, 3, *SMALL).
+    nan where a clip has too few frames."""
     if not names:
         return {}
     clips = clips.float()
     found = {
-        "motion": clips.diff(dim=1).abs().mean(dim=(1, 2, 3, 4)),
-        "flicker": clips.diff(n=2, dim=1).abs().mean(dim=(1, 2, 3, 4)),
+        "motion": clips.diff(dim=1).abs().mean(dim=(1, 2, 3, 4)),         # from frame to frame, 0 to 1
+        "flicker": clips.diff(n=2, dim=1).abs().mean(dim=(1, 2, 3, 4)),   # over three, 0 to 2: what changes there and back
         "consistency": consistency(clips), "sharpness": sharpness(clips), "saturation": saturation(clips),
         "diversity": F_.adaptive_avg_pool3d(clips.transpose(1, 2), SMALL)}
     return {f"pixel_{name}": found[name].cpu() for name in names}
 
 
 def diversity(copies, captions):
-    """
-    How much videos of one prompt differ: small copies (n, ...), captions [n] -> (n,), 0 to 1.
-
-    A video's is the mean absolute difference from the others with its caption; nan where there is no other.
-    """
+    """(n,): mean absolute difference of each small copy (n, ...) from the others of its caption, 0 to 1; nan without others."""
     found = torch.full((len(captions),), torch.nan, dtype=torch.float64)
     for caption in set(captions):
         same = [i for i, other in enumerate(captions) if other == caption]
@@ -187,11 +176,8 @@ def diversity(copies, captions):
 
 
 def as_table(rows, captions):
-    """
-    {measure: (n,) float64} of a row {measure: a number or (1,)} for each video; captions [n].
-
-    A row has small copies of its video under "pixel_diversity", which is known only once all are there.
-    """
+    """{measure: (n,) float64} of a row {measure: a number or (1,)} for each video; captions [n]. Under "pixel_diversity", which
+    is known only once all videos are there, a row has a small copy of its own."""
     table = {}
     for name in rows[0]:
         if name == "pixel_diversity":
@@ -259,8 +245,6 @@ def pool(table, prompts):
 def change(before, after, measure, captions):
     """Paired difference of a measure and its error, over the videos of which both are known: diversity needs another one."""
     known = (before[measure].isfinite() & after[measure].isfinite()).nonzero().flatten().tolist()
-    if not known:
-        return math.nan, math.nan
     return paired({measure: before[measure][known]}, {measure: after[measure][known]}, measure, [captions[i] for i in known])
 
 
@@ -270,11 +254,7 @@ def counts(difference, error):
 
 
 def find_turn(tables, prompts, watched):
-    """
-    The first evaluation at which a watched measure has turned, by the rule above, as a Turn; None if there is none.
-
-    tables: as above; prompts: {set: captions}, those of the videos; watched: names of measures.
-    """
+    """The Turn of the first evaluation at which one of `watched` has turned, or None. prompts: {set: the videos' captions}."""
     pooled = {}
     for step in sorted(tables) if watched else ():
         pooled[step], captions = pool(tables[step], prompts)
@@ -283,9 +263,7 @@ def find_turn(tables, prompts, watched):
         if reward[0] > 0 and counts(*reward):
             found = []
             for name in watched:
-                means = {}  # of the evaluations before this one
-                for earlier in list(pooled)[:-1]:
-                    means[earlier] = mean(pooled[earlier][name])
+                means = {earlier: mean(pooled[earlier][name]) for earlier in list(pooled)[:-1]}  # not of this evaluation
                 since = first if name in LIMITS else highest(means)
                 if since is not None:
                     difference = change(pooled[since], pooled[step], name, captions)
@@ -313,9 +291,5 @@ def is_worse(name, difference, error, first):
 
 
 def best_step(rewards, turn):
-    """
-    The step whose adapter is best.safetensors: the one with the highest mean reward, of the evaluations before the turn.
-
-    rewards: {step: mean reward of an evaluation, -inf if it is not finite} in order. None for none.
-    """
+    """The step whose adapter is best.safetensors: the highest of rewards {step: mean reward} before the turn; None for none."""
     return highest({step: reward for step, reward in rewards.items() if turn is None or step < turn.step})

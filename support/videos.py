@@ -136,6 +136,18 @@ def read_all_windows(paths, config, num_workers=0):
                       generator=torch.Generator())
 
 
+def read_clip(path, config, start=0, generator=None):
+    """One window of a clip, (F, 3, H, W) in [-1, 1], from this frame of the file on, or from one that `generator` draws."""
+    def pick(last):
+        if generator is not None:
+            return [torch.randint(last + 1, (), generator=generator).item()]
+        if not 0 <= start <= last:
+            raise ValueError(f"{path}: no start at {start}; must be from 0 to {last}")
+        return [start]
+
+    return read_windows(path, config, pick)[0].float() / 127.5 - 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 def video_name(index, prompt):

@@ -20,6 +20,7 @@ from data import ClipConfig, LatentDataset, batch_indices, encode_clips, epoch_o
 from support import clips as cache, clips as clip_lists, ranks as processes, videos
 from support.clips import Clip, encode_captions, find_problems, leave_out, read_list
 from support.ranks import sample_generator
+from support.videos import read_clip
 
 SMALL = ClipConfig(num_frames=4, height=16, width=16, starts=3)
 
@@ -40,17 +41,6 @@ def write(path, images, fps=8, codec="libx264", pix_fmt="yuv420p", **options):
 
 def grey(path, n=40, fps=8, height=32, width=32, step=4, first=10, **options):
     return write(path, [np.full((height, width, 3), first + step * i, np.uint8) for i in range(n)], fps, **options)
-
-
-def read_clip(path, config, start=None, generator=None):
-    """The frames of one window, (F, 3, H, W) in [-1, 1]: at `start`, or at one that `generator` draws, or the first."""
-    def pick(last):
-        if generator is not None:
-            return [torch.randint(last + 1, (), generator=generator).item()]
-        assert 0 <= (start or 0) <= last
-        return [start or 0]
-
-    return videos.read_windows(path, config, pick)[0].float() / 127.5 - 1
 
 
 def indices(frames, step=4, first=10):
