@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pages.html import line_chart
 from support.files import first_names, read_json, read_text
-from support.run import SHOWN, mean_rewards, read_metrics, read_tables, sample_file
+from support.run import SHOWN, mean_rewards, read_evaluations, sample_file
 from support.tables import best_step, find_turn, paired
 from support.videos import read_video, video_name
 
@@ -26,13 +26,7 @@ class RunFiles:
         self.prompts = self.record.get("prompts")
         if self.prompts is None:
             raise ValueError(f"{folder}: a run of an early version, whose run.json has no prompts")
-        metrics = self.folder / "metrics.jsonl"
-        self.lines = read_metrics(metrics) if metrics.is_file() else []
-        self.tables = {}
-        for step in sorted(line["step"] for line in self.lines if "eval" in line):
-            file = sample_file(self.folder, step, ".json")
-            if file.is_file():
-                self.tables[step] = read_tables(file)
+        self.lines, self.tables = read_evaluations(self.folder)
 
     def clips(self, step):
         """The clips of an evaluation, the first few of each set: {name: {file, set, caption, score}}."""

@@ -20,7 +20,7 @@ from support.files import check_folder, first_line, read_json, write_text, write
 from support.pictures import contact_sheet, draw_curves, write_comparison_gif, write_png
 from support.ranks import check_alike, on_rank_0, progress, rank_and_size, signalled
 from support.settings import tensorboard_writer, to_record
-from support.tables import add_judge, best_step, find_turn, json_numbers, number, paired, summary, with_error
+from support.tables import add_judge, best_step, column, find_turn, json_numbers, number, paired, summary, with_error
 from support.videos import read_video, to_pixels, video_name, write_video
 
 VERSION = 1  # of the run folder's files
@@ -332,13 +332,20 @@ def read_run(folder, steps, adapters, data):
         raise ValueError(f"clips: must be those that {folder} began with, {recorded}, found {data}; which clips a step takes "
                          "follows from the list, so another list is another run")
 
+    return state, *read_evaluations(folder, step)
+
+
+def read_evaluations(folder, last_step=math.inf):
+    """What a run has logged up to a step: lines of metrics.jsonl, and {step: {set: {measure: (n,)}}} of its evaluations."""
     metrics, tables = folder / "metrics.jsonl", {}
-    lines = [line for line in read_metrics(metrics) if line["step"] <= step] if metrics.is_file() else []
+    lines = [line for line in read_metrics(metrics) if line["step"] <= last_step] if metrics.is_file() else []
     for line in lines:
         file = sample_file(folder, line["step"], ".json")
         if "eval" in line and file.is_file():
-            tables[line["step"]] = read_tables(file)
-    return state, lines, tables
+            tables[line["step"]] = {}
+            for set_name, table in read_json(file).items():
+                tables[line["step"]][set_name] = {name: column(values) for name, values in table.items()}
+    return lines, tables
 
 
 def read_checkpoint(path, adapters):
@@ -391,16 +398,6 @@ def read_metrics(path):
 def sample_file(folder, step, ending):
     """A file of an evaluation, samples/step_000100 and its ending."""
     return folder / "samples" / f"step_{step:06d}{ending}"
-
-
-def read_tables(path):
-    """{set: {measure: (n,)}} of a samples/step_000100.json."""
-    tables = {}
-    for set_name, table in read_json(path).items():
-        tables[set_name] = {}
-        for name, values in table.items():
-            tables[set_name][name] = torch.tensor([number(value) for value in values], dtype=torch.float64)
-    return tables
 
 
 def mean_rewards(lines):
