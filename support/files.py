@@ -20,17 +20,15 @@ def write_whole(path):
     """
     Yields a hidden path beside `path` to fill, as a file or as a folder of files; it is flushed and renamed at the end.
 
-    Replaces a file of that name, never a folder that holds anything (OSError). After an error nothing is left. Files may be read
-    by whom the umask allows: some writers make files that are private to the user, as temporary ones are.
+    Replaces a file of that name, never a folder that holds anything (OSError). After an error nothing is left.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     hidden = path.with_name(f".{os.urandom(4).hex()}.{path.name}")  # some writers choose the format by the suffix
     try:
         yield hidden
-
         for file in hidden.iterdir() if hidden.is_dir() else [hidden]:
-            file.chmod(0o666 & ~UMASK)
+            file.chmod(0o666 & ~UMASK)  # some writers make files that are private to the user, as temporary ones are
             with open(file, "rb+") as f:
                 os.fsync(f.fileno())
         os.replace(hidden, path)
