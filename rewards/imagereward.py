@@ -13,6 +13,7 @@ Letters: B videos, S frames, N = B S pictures, T tokens.
 import torch
 from torch import nn
 
+from formats.names import replace_all
 from formats.reward_model import RewardModel, build, clip_normalize, crop_centre
 from formats.tensors import read_tensors
 from formats.weights import hub_file
@@ -96,11 +97,8 @@ def load(path, argument, dtype, device, vision=VISION, text=TEXT):
         head = build(lambda: LinearHead(32), device=device)
         return ImageReward(blip, head, SPELLED, "ImageReward-random")
 
-    path, published = path / "ImageReward.pt" if path.is_dir() else path, {}
-    for name, tensor in read_tensors(path).items():
-        for old, new in RENAMED:
-            name = name.replace(old, new)
-        published[name] = tensor
+    path = path / "ImageReward.pt" if path.is_dir() else path
+    published = {replace_all(name, RENAMED): t for name, t in read_tensors(path).items()}
     # Tensors that are still called blip.* were used in pretraining alone.
     parts = {k: v for k, v in published.items() if k.startswith(("vision.", "text."))}
     blip = build(lambda: Blip(vision, text), path, dtype, device, parts)

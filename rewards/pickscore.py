@@ -1,6 +1,5 @@
 """
-PickScore: which of two pictures people would pick for a caption. Kirstain et al.
-(arXiv:2305.01569).
+PickScore (Kirstain et al., arXiv:2305.01569): which of two pictures people pick for a caption.
 
 A CLIP ViT-H-14 tuned on people's choices; the score is exp(logit_scale) times the cosine of a
 picture's and a caption's features, 18 to 24. An image reward.
@@ -28,8 +27,7 @@ class PickScore(RewardModel):
 
     def __init__(self, clip, name="PickScore-v1"):
         super().__init__(name)
-        self.clip = clip
-        self.size = clip.config.vision_config.image_size
+        self.clip, self.size = clip, clip.config.vision_config.image_size
         self.tokenizer = clip_tokenizer(clip.config.text_config.max_position_embeddings)
 
     def forward(self, frames, captions):
@@ -38,7 +36,6 @@ class PickScore(RewardModel):
         features = self.clip.visual_projection(self.clip.vision_model(pixel_values=x).pooler_output)
         image = F_.normalize(features.float(), dim=-1)                        # (B*S, E)
         image = image.unflatten(0, frames.shape[:2])                          # (B, S, E)
-
         text = self.encode_once(captions, self.clip, self.text_features)
         cosine = (image * torch.stack(text)[:, None]).sum(dim=-1)             # (B, S)
         return self.clip.logit_scale.float().exp() * cosine

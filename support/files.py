@@ -1,8 +1,7 @@
 """
 Files: written whole or not at all, and read as data.
 
-A run may be killed at any moment and a disk may fill up. So every file is written under a hidden name first and renamed
-when it is complete: whoever finds a file under its own name finds all of it.
+A run may be killed and a disk may fill up: whoever finds a file under its own name finds all of it.
 """
 import json
 import os

@@ -64,7 +64,6 @@ def join_ranks(name=None):
     cuda = torch.cuda.is_available() and name != "cpu"
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-
     # torchrun keeps its store across restarts, so each attempt needs its own prefix.
     store, rank, size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
@@ -73,8 +72,7 @@ def join_ranks(name=None):
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else pick_device(name or "cpu")
 
 
-# The group for all but the sum of gradients: these waits may take longer than the half hour after which a step counts as hung.
-GROUPS = {"patient": None}
+GROUPS = {"patient": None}  # for all but the sum of gradients: waits longer than the half hour after which a step counts as hung
 
 
 def barrier():
@@ -214,10 +212,10 @@ class Lines:
 
 def progress(iterable=None, desc=None, total=None, *, unit="it", initial=0, leave=True, disable=False):
     """
-    tqdm's bar, on the standard error stream. `set_postfix_str(text, refresh=False)` says more with its next state.
+    tqdm's bar, on rank 0's standard error stream. `set_postfix_str(text, refresh=False)` says more with its next state.
 
     leave: whether its end stays on the terminal. In a log such a job has a line at its start and one at its end; a part of a job
-    has lines only if it takes longer than LINE_EVERY. Only rank 0 shows anything.
+    has lines only if it takes longer than LINE_EVERY.
     """
     lines = {} if sys.stderr.isatty() else {
         "file": Lines(sys.stderr), "mininterval": LINE_EVERY, "maxinterval": LINE_EVERY, "delay": 0 if leave else LINE_EVERY,

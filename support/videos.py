@@ -1,9 +1,8 @@
 """
 Video files in and out.
 
-In: windows of a clip at a given rate, decoded in one pass by PyAV, which comes with imageio's plugin; used directly, since
-it can stop early and tells which frames are damaged. A clip that cannot be read or is too short is a ValueError that names
-it, never a clip of black frames. Out: .mp4 that any player shows, and .gif.
+In: windows of a clip at a given rate, by PyAV, which comes with imageio's plugin and can stop early and tell which frames are
+damaged. A clip that cannot be read or is too short is a ValueError that names it. Out: .mp4 that any player shows, and .gif.
 
 Letters: K windows, F frames, H and W pixel rows and columns.
 """
@@ -31,9 +30,8 @@ def open_video(path):
         with av.open(os.path.abspath(path)) as container:
             if not container.streams.video:
                 raise ValueError(f"{path}: cannot be read: no video in it")
-            # By default a decoder hides damage, making up what is missing from neighbouring frames. With this it stops at most of
-            # it, and marks some of the rest (is_corrupt, below).
             stream = container.streams.video[0]
+            # By default a decoder hides damage. With this it stops at most of it, and marks some of the rest (is_corrupt, below).
             stream.codec_context.options = {"err_detect": "explode"}
             stream.codec_context.thread_count = 1  # worker processes take a clip each
             yield container, stream
@@ -63,11 +61,8 @@ def measure(path, config, count=None):
 
 
 def read_windows(path, config, pick, count=None):
-    """
-    Windows of one clip, (K, F, 3, H, W) uint8, at the starts that pick(last possible start) lists.
-
-    One pass, from the first frame to the last one needed: windows overlap, and most clips have few key frames to jump to.
-    """
+    """Windows of one clip, (K, F, 3, H, W) uint8, at the starts that pick(last possible start) lists; see measure for count."""
+    # In one pass, from the first frame to the last one needed: windows overlap, and most clips have few key frames to jump to.
     last, stride = measure(path, config, count)
     windows = [range(start, start + config.num_frames * stride, stride) for start in pick(last)]
     wanted = set().union(*windows)
@@ -118,8 +113,6 @@ def read_all_windows(paths, config, num_workers=0):
     return DataLoader(paths, batch_size=None, collate_fn=partial(read_even_windows, config), num_workers=num_workers,
                       generator=torch.Generator())
 
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 def video_name(index, prompt):
     """A file name that is safe anywhere, whatever the prompt: its number, then letters and digits of it."""
