@@ -252,7 +252,7 @@ def text_tower(tensors, path):
         tensors = {k: v for k, v in tensors.items() if not k.startswith(others)}
 
     blocks = {m[1] for k in tensors if (m := re.match(r"transformer\.resblocks\.(\d+)\.", k))}
-    layers = len(blocks) - (not ends_early)
+    layers = len(blocks) - (0 if ends_early else 1)
     tables = [tensors.get(name) for name in ("token_embedding.weight", "positional_embedding")]
     if layers < 1 or any(t is None or t.dim() != 2 for t in tables):
         found = first_names(tensors)

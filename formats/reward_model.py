@@ -126,7 +126,7 @@ def build(make, source=None, dtype=torch.float32, device="cpu", tensors=None, sp
     ours = {replace_all(name, spellings): name for name in module.state_dict()}
     renamed = {}
     for name, t in (read_tensors(source) if tensors is None else tensors).items():
-        if name in ours.values() or not name.endswith("position_ids"):  # older files also hold these position numbers
+        if not name.endswith("position_ids") or name in ours.values():  # older files also hold these position numbers
             renamed[ours.get(replace_all(name, spellings), name)] = t
     load_strict(module, renamed, source, dtype)
     for name, buffer in list(module.named_buffers()):

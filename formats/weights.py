@@ -15,7 +15,7 @@ PARTS = {  # what a folder may call each part: diffusers' components, then the f
     "vae": ("vae", "VQGAN_autoencoder.pth", "v2-1_512-ema-pruned.ckpt"),
     "text_encoder": ("text_encoder", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.safetensors",
                      "stable-diffusion-v/open_clip_pytorch_model.bin")}
-REWARD_REPO = "xswu/HPSv2"  # its files: the first is downloaded, any may lie in the base's folder
+REWARD_REPO = "xswu/HPSv2"  # of each kind's files here the first is downloaded, any may lie in the base's folder
 REWARD_FILES = {"hpsv2": ("HPS_v2_compressed.pt", "HPS_v2.pt"), "hpsv2.1": ("HPS_v2.1_compressed.pt",)}
 HUB_REWARDS = {  # those of rewards/: a hub repository and the files of it that are needed
     "pickscore": ("yuvalkirstain/PickScore_v1", "config.json", "model.safetensors"),

@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F_
 
 from formats.reward_model import RewardModel, build, clip_normalize, clip_tokenizer, crop_centre
-from rewards.hub import read_model_config
+from rewards.hub import SMALL_SIZES, read_model_config
 
-TOWER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-             projection_dim=24, hidden_act="gelu")
-SMALL = dict(projection_dim=24, text_config=TOWER,
-             vision_config=dict(image_size=32, patch_size=8, **TOWER))
+TOWER = SMALL_SIZES | dict(projection_dim=24, hidden_act="gelu")
+VISION = TOWER | dict(image_size=32, patch_size=8)
+SMALL = dict(projection_dim=24, text_config=TOWER, vision_config=VISION)
 
 
 class PickScore(RewardModel):
