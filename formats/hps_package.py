@@ -54,14 +54,14 @@ def official_hps(clip, clip_config=None, tokenizer=None):
     model.attn_mask = clip.attn_mask
     # score() reads its checkpoint again at every call (2 GB a caption). The weights are in place: let it read nothing.
     model.load_state_dict = lambda state_dict: None
-    transform = fork.image_transform(model.visual.image_size, is_train=False, resize_longest_max=True)
+    preprocess = fork.image_transform(model.visual.image_size, is_train=False, resize_longest_max=True)
+    loaded = {"model": model, "preprocess_val": preprocess}
 
     def score(frames, caption):
         pictures = [Image.fromarray(x.permute(1, 2, 0).cpu().numpy()) for x in frames]      # S of (H, W, 3)
         torch.save({"state_dict": {}}, nothing := io.BytesIO())
         nothing.seek(0)
         # For this one call: a filled model_dict keeps it from downloading LAION's CLIP, a root_path from making a cache folder.
-        loaded = {"model": model, "preprocess_val": transform}
         here = {"model_dict": loaded, "device": str(clip.logit_scale.device), "root_path": "."}
         if tokenizer:
             here["get_tokenizer"] = lambda name: tokenizer
