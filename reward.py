@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F_
 
 from formats import reward_model as published
-from formats.reward_model import RewardModel, load_clip, random_clip, spread_frames
+from formats.reward_model import RewardModel, load_clip, spread_frames
 from formats.weights import REWARD_FILES, find_reward, named_rewards, reward_kind
 from formats.words import read_words
 from support.tables import pixel_names
@@ -217,7 +217,7 @@ def load_reward(kind="hpsv2", weights=None, base_folder=None, dtype=torch.float3
 
     if path is None:
         config = None if str(weights) == "random" else published.SMALL_CLIP
-        return HPSv2(random_clip(config, dtype, device), None, "random", argument, config)
+        return HPSv2(load_clip(None, config, dtype, device), None, "random", argument, config)
     if (path / "words.txt").is_file():  # a small CLIP with words of its own
         config = published.read_clip_config(path / "config.json")
         words = read_words(path / "words.txt", config["text_cfg"])

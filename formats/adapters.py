@@ -55,15 +55,13 @@ class Adapter:
     alpha: float
     base: str | None
     fingerprint: str | None
-    weights: dict
-    """the base's tensors, under official names, if the file is a fine-tuned official one that has them beside"""
+    weights: dict  # the base's tensors, under official names, if the file is a fine-tuned official one that has them beside
 
 
 def read_adapter(path, config=None):
     """An Adapter from our file, PEFT's folder or official tensors, alone or in a .pth; config: as in export."""
-    path, weights, recorded = Path(path), {}, {}
-    if (path / "lora.safetensors").is_file():  # a run folder
-        path = path / "lora.safetensors"
+    of_run, weights, recorded = Path(path, "lora.safetensors"), {}, {}
+    path = of_run if of_run.is_file() else Path(path)
     if path.is_dir():
         tensors, recorded = read_peft(path)
     else:
@@ -71,15 +69,13 @@ def read_adapter(path, config=None):
         rest, official = split_lora(tensors)
         if official:
             ours = {theirs: name for name, theirs in official_names(config or names.MODELSCOPE).items()}
-            tensors = {ours.get(name, name): t for name, t in official.items()}
-            weights, recorded = rest, None
+            tensors, weights = {ours.get(name, name): t for name, t in official.items()}, rest
+            recorded = dict.fromkeys(("rank", "alpha"), common_rank(tensors, path))
         elif path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 recorded = file.metadata() or {}
 
     rank = common_rank(tensors, path)
-    if recorded is None:  # official files
-        recorded = {"rank": rank, "alpha": rank}
     if recorded.get("version", VERSION) != VERSION:
         raise ValueError(f"{path}: has format version {recorded['version']!r}, this code reads {VERSION}")
     try:
@@ -98,9 +94,9 @@ def read_peft(folder):
     for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
         if settings.get(key):
             raise ValueError(f"{folder}: adapter_config.json sets {key}; must be plain LoRA, one rank and alpha for all")
-    files = [folder / f"adapter_model.{suffix}" for suffix in ("safetensors", "bin")]
-    tensors = read_tensors(next((f for f in files if f.is_file()), files[0]))
-    return tensors, {"rank": settings.get("r"), "alpha": settings.get("lora_alpha")}
+    file = folder / "adapter_model.bin"
+    file = file if file.is_file() and not file.with_suffix(".safetensors").is_file() else file.with_suffix(".safetensors")
+    return read_tensors(file), {"rank": settings.get("r"), "alpha": settings.get("lora_alpha")}
 
 
 def common_rank(tensors, path):
@@ -160,18 +156,22 @@ def export(adapter, to, out, base=None, config=None):
     found = read_adapter(adapter, config)
     weights = weights or unet_from_official(found.weights, config)
     if weights:
-        paths = {name.removesuffix(".weight"): t.shape for name, t in weights.items()}
-        shapes = {path: shape for path, shape in paths.items() if PROJECTION.search(path)}
+        shapes = {n.removesuffix(".weight"): t.shape for n, t in weights.items() if PROJECTION.search(n.removesuffix(".weight"))}
         check_adapter(found, shapes, fingerprint(weights), adapter)
     if to == "official" and found.tensors.keys() != official_names(config).keys():
         raise ValueError(f"{adapter}: not adapters of ModelScope's UNet; --base must name the weights of theirs")
 
     if to == "peft":
         export_peft(found, out, base)
-    elif to == "official":
-        export_official(found, weights, out, config)
-    else:
+    elif to == "diffusers":
         export_diffusers(found, weights, out, config, base or adapter)
+    else:
+        # Official inference adds B A as they are (inference_instructvideo_entrance.py), so our scale goes into B.
+        table = official_names(config)
+        tensors = {table[k]: t.float() * (found.alpha / found.rank if ".lora_B." in k else 1) for k, t in found.tensors.items()}
+        tensors |= {k: t.float() for k, t in names.unet_to_official(weights, config).items()}
+        with write_whole(out) as file:
+            torch.save({"state_dict": tensors}, file)
 
 
 def read_unet(base, config):
@@ -179,7 +179,7 @@ def read_unet(base, config):
     path = find_base(base)
     alone = path.is_file() or (path / "config.json").is_file()  # the UNet itself, or the whole model with the UNet in it
     path = path if alone else find_part(path, PARTS["unet"]) or path
-    described = component_config(path, lambda content: names.unet_from_diffusers(content, SimpleNamespace))
+    described = component_config(path, lambda c: names.unet_from_diffusers(c, SimpleNamespace))
     config = described or config or names.MODELSCOPE
     return unet_from_official(split_lora(read_tensors(path))[0], config), config
 
@@ -194,32 +194,17 @@ def export_peft(found, out, base):
     write_folder(out, "adapter_config.json", settings, "adapter_model.safetensors", found.tensors)
 
 
-def export_official(found, weights, out, config):
-    """A .pth: with the base's weights the whole state dict that the official inference loads, else the adapters alone."""
-    # Official inference adds B A as they are (inference_instructvideo_entrance.py), so our scale goes into B.
-    table, tensors = official_names(config), {}
-    for name, t in found.tensors.items():
-        scale = found.alpha / found.rank if ".lora_B." in name else 1
-        tensors[table[name]] = t.float() * scale
-    base = {k: t.float() for k, t in names.unet_to_official(weights, config).items()}
-    with write_whole(out) as file:
-        torch.save({"state_dict": tensors | base}, file)
-
-
 def export_diffusers(found, weights, out, config, source):
     """A UNet folder for diffusers: W + (alpha / r) B A in place of every adapted W."""
     if not weights:
         raise ValueError("--to diffusers writes the whole UNet: --base must name its weights")
     if config.stem_heads != 8:
-        raise ValueError(f"{source}: the first temporal transformer has {config.stem_heads} heads; "
-                         "diffusers' UNet3DConditionModel has 8 there")
+        heads = f"the first temporal transformer has {config.stem_heads} heads"
+        raise ValueError(f"{source}: {heads}; diffusers' UNet3DConditionModel has 8 there")
     merged = {k: t.float() for k, t in weights.items()}
-    for name, B in found.tensors.items():
-        match = NAME.fullmatch(name)
-        if match[2] == "B":
-            A = found.tensors[adapter_name(match[1], "A")]
-            W = merged[f"{match[1]}.weight"]
-            merged[f"{match[1]}.weight"] = W + found.alpha / found.rank * (B.float() @ A.float())
+    for path in {NAME.fullmatch(name)[1] for name in found.tensors}:
+        A, B = (found.tensors[adapter_name(path, half)].float() for half in "AB")
+        merged[f"{path}.weight"] = merged[f"{path}.weight"] + found.alpha / found.rank * (B @ A)
     settings = names.unet_to_diffusers(config)
     del settings["stem_heads"]  # diffusers has no such field
     write_folder(out, "config.json", settings, "diffusion_pytorch_model.safetensors", merged)

@@ -38,14 +38,21 @@ def check_whole(blocks, *sizes):
 def random_sizes(spec):
     """Settings of UNet, autoencoder and text tower for "random" (none: full size) or "random:W" (multiples of W channels)."""
     width = spec.partition(":")[2] or "320"
-    if not width.isdigit() or int(width) % 32 or not 32 <= int(width) <= 2**12:
+    w = int(width) if width.isdigit() else 0
+    if w % 32 or not 32 <= w <= 2**12:
         raise ValueError(f"base {spec!r}: must be random, or random:W with W a multiple of 32")
-    w = int(width)
     if w == 320:
         return {}, {}, {}
     v = max(32, w * 2 // 5 // 32 * 32)
     unet = dict(channels=(w, 2 * w, 4 * w, 4 * w), context_dim=64, head_dim=32 if w % 64 else 64, sample_size=8)
     return unet, dict(channels=(v, 2 * v, 4 * v, 4 * v), blocks_per_level=1), dict(width=64, heads=1, layers=2)
+
+
+def replace_all(name, pairs):
+    """A name with every old part of the pairs (old, new) replaced by the new one, in their order."""
+    for old, new in pairs:
+        name = name.replace(old, new)
+    return name
 
 
 def add_renamed(tensors, name, t):
@@ -103,8 +110,7 @@ def unet_to_official(tensors, config):
 def unet_from_official(tensors, config):
     """Inverse of unet_to_official. Unknown names, and diffusers' own, are kept as they are."""
     blocks = {theirs: ours for ours, theirs in official_unet_blocks(config).items()}
-    parts = {theirs: ours for ours, theirs in UNET_RESNET.items()}
-    renamed = {}
+    parts, renamed = {theirs: ours for ours, theirs in UNET_RESNET.items()}, {}
     for name, t in tensors.items():
         ours = rename(name, blocks, parts)
         # In every transformer here the official code may have 1x1 convolutions where we have a Linear.
@@ -123,14 +129,13 @@ def unet_to_diffusers(config):
     """A structure -> the config.json that diffusers' UNet3DConditionModel reads, with the one field it has no name for."""
     def kinds(attention, direction):
         return [f"CrossAttn{direction}Block3D" if a else f"{direction}Block3D" for a in attention]
+    levels = config.attention_levels
     return {"_class_name": "UNet3DConditionModel", "in_channels": config.in_channels, "out_channels": config.out_channels,
             "block_out_channels": list(config.channels), "layers_per_block": config.blocks_per_level,
-            "down_block_types": kinds(config.attention_levels, "Down"),
-            "up_block_types": kinds(config.attention_levels[::-1], "Up"),
+            "down_block_types": kinds(levels, "Down"), "up_block_types": kinds(levels[::-1], "Up"),
             "cross_attention_dim": config.context_dim, "attention_head_dim": config.head_dim,
-            "norm_num_groups": config.norm_groups, "norm_eps": 1e-5, "act_fn": "silu",
-            "downsample_padding": 1, "mid_block_scale_factor": 1, "sample_size": config.sample_size,
-            "stem_heads": config.stem_heads}
+            "norm_num_groups": config.norm_groups, "norm_eps": 1e-5, "act_fn": "silu", "downsample_padding": 1,
+            "mid_block_scale_factor": 1, "sample_size": config.sample_size, "stem_heads": config.stem_heads}
 
 
 def unet_from_diffusers(content, config_class):
@@ -173,8 +178,8 @@ def official_vae_names(config, names):
              (r"to_([qkv])", r"\1"), (r"conv_shortcut", "nin_shortcut"), (r"conv_norm_out", "norm_out")]
     table = {name: name for name in names}
     for ours in table:
-        for pattern, replacement in rules:
-            table[ours] = re.sub(pattern, replacement, table[ours])
+        for rule in rules:
+            table[ours] = re.sub(*rule, table[ours])
     return table
 
 
@@ -226,9 +231,7 @@ def text_from_transformers(tensors):
                "self_attn.out_proj": "attn.out_proj", "self_attn.q_proj.": "attn.in_proj_"}
     renamed = {}
     for full, t in tensors.items():
-        name = full.removeprefix("text_model.")
-        for theirs, ours in renames.items():
-            name = name.replace(theirs, ours)
+        name = replace_all(full.removeprefix("text_model."), renames.items())
         if ".q_proj." in full:
             t = torch.cat([tensors[full.replace(".q_proj.", f".{p}_proj.")] for p in "qkv"])
         if name != "embeddings.position_ids" and not re.search(r"\.[kv]_proj\.", name):  # a buffer that old versions saved
@@ -238,9 +241,8 @@ def text_from_transformers(tensors):
 
 def text_tower(tensors, path):
     """The tensors of a text tower up to its penultimate block, under OpenCLIP's names, and the number of blocks that is."""
-    left_out = 1  # the last block; transformers' text_encoder ends at the penultimate one already
-    if any("self_attn.q_proj" in k for k in tensors):
-        left_out = 0
+    ends_early = any("self_attn.q_proj" in k for k in tensors)  # transformers' text_encoder has no block after the penultimate
+    if ends_early:
         try:
             tensors = text_from_transformers(tensors)
         except (KeyError, RuntimeError) as error:
@@ -250,18 +252,18 @@ def text_tower(tensors, path):
         tensors = {k: v for k, v in tensors.items() if not k.startswith(others)}
 
     blocks = {m[1] for k in tensors if (m := re.match(r"transformer\.resblocks\.(\d+)\.", k))}
-    layers = len(blocks) - left_out
-    tables = [tensors.get(name, torch.empty(0)) for name in ("token_embedding.weight", "positional_embedding")]
-    if layers < 1 or any(t.dim() != 2 for t in tables):
-        raise ValueError(f"{path}: expected the text tower of open_clip or transformers' CLIPTextModel, found "
-                         f"{first_names(tensors)}")
+    layers = len(blocks) - (0 if ends_early else 1)
+    tables = [tensors.get(name) for name in ("token_embedding.weight", "positional_embedding")]
+    if layers < 1 or any(t is None or t.dim() != 2 for t in tables):
+        found = first_names(tensors)
+        raise ValueError(f"{path}: expected the text tower of open_clip or transformers' CLIPTextModel, found {found}")
     return {k: v for k, v in tensors.items() if not k.startswith(f"transformer.resblocks.{layers}.")}, layers
 
 
 def expect_text_config(content, heads, layers):
     """ValueError if a text tower's config.json (transformers', or open_clip's) says anything that we do not build."""
-    expect(content, {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "num_attention_heads": heads, "num_hidden_layers": layers,
-                     "quick_gelu": False})
+    built = dict(hidden_act="gelu", quick_gelu=False, layer_norm_eps=1e-5, num_attention_heads=heads, num_hidden_layers=layers)
+    expect(content, built)
 
 
 def expect_fitting(unet, vae, text, paths):

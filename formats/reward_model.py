@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F_
 from torch import nn
 
-from formats.names import check_whole
+from formats.names import check_whole, replace_all
 from formats.tensors import build_empty, load_strict, read_config, read_tensors
 
 
@@ -42,8 +42,7 @@ class RewardModel(nn.Module):
 
     def encode_once(self, captions, model, encode):
         """[encode(caption)] without gradient, each computed once for the weights that `model` has now."""
-        # Moving, casting or loading the weights changes an address or a version.
-        weights = [(p.data_ptr(), p._version) for p in model.parameters()]
+        weights = [(p.data_ptr(), p._version) for p in model.parameters()]  # moving, casting or loading them changes one
         if weights != self._texts_of:
             self._texts, self._texts_of = {}, weights
 
@@ -124,29 +123,21 @@ def build(make, source=None, dtype=torch.float32, device="cpu", tensors=None, sp
             return make().eval().requires_grad_(False).to(device=device, dtype=dtype)
 
     module = build_empty(make, source)
-    tensors = read_tensors(source) if tensors is None else tensors
-    load_strict(module, spell(tensors, module.state_dict(), spellings), source, dtype)
+    ours = {replace_all(name, spellings): name for name in module.state_dict()}
+    renamed = {}
+    for name, t in (read_tensors(source) if tensors is None else tensors).items():
+        if not name.endswith("position_ids") or name in ours.values():  # older files also hold these position numbers
+            renamed[ours.get(replace_all(name, spellings), name)] = t
+    load_strict(module, renamed, source, dtype)
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:  # in no file
             parent, _, own_name = name.rpartition(".")
             assert own_name in ("attn_mask", "position_ids"), name
             values = torch.arange(buffer.shape[-1]).expand(buffer.shape)                  # (1, tokens)
-            if own_name == "attn_mask":  # open_clip's
-                values = torch.full(buffer.shape, -math.inf, dtype=dtype).triu(1)         # (tokens, tokens)
+            if own_name == "attn_mask":
+                values = torch.full(buffer.shape, -math.inf, dtype=dtype).triu(1)         # (tokens, tokens), open_clip's
             module.get_submodule(parent).register_buffer(own_name, values, persistent=False)
     return module.to(device)
-
-
-def spell(tensors, expected, spellings):
-    """Tensors under the names that a module expects; older files also hold position numbers, which are left out."""
-    def newest(name):
-        for old, new in spellings:
-            name = name.replace(old, new)
-        return name
-
-    ours = {newest(name): name for name in expected}
-    kept = [name for name in tensors if name in expected or not name.endswith("position_ids")]
-    return {ours.get(newest(name), name): tensors[name] for name in kept}
 
 
 # -- CLIPs of open_clip's class ---------------------------------------------------------------------------------------
@@ -168,16 +159,12 @@ def read_clip_config(path):
             found, like = (config[part], SMALL_CLIP[part]) if part else (config, SMALL_CLIP)
             if found.keys() != like.keys():  # by others open_clip would fetch a model of some name, and files are data
                 raise ValueError(f"expected the fields {', '.join(like)}, found {', '.join(found)}")
-            sizes = [value for value in found.values() if not isinstance(value, dict)]
-            check_whole(found.get("layers", 1), *sizes)
+            check_whole(found.get("layers", 1), *(value for value in found.values() if not isinstance(value, dict)))
         return config
     return read_config(path, from_json)
 
 
 def load_clip(path, config, dtype, device):
-    """An open_clip CLIP as `build` makes it. config: open_clip's description, default ViT-H-14's."""
+    """An open_clip CLIP as `build` makes it, random if path is None. config: open_clip's description, default ViT-H-14's."""
     import open_clip
     return build(lambda: open_clip.CLIP(**(config or open_clip.get_model_config("ViT-H-14"))), path, dtype, device)
-
-
-random_clip = partial(load_clip, None)  # untrained, seeded

@@ -22,8 +22,7 @@ class Ignored:
 
 MENTIONED = [(Ignored, name) for name in (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
-    "pytorch_lightning.callbacks.base.Callback",
-    "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype")]
+    "pytorch_lightning.callbacks.base.Callback", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype")]
 
 
 def read_tensors(path):
@@ -38,9 +37,9 @@ def read_tensors(path):
         return read_folder(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file or folder")
-    kind = "a .safetensors file" if path.suffix == ".safetensors" else "a torch file of tensors"
+    read, kind = (load_file, "a .safetensors file") if path.suffix == ".safetensors" else (read_torch, "a torch file of tensors")
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else read_torch_file(path)
+        content = read(path)
     except Exception as error:  # a damaged file can fail in any way: zip, pickle, json, or the reader itself
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if code:
@@ -58,7 +57,7 @@ def read_tensors(path):
     return tensors
 
 
-def read_torch_file(path):
+def read_torch(path):
     """The content of a torch file, memory-mapped where its form allows."""
     zipped = zipfile.is_zipfile(path)
     if zipped and any(part.compress_type for part in zipfile.ZipFile(path).infolist()):
@@ -73,18 +72,18 @@ WEIGHT_FILES = [f"{stem}.{suffix}" for suffix in ("safetensors", "bin", "fp16.sa
 
 def read_folder(folder):
     """The tensors of a component folder: a single file, or the shards beside an index that lists them."""
-    found = [n for n in WEIGHT_FILES if (folder / n).is_file() or (folder / f"{n}.index.json").is_file()]
+    found = [folder / n for n in WEIGHT_FILES if (folder / n).is_file() or (folder / f"{n}.index.json").is_file()]
     if not found:
         raise ValueError(f"{folder}: no weights here; expected one of {', '.join(WEIGHT_FILES)} (or its .index.json)")
-    index = folder / f"{found[0]}.index.json"
+    index = Path(f"{found[0]}.index.json")
     if not index.is_file():
-        return read_tensors(folder / found[0])
+        return read_tensors(found[0])
 
     listed = read_json(index).get("weight_map")
     shards = sorted({str(s) for s in listed.values()}) if isinstance(listed, dict) else []
     tensors = {}
     for s in shards or [""]:
-        if Path(s).name != s or Path(s).suffix != Path(found[0]).suffix or not (folder / s).is_file():
+        if Path(s).name != s or Path(s).suffix != found[0].suffix or not (folder / s).is_file():
             raise ValueError(f"{index}: expected a weight_map of files of its kind beside it, found {s[:100]!r}")
         tensors |= read_tensors(folder / s)
     return tensors
@@ -92,17 +91,14 @@ def read_folder(folder):
 
 def check_tensors(expected, tensors, what):
     """ValueError naming `what` if a tensor is missing, left over, or of another shape than in `expected` {name: tensor}."""
-    wrong = []
-    for kind, names in (("missing", expected.keys() - tensors.keys()), ("not known", tensors.keys() - expected.keys())):
-        if names:
-            wrong.append(f"{len(names)} tensors {kind} ({first_names(names)})")
+    differ = {"missing": expected.keys() - tensors.keys(), "not known": tensors.keys() - expected.keys()}
+    wrong = [f"{len(names)} tensors {kind} ({first_names(names)})" for kind, names in differ.items() if names]
     if wrong:
         raise ValueError(f"{what}: {'; '.join(wrong)}")
     for name, t in expected.items():
-        found = tensors[name]
-        if t.shape != found.shape:
-            raise ValueError(f"{what}: tensor {name} has shape {list(found.shape)}, expected {list(t.shape)}")
-        check_numbers(found, f"{what}: tensor {name}")
+        if t.shape != tensors[name].shape:
+            raise ValueError(f"{what}: tensor {name} has shape {list(tensors[name].shape)}, expected {list(t.shape)}")
+        check_numbers(tensors[name], f"{what}: tensor {name}")
 
 
 def check_numbers(t, what):
@@ -123,9 +119,8 @@ def build_empty(make, what):
 def load_strict(module, tensors, what, dtype=None):
     """The module, built on the meta device, with these tensors, frozen and in eval mode. dtype: default each tensor's own."""
     check_tensors(module.state_dict(), tensors, what)
-    # A copy, because a memory-mapped tensor would change or crash when its file does.
-    copies = {k: v.to(dtype or v.dtype, copy=True) for k, v in tensors.items()}
-    module.load_state_dict(copies, assign=True)
+    # Copies, because a memory-mapped tensor would change or crash when its file does.
+    module.load_state_dict({k: v.to(dtype or v.dtype, copy=True) for k, v in tensors.items()}, assign=True)
     return module.eval().requires_grad_(False)
 
 

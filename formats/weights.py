@@ -15,9 +15,8 @@ PARTS = {  # what a folder may call each part: diffusers' components, then the f
     "vae": ("vae", "VQGAN_autoencoder.pth", "v2-1_512-ema-pruned.ckpt"),
     "text_encoder": ("text_encoder", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.safetensors",
                      "stable-diffusion-v/open_clip_pytorch_model.bin")}
-REWARD_REPO = "xswu/HPSv2"
-REWARD_FILES = {  # of that repository; the first is downloaded, any may lie in the base's folder
-    "hpsv2": ("HPS_v2_compressed.pt", "HPS_v2.pt"), "hpsv2.1": ("HPS_v2.1_compressed.pt",)}
+REWARD_REPO = "xswu/HPSv2"  # of each kind's files here the first is downloaded, any may lie in the base's folder
+REWARD_FILES = {"hpsv2": ("HPS_v2_compressed.pt", "HPS_v2.pt"), "hpsv2.1": ("HPS_v2.1_compressed.pt",)}
 HUB_REWARDS = {  # those of rewards/: a hub repository and the files of it that are needed
     "pickscore": ("yuvalkirstain/PickScore_v1", "config.json", "model.safetensors"),
     "aesthetic": ("openai/clip-vit-large-patch14", "config.json", "model.safetensors"),
@@ -68,11 +67,8 @@ def find_parts(base, given):
 
 def find_part(folder, names):
     """The first of some files or folders that is in the folder, or beside it if the folder is itself a part; else None."""
-    for parent in (folder, folder.absolute().parent):
-        for name in names:
-            if (parent / name).exists():
-                return parent / name
-    return None
+    places = [parent / name for parent in (folder, folder.absolute().parent) for name in names]
+    return next((place for place in places if place.exists()), None)
 
 
 def reward_kind(kind):
@@ -148,7 +144,6 @@ def find_reward(kind, weights=None, base_folder=None):
         if not Path(weights).exists():
             raise ValueError(f"reward {kind}: {weights}: no such file or folder")
         return Path(weights)
-
     if kind in TINY_REWARDS:
         if base_folder and (base_folder / kind).is_dir():
             return base_folder / kind
@@ -200,8 +195,7 @@ def from_hub(repo):
     except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.GatedRepoError):
         raise ValueError(f"base {repo!r}: no such hub repository, nor a file or folder of that name") from None
     except Exception as error:  # no network, by version httpx, OSError or a hub error; or no space for the files
-        folder = cached_from_hub(repo)
-        if folder:
+        if folder := cached_from_hub(repo):
             return folder
         raise ValueError(f"base {repo!r}: no file or folder of that name here, and the hub's cannot be downloaded "
                          f"({first_line(error)}); put the folders unet, vae and text_encoder of that repository, with "
@@ -211,9 +205,9 @@ def from_hub(repo):
 def cached_from_hub(repo):
     """The folder that the hub's cache has of a repository, or None unless all parts are in it: a download may have been cut."""
     import huggingface_hub
+    configs = [f"{part}/config.json" for part in PARTS]
     try:
-        folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=[f"{part}/config.json" for part in PARTS],
-                                                        local_files_only=True))
+        folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=configs, local_files_only=True))
     except Exception:  # not cached
         return None
     files = [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()]

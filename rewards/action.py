@@ -63,6 +63,5 @@ def load(path, argument, dtype, device):
     if argument not in DIRECTIONS:
         raise ValueError(f"reward action: no direction {argument!r:.60}; must be one of "
                          f"{', '.join(DIRECTIONS)}, as in action:left")
-    classifier = build(Classifier, path, dtype, device)
-    return Action(classifier, DIRECTIONS.index(argument),
-                  f"action{'' if path else '-random'}:{argument}")
+    name = f"action{'' if path else '-random'}:{argument}"
+    return Action(build(Classifier, path, dtype, device), DIRECTIONS.index(argument), name)

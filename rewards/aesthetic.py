@@ -14,12 +14,11 @@ import torch.nn.functional as F_
 from formats.reward_model import RewardModel, build, clip_normalize, crop_centre
 from formats.tensors import read_tensors
 from formats.weights import hub_file
-from rewards.hub import LinearHead, read_model_config
+from rewards.hub import SMALL_SIZES, LinearHead, read_model_config
 
 HEAD_REPO = "trl-lib/ddpo-aesthetic-predictor"
 HEADS = ("aesthetic-model.pth", "sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.safetensors")
-SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-             image_size=32, patch_size=8, projection_dim=24)
+SMALL = SMALL_SIZES | dict(image_size=32, patch_size=8, projection_dim=24)
 
 
 class Aesthetic(RewardModel):

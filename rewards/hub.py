@@ -1,22 +1,20 @@
 """What rewards of the transformers library share. No download: tensors are read as data."""
 import json
 import re
-import sys
 from collections import OrderedDict
 from functools import partial
 
 import torch.nn.functional as F_
 from torch import nn
-from tqdm import tqdm
 
 from formats.names import check_whole
 from formats.reward_model import clip_normalize, no_autocast
 from formats.tensors import read_config
-from support.ranks import is_main_process
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}  # by width
+SMALL_SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)  # of random models
 
 
 def read_model_config(config_class, path):
@@ -39,10 +37,9 @@ def wanted_label(labels, wanted, what):
     for number, label in labels.items():
         if label.lower() == wanted:
             return int(number)
-    known = sorted({label for label in labels.values() if label != "N/A"})
-    close = [label for label in known if wanted[:3] in label.lower()]
-    raise ValueError(f"{what}: no class {wanted!r:.60}; must be one of its {len(known)}, such as "
-                     + ", ".join((close or known)[:8]))
+    known = sorted({*labels.values()} - {"N/A"})
+    some = ", ".join(([label for label in known if wanted[:3] in label.lower()] or known)[:8])
+    raise ValueError(f"{what}: no class {wanted!r:.60}; must be one of its {len(known)}, such as {some}")
 
 
 def fit_within(x, shortest, longest, multiple):
@@ -73,9 +70,3 @@ class LinearHead(nn.Module):
     def forward(self, x):
         with no_autocast(x):  # float32 costs nothing, and the score is what is compared
             return self.layers(x.float())[:, 0]
-
-
-def say_non_commercial(name, licence):
-    """One line on standard error: neither the weights nor what is tuned on them may be sold."""
-    if is_main_process():
-        tqdm.write(f"{name}: its weights are {licence}, for no commercial use", file=sys.stderr)

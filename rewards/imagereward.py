@@ -13,10 +13,11 @@ Letters: B videos, S frames, N = B S pictures, T tokens.
 import torch
 from torch import nn
 
+from formats.names import replace_all
 from formats.reward_model import RewardModel, build, clip_normalize, crop_centre
 from formats.tensors import read_tensors
 from formats.weights import hub_file
-from rewards.hub import LinearHead
+from rewards.hub import SMALL_SIZES, LinearHead
 from support.files import read_text
 
 BERT = "google-bert/bert-base-uncased"  # whose words these are
@@ -27,8 +28,7 @@ TEXT = dict(vocab_size=30524, hidden_size=768, encoder_hidden_size=1024, interme
             num_hidden_layers=12, num_attention_heads=12, max_position_embeddings=512,
             is_decoder=True,  # which has layers that look at the picture; called as no decoder
             layer_norm_eps=1e-12, hidden_act="gelu")
-SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-             initializer_range=.2)
+SMALL = SMALL_SIZES | dict(initializer_range=.2)
 RENAMED = (  # from the authors' names to transformers'
     ("blip.visual_encoder.", "vision."), ("blip.text_encoder.", "text."),
     ("vision.cls_token", "vision.embeddings.class_embedding"),
@@ -96,11 +96,8 @@ def load(path, argument, dtype, device, vision=VISION, text=TEXT):
         head = build(lambda: LinearHead(32), device=device)
         return ImageReward(blip, head, SPELLED, "ImageReward-random")
 
-    path, published = path / "ImageReward.pt" if path.is_dir() else path, {}
-    for name, tensor in read_tensors(path).items():
-        for old, new in RENAMED:
-            name = name.replace(old, new)
-        published[name] = tensor
+    path = path / "ImageReward.pt" if path.is_dir() else path
+    published = {replace_all(name, RENAMED): t for name, t in read_tensors(path).items()}
     # Tensors that are still called blip.* were used in pretraining alone.
     parts = {k: v for k, v in published.items() if k.startswith(("vision.", "text."))}
     blip = build(lambda: Blip(vision, text), path, dtype, device, parts)

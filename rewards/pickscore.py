@@ -1,6 +1,5 @@
 """
-PickScore: which of two pictures people would pick for a caption. Kirstain et al.
-(arXiv:2305.01569).
+PickScore (Kirstain et al., arXiv:2305.01569): which of two pictures people pick for a caption.
 
 A CLIP ViT-H-14 tuned on people's choices; the score is exp(logit_scale) times the cosine of a
 picture's and a caption's features, 18 to 24. An image reward.
@@ -15,12 +14,11 @@ import torch
 import torch.nn.functional as F_
 
 from formats.reward_model import RewardModel, build, clip_normalize, clip_tokenizer, crop_centre
-from rewards.hub import read_model_config
+from rewards.hub import SMALL_SIZES, read_model_config
 
-TOWER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-             projection_dim=24, hidden_act="gelu")
-SMALL = dict(projection_dim=24, text_config=TOWER,
-             vision_config=dict(image_size=32, patch_size=8, **TOWER))
+TOWER = SMALL_SIZES | dict(projection_dim=24, hidden_act="gelu")
+VISION = TOWER | dict(image_size=32, patch_size=8)
+SMALL = dict(projection_dim=24, text_config=TOWER, vision_config=VISION)
 
 
 class PickScore(RewardModel):
@@ -28,8 +26,7 @@ class PickScore(RewardModel):
 
     def __init__(self, clip, name="PickScore-v1"):
         super().__init__(name)
-        self.clip = clip
-        self.size = clip.config.vision_config.image_size
+        self.clip, self.size = clip, clip.config.vision_config.image_size
         self.tokenizer = clip_tokenizer(clip.config.text_config.max_position_embeddings)
 
     def forward(self, frames, captions):
@@ -38,7 +35,6 @@ class PickScore(RewardModel):
         features = self.clip.visual_projection(self.clip.vision_model(pixel_values=x).pooler_output)
         image = F_.normalize(features.float(), dim=-1)                        # (B*S, E)
         image = image.unflatten(0, frames.shape[:2])                          # (B, S, E)
-
         text = self.encode_once(captions, self.clip, self.text_features)
         cosine = (image * torch.stack(text)[:, None]).sum(dim=-1)             # (B, S)
         return self.clip.logit_scale.float().exp() * cosine

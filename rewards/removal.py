@@ -15,7 +15,6 @@ from formats.reward_model import RewardModel, build, crop_centre
 from rewards.action import convolution
 
 SIZE = 32  # the tiny world's
-THINGS = ("watermark",)
 
 
 class Detector(nn.Module):
@@ -47,8 +46,7 @@ class Removal(RewardModel):
 
 def load(path, argument, dtype, device):
     """The reward from its folder; path None: random."""
-    if argument not in THINGS:
-        raise ValueError(f"reward removal: cannot tell {argument!r:.60}; must be "
-                         f"{' or '.join(THINGS)}, as in removal:watermark")
-    detector = build(Detector, path, dtype, device)
-    return Removal(detector, f"removal{'' if path else '-random'}:{argument}")
+    if argument != "watermark":
+        raise ValueError(f"reward removal: cannot tell {argument!r:.60}; must be watermark")
+    name = f"removal{'' if path else '-random'}:{argument}"
+    return Removal(build(Detector, path, dtype, device), name)

@@ -11,11 +11,14 @@ CC-BY-NC-4.0: neither they nor what is tuned on them may be used commercially.
 Letters: B videos, F frames, C classes.
 """
 import re
+import sys
 
 import torch
+from tqdm import tqdm
 
 from formats.reward_model import RewardModel, build, crop_centre
 from rewards import hub
+from support.ranks import is_main_process
 
 SPELLINGS = [  # transformers 5 has the second of each
     ("attention.q_bias", "attention.query.bias"), ("attention.v_bias", "attention.value.bias")]
@@ -37,8 +40,7 @@ class VideoMAE(RewardModel):
         x = hub.imagenet_normalize(x).to(self.classifier.classifier.weight.dtype)
         x = x.unflatten(0, frames.shape[:2])                                  # (B, F, 3, h, w)
         logits = self.classifier(pixel_values=x).logits                       # (B, C)
-        wanted = [[self.class_of(caption)] for caption in captions]
-        wanted = torch.tensor(wanted, device=logits.device)                   # (B, 1)
+        wanted = torch.tensor([[self.class_of(c)] for c in captions]).to(logits.device)   # (B, 1)
         return logits.float().softmax(dim=-1).gather(1, wanted)               # (B, 1)
 
     def class_of(self, caption):
@@ -61,6 +63,6 @@ def load(path, argument, dtype, device):
     classifier = build(lambda: VideoMAEForVideoClassification(config), path, dtype, device,
                        spellings=SPELLINGS)
     name = f"VideoMAE-{hub.size_name(config) if path else 'random'}"
-    if path:
-        hub.say_non_commercial(name, "CC-BY-NC-4.0")
+    if path and is_main_process():
+        tqdm.write(f"{name}: its weights are CC-BY-NC-4.0, for no commercial use", file=sys.stderr)
     return VideoMAE(classifier, number, f"{name}:{argument}" if argument else name)

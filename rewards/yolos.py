@@ -18,10 +18,9 @@ from rewards import hub
 SHORTEST, LONGEST = 512, 864  # yolos-tiny's own preprocessor
 SPELLINGS = [  # transformers 5 has the second
     ("encoder.mid_position_embeddings", "encoder.interpolation.mid_position_embeddings")]
-SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-             image_size=[64, 64], patch_size=16, num_detection_tokens=8,
-             use_mid_position_embeddings=False, initializer_range=.2,
-             id2label={0: "book", 1: "dog", 2: "cat"})
+SMALL = hub.SMALL_SIZES | dict(
+    image_size=[64, 64], patch_size=16, num_detection_tokens=8, use_mid_position_embeddings=False,
+    initializer_range=.2, id2label={0: "book", 1: "dog", 2: "cat"})
 
 
 class Yolos(RewardModel):

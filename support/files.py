@@ -1,8 +1,7 @@
 """
 Files: written whole or not at all, and read as data.
 
-A run may be killed at any moment and a disk may fill up. So every file is written under a hidden name first and renamed
-when it is complete: whoever finds a file under its own name finds all of it.
+A run may be killed and a disk may fill up: whoever finds a file under its own name finds all of it.
 """
 import json
 import os
@@ -20,17 +19,15 @@ def write_whole(path):
     """
     Yields a hidden path beside `path` to fill, as a file or as a folder of files; it is flushed and renamed at the end.
 
-    Replaces a file of that name, never a folder that holds anything (OSError). After an error nothing is left. Files may be read
-    by whom the umask allows: some writers make files that are private to the user, as temporary ones are.
+    Replaces a file of that name, never a folder that holds anything (OSError). After an error nothing is left.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     hidden = path.with_name(f".{os.urandom(4).hex()}.{path.name}")  # some writers choose the format by the suffix
     try:
         yield hidden
-
         for file in hidden.iterdir() if hidden.is_dir() else [hidden]:
-            file.chmod(0o666 & ~UMASK)
+            file.chmod(0o666 & ~UMASK)  # some writers make files that are private to the user, as temporary ones are
             with open(file, "rb+") as f:
                 os.fsync(f.fileno())
         os.replace(hidden, path)

@@ -24,7 +24,7 @@ def pick_device(name=None):
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, ImportError):  # each kind of device has its own way to be absent
         device = None
-    if device is None or device.type not in ("cuda", "mps", "cpu"):
+    if getattr(device, "type", None) not in ("cuda", "mps", "cpu"):
         raise ValueError(f"device {name!r}: not available here; it must be cuda, mps or cpu, where torch has them")
     return device
 
@@ -37,11 +37,7 @@ def pick_dtype(name, device):
 
 
 def move_to(module, device):
-    """
-    A module to its device; on cuda with convolution weights in channels-last order, as activations are.
-
-    These are other strides and the same numbers; without, every call would copy the weights.
-    """
+    """A module to its device; on cuda with convolutions in channels-last order, as activations are, or each call copies them."""
     module.to(device)
     if torch.device(device).type == "cuda":
         for m in module.modules():
@@ -68,7 +64,6 @@ def join_ranks(name=None):
     cuda = torch.cuda.is_available() and name != "cpu"
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-
     # torchrun keeps its store across restarts, so each attempt needs its own prefix.
     store, rank, size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
@@ -77,8 +72,7 @@ def join_ranks(name=None):
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else pick_device(name or "cpu")
 
 
-# The group for all but the sum of gradients: these waits may take longer than the half hour after which a step counts as hung.
-GROUPS = {"patient": None}
+GROUPS = {"patient": None}  # for all but the sum of gradients: waits longer than the half hour after which a step counts as hung
 
 
 def barrier():
@@ -90,36 +84,32 @@ def barrier():
 def on_rank_0(function):
     """What function() returns on rank 0, where alone it is called; all ranks get that, or a ValueError, with words on rank 0."""
     rank, world_size = rank_and_size()
-    result, error = None, None
+    values = [None, None]  # what it returns, what it raises
     if rank == 0:
         try:
-            result = function()
-        except ValueError as caught:
-            error = caught
+            values[0] = function()
+        except ValueError as error:
+            values[1] = error
     if world_size > 1:
-        values = [result, error]
         dist.broadcast_object_list(values, group=GROUPS["patient"])
-        result, error = values
-    if error:
-        raise error if rank == 0 else ValueError()
-    return result
+    if values[1]:
+        raise values[1] if rank == 0 else ValueError()
+    return values[0]
 
 
 def check_alike(clips):
     """ValueError, on every rank, unless all ranks have the same clips."""
     for rank, other in enumerate(all_gather(clips)):
         if other != clips:
-            raise ValueError(f"clips: rank {rank} has {other}, rank {rank_and_size()[0]} has {clips}; they must be the same on "
-                             "every node")
+            mine = f"rank {rank_and_size()[0]} has {clips}"
+            raise ValueError(f"clips: rank {rank} has {other}, {mine}; they must be the same on every node")
 
 
 def all_gather(value):
     """What every rank has, on every rank, in order of rank."""
-    size = rank_and_size()[1]
-    if size == 1:
-        return [value]
-    values = [None] * size
-    dist.all_gather_object(values, value, group=GROUPS["patient"])
+    values = [value] * rank_and_size()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value, group=GROUPS["patient"])
     return values
 
 
@@ -128,9 +118,7 @@ def add_over_ranks(parameters, numbers, loss_scale=1.):
     Sum the parameters' gradients, in place, and a list of numbers over the ranks, in one message; returns the numbers.
 
     loss_scale: by which the loss was multiplied, so that its gradient did not vanish in 16 bits; taken out here, in float32.
-
-    DDP does the same for the gradients, but expects one forward pass for each backward one, and a sampling chain has
-    many. The adapters are small enough to be sent at once.
+    DDP does the like, but expects one forward pass for each backward one, and a sampling chain has many.
     """
     flat = torch.cat([*(p.grad.flatten() for p in parameters), torch.tensor(numbers, device=parameters[0].device)])
     if rank_and_size()[1] > 1:
@@ -204,10 +192,7 @@ def leave(status):
     os._exit(status)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Progress bars for long jobs: what is being done, how the reward stands, how much time is left.
-#
-# On a terminal a bar redraws itself. A log file or a notebook keeps all that is written, so there it is a line now and then.
+# -- Progress bars. A log file or a notebook keeps all that is written, so there a bar is a line now and then. ----------
 
 LINE_EVERY = 30.  # seconds between the lines of a job where nobody watches a terminal
 
@@ -216,7 +201,7 @@ class Lines:
     """Where a bar that is no terminal's writes: each state as a line of its own, without control characters, and once."""
 
     def __init__(self, file):
-        self.file, self.last = file, ""
+        self.file, self.flush, self.last = file, file.flush, ""
 
     def write(self, text):
         line = text.replace("\x1b[A", "").strip()
@@ -224,29 +209,20 @@ class Lines:
             self.file.write(line + "\n")
         self.last = line or self.last
 
-    def flush(self):
-        self.file.flush()
-
 
 def progress(iterable=None, desc=None, total=None, *, unit="it", initial=0, leave=True, disable=False):
     """
-    tqdm's bar, on the standard error stream. `set_postfix_str(text, refresh=False)` says more with its next state.
+    tqdm's bar, on rank 0's standard error stream. `set_postfix_str(text, refresh=False)` says more with its next state.
 
     leave: whether its end stays on the terminal. In a log such a job has a line at its start and one at its end; a part of a job
-    has lines only if it takes longer than LINE_EVERY. Only rank 0 shows anything.
+    has lines only if it takes longer than LINE_EVERY.
     """
-    disable = disable or rank_and_size()[0] > 0
-    given = {"desc": desc, "total": total, "unit": unit, "initial": initial, "leave": leave, "disable": disable}
-    if not sys.stderr.isatty():
-        given |= {"file": Lines(sys.stderr), "mininterval": LINE_EVERY, "maxinterval": LINE_EVERY,
-                  "delay": 0 if leave else LINE_EVERY,
-                  "bar_format": "{desc}: {n_fmt}/{total_fmt} {unit}, {elapsed} gone, {remaining} left{postfix}"}
-    return tqdm(iterable, **given)
+    lines = {} if sys.stderr.isatty() else {
+        "file": Lines(sys.stderr), "mininterval": LINE_EVERY, "maxinterval": LINE_EVERY, "delay": 0 if leave else LINE_EVERY,
+        "bar_format": "{desc}: {n_fmt}/{total_fmt} {unit}, {elapsed} gone, {remaining} left{postfix}"}
+    return tqdm(iterable, desc, total, leave, unit=unit, initial=initial, disable=disable or not is_main_process(), **lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Randomness that belongs to the sample.
-#
 # A sample's noise comes from a generator of its own, seeded by what the sample is (seed, step, position in the batch), never
 # from global state. It is then the same in any batch, on any number of processes, before and after resuming.
 

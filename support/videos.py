@@ -1,9 +1,8 @@
 """
 Video files in and out.
 
-In: windows of a clip at a given rate, decoded in one pass by PyAV, which comes with imageio's plugin; used directly, since
-it can stop early and tells which frames are damaged. A clip that cannot be read or is too short is a ValueError that names
-it, never a clip of black frames. Out: .mp4 that any player shows, and .gif.
+In: windows of a clip at a given rate, by PyAV, which comes with imageio's plugin and can stop early and tell which frames are
+damaged. A clip that cannot be read or is too short is a ValueError that names it. Out: .mp4 that any player shows, and .gif.
 
 Letters: K windows, F frames, H and W pixel rows and columns.
 """
@@ -11,6 +10,7 @@ import os
 import re
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
@@ -30,9 +30,8 @@ def open_video(path):
         with av.open(os.path.abspath(path)) as container:
             if not container.streams.video:
                 raise ValueError(f"{path}: cannot be read: no video in it")
-            # By default a decoder hides damage, making up what is missing from neighbouring frames. With this it stops at most of
-            # it, and marks some of the rest (is_corrupt, below).
             stream = container.streams.video[0]
+            # By default a decoder hides damage. With this it stops at most of it, and marks some of the rest (is_corrupt, below).
             stream.codec_context.options = {"err_detect": "explode"}
             stream.codec_context.thread_count = 1  # worker processes take a clip each
             yield container, stream
@@ -44,16 +43,15 @@ def measure(path, config, count=None):
     """
     (last possible start, stride), in frames of the file. Too short: ValueError.
 
-    config: num_frames F and fps. count: how many frames the file has, if that is known. Otherwise packets are counted, which
-    takes milliseconds; the header of a truncated file promises too many.
+    config: num_frames F and fps. count: how many frames the file has, else its packets are counted, in milliseconds: the header
+    of a truncated file promises too many.
     """
     with open_video(path) as (container, stream):
         rate = stream.average_rate or stream.guessed_rate  # of a variable rate, the mean
         if not rate:
             raise ValueError(f"{path}: cannot be read: no frame rate")
         if count is None:
-            packets = container.demux(stream)
-            count = sum(1 for packet in packets if packet.size and not packet.is_discard and not packet.is_corrupt)
+            count = sum(bool(p.size) and not p.is_discard and not p.is_corrupt for p in container.demux(stream))
     stride = max(1, round(rate / config.fps))  # a clip slower than config.fps is taken as it is
     needed = (config.num_frames - 1) * stride + 1
     if count < needed:
@@ -63,37 +61,22 @@ def measure(path, config, count=None):
 
 
 def read_windows(path, config, pick, count=None):
-    """
-    Windows of one clip, (K, F, 3, H, W) uint8, at the starts that pick(last possible start) lists.
-
-    One pass, from the first frame to the last one needed: windows overlap, and most clips have few key frames to jump to.
-    """
+    """Windows of one clip, (K, F, 3, H, W) uint8, at the starts that pick(last possible start) lists; see measure for count."""
+    # In one pass, from the first frame to the last one needed: windows overlap, and most clips have few key frames to jump to.
     last, stride = measure(path, config, count)
     windows = [range(start, start + config.num_frames * stride, stride) for start in pick(last)]
     wanted = set().union(*windows)
-    end = max(wanted)
-    frames = {}
-    seen = 0
+    frames, seen = {}, 0
     with open_video(path) as (container, stream):
-        for frame in decode(container, stream):
-            if seen in wanted:
-                frames[seen] = fit_frame(frame, path, config)
-            seen += 1
-            if seen > end:
-                break
+        whole = (packet for packet in container.demux(stream) if not packet.is_corrupt)  # the last of a truncated file is
+        decoded = (frame for packet in whole for frame in packet.decode())
+        for seen, frame in enumerate(islice(decoded, max(wanted) + 1), 1):
+            if seen - 1 in wanted:
+                frames[seen - 1] = fit_frame(frame, path, config)
     if len(frames) < len(wanted):  # two-pass VP8, for one, has packets that show nothing: choose again, among the real frames
         return read_windows(path, config, pick, count=seen)
-    clips = []
-    for window in windows:
-        clips.append(torch.stack([frames[index] for index in window]))          # (F, 3, H, W)
-    return torch.stack(clips)                                                   # (K, F, 3, H, W)
-
-
-def decode(container, stream):
-    """Yields the frames of a video, without the last packet of a truncated file, which is marked as damaged."""
-    for packet in container.demux(stream):
-        if not packet.is_corrupt:
-            yield from packet.decode()
+    clips = torch.stack([frames[i] for window in windows for i in window])      # (K*F, 3, H, W)
+    return clips.unflatten(0, (len(windows), -1))                               # (K, F, 3, H, W)
 
 
 def fit_frame(frame, path, config):
@@ -114,14 +97,9 @@ def fit_frame(frame, path, config):
 
 
 def read_even_windows(config, path):
-    """
-    What a loader's process makes of a path: (path, windows of that clip, "") or (path, nothing, why not).
-
-    There are config.starts windows, from the first possible start to the last; each once, as a clip may be short.
-    """
+    """read_all_windows' entry of a path: config.starts windows, from the first possible start to the last, each once."""
     def pick(last):
-        gaps = max(1, config.starts - 1)
-        return sorted({round(k * last / gaps) for k in range(config.starts)})
+        return sorted({round(k * last / max(1, config.starts - 1)) for k in range(config.starts)})
 
     try:
         return path, read_windows(path, config, pick), ""
@@ -148,8 +126,6 @@ def read_clip(path, config, start=0, generator=None):
     return read_windows(path, config, pick)[0].float() / 127.5 - 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
 def video_name(index, prompt):
     """A file name that is safe anywhere, whatever the prompt: its number, then letters and digits of it."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-")
@@ -162,11 +138,7 @@ def to_pixels(video):
 
 
 def write_video(path, pixels, fps):
-    """
-    Save pixels (F, H, W, 3), uint8, as .mp4 or .gif.
-
-    Small pictures are enlarged to at most 256 for viewing, and sizes made even by a crop, which yuv420p needs.
-    """
+    """Save pixels (F, H, W, 3), uint8, as .mp4 or .gif: enlarged to at most 256, and cropped to even sizes, as yuv420p needs."""
     zoom = max(1, 256 // max(pixels.shape[1:3]))
     pixels = pixels.repeat(zoom, 1).repeat(zoom, 2)
     pixels = pixels[:, :pixels.shape[1] // 2 * 2, :pixels.shape[2] // 2 * 2]
@@ -174,19 +146,14 @@ def write_video(path, pixels, fps):
         if path.suffix == ".gif":
             import imageio.v3 as iio
             iio.imwrite(hidden, pixels, extension=".gif", duration=round(1000 / fps), loop=0)
-        else:
-            write_mp4(hidden, pixels, fps)
-
-
-def write_mp4(path, pixels, fps):
-    """H.264 by PyAV itself: imageio would collect garbage after each file, for 0.2 s."""
-    import av
-    with av.open(str(path), "w", format="mp4") as file:
-        stream = file.add_stream("libx264", rate=fps)
-        stream.height, stream.width, stream.pix_fmt = *pixels.shape[1:3], "yuv420p"
-        for picture in pixels:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        file.mux(stream.encode())
+            return
+        import av  # itself: imageio would collect garbage after each file, for 0.2 s
+        with av.open(str(hidden), "w", format="mp4") as file:
+            stream = file.add_stream("libx264", rate=fps)
+            stream.height, stream.width, stream.pix_fmt = *pixels.shape[1:3], "yuv420p"
+            for picture in pixels:
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            file.mux(stream.encode())
 
 
 def read_video(path):
