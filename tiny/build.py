@@ -92,10 +92,8 @@ def main(cfg):
 
 def write_manifest(folder):
     """manifest.json: the SHA-256 of every file, which loading checks."""
-    digests = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != "manifest.json":
-            digests[path.relative_to(folder).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.json"]
+    digests = {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     (folder / "manifest.json").write_text(json.dumps(digests, indent=1) + "\n")
 
 
@@ -110,10 +108,7 @@ def save(path, module, config=None):
 
 
 def fit(cfg, name, module, loss_of, steps, lr, ema_decay=0.):
-    """
-    The training loop of every stage: AdamW with clipped gradients. Returns the module, or the average of its weights over the
-    steps if ema_decay is given.
-    """
+    """The loop of every stage: AdamW, clipped gradients. Returns the module, or with ema_decay its average over the steps."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0)
     average = copy.deepcopy(module) if ema_decay else module
     parts = [module, optimizer, average]
@@ -156,14 +151,10 @@ def all_scenes():
 
 
 def render(scenes, seed, count=None, rates=world.FLAWS, trails=None):
-    """
-    Draw clips of the scenes in turn, by default one of each -> clips, their scenes, their flaws. Clip i has the seed seed + i.
-    rates: how often each flaw is drawn; trails: for each scene, as in world.draw.
-    """
+    """`count` clips of the scenes in turn, by default one of each -> clips, their scenes, their flaws. Clip i has seed + i."""
     scenes = [scenes[i % len(scenes)] for i in range(count or len(scenes))]
-    made = []
-    for i, scene in enumerate(progress(scenes, desc="drawing clips")):
-        made.append(world.make_clip(scene, seed + i, trail=trails and trails[i], rates=rates))
+    made = [world.make_clip(scene, seed + i, trail=trails and trails[i], rates=rates)
+            for i, scene in enumerate(progress(scenes, desc="drawing clips"))]
     return torch.stack([clip for clip, _ in made]).half(), scenes, [flaws for _, flaws in made]
 
 
@@ -176,8 +167,7 @@ def encode(base, clips):
 def draw_latents(base, moments):
     """A fresh sample of the autoencoder's posterior, z (B, C, F, h, w), of moments in float16 as they are kept for training."""
     moments = moments.to(base.device).float()
-    noise = torch.randn_like(moments.chunk(2, dim=1)[0])
-    return sample_posterior(moments, noise, base.vae.config.scale)
+    return sample_posterior(moments, torch.randn_like(moments.chunk(2, dim=1)[0]), base.vae.config.scale)
 
 
 def decode(base, z):
@@ -190,8 +180,7 @@ def through_autoencoder(base, clips):
     """Clips encoded and decoded, since a reward only ever sees what the autoencoder decodes."""
     copies = []
     for batch in progress(clips.split(8), desc="through the autoencoder"):
-        mean = encode(base, batch).chunk(2, dim=1)[0]
-        copies.append(decode(base, base.vae.config.scale * mean))
+        copies.append(decode(base, base.vae.config.scale * encode(base, batch).chunk(2, dim=1)[0]))
     return torch.cat(copies)
 
 
@@ -233,8 +222,7 @@ def build_vae(cfg):
     The autoencoder. Its loss has squared and absolute errors, the error of steps between neighbouring pixels (the others hardly
     see whether an edge is straight), and a KL term that is small enough to leave the latents sharp.
     """
-    clips, _, _ = render(all_scenes(), cfg.seed + 1_000_000, min(2500, cfg.clips))
-    frames = clips.flatten(0, 1)                                                         # (n, 3, H, W)
+    frames = render(all_scenes(), cfg.seed + 1_000_000, min(2500, cfg.clips))[0].flatten(0, 1)       # (n, 3, H, W)
     vae = model.Autoencoder(VAE).to(cfg.device)
 
     def loss_of(step):
@@ -247,10 +235,9 @@ def build_vae(cfg):
 
     vae = fit(cfg, "autoencoder", vae, loss_of, cfg.vae_steps, lr=2e-3, ema_decay=.998)
 
-    # The scale that gives latents their standard deviation.
     with torch.no_grad():
         mean, _ = vae.encode(frames[:8000:8].to(cfg.device).float() * 2 - 1).chunk(2, dim=1)
-    scale = round(LATENT_STD / mean.std().item(), 5)
+    scale = round(LATENT_STD / mean.std().item(), 5)  # gives latents their standard deviation
     save(cfg.out / "vae/diffusion_pytorch_model.safetensors", vae, vae_to_diffusers(replace(VAE, scale=scale)))
 
 
@@ -271,8 +258,8 @@ def build_clip(cfg):
         logits = logit_scale.clamp(max=100) * image @ text.T                             # (n, n)
         return (F_.cross_entropy(logits, target) + F_.cross_entropy(logits.T, target)) / 2
 
-    clip_model = fit(cfg, "CLIP", clip_model, loss_of, cfg.clip_steps, lr=1e-3)
-    save(cfg.out / "text_encoder/open_clip_model.safetensors", clip_model, CLIP)
+    trained = fit(cfg, "CLIP", clip_model, loss_of, cfg.clip_steps, lr=1e-3)
+    save(cfg.out / "text_encoder/open_clip_model.safetensors", trained, CLIP)
 
 
 def build_unet(cfg):
@@ -282,8 +269,8 @@ def build_unet(cfg):
     """
     unet = model.UNet3D(UNET).to(cfg.device)
     start_as_identity(unet)
-    vae = model.load_vae(cfg.out / "vae").to(cfg.device)
-    base = model.Base(unet, vae, model.load_text_encoder(cfg.out / "text_encoder").to(cfg.device), "tiny")
+    text_encoder = model.load_text_encoder(cfg.out / "text_encoder").to(cfg.device)
+    base = model.Base(unet, model.load_vae(cfg.out / "vae").to(cfg.device), text_encoder, "tiny")
     scenes = all_scenes()
     clips, _, _ = render(scenes, cfg.seed + 3_000_000, cfg.clips)
     moments = torch.cat([encode(base, batch).half().cpu() for batch in progress(clips.split(8), desc="encoding clips")])
@@ -341,13 +328,12 @@ def start_as_identity(unet, constant=6.):
         nn.init.zeros_(layer.bias)
 
     signs = torch.tensor([1., -1., 0., 0.])
-    constants = torch.tensor([0., 0., constant, -constant])
     with torch.no_grad():
         for c in range(unet.config.in_channels):
             group = slice(4 * c, 4 * c + 4)
             unet.conv_in.weight[group] = 0
             unet.conv_in.weight[group, c, 1, 1] = signs
-            unet.conv_in.bias[group] = constants
+            unet.conv_in.bias[group] = torch.tensor([0., 0., constant, -constant])
             unet.conv_out.weight[c, group, 1, 1] = signs * ((1 + constant**2) / 2) ** .5
             shortcut.weight[group] = 0
             shortcut.bias[group] = 0
@@ -381,10 +367,8 @@ def one_of(options):
 
 def build_preference(cfg):
     """
-    HPSv2's recipe (arXiv:2306.09341, Sec. 4): a CLIP, a softmax over a pair of images, cross-entropy with the choice.
-
-    A simulated annotator chooses: the worth of an image falls with each flaw, by its strength, and with each word of the caption
-    that it gets wrong, and the second image is chosen with probability sigmoid(its worth - the worth of the first).
+    HPSv2's recipe (arXiv:2306.09341, Sec. 4): a CLIP, a softmax over a pair of images, cross-entropy with the choice. A simulated
+    annotator takes the second with probability sigmoid(its worth - that of the first).
     """
     base = model.load_base(str(cfg.out), device=cfg.device)
     scenes = all_scenes()
@@ -408,8 +392,7 @@ def build_preference(cfg):
             images = samples[[asked, other], one_of(range(world.FRAMES))]
             first_flaws, second_flaws = {}, {}
             if other == asked:
-                name = one_of(list(world.FLAWS))
-                second_flaws = {name: .3 + .7 * torch.rand(()).item()}
+                second_flaws = {one_of(list(world.FLAWS)): .3 + .7 * torch.rand(()).item()}
                 images[1] = world.add_flaws(images[1:].float(), second_flaws, None)[0]
         gain = worth(second_flaws) + WRONG_WORD * wrong_words(scenes[other], scenes[asked]) - worth(first_flaws)
         return asked, images, int(torch.rand(()) < 1 / (1 + math.exp(-gain)))
@@ -426,8 +409,8 @@ def build_preference(cfg):
         logits = logit_scale * (image.unflatten(0, (-1, 2)) * text[:, None]).sum(-1)     # (B, 2)
         return F_.cross_entropy(logits, torch.tensor(choices, device=cfg.device))
 
-    clip_model = fit(cfg, "preference model", clip_model, loss_of, cfg.preference_steps, lr=3e-4)
-    save(cfg.out / "reward/open_clip_model.safetensors", clip_model, CLIP)
+    trained = fit(cfg, "preference model", clip_model, loss_of, cfg.preference_steps, lr=3e-4)
+    save(cfg.out / "reward/open_clip_model.safetensors", trained, CLIP)
 
 
 def clips_in_motion(cfg, base, count, seed, crossed=True):
@@ -448,16 +431,12 @@ def clips_in_motion(cfg, base, count, seed, crossed=True):
         if torch.rand((), generator=generator) < .4 or not scene.direction:
             trail = DIRECTIONS[torch.randint(5, (), generator=generator)]
         turns = (trail in ("left", "right")) != (scene.direction in ("left", "right"))
-        if scene.shape == "stripes" and scene.direction and trail and turns and not crossed:
-            trail = None
         scenes.append(scene)
-        trails.append(trail)
-
+        trails.append(None if turns and trail and scene.direction and scene.shape == "stripes" and not crossed else trail)
     clips, _, _ = render(scenes, cfg.seed + seed * 1_000_000, rates=FLAWS_TO_TELL, trails=trails)
     moving = [i for i, scene in enumerate(scenes) if scene.direction][:count // 10]
     edits = base_clips(base, [scenes[i].caption for i in moving], clips[moving])
-    clips = torch.cat([clips, through_autoencoder(base, clips), edits])
-    return clips, scenes + scenes + [scenes[i] for i in moving]
+    return torch.cat([clips, through_autoencoder(base, clips), edits]), scenes * 2 + [scenes[i] for i in moving]
 
 
 def build_judge(cfg):
@@ -471,8 +450,7 @@ def build_judge(cfg):
         logits = judge(clips[rows].to(cfg.device).float())
         return sum(F_.cross_entropy(logits[i], targets[i, rows]) for i in range(3))
 
-    judge = fit(cfg, "judge", judge, loss_of, cfg.judge_steps, lr=2e-3)
-    save(cfg.out / "judge.safetensors", judge)
+    save(cfg.out / "judge.safetensors", fit(cfg, "judge", judge, loss_of, cfg.judge_steps, lr=2e-3))
 
 
 def build_action(cfg):
@@ -494,7 +472,6 @@ def build_action(cfg):
     how_often = torch.tensor([3. if scene.shape == "stripes" else 1. for scene in scenes])
     direction = labels(scenes)[2]
     turned = torch.tensor([1, 0, 3, 2, 4])  # right for left, down for up
-    still = DIRECTIONS.index("")
     classifier = action.Classifier().to(cfg.device)
 
     def loss_of(step):
@@ -505,7 +482,7 @@ def build_action(cfg):
         x[backwards] = x[backwards].flip(1)
         x[slow] = slowed(x[slow], .6 * torch.rand(()).item())
         target = torch.where(backwards, turned[direction[rows]], direction[rows])
-        target = target.masked_fill(slow, still).to(cfg.device)
+        target = target.masked_fill(slow, DIRECTIONS.index("")).to(cfg.device)
 
         # None is attacked in the first fifth of the steps; the attack then grows and is whole after seven tenths.
         strength = ATTACK * min(1., max(0., step / cfg.action_steps - .2) / .5)
@@ -513,8 +490,7 @@ def build_action(cfg):
             x = torch.cat([x[:12], attacked(classifier, x[12:], target[12:], strength)])
         return F_.cross_entropy(classifier(x), target)
 
-    classifier = fit(cfg, "action", classifier, loss_of, cfg.action_steps, lr=1e-3, ema_decay=.99)
-    save(cfg.out / "action/model.safetensors", classifier)
+    save(cfg.out / "action/model.safetensors", fit(cfg, "action", classifier, loss_of, cfg.action_steps, 1e-3, ema_decay=.99))
 
 
 def slowed(clips, pace):
@@ -547,8 +523,7 @@ def build_removal(cfg):
     The detector of rewards/removal.py: frames with a watermark and without one, drawn and through the autoencoder.
     Some bands are fainter than in any clip: otherwise the reward would be content with one that is half gone.
     """
-    rates = FLAWS_TO_TELL | {"watermark": 0.}
-    clips, _, _ = render(all_scenes(), cfg.seed + 10_000_000, min(2880, cfg.clips), rates)
+    clips, _, _ = render(all_scenes(), cfg.seed + 10_000_000, min(2880, cfg.clips), FLAWS_TO_TELL | {"watermark": 0.})
     n = len(clips)
     plain = clips[torch.arange(n), torch.randint(world.FRAMES, (n,))].float()            # (n, 3, H, W)
     frames = torch.cat([plain, world.add_watermark(plain, .05 + .65 * torch.rand(n, 1, 1, 1))]).half()
@@ -561,8 +536,7 @@ def build_removal(cfg):
         logits = detector(frames[rows].to(cfg.device).float())
         return F_.binary_cross_entropy_with_logits(logits, marked[rows].to(cfg.device))
 
-    detector = fit(cfg, "removal", detector, loss_of, cfg.removal_steps, lr=2e-3, ema_decay=.99)
-    save(cfg.out / "removal/model.safetensors", detector)
+    save(cfg.out / "removal/model.safetensors", fit(cfg, "removal", detector, loss_of, cfg.removal_steps, 2e-3, ema_decay=.99))
 
 
 # Least shares of the base's videos, and least parts of what the autoencoder's copies of drawn clips reach on the same scenes.
@@ -577,21 +551,18 @@ def missed_gates(found):
         copies = f"through the autoencoder, {name}"
         gates[copies] = {"removal": .95}
         gates[f"base, {name}"] = GATES | {measure: part * found[copies][measure] for measure, part in GATES_OF_COPIES.items()}
-
     missed = []
     for what, least in gates.items():
-        for measure, value in least.items():
-            if found[what][measure] < value:
-                missed.append(f"{what}: {measure} {found[what][measure]:.3f} < {value:.3f}")
+        missed += [f"{what}: {measure} {found[what][measure]:.3f} < {value:.3f}"
+                   for measure, value in least.items() if found[what][measure] < value]
     return missed
 
 
 def build_gates(cfg):
     """
-    gates.json: the mean of each measure, over clips that no training has seen and over the base's videos.
-
-    Beside the judge's own: watermarked, the share of clips with a clear band; action, of clips whose direction the reward's
-    classifier names; removal, where flaws are known, of frames for which its detector is right.
+    gates.json: the mean of each measure, over clips that no training has seen and over the base's videos. Beside the judge's own:
+    watermarked, the share of clips with a clear band; action, of clips whose direction the reward's classifier names; removal,
+    where flaws are known, of frames for which its detector is right.
     """
     base = model.load_base(str(cfg.out), device=cfg.device)
     judge = load_judge(cfg.out / "judge.safetensors").to(cfg.device)
@@ -604,9 +575,8 @@ def build_gates(cfg):
         found = judge_clips(judge, clips, [scene.caption for scene in scenes])           # {measure: (B,)}
         found["action"] = classifier(clips).argmax(1).cpu() == labels(scenes)[2]
         if flaws:
-            marked = torch.tensor(["watermark" in strengths for strengths in flaws])
-            seen = torch.stack([detector(clip) for clip in clips]).cpu() > 0             # (B, F)
-            found["removal"] = (seen == marked[:, None]).float().mean(dim=1)
+            marked = torch.tensor([["watermark" in strengths] for strengths in flaws])   # (B, 1)
+            found["removal"] = ((torch.stack([detector(clip) for clip in clips]).cpu() > 0) == marked).float().mean(dim=1)
         found["watermarked"] = found["watermark"] > .1
         return {measure: round(values.float().mean().item(), 4) for measure, values in found.items()}
 
