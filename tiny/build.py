@@ -43,8 +43,7 @@ STATE_EVERY = 250  # steps between two saved states of a training, if they are a
 VAE = model.VAEConfig(channels=(24, 48, 96), blocks_per_level=1, norm_groups=8)
 UNET = model.UNetConfig(channels=(32, 64), blocks_per_level=1, attention_levels=(False, True), context_dim=64, head_dim=32,
                         stem_heads=1, norm_groups=8, sample_size=8)
-CLIP = dict(embed_dim=64,
-            vision_cfg=dict(image_size=world.SIZE, patch_size=8, width=64, layers=3, head_width=32),
+CLIP = dict(embed_dim=64, vision_cfg=dict(image_size=world.SIZE, patch_size=8, width=64, layers=3, head_width=32),
             text_cfg=dict(context_length=world.CONTEXT_LENGTH, vocab_size=len(world.WORDS) + 4, width=64, heads=1, layers=3))
 LATENT_STD = 0.5  # see tiny/README.md: with unit variance, noise at t = 951 still shows the layout, and words go unread
 MAX_WEIGHT = 100.  # of a noise level in Eq. (1), 1 / abar_t up to this: only at high noise do the words matter
@@ -286,8 +285,7 @@ def build_unet(cfg):
         eps = torch.randn_like(z)
         z_t = add_noise(z, eps, t, alpha_bar)
         error = (unet(z_t, t.to(cfg.device), text[caption.to(cfg.device)]) - eps).square().mean(dim=(1, 2, 3, 4))
-        weight = (1 / alpha_bar[t]).clamp(max=MAX_WEIGHT).to(z)                          # (B,)
-        return (weight * error).mean()
+        return ((1 / alpha_bar[t]).clamp(max=MAX_WEIGHT).to(z) * error).mean()
 
     def frames_loss(step):
         rows = torch.randint(len(clips), (128,))
@@ -316,7 +314,6 @@ def start_as_identity(unet, constant=6.):
     """
     Weights with which the untrained UNet returns its input. At high noise eps is z_t but for a few hundredths, and only in those
     can the words tell anything; otherwise thousands of steps go into merely passing z_t on exactly enough.
-
     Each latent channel a travels over the last skip connection as a group of four, (a, -a, constant, -constant). The last
     GroupNorm subtracts a mean of 0 from it and divides it by nearly a constant, and silu(x) - silu(-x) = x.
     """
@@ -326,7 +323,6 @@ def start_as_identity(unet, constant=6.):
     for layer in (last_block.conv2, unet.conv_out, *projections):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
-
     signs = torch.tensor([1., -1., 0., 0.])
     with torch.no_grad():
         for c in range(unet.config.in_channels):
@@ -456,7 +452,6 @@ def build_judge(cfg):
 def build_action(cfg):
     """
     The classifier of rewards/action.py: clips in motion, videos that the base makes of captions, which it follows, and guesses.
-
     Half of them are played backwards, or it would read the trail of stripes, whose motion is small from frame to frame; stripes
     come three times as often as other shapes. A fifth are slowed to below .6 of their pace and count as not moving, or a shape
     that hardly moves would satisfy the reward. More and more, five of eight clips are changed against it (adversarial training,
@@ -504,15 +499,12 @@ def slowed(clips, pace):
 
 def attacked(classifier, clips, target, strength, steps=3):
     """Clips changed by at most `strength` (the L2 norm over all pixels of a clip) so that the classifier errs."""
-    def size(change):
-        return change.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1, 1)
-
+    size = lambda change: change.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1, 1)
     change = torch.randn_like(clips)
     change = change / size(change) * strength * torch.rand(len(clips), 1, 1, 1, 1, device=clips.device)
     for _ in range(steps):
         change.requires_grad_()
-        loss = F_.cross_entropy(classifier((clips + change).clamp(0, 1)), target)
-        grad, = torch.autograd.grad(loss, change)
+        grad, = torch.autograd.grad(F_.cross_entropy(classifier((clips + change).clamp(0, 1)), target), change)
         change = change.detach() + grad / size(grad) * strength / 2
         change = change * (strength / size(change)).clamp(max=1)
     return (clips + change).clamp(0, 1).detach()
@@ -520,8 +512,8 @@ def attacked(classifier, clips, target, strength, steps=3):
 
 def build_removal(cfg):
     """
-    The detector of rewards/removal.py: frames with a watermark and without one, drawn and through the autoencoder.
-    Some bands are fainter than in any clip: otherwise the reward would be content with one that is half gone.
+    The detector of rewards/removal.py: frames with a watermark and without one, drawn and through the autoencoder. Some bands are
+    fainter than in any clip: otherwise the reward would be content with one that is half gone.
     """
     clips, _, _ = render(all_scenes(), cfg.seed + 10_000_000, min(2880, cfg.clips), FLAWS_TO_TELL | {"watermark": 0.})
     n = len(clips)

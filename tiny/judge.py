@@ -135,21 +135,21 @@ def best_shape(masks, shape):
     return found
 
 
-def best_stripes(masks, direction):
-    """Best overlap of each mask (N, H, W) with stripes that drift as told, over period and phase -> (N,)."""
-    dx, dy = world.DIRECTIONS[direction]
+def fidelity(masks, scene):
+    """
+    How well a clip's shape is drawn: the best overlap (IoU) of its mask with the caption's own shape, over place and size; of
+    stripes, over period and phase. masks (F, H, W) of one clip -> (), the mean over six of its frames.
+    """
+    masks = masks[::3]                                                                    # (N, H, W)
+    if scene.shape != "stripes":
+        return best_shape(masks, scene.shape).mean()
+    dx, dy = world.DIRECTIONS[scene.direction]
     candidates = torch.cartesian_prod(torch.arange(9.5, 13.25, .25), torch.arange(48) / 48)     # (K, 2)
     period, phase = candidates.to(masks).T[..., None]                                     # (K, 1)
     position = torch.arange(world.SIZE, device=masks.device) + .5 - phase * period        # (K, W) or (K, H)
     drawn = ramp(world.stripes(position, period, dx + dy))
     drawn = drawn[:, None, :] if dx else drawn[:, :, None]                                # (K, 1, W) or (K, H, 1)
-    return overlap(drawn.expand(-1, *masks.shape[1:]), masks[:, None]).amax(dim=1)
-
-
-def fidelity(masks, scene):
-    """How well one clip's shape is drawn: its masks (F, H, W) against the caption's own shape -> (), the mean of six frames."""
-    is_stripes = scene.shape == "stripes"
-    return (best_stripes(masks[::3], scene.direction) if is_stripes else best_shape(masks[::3], scene.shape)).mean()
+    return overlap(drawn.expand(-1, *masks.shape[1:]), masks[:, None]).amax(dim=1).mean()
 
 
 def steadiness(masks):
