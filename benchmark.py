@@ -150,8 +150,7 @@ def synthetic_batch(base, cfg, batch_size):
     generator = sample_generator(0, "benchmark")
     z, eps = torch.randn((2, *shape), generator=generator).to(base.device)                # (B, C, F, h, w) each
     g = segment_frames(cfg.frames, train.Config.segments, batch_size, generator).to(base.device)
-    captions = [CAPTION] * batch_size
-    return z, eps, base.encode_text(captions), g, captions
+    return z, eps, base.encode_text([CAPTION] * batch_size), g, [CAPTION] * batch_size
 
 
 # ---------------------------------------------------------------------------------------------------------------------

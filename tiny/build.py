@@ -16,6 +16,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 
 import open_clip
@@ -128,7 +129,6 @@ def fit(cfg, name, module, loss_of, steps, lr, ema_decay=0.):
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
-
         if ema_decay:  # the average is short at first, so that it forgets the untrained weights
             decay = min(ema_decay, (1 + step) / (10 + step))
             with torch.no_grad():
@@ -151,7 +151,7 @@ def all_scenes():
 
 def render(scenes, seed, count=None, rates=world.FLAWS, trails=None):
     """`count` clips of the scenes in turn, by default one of each -> clips, their scenes, their flaws. Clip i has seed + i."""
-    scenes = [scenes[i % len(scenes)] for i in range(count or len(scenes))]
+    scenes = list(islice(cycle(scenes), count or len(scenes)))
     made = [world.make_clip(scene, seed + i, trail=trails and trails[i], rates=rates)
             for i, scene in enumerate(progress(scenes, desc="drawing clips"))]
     return torch.stack([clip for clip, _ in made]).half(), scenes, [flaws for _, flaws in made]
@@ -159,8 +159,7 @@ def render(scenes, seed, count=None, rates=world.FLAWS, trails=None):
 
 def encode(base, clips):
     """Clips -> moments (B, 2C, F, h, w)."""
-    moments = base.encode(clips.flatten(0, 1).float() * 2 - 1)                           # (B*F, 2C, h, w)
-    return moments.unflatten(0, clips.shape[:2]).transpose(1, 2)
+    return base.encode(clips.flatten(0, 1).float() * 2 - 1).unflatten(0, clips.shape[:2]).transpose(1, 2)
 
 
 def draw_latents(base, moments):
@@ -351,16 +350,6 @@ def wrong_words(a, b):
     return (a.colour != b.colour) + (a.shape != b.shape) + (a.direction != b.direction)
 
 
-def worth(flaws):
-    """Of an image with such flaws {name: strength}, to the annotator; 0 without any."""
-    return sum(WORTH[name] * strength for name, strength in flaws.items())
-
-
-def one_of(options):
-    """An element of a sequence, drawn at random."""
-    return options[torch.randint(len(options), ()).item()]
-
-
 def build_preference(cfg):
     """
     HPSv2's recipe (arXiv:2306.09341, Sec. 4): a CLIP, a softmax over a pair of images, cross-entropy with the choice. A simulated
@@ -373,6 +362,8 @@ def build_preference(cfg):
     pictures = clips[torch.arange(len(clips)), torch.randint(world.FRAMES, (len(clips),))]      # (n, 3, H, W)
     pictures = torch.cat([pictures, through_autoencoder(base, pictures[:, None])[:, 0]])
     samples = base_clips(base, captions)                                                 # (captions, F, 3, H, W)
+    one_of = lambda options: options[torch.randint(len(options), ()).item()]
+    worth = lambda flaws: sum(WORTH[name] * strength for name, strength in flaws.items())
 
     def pair():
         """Number of the caption, two images (2, 3, H, W), the annotator's choice (0 or 1)."""
@@ -416,11 +407,9 @@ def clips_in_motion(cfg, base, count, seed, crossed=True):
     crossed: whether stripes may have a trail across their way; they then move along the trail, and not as their scene says.
     """
     generator = torch.Generator().manual_seed(cfg.seed + seed)
-    known = all_scenes()
     scenes = []
     trails = []
-    for i in range(min(count, cfg.clips)):
-        scene = known[i % len(known)]
+    for scene in islice(cycle(all_scenes()), min(count, cfg.clips)):
         if torch.rand((), generator=generator) < .25:
             scene = replace(scene, direction="")
         trail = None

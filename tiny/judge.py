@@ -136,19 +136,15 @@ def best_shape(masks, shape):
 
 
 def fidelity(masks, scene):
-    """
-    How well a clip's shape is drawn: the best overlap (IoU) of its mask with the caption's own shape, over place and size; of
-    stripes, over period and phase. masks (F, H, W) of one clip -> (), the mean over six of its frames.
-    """
-    masks = masks[::3]                                                                    # (N, H, W)
+    """The best overlap of a clip's masks (F, H, W) with the scene's shape, over place and size, or period and phase -> ()."""
+    masks = masks[::3]                                                                    # (N, H, W): six frames tell enough
     if scene.shape != "stripes":
         return best_shape(masks, scene.shape).mean()
     dx, dy = world.DIRECTIONS[scene.direction]
     candidates = torch.cartesian_prod(torch.arange(9.5, 13.25, .25), torch.arange(48) / 48)     # (K, 2)
     period, phase = candidates.to(masks).T[..., None]                                     # (K, 1)
     position = torch.arange(world.SIZE, device=masks.device) + .5 - phase * period        # (K, W) or (K, H)
-    drawn = ramp(world.stripes(position, period, dx + dy))
-    drawn = drawn[:, None, :] if dx else drawn[:, :, None]                                # (K, 1, W) or (K, H, 1)
+    drawn = ramp(world.stripes(position, period, dx + dy)).unsqueeze(1 if dx else 2)      # (K, 1, W) or (K, H, 1)
     return overlap(drawn.expand(-1, *masks.shape[1:]), masks[:, None]).amax(dim=1).mean()
 
 

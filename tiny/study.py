@@ -209,9 +209,8 @@ def read_rows(report):
         row = (over_seeds(group, alike) if "group" in alike[0] else alike[0]) | {"before": {}, "error": {}}
         for key, (gain, over_prompts) in row.get("differences", {}).items():
             if over_prompts is not None:  # of a single prompt it is not known
-                spread = row.get("spread", {}).get(key) or 0
                 row["before"][key] = row["measures"]["reward_mean" if key == "reward" else key] - gain
-                row["error"][key] = max(over_prompts, spread / row.get("seeds", 1) ** 0.5)  # the wider one
+                row["error"][key] = max(over_prompts, (row.get("spread", {}).get(key) or 0) / row.get("seeds", 1) ** 0.5)  # the wider
         if "base_std" in row:
             row["gain_in_base_std"] = row["differences"]["reward"][0] / row["base_std"]
         if "seconds" in row:

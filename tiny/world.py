@@ -109,9 +109,7 @@ def draw(scene, g, trail=None):
     A clean clip of the scene: (F, 3, H, W) in [0, 1]. Place, size, speed and background come from the generator g.
     trail: a direction whose trail is drawn instead of the scene's own, or "" for none (the judge's training needs them).
     """
-    def uniform(low, high):
-        return low + (high - low) * torch.rand((), generator=g).item()
-
+    uniform = lambda low, high: low + (high - low) * torch.rand((), generator=g).item()
     x = torch.arange(SIZE)[None, None, :] + .5                                          # (1, 1, W)
     y = x.mT                                                                            # (1, H, 1)
     phase = torch.linspace(-.5, .5, FRAMES)[:, None, None]                              # (F, 1, 1)
@@ -121,8 +119,7 @@ def draw(scene, g, trail=None):
     # A neutral background: grey with a slight tint, lit from the upper left, brighter as time goes on. The light is the same
     # way round in all clips, so that the UNet, which is told neither place nor time, soon learns to tell both.
     light = uniform(.28, .46) + uniform(.05, .09) * (32 - x - y) / 16 + uniform(.12, .20) * phase       # (F, H, W)
-    tint = (torch.rand(3, generator=g) - .5) * .06
-    background = light[:, None] + tint[:, None, None]                                   # (F, 3, H, W)
+    background = light[:, None] + (torch.rand(3, 1, 1, generator=g) - .5) * .06         # (F, 3, H, W)
 
     # It crosses the middle of the picture. Where exactly varies little, so that the direction word tells most of the layout.
     travel = uniform(14, 17)
