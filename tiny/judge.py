@@ -137,7 +137,7 @@ def best_shape(masks, shape):
 
 def fidelity(masks, scene):
     """The best overlap of a clip's masks (F, H, W) with the scene's shape, over place and size, or period and phase -> ()."""
-    masks = masks[::3]                                                                    # (N, H, W): six frames tell enough
+    masks = masks[::3]                                                                    # (N, H, W): six frames
     if scene.shape != "stripes":
         return best_shape(masks, scene.shape).mean()
     dx, dy = world.DIRECTIONS[scene.direction]

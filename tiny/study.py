@@ -210,7 +210,7 @@ def read_rows(report):
         for key, (gain, over_prompts) in row.get("differences", {}).items():
             if over_prompts is not None:  # of a single prompt it is not known
                 row["before"][key] = row["measures"]["reward_mean" if key == "reward" else key] - gain
-                row["error"][key] = max(over_prompts, (row.get("spread", {}).get(key) or 0) / row.get("seeds", 1) ** 0.5)  # the wider
+                row["error"][key] = max(over_prompts, (row.get("spread", {}).get(key) or 0) / row.get("seeds", 1) ** 0.5)
         if "base_std" in row:
             row["gain_in_base_std"] = row["differences"]["reward"][0] / row["base_std"]
         if "seconds" in row:
