@@ -142,7 +142,7 @@ def fit(cfg, name, module, loss_of, steps, lr, ema_decay=0.):
     return average.eval()
 
 
-# Clips to learn from are (n, F, 3, H, W) in [0, 1], float16, on the CPU.
+# Clips to learn from are (n, F, 3, H, W) in [0, 1], float16, on the CPU. render's rates say how often each flaw is drawn.
 
 def all_scenes():
     """What the base learns: the scenes of every prompt set."""
@@ -284,7 +284,7 @@ def build_unet(cfg):
         eps = torch.randn_like(z)
         z_t = add_noise(z, eps, t, alpha_bar)
         error = (unet(z_t, t.to(cfg.device), text[caption.to(cfg.device)]) - eps).square().mean(dim=(1, 2, 3, 4))
-        return ((1 / alpha_bar[t]).clamp(max=MAX_WEIGHT).to(z) * error).mean()
+        return ((1 / alpha_bar[t]).clamp(max=MAX_WEIGHT).to(z) * error).mean()           # of weights and errors (B,)
 
     def frames_loss(step):
         rows = torch.randint(len(clips), (128,))

@@ -72,7 +72,7 @@ def scenes(name):
     wanted = []
     for direction in DIRECTIONS:
         for (i, colour), (j, shape) in product(enumerate(COLOURS), enumerate(SHAPES)):
-            if ((i + j) % len(SHAPES) == 0) == (name == "new"):
+            if ((i + j) % len(SHAPES) == 0) == (name == "new"):  # which are held out
                 wanted.append(Scene(colour, shape, direction))
     return wanted
 
