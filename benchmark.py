@@ -73,12 +73,9 @@ def contenders(base, reward, cfg):
     base.unet.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
     if cfg.compile:
         base.unet.compile()
-
     score = lambda batch: train.edit_rewards(base, reward, uncond, batch, settings)[0]
-    both = {"ours": Contender(score, parameters, (base.unet, base.vae, reward))}
-    if cfg.diffusers:
-        both["diffusers"] = on_diffusers(base, reward, uncond, settings)
-    return both
+    ours = {"ours": Contender(score, parameters, (base.unet, base.vae, reward))}
+    return ours | {"diffusers": on_diffusers(base, reward, uncond, settings)} if cfg.diffusers else ours
 
 
 def on_diffusers(base, reward, uncond, settings):
@@ -103,14 +100,13 @@ def on_diffusers(base, reward, uncond, settings):
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
                               set_alpha_to_one=False, steps_offset=1)
     scheduler.set_timesteps(settings.num_steps)
-    chain_length = edit_steps(settings.tau, settings.num_steps)
-    timesteps = scheduler.timesteps[-chain_length:]
+    timesteps = scheduler.timesteps[-edit_steps(settings.tau, settings.num_steps):]
 
     def score(batch):
         z, eps, text, g, captions = batch
         embeds = torch.cat([uncond.expand(len(z), -1, -1), text]).to(base.dtype)          # (2B, N, E)
         z_t = scheduler.add_noise(z, eps, timesteps[:1])
-        for i, t in zip(range(chain_length, 0, -1), timesteps):
+        for i, t in zip(range(len(timesteps), 0, -1), timesteps):
             with torch.set_grad_enabled(i <= settings.grad_steps):
                 doubled = scheduler.scale_model_input(torch.cat([z_t, z_t]), t).to(base.dtype)
                 eps_u, eps_c = unet(doubled, t, encoder_hidden_states=embeds).sample.float().chunk(2)
@@ -134,15 +130,14 @@ def load(cfg, device):
         reward_weights = cfg.reward_weights
         if not reward_weights and not (base.folder and (base.folder / "reward").is_dir()):
             reward_weights = "random:32" if cfg.base.startswith("random:") else "random"
-        reward = load_reward("hpsv2", reward_weights, base.folder, dtype, device)
-    return base, reward
+        return base, load_reward("hpsv2", reward_weights, base.folder, dtype, device)
 
 
 def copy_to_meta(base, reward):
     """Copies without memory. Text is encoded once a caption and not once a step, so its features are computed here."""
-    unet, vae, text_encoder, reward = (copy.deepcopy(module).to("meta")
-                                       for module in (base.unet, base.vae, base.text_encoder, reward))
-    base = Base(unet, vae, text_encoder, base.name)
+    networks = (base.unet, base.vae, base.text_encoder, reward)
+    *parts, reward = [copy.deepcopy(network).to("meta") for network in networks]
+    base = Base(*parts, base.name)
     base.encode_text(["", CAPTION])
     reward.text_features([CAPTION])
     return base, reward
@@ -155,8 +150,7 @@ def synthetic_batch(base, cfg, batch_size):
     generator = sample_generator(0, "benchmark")
     z, eps = torch.randn((2, *shape), generator=generator).to(base.device)                # (B, C, F, h, w) each
     g = segment_frames(cfg.frames, train.Config.segments, batch_size, generator).to(base.device)
-    captions = [CAPTION] * batch_size
-    return z, eps, base.encode_text(captions), g, captions
+    return z, eps, base.encode_text([CAPTION] * batch_size), g, [CAPTION] * batch_size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,7 +159,6 @@ def synthetic_batch(base, cfg, batch_size):
 def count_work(forward, unet, vae, reward):
     """
     {"tflop": {part: ...}, "calls": {part: items that its network ran on}} of forward() and its result's backward pass, if any.
-
     train.py does not mark where parts begin, so the networks are wrapped while it runs. The optimizer multiplies no matrices: 0.
     """
     tflop = dict.fromkeys(PARTS, 0.)
@@ -182,10 +175,9 @@ def count_work(forward, unet, vae, reward):
                 before = counter.get_total_flops()
                 result = function(x, *args, **kwargs)
                 latest[part] = result, (counter.get_total_flops() - before) / 1e12
-            result, work = latest[part]
-            tflop[part] += work
+            tflop[part] += latest[part][1]
             calls[part] += x.shape[:item_dims].numel()
-            return result
+            return latest[part][0]
 
         return mock.patch.object(network, function_name, counted)
 
@@ -213,8 +205,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, known):
         super().__init__()
         self.known = set(known)  # ids of storages that are not to be counted, or not again
-        self.now = 0
-        self.most = 0
+        self.now = self.most = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
@@ -235,17 +226,14 @@ class LiveBytes(TorchDispatchMode):
 
 def storages(modules):
     """{id: bytes} of the storages of all parameters and buffers."""
-    sizes = {}
     together = nn.ModuleList(modules)
-    for tensor in (*together.parameters(), *together.buffers()):
-        sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-    return sizes
+    found = [tensor.untyped_storage() for tensor in (*together.parameters(), *together.buffers())]
+    return {storage._cdata: storage.nbytes() for storage in found}
 
 
 def measure_peak(forward, modules):
     """
     GiB that forward() and the backward pass of its result, if that has a gradient, need at the worst moment, all on meta.
-
     {"weights": those of `modules`; "saved": kept for the backward pass, beyond the weights; "transient": what else is there at
     the worst moment; "total"}. Workspaces of kernels, and what an allocator loses between tensors, come on top.
     """
@@ -319,11 +307,10 @@ def count_method(name, settings, base, reward, folder):
 
         # Scoring, which has gradient, takes the most memory. Chain steps leave nothing behind, so one is as good as all.
         method = open_method(name, replace(settings, num_steps=1, tau=1.), base, reward, folder / "peak")
-        short_entry = train.split_batch(method.draw(0), 1)[0]
-        peak = measure_peak(lambda: method.score(short_entry)[0], [base.unet, base.vae.decoder, reward])
+        entry = train.split_batch(method.draw(0), 1)[0]
+        peak = measure_peak(lambda: method.score(entry)[0], [base.unet, base.vae.decoder, reward])
 
-    # For each video of an optimizer step: how often a batch is drawn, and an entry of it scored.
-    draws = 1
+    draws = 1  # for each video of an optimizer step: how often a batch is drawn, and an entry of it scored
     scores = len(batches[0][0])
     if name in ("rwr", "dpo"):  # what a round samples serves many steps
         draws = settings.rounds * (settings.videos if name == "rwr" else settings.pairs) / (settings.steps * settings.batch_size)
@@ -342,9 +329,8 @@ def count_methods(base, reward, cfg):
     rows = {}
     for name, module in METHODS.items():
         with tempfile.TemporaryDirectory() as folder:
-            prompts = Path(folder, "prompts.txt")
-            write_text(prompts, CAPTION + "\n")
-            own = {"tau": cfg.tau} if name == "InstructVideo" else {"prompts_train": prompts}
+            write_text(Path(folder, "prompts.txt"), CAPTION + "\n")
+            own = {"tau": cfg.tau} if name == "InstructVideo" else {"prompts_train": Path(folder, "prompts.txt")}
             settings = replace(module.PRESETS["modelscope"], num_steps=cfg.num_steps, frames=cfg.frames, size=cfg.size,
                                low_memory=cfg.low_memory, checkpoint_activations=cfg.checkpoint_activations, **own)
             rows[name] = count_method(name, settings, base, reward, Path(folder))
@@ -370,8 +356,7 @@ def time_step(contender, optimizer, batch, device):
         other_weights = torch.cuda.memory_allocated() - sum(storages([unet, vae.decoder, reward]).values())
     start = now(device)
     optimizer.zero_grad(set_to_none=False)
-    R = contender.score(batch)
-    (-R.sum() / len(R)).backward()                                                        # Eq. (9)
+    (-contender.score(batch).mean()).backward()                                           # Eq. (9)
     nn.utils.clip_grad_norm_(contender.parameters, train.Config.clip_grad)
     optimizer.step()
     seconds = now(device) - start
@@ -386,10 +371,8 @@ def time_contenders(base, reward, cfg, device):
     repeats = {name: [] for name in running}
     for repeat in progress(range(-1, cfg.steps), "timing", unit="repeat", leave=False):
         for name in sorted(running, reverse=repeat % 2 == 0):
-            cost = time_step(running[name], optimizers[name], batch, device)
-            if repeat >= 0:  # the one before warms up
-                repeats[name].append(cost)
-    return repeats
+            repeats[name].append(time_step(running[name], optimizers[name], batch, device))
+    return {name: costs[1:] for name, costs in repeats.items()}  # the first one warms up
 
 
 @dataclass
@@ -439,7 +422,6 @@ def measure(cfg):
     report["contenders"] = count_contenders(base, reward, cfg)
     if device.type == "meta":
         return report | {"memory": count_memory(base, reward, cfg)}
-
     base.release_encoders()
     repeats = time_contenders(base, reward, cfg, device)
     for name, row in report["contenders"].items():
@@ -458,7 +440,6 @@ def table(report):
     rows = report.get("contenders", {})
     lines = [f"base {settings['base']}, {settings['batch_size']} clips of {settings['frames']} frames, {report['dtype']}, "
              f"on {report['device']}, {report['threads']} threads"]
-
     if rows:
         lines.append(f"{'TFLOP':11s}" + "".join(f"{part:>11s}" for part in (*PARTS, "step")))
     for name, row in rows.items():
@@ -469,7 +450,6 @@ def table(report):
             lines.append(f"{name}: {row['seconds']:.4g} s a step, {row['tflop']['step'] / row['seconds']:.4g} TFLOP/s{peak}")
     if "time_ratio" in report:
         lines.append("diffusers takes {median:.2f}x our time ({min:.2f} to {max:.2f})".format(**report["time_ratio"]))
-
     if "memory" in report:
         counts = report["memory"]["no flag"]
         lines.append(f"expected peak memory of our step, GiB: total (saved activations + transients, on top of the weights'"
@@ -478,7 +458,6 @@ def table(report):
     for memory_setting, peaks in report.get("memory", {}).items():
         cells = [f"{peak['total']:.1f} ({peak['saved']:5.1f} + {peak['transient']:.1f})" for peak in peaks.values()]
         lines.append(f"{memory_setting:26s}" + "".join(f"{cell:>22}" for cell in cells))
-
     if "methods" in report:  # in Markdown, for docs/methods.md
         lines += ["| per video of a step | passes without, with gradient | frames | TFLOP | against InstructVideo | peak GiB |",
                   "|---|---|---|---|---|---|"]

@@ -16,6 +16,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 
 import open_clip
@@ -43,8 +44,7 @@ STATE_EVERY = 250  # steps between two saved states of a training, if they are a
 VAE = model.VAEConfig(channels=(24, 48, 96), blocks_per_level=1, norm_groups=8)
 UNET = model.UNetConfig(channels=(32, 64), blocks_per_level=1, attention_levels=(False, True), context_dim=64, head_dim=32,
                         stem_heads=1, norm_groups=8, sample_size=8)
-CLIP = dict(embed_dim=64,
-            vision_cfg=dict(image_size=world.SIZE, patch_size=8, width=64, layers=3, head_width=32),
+CLIP = dict(embed_dim=64, vision_cfg=dict(image_size=world.SIZE, patch_size=8, width=64, layers=3, head_width=32),
             text_cfg=dict(context_length=world.CONTEXT_LENGTH, vocab_size=len(world.WORDS) + 4, width=64, heads=1, layers=3))
 LATENT_STD = 0.5  # see tiny/README.md: with unit variance, noise at t = 951 still shows the layout, and words go unread
 MAX_WEIGHT = 100.  # of a noise level in Eq. (1), 1 / abar_t up to this: only at high noise do the words matter
@@ -92,10 +92,8 @@ def main(cfg):
 
 def write_manifest(folder):
     """manifest.json: the SHA-256 of every file, which loading checks."""
-    digests = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != "manifest.json":
-            digests[path.relative_to(folder).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.json"]
+    digests = {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     (folder / "manifest.json").write_text(json.dumps(digests, indent=1) + "\n")
 
 
@@ -110,10 +108,7 @@ def save(path, module, config=None):
 
 
 def fit(cfg, name, module, loss_of, steps, lr, ema_decay=0.):
-    """
-    The training loop of every stage: AdamW with clipped gradients. Returns the module, or the average of its weights over the
-    steps if ema_decay is given.
-    """
+    """The loop of every stage: AdamW, clipped gradients. Returns the module, or with ema_decay its average over the steps."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0)
     average = copy.deepcopy(module) if ema_decay else module
     parts = [module, optimizer, average]
@@ -134,7 +129,6 @@ def fit(cfg, name, module, loss_of, steps, lr, ema_decay=0.):
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
-
         if ema_decay:  # the average is short at first, so that it forgets the untrained weights
             decay = min(ema_decay, (1 + step) / (10 + step))
             with torch.no_grad():
@@ -148,7 +142,7 @@ def fit(cfg, name, module, loss_of, steps, lr, ema_decay=0.):
     return average.eval()
 
 
-# Clips to learn from are (n, F, 3, H, W) in [0, 1], float16, on the CPU.
+# Clips to learn from are (n, F, 3, H, W) in [0, 1], float16, on the CPU. render's rates say how often each flaw is drawn.
 
 def all_scenes():
     """What the base learns: the scenes of every prompt set."""
@@ -156,28 +150,22 @@ def all_scenes():
 
 
 def render(scenes, seed, count=None, rates=world.FLAWS, trails=None):
-    """
-    Draw clips of the scenes in turn, by default one of each -> clips, their scenes, their flaws. Clip i has the seed seed + i.
-    rates: how often each flaw is drawn; trails: for each scene, as in world.draw.
-    """
-    scenes = [scenes[i % len(scenes)] for i in range(count or len(scenes))]
-    made = []
-    for i, scene in enumerate(progress(scenes, desc="drawing clips")):
-        made.append(world.make_clip(scene, seed + i, trail=trails and trails[i], rates=rates))
+    """`count` clips of the scenes in turn, by default one of each -> clips, their scenes, their flaws. Clip i has seed + i."""
+    scenes = list(islice(cycle(scenes), count or len(scenes)))
+    made = [world.make_clip(scene, seed + i, trail=trails and trails[i], rates=rates)
+            for i, scene in enumerate(progress(scenes, desc="drawing clips"))]
     return torch.stack([clip for clip, _ in made]).half(), scenes, [flaws for _, flaws in made]
 
 
 def encode(base, clips):
     """Clips -> moments (B, 2C, F, h, w)."""
-    moments = base.encode(clips.flatten(0, 1).float() * 2 - 1)                           # (B*F, 2C, h, w)
-    return moments.unflatten(0, clips.shape[:2]).transpose(1, 2)
+    return base.encode(clips.flatten(0, 1).float() * 2 - 1).unflatten(0, clips.shape[:2]).transpose(1, 2)
 
 
 def draw_latents(base, moments):
     """A fresh sample of the autoencoder's posterior, z (B, C, F, h, w), of moments in float16 as they are kept for training."""
     moments = moments.to(base.device).float()
-    noise = torch.randn_like(moments.chunk(2, dim=1)[0])
-    return sample_posterior(moments, noise, base.vae.config.scale)
+    return sample_posterior(moments, torch.randn_like(moments.chunk(2, dim=1)[0]), base.vae.config.scale)
 
 
 def decode(base, z):
@@ -190,8 +178,7 @@ def through_autoencoder(base, clips):
     """Clips encoded and decoded, since a reward only ever sees what the autoencoder decodes."""
     copies = []
     for batch in progress(clips.split(8), desc="through the autoencoder"):
-        mean = encode(base, batch).chunk(2, dim=1)[0]
-        copies.append(decode(base, base.vae.config.scale * mean))
+        copies.append(decode(base, base.vae.config.scale * encode(base, batch).chunk(2, dim=1)[0]))
     return torch.cat(copies)
 
 
@@ -233,8 +220,7 @@ def build_vae(cfg):
     The autoencoder. Its loss has squared and absolute errors, the error of steps between neighbouring pixels (the others hardly
     see whether an edge is straight), and a KL term that is small enough to leave the latents sharp.
     """
-    clips, _, _ = render(all_scenes(), cfg.seed + 1_000_000, min(2500, cfg.clips))
-    frames = clips.flatten(0, 1)                                                         # (n, 3, H, W)
+    frames = render(all_scenes(), cfg.seed + 1_000_000, min(2500, cfg.clips))[0].flatten(0, 1)       # (n, 3, H, W)
     vae = model.Autoencoder(VAE).to(cfg.device)
 
     def loss_of(step):
@@ -247,10 +233,9 @@ def build_vae(cfg):
 
     vae = fit(cfg, "autoencoder", vae, loss_of, cfg.vae_steps, lr=2e-3, ema_decay=.998)
 
-    # The scale that gives latents their standard deviation.
     with torch.no_grad():
         mean, _ = vae.encode(frames[:8000:8].to(cfg.device).float() * 2 - 1).chunk(2, dim=1)
-    scale = round(LATENT_STD / mean.std().item(), 5)
+    scale = round(LATENT_STD / mean.std().item(), 5)  # gives latents their standard deviation
     save(cfg.out / "vae/diffusion_pytorch_model.safetensors", vae, vae_to_diffusers(replace(VAE, scale=scale)))
 
 
@@ -271,8 +256,8 @@ def build_clip(cfg):
         logits = logit_scale.clamp(max=100) * image @ text.T                             # (n, n)
         return (F_.cross_entropy(logits, target) + F_.cross_entropy(logits.T, target)) / 2
 
-    clip_model = fit(cfg, "CLIP", clip_model, loss_of, cfg.clip_steps, lr=1e-3)
-    save(cfg.out / "text_encoder/open_clip_model.safetensors", clip_model, CLIP)
+    trained = fit(cfg, "CLIP", clip_model, loss_of, cfg.clip_steps, lr=1e-3)
+    save(cfg.out / "text_encoder/open_clip_model.safetensors", trained, CLIP)
 
 
 def build_unet(cfg):
@@ -282,8 +267,8 @@ def build_unet(cfg):
     """
     unet = model.UNet3D(UNET).to(cfg.device)
     start_as_identity(unet)
-    vae = model.load_vae(cfg.out / "vae").to(cfg.device)
-    base = model.Base(unet, vae, model.load_text_encoder(cfg.out / "text_encoder").to(cfg.device), "tiny")
+    text_encoder = model.load_text_encoder(cfg.out / "text_encoder").to(cfg.device)
+    base = model.Base(unet, model.load_vae(cfg.out / "vae").to(cfg.device), text_encoder, "tiny")
     scenes = all_scenes()
     clips, _, _ = render(scenes, cfg.seed + 3_000_000, cfg.clips)
     moments = torch.cat([encode(base, batch).half().cpu() for batch in progress(clips.split(8), desc="encoding clips")])
@@ -299,8 +284,7 @@ def build_unet(cfg):
         eps = torch.randn_like(z)
         z_t = add_noise(z, eps, t, alpha_bar)
         error = (unet(z_t, t.to(cfg.device), text[caption.to(cfg.device)]) - eps).square().mean(dim=(1, 2, 3, 4))
-        weight = (1 / alpha_bar[t]).clamp(max=MAX_WEIGHT).to(z)                          # (B,)
-        return (weight * error).mean()
+        return ((1 / alpha_bar[t]).clamp(max=MAX_WEIGHT).to(z) * error).mean()           # of weights and errors (B,)
 
     def frames_loss(step):
         rows = torch.randint(len(clips), (128,))
@@ -329,7 +313,6 @@ def start_as_identity(unet, constant=6.):
     """
     Weights with which the untrained UNet returns its input. At high noise eps is z_t but for a few hundredths, and only in those
     can the words tell anything; otherwise thousands of steps go into merely passing z_t on exactly enough.
-
     Each latent channel a travels over the last skip connection as a group of four, (a, -a, constant, -constant). The last
     GroupNorm subtracts a mean of 0 from it and divides it by nearly a constant, and silu(x) - silu(-x) = x.
     """
@@ -339,15 +322,13 @@ def start_as_identity(unet, constant=6.):
     for layer in (last_block.conv2, unet.conv_out, *projections):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
-
     signs = torch.tensor([1., -1., 0., 0.])
-    constants = torch.tensor([0., 0., constant, -constant])
     with torch.no_grad():
         for c in range(unet.config.in_channels):
             group = slice(4 * c, 4 * c + 4)
             unet.conv_in.weight[group] = 0
             unet.conv_in.weight[group, c, 1, 1] = signs
-            unet.conv_in.bias[group] = constants
+            unet.conv_in.bias[group] = torch.tensor([0., 0., constant, -constant])
             unet.conv_out.weight[c, group, 1, 1] = signs * ((1 + constant**2) / 2) ** .5
             shortcut.weight[group] = 0
             shortcut.bias[group] = 0
@@ -369,22 +350,10 @@ def wrong_words(a, b):
     return (a.colour != b.colour) + (a.shape != b.shape) + (a.direction != b.direction)
 
 
-def worth(flaws):
-    """Of an image with such flaws {name: strength}, to the annotator; 0 without any."""
-    return sum(WORTH[name] * strength for name, strength in flaws.items())
-
-
-def one_of(options):
-    """An element of a sequence, drawn at random."""
-    return options[torch.randint(len(options), ()).item()]
-
-
 def build_preference(cfg):
     """
-    HPSv2's recipe (arXiv:2306.09341, Sec. 4): a CLIP, a softmax over a pair of images, cross-entropy with the choice.
-
-    A simulated annotator chooses: the worth of an image falls with each flaw, by its strength, and with each word of the caption
-    that it gets wrong, and the second image is chosen with probability sigmoid(its worth - the worth of the first).
+    HPSv2's recipe (arXiv:2306.09341, Sec. 4): a CLIP, a softmax over a pair of images, cross-entropy with the choice. A simulated
+    annotator takes the second with probability sigmoid(its worth - that of the first).
     """
     base = model.load_base(str(cfg.out), device=cfg.device)
     scenes = all_scenes()
@@ -393,6 +362,8 @@ def build_preference(cfg):
     pictures = clips[torch.arange(len(clips)), torch.randint(world.FRAMES, (len(clips),))]      # (n, 3, H, W)
     pictures = torch.cat([pictures, through_autoencoder(base, pictures[:, None])[:, 0]])
     samples = base_clips(base, captions)                                                 # (captions, F, 3, H, W)
+    one_of = lambda options: options[torch.randint(len(options), ()).item()]
+    worth = lambda flaws: sum(WORTH[name] * strength for name, strength in flaws.items())
 
     def pair():
         """Number of the caption, two images (2, 3, H, W), the annotator's choice (0 or 1)."""
@@ -408,8 +379,7 @@ def build_preference(cfg):
             images = samples[[asked, other], one_of(range(world.FRAMES))]
             first_flaws, second_flaws = {}, {}
             if other == asked:
-                name = one_of(list(world.FLAWS))
-                second_flaws = {name: .3 + .7 * torch.rand(()).item()}
+                second_flaws = {one_of(list(world.FLAWS)): .3 + .7 * torch.rand(()).item()}
                 images[1] = world.add_flaws(images[1:].float(), second_flaws, None)[0]
         gain = worth(second_flaws) + WRONG_WORD * wrong_words(scenes[other], scenes[asked]) - worth(first_flaws)
         return asked, images, int(torch.rand(()) < 1 / (1 + math.exp(-gain)))
@@ -426,8 +396,8 @@ def build_preference(cfg):
         logits = logit_scale * (image.unflatten(0, (-1, 2)) * text[:, None]).sum(-1)     # (B, 2)
         return F_.cross_entropy(logits, torch.tensor(choices, device=cfg.device))
 
-    clip_model = fit(cfg, "preference model", clip_model, loss_of, cfg.preference_steps, lr=3e-4)
-    save(cfg.out / "reward/open_clip_model.safetensors", clip_model, CLIP)
+    trained = fit(cfg, "preference model", clip_model, loss_of, cfg.preference_steps, lr=3e-4)
+    save(cfg.out / "reward/open_clip_model.safetensors", trained, CLIP)
 
 
 def clips_in_motion(cfg, base, count, seed, crossed=True):
@@ -437,27 +407,21 @@ def clips_in_motion(cfg, base, count, seed, crossed=True):
     crossed: whether stripes may have a trail across their way; they then move along the trail, and not as their scene says.
     """
     generator = torch.Generator().manual_seed(cfg.seed + seed)
-    known = all_scenes()
     scenes = []
     trails = []
-    for i in range(min(count, cfg.clips)):
-        scene = known[i % len(known)]
+    for scene in islice(cycle(all_scenes()), min(count, cfg.clips)):
         if torch.rand((), generator=generator) < .25:
             scene = replace(scene, direction="")
         trail = None
         if torch.rand((), generator=generator) < .4 or not scene.direction:
             trail = DIRECTIONS[torch.randint(5, (), generator=generator)]
         turns = (trail in ("left", "right")) != (scene.direction in ("left", "right"))
-        if scene.shape == "stripes" and scene.direction and trail and turns and not crossed:
-            trail = None
         scenes.append(scene)
-        trails.append(trail)
-
+        trails.append(None if turns and trail and scene.direction and scene.shape == "stripes" and not crossed else trail)
     clips, _, _ = render(scenes, cfg.seed + seed * 1_000_000, rates=FLAWS_TO_TELL, trails=trails)
     moving = [i for i, scene in enumerate(scenes) if scene.direction][:count // 10]
     edits = base_clips(base, [scenes[i].caption for i in moving], clips[moving])
-    clips = torch.cat([clips, through_autoencoder(base, clips), edits])
-    return clips, scenes + scenes + [scenes[i] for i in moving]
+    return torch.cat([clips, through_autoencoder(base, clips), edits]), scenes * 2 + [scenes[i] for i in moving]
 
 
 def build_judge(cfg):
@@ -471,14 +435,12 @@ def build_judge(cfg):
         logits = judge(clips[rows].to(cfg.device).float())
         return sum(F_.cross_entropy(logits[i], targets[i, rows]) for i in range(3))
 
-    judge = fit(cfg, "judge", judge, loss_of, cfg.judge_steps, lr=2e-3)
-    save(cfg.out / "judge.safetensors", judge)
+    save(cfg.out / "judge.safetensors", fit(cfg, "judge", judge, loss_of, cfg.judge_steps, lr=2e-3))
 
 
 def build_action(cfg):
     """
     The classifier of rewards/action.py: clips in motion, videos that the base makes of captions, which it follows, and guesses.
-
     Half of them are played backwards, or it would read the trail of stripes, whose motion is small from frame to frame; stripes
     come three times as often as other shapes. A fifth are slowed to below .6 of their pace and count as not moving, or a shape
     that hardly moves would satisfy the reward. More and more, five of eight clips are changed against it (adversarial training,
@@ -494,7 +456,6 @@ def build_action(cfg):
     how_often = torch.tensor([3. if scene.shape == "stripes" else 1. for scene in scenes])
     direction = labels(scenes)[2]
     turned = torch.tensor([1, 0, 3, 2, 4])  # right for left, down for up
-    still = DIRECTIONS.index("")
     classifier = action.Classifier().to(cfg.device)
 
     def loss_of(step):
@@ -505,7 +466,7 @@ def build_action(cfg):
         x[backwards] = x[backwards].flip(1)
         x[slow] = slowed(x[slow], .6 * torch.rand(()).item())
         target = torch.where(backwards, turned[direction[rows]], direction[rows])
-        target = target.masked_fill(slow, still).to(cfg.device)
+        target = target.masked_fill(slow, DIRECTIONS.index("")).to(cfg.device)
 
         # None is attacked in the first fifth of the steps; the attack then grows and is whole after seven tenths.
         strength = ATTACK * min(1., max(0., step / cfg.action_steps - .2) / .5)
@@ -513,8 +474,7 @@ def build_action(cfg):
             x = torch.cat([x[:12], attacked(classifier, x[12:], target[12:], strength)])
         return F_.cross_entropy(classifier(x), target)
 
-    classifier = fit(cfg, "action", classifier, loss_of, cfg.action_steps, lr=1e-3, ema_decay=.99)
-    save(cfg.out / "action/model.safetensors", classifier)
+    save(cfg.out / "action/model.safetensors", fit(cfg, "action", classifier, loss_of, cfg.action_steps, 1e-3, ema_decay=.99))
 
 
 def slowed(clips, pace):
@@ -528,15 +488,12 @@ def slowed(clips, pace):
 
 def attacked(classifier, clips, target, strength, steps=3):
     """Clips changed by at most `strength` (the L2 norm over all pixels of a clip) so that the classifier errs."""
-    def size(change):
-        return change.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1, 1)
-
+    size = lambda change: change.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1, 1)
     change = torch.randn_like(clips)
     change = change / size(change) * strength * torch.rand(len(clips), 1, 1, 1, 1, device=clips.device)
     for _ in range(steps):
         change.requires_grad_()
-        loss = F_.cross_entropy(classifier((clips + change).clamp(0, 1)), target)
-        grad, = torch.autograd.grad(loss, change)
+        grad, = torch.autograd.grad(F_.cross_entropy(classifier((clips + change).clamp(0, 1)), target), change)
         change = change.detach() + grad / size(grad) * strength / 2
         change = change * (strength / size(change)).clamp(max=1)
     return (clips + change).clamp(0, 1).detach()
@@ -544,11 +501,10 @@ def attacked(classifier, clips, target, strength, steps=3):
 
 def build_removal(cfg):
     """
-    The detector of rewards/removal.py: frames with a watermark and without one, drawn and through the autoencoder.
-    Some bands are fainter than in any clip: otherwise the reward would be content with one that is half gone.
+    The detector of rewards/removal.py: frames with a watermark and without one, drawn and through the autoencoder. Some bands are
+    fainter than in any clip: otherwise the reward would be content with one that is half gone.
     """
-    rates = FLAWS_TO_TELL | {"watermark": 0.}
-    clips, _, _ = render(all_scenes(), cfg.seed + 10_000_000, min(2880, cfg.clips), rates)
+    clips, _, _ = render(all_scenes(), cfg.seed + 10_000_000, min(2880, cfg.clips), FLAWS_TO_TELL | {"watermark": 0.})
     n = len(clips)
     plain = clips[torch.arange(n), torch.randint(world.FRAMES, (n,))].float()            # (n, 3, H, W)
     frames = torch.cat([plain, world.add_watermark(plain, .05 + .65 * torch.rand(n, 1, 1, 1))]).half()
@@ -561,8 +517,7 @@ def build_removal(cfg):
         logits = detector(frames[rows].to(cfg.device).float())
         return F_.binary_cross_entropy_with_logits(logits, marked[rows].to(cfg.device))
 
-    detector = fit(cfg, "removal", detector, loss_of, cfg.removal_steps, lr=2e-3, ema_decay=.99)
-    save(cfg.out / "removal/model.safetensors", detector)
+    save(cfg.out / "removal/model.safetensors", fit(cfg, "removal", detector, loss_of, cfg.removal_steps, 2e-3, ema_decay=.99))
 
 
 # Least shares of the base's videos, and least parts of what the autoencoder's copies of drawn clips reach on the same scenes.
@@ -577,21 +532,18 @@ def missed_gates(found):
         copies = f"through the autoencoder, {name}"
         gates[copies] = {"removal": .95}
         gates[f"base, {name}"] = GATES | {measure: part * found[copies][measure] for measure, part in GATES_OF_COPIES.items()}
-
     missed = []
     for what, least in gates.items():
-        for measure, value in least.items():
-            if found[what][measure] < value:
-                missed.append(f"{what}: {measure} {found[what][measure]:.3f} < {value:.3f}")
+        missed += [f"{what}: {measure} {found[what][measure]:.3f} < {value:.3f}"
+                   for measure, value in least.items() if found[what][measure] < value]
     return missed
 
 
 def build_gates(cfg):
     """
-    gates.json: the mean of each measure, over clips that no training has seen and over the base's videos.
-
-    Beside the judge's own: watermarked, the share of clips with a clear band; action, of clips whose direction the reward's
-    classifier names; removal, where flaws are known, of frames for which its detector is right.
+    gates.json: the mean of each measure, over clips that no training has seen and over the base's videos. Beside the judge's own:
+    watermarked, the share of clips with a clear band; action, of clips whose direction the reward's classifier names; removal,
+    where flaws are known, of frames for which its detector is right.
     """
     base = model.load_base(str(cfg.out), device=cfg.device)
     judge = load_judge(cfg.out / "judge.safetensors").to(cfg.device)
@@ -604,9 +556,8 @@ def build_gates(cfg):
         found = judge_clips(judge, clips, [scene.caption for scene in scenes])           # {measure: (B,)}
         found["action"] = classifier(clips).argmax(1).cpu() == labels(scenes)[2]
         if flaws:
-            marked = torch.tensor(["watermark" in strengths for strengths in flaws])
-            seen = torch.stack([detector(clip) for clip in clips]).cpu() > 0             # (B, F)
-            found["removal"] = (seen == marked[:, None]).float().mean(dim=1)
+            marked = torch.tensor([["watermark" in strengths] for strengths in flaws])   # (B, 1)
+            found["removal"] = ((torch.stack([detector(clip) for clip in clips]).cpu() > 0) == marked).float().mean(dim=1)
         found["watermarked"] = found["watermark"] > .1
         return {measure: round(values.float().mean().item(), 4) for measure, values in found.items()}
 

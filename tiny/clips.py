@@ -12,11 +12,7 @@ COUNT = 192
 
 @torch.no_grad()
 def clips(base, frames, pixels, count=None):
-    """
-    The LatentDataset of the world's own clips, in memory: captions of in_domain, of web video's quality.
-
-    count: how many, default COUNT. ValueError for another size than the world draws.
-    """
+    """The LatentDataset of `count` or COUNT of the world's own clips, in memory: captions of in_domain, web video's quality."""
     if (frames, pixels) != (world.FRAMES, world.SIZE):
         raise ValueError(f"frames = {frames}, size = {pixels}: the tiny world draws {world.FRAMES} frames of {world.SIZE} x "
                          f"{world.SIZE} pixels; --data is needed for others")

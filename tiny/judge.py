@@ -1,7 +1,6 @@
 """
 An independent judge of tiny clips, which nothing ever optimises: measures of pixels, of how well the shape is drawn and of how
 steadily it moves, and a classifier.
-
 It shows what a rising reward hides: a colour that floods the picture, a shape that melts, a clip that stops moving.
 The classifier learns motion from clips whose trail may point elsewhere or be missing, so it must watch the shape move. It only
 has to tell five shapes apart, and calls a square with hollow sides a square; fidelity compares it with a drawn one instead.
@@ -75,16 +74,13 @@ def pixel_measures(clips):
 
     watermark   contrast of the band's dashes in the time average of the clip; 0.00 without a band, 0.25 to 0.4 with one
     sharpness   support.tables.sharpness, off the band; blur and wash-out both lower it
-    saturation  support.tables.saturation
     noise       quartile of changes of a pixel between frames: the background's, where only the light changes, slowly
     motion      change of saturation over four frames, relative to all saturation; near 0 when nothing moves
     """
     off_band = torch.cat([clips[..., :13, :], clips[..., 20:, :]], dim=-2)
     colourful = clips.amax(dim=2) - clips.amin(dim=2)                                     # (B, F, H, W)
     moved = (colourful[:, 4:] - colourful[:, :-4]).abs().mean(dim=(1, 2, 3))
-    return {"watermark": watermark_contrast(clips),
-            "sharpness": sharpness(off_band),
-            "saturation": saturation(clips),
+    return {"watermark": watermark_contrast(clips), "sharpness": sharpness(off_band), "saturation": saturation(clips),
             "noise": clips.diff(dim=1).abs().mean(dim=2).flatten(1).quantile(.25, dim=1),
             "motion": moved / colourful.mean(dim=(1, 2, 3)).clamp(min=1e-3)}
 
@@ -100,7 +96,6 @@ def ramp(cover):
 def shape_mask(clips):
     """
     Where the shape is, by saturation, because all else in a clip is nearly grey: (B, F, 3, H, W) in [0, 1] -> (B, F, H, W).
-
     Saturation counts relative to the frame's own peak, so pale shapes have the same mask as vivid ones. A watermark is grey and
     lowers the saturation beneath it by its opacity, which its contrast tells; this is undone, or each band would cut the shape.
     """
@@ -109,7 +104,6 @@ def shape_mask(clips):
     opacity = (watermark_contrast(clips) / (world.WATERMARK_GREY - beside).clamp(min=.2)).clamp(max=.7)
     band = opacity[:, None, None, None] * world.watermark_band().to(clips)                # (B, 1, H, W)
     colourful = colourful / (1 - band)
-
     # The floor keeps a grey clip, which shows no shape at all, from being stretched into one.
     peak = colourful.flatten(2).quantile(.96, dim=2).clamp(min=.12)                       # (B, F)
     return ramp(colourful / peak[..., None, None])
@@ -125,13 +119,11 @@ def best_shape(masks, shape):
     x = torch.arange(world.SIZE, device=masks.device) + .5                                # (W,): pixels' centres
     y = x[:, None]                                                                        # (H, 1)
     weight = masks.sum(dim=(1, 2)).clamp(min=1e-6)
-    centre_x = (masks * x).sum(dim=(1, 2)) / weight
-    centre_y = (masks * y).sum(dim=(1, 2)) / weight
-    best = torch.stack([centre_x, centre_y, torch.full_like(weight, 6.75)], dim=1)        # (N, 3): place and radius
+    centre = [(masks * place).sum(dim=(1, 2)) / weight for place in (x, y)]
+    best = torch.stack([*centre, torch.full_like(weight, 6.75)], dim=1)                   # (N, 3): place and radius
 
     # From the centre of mass and the middle radius outwards, first in coarse steps, then in finer ones around the best.
-    two_pixels = torch.arange(-2., 2.5)
-    coarse = torch.cartesian_prod(two_pixels, two_pixels, torch.arange(-2., 2.5, .5))     # (K, 3)
+    coarse = torch.cartesian_prod(torch.arange(-2., 2.5), torch.arange(-2., 2.5), torch.arange(-2., 2.5, .5))    # (K, 3)
     half_pixel = torch.tensor([-.5, 0., .5])
     fine = torch.cartesian_prod(half_pixel, half_pixel, half_pixel / 2)
     for offsets in (coarse, fine, fine / 2):
@@ -143,32 +135,23 @@ def best_shape(masks, shape):
     return found
 
 
-def best_stripes(masks, direction):
-    """Best overlap of each mask (N, H, W) with stripes that drift as told, over period and phase -> (N,)."""
-    dx, dy = world.DIRECTIONS[direction]
+def fidelity(masks, scene):
+    """The best overlap of a clip's masks (F, H, W) with the scene's shape, over place and size, or period and phase -> ()."""
+    masks = masks[::3]                                                                    # (N, H, W): six frames
+    if scene.shape != "stripes":
+        return best_shape(masks, scene.shape).mean()
+    dx, dy = world.DIRECTIONS[scene.direction]
     candidates = torch.cartesian_prod(torch.arange(9.5, 13.25, .25), torch.arange(48) / 48)     # (K, 2)
     period, phase = candidates.to(masks).T[..., None]                                     # (K, 1)
     position = torch.arange(world.SIZE, device=masks.device) + .5 - phase * period        # (K, W) or (K, H)
-    drawn = ramp(world.stripes(position, period, dx + dy))
-    drawn = drawn[:, None, :] if dx else drawn[:, :, None]                                # (K, 1, W) or (K, H, 1)
-    return overlap(drawn.expand(-1, *masks.shape[1:]), masks[:, None]).amax(dim=1)
-
-
-def fidelity(masks, scene):
-    """
-    How well a clip's shape is drawn: the best overlap (IoU) of its mask with the caption's own shape, over place and size; of
-    stripes, over period and phase. masks (F, H, W) of one clip -> (), the mean over six of its frames.
-    """
-    if scene.shape == "stripes":
-        return best_stripes(masks[::3], scene.direction).mean()
-    return best_shape(masks[::3], scene.shape).mean()
+    drawn = ramp(world.stripes(position, period, dx + dy)).unsqueeze(1 if dx else 2)      # (K, 1, W) or (K, H, 1)
+    return overlap(drawn.expand(-1, *masks.shape[1:]), masks[:, None]).amax(dim=1).mean()
 
 
 def steadiness(masks):
     """
     How steady the shape is: the mean overlap of each frame's mask with the frame before, moved on at one speed for the whole
     clip, the best of all that a clip may have and none. masks (B, F, H, W) -> (B,).
-
     It falls if the shape jumps, swells or flickers, and does not depend on where the shape goes, or whether at all.
     """
     speeds = torch.arange(.75, 1.4, .1, dtype=torch.float64).tolist()
@@ -187,7 +170,6 @@ def steadiness(masks):
 def judge_clips(judge, clips, captions):
     """
     Every measure of every clip: clips (B, F, 3, H, W) in [0, 1], captions [B] -> {measure: (B,)}.
-
     Beside pixel_measures: colour, shape, direction (1 where the classifier says what the caption says), static (1 where it
     sees no motion), fidelity and steadiness. Raises ValueError for a caption that is not of the tiny world.
     """

@@ -83,12 +83,10 @@ STUDIES = {
     "rewards": {
         "HPS + 0.05 action:left": ("methods.draft", f"--reward hpsv2 --reward action:left=0.05 {FROM_NOISE}", ONE),
         "HPS + 0.2 action:left": ("methods.draft", f"--reward hpsv2 --reward action:left=0.2 {FROM_NOISE}", THREE),
-        "removal:watermark": ("train", "--reward removal:watermark", THREE),
-        "HPS": ("train", "", THREE)},
+        "removal:watermark": ("train", "--reward removal:watermark", THREE), "HPS": ("train", "", THREE)},
     "guard": {
         "highest reward": ("train", CHEATING, THREE),
-        "guard, judge watched": ("train", f"{CHEATING} --watch judge", THREE),
-        "guard, pixels watched": ("train", f"{CHEATING} --watch pixels", THREE)}}
+        **{f"guard, {what} watched": ("train", f"{CHEATING} --watch {what}", THREE) for what in ("judge", "pixels")}}}
 MEASURED = {  # what evaluate.py is told; for other studies 64 videos of in_domain, D = 20, the base's own guidance
     "headline": "", "methods": "--count 32", "guard": "--watch judge", "chain": f"{IN_DOMAIN} --num-steps 50",
     "short_chain": f"{IN_DOMAIN} --num-steps 20 50 --count 16", "guidance": f"{IN_DOMAIN} --guidance 1 1.5 2 3",
@@ -142,30 +140,27 @@ def measured(run, adapter, flags):
 @torch.no_grad()
 def write_inputs(flags):
     """Write the prompts and the clips, with their captions, that flags name in WORK, unless they are there."""
-    for word in shlex.split(flags):
-        path = Path(word.rpartition("=")[2])
+    for path in [Path(word.rpartition("=")[2]) for word in shlex.split(flags)]:
         if path.parent == WORK and not path.exists() and path.suffix == ".txt":
             write_text(path, "\n".join(clips.prompt_sets()["in_domain"]) + "\n")
         elif path.parent == WORK and not path.exists():
             with write_whole(path) as hidden:
                 hidden.mkdir()
-                for i, (caption, video) in enumerate(own_videos() if path.name == "own-videos" else drawn_clips(path.name)):
+                for i, (caption, video) in enumerate(videos(path.name)):
                     write_video(hidden / f"{i:04d}.mp4", to_pixels(video), world.FPS)
                     write_text(hidden / f"{i:04d}.txt", caption)
 
 
-def drawn_clips(name):
-    """(caption, video (F, 3, H, W)) of the world's own clips, flawed like web video; of "clips-clean" without any flaw."""
-    for i, scene in enumerate(2 * world.scenes("in_domain")):
-        yield scene.caption, world.make_clip(scene, clips.CLIP_SEED + i, {} if name == "clips-clean" else None)[0]
-
-
-def own_videos():
-    """The same of videos that the base makes for these captions."""
-    base = load_base("tiny")
-    captions = [scene.caption for scene in 2 * world.scenes("in_domain")]
-    for i, z_0 in generate(base, captions, range(6_000_000, 6_000_000 + len(captions))):
-        yield captions[i], decode_frames(base.vae, z_0[None])[0]
+def videos(name):
+    """(caption, video (F, 3, H, W)): of "own-videos" by the base, else the world's own, in "clips-clean" without any flaw."""
+    scenes = 2 * world.scenes("in_domain")
+    if name == "own-videos":
+        base = load_base("tiny")
+        for i, z_0 in generate(base, [scene.caption for scene in scenes], range(6_000_000, 6_000_000 + len(scenes))):
+            yield scenes[i].caption, decode_frames(base.vae, z_0[None])[0]
+    else:
+        for i, scene in enumerate(scenes):
+            yield scene.caption, world.make_clip(scene, clips.CLIP_SEED + i, {} if name == "clips-clean" else None)[0]
 
 
 def for_each(keys, template):
@@ -214,9 +209,8 @@ def read_rows(report):
         row = (over_seeds(group, alike) if "group" in alike[0] else alike[0]) | {"before": {}, "error": {}}
         for key, (gain, over_prompts) in row.get("differences", {}).items():
             if over_prompts is not None:  # of a single prompt it is not known
-                spread = row.get("spread", {}).get(key) or 0
                 row["before"][key] = row["measures"]["reward_mean" if key == "reward" else key] - gain
-                row["error"][key] = max(over_prompts, spread / row.get("seeds", 1) ** 0.5)  # the wider one
+                row["error"][key] = max(over_prompts, (row.get("spread", {}).get(key) or 0) / row.get("seeds", 1) ** 0.5)
         if "base_std" in row:
             row["gain_in_base_std"] = row["differences"]["reward"][0] / row["base_std"]
         if "seconds" in row:
@@ -256,8 +250,7 @@ def as_table(name, report, columns):
         if any(cells):
             shown[head] = cells
     table = [f"`python -m tiny.study {name}`, {videos}, torch {report['versions']['torch']}:", ""]
-    for cells in (shown, ["---"] * len(shown), *zip(*shown.values())):
-        table.append("| " + " | ".join(cells) + " |")
+    table += ["| " + " | ".join(cells) + " |" for cells in (shown, ["---"] * len(shown), *zip(*shown.values()))]
     return "\n".join(table[2:] if columns is METHODS_SUMMARY else table)  # of which the README's text says the rest
 
 
@@ -283,8 +276,8 @@ def write_report():
 def draw_evolution():
     """docs/evolution.png and too_long.png: the same videos at several steps of a run."""
     for name, flags, steps in (("evolution", "10", range(0, 50, 10)), ("too_long", "40 --steps 200 --lr 0.01", (0, 40, 200))):
-        run = trained("train", f"--eval-count 2 --eval-every {flags}")
-        pictures = [iio.imread(run / "samples" / f"step_{step:06d}.png") for step in steps]
+        samples = trained("train", f"--eval-count 2 --eval-every {flags}") / "samples"
+        pictures = [iio.imread(samples / f"step_{step:06d}.png") for step in steps]
         write_png(ROOT / "docs" / f"{name}.png", np.concatenate(pictures, axis=1))
 
 

@@ -8,6 +8,7 @@ and captions never mention it: a model that imitates them imitates the flaws too
 Letters: F frames, H and W pixel rows and columns.
 """
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.nn.functional as F_
@@ -68,13 +69,12 @@ def scenes(name):
         raise ValueError(f"prompt set {name!r}: must be in_domain, new or other")
     if name == "other":
         return [Scene(colour, "stripes", direction) for direction in DIRECTIONS for colour in COLOURS]
-    pairs = []
-    for i, colour in enumerate(COLOURS):
-        for j, shape in enumerate(SHAPES):
-            held_out = (i + j) % len(SHAPES) == 0
-            if held_out == (name == "new"):
-                pairs.append((colour, shape))
-    return [Scene(*pair, direction) for direction in DIRECTIONS for pair in pairs]
+    wanted = []
+    for direction in DIRECTIONS:
+        for (i, colour), (j, shape) in product(enumerate(COLOURS), enumerate(SHAPES)):
+            if ((i + j) % len(SHAPES) == 0) == (name == "new"):  # which are held out
+                wanted.append(Scene(colour, shape, direction))
+    return wanted
 
 
 def mask(shape, x, y, r):
@@ -88,16 +88,14 @@ def mask(shape, x, y, r):
     elif shape == "triangle":  # apex up
         outside = torch.maximum(y - .75 * r, x.abs() * .87 - (y + 1.15 * r) * .5)
     else:  # cross: the nearer of two bars
-        level = torch.maximum(x.abs() - 1.05 * r, y.abs() - .36 * r)
-        upright = torch.maximum(y.abs() - 1.05 * r, x.abs() - .36 * r)
-        outside = torch.minimum(level, upright)
+        bars = [torch.maximum(a.abs() - 1.05 * r, b.abs() - .36 * r) for a, b in ((x, y), (y, x))]
+        outside = torch.minimum(*bars)
     return (.5 - outside).clamp(0, 1)
 
 
 def stripes(position, period, ahead):
     """
     Coverage of each pixel by stripes, one to a period, antialiased; position (F, H, W) pixels along their way.
-
     ahead: 1 or -1 where they drift to greater or smaller positions: a sharp front with a fading trail behind. 0: no trail.
     """
     since_front = (position * (ahead or 1)) % period                                    # pixels
@@ -109,15 +107,11 @@ def stripes(position, period, ahead):
 def draw(scene, g, trail=None):
     """
     A clean clip of the scene: (F, 3, H, W) in [0, 1]. Place, size, speed and background come from the generator g.
-
     trail: a direction whose trail is drawn instead of the scene's own, or "" for none (the judge's training needs them).
     """
-    def uniform(low, high):
-        return low + (high - low) * torch.rand((), generator=g).item()
-
-    centres = torch.arange(SIZE) + .5
-    x = centres[None, None, :]                                                          # (1, 1, W)
-    y = centres[None, :, None]                                                          # (1, H, 1)
+    uniform = lambda low, high: low + (high - low) * torch.rand((), generator=g).item()
+    x = torch.arange(SIZE)[None, None, :] + .5                                          # (1, 1, W)
+    y = x.mT                                                                            # (1, H, 1)
     phase = torch.linspace(-.5, .5, FRAMES)[:, None, None]                              # (F, 1, 1)
     dx, dy = DIRECTIONS.get(scene.direction, (0, 0))
     trail_x, trail_y = DIRECTIONS.get(scene.direction if trail is None else trail, (0, 0))
@@ -125,8 +119,7 @@ def draw(scene, g, trail=None):
     # A neutral background: grey with a slight tint, lit from the upper left, brighter as time goes on. The light is the same
     # way round in all clips, so that the UNet, which is told neither place nor time, soon learns to tell both.
     light = uniform(.28, .46) + uniform(.05, .09) * (32 - x - y) / 16 + uniform(.12, .20) * phase       # (F, H, W)
-    tint = (torch.rand(3, generator=g) - .5) * .06
-    background = light[:, None] + tint[:, None, None]                                   # (F, 3, H, W)
+    background = light[:, None] + (torch.rand(3, 1, 1, generator=g) - .5) * .06         # (F, 3, H, W)
 
     # It crosses the middle of the picture. Where exactly varies little, so that the direction word tells most of the layout.
     travel = uniform(14, 17)
@@ -164,7 +157,6 @@ def add_watermark(clip, opacity):
 def add_flaws(clip, strengths, g):
     """
     Spoil a clip (F, 3, H, W) the way web video is spoilt. strengths: {flaw: 0..1}, absent ones are 0.
-
     blur: Gaussian of up to 1.6 pixels; washout: contrast down to a third; noise: blotches of 4 pixels, new in every frame
     (finer noise would not survive the autoencoder); watermark: the band, up to 70% opaque.
     """
@@ -187,7 +179,6 @@ def add_flaws(clip, strengths, g):
 def make_clip(scene, seed, flaws=None, trail=None, rates=FLAWS):
     """
     One clip and its flaws from a seed: (F, 3, H, W) in [0, 1], {flaw: strength}.
-
     flaws: the strengths, if they are not to be drawn. rates: how often each flaw is drawn. trail: as in draw.
     """
     g = torch.Generator().manual_seed(seed)
@@ -195,8 +186,6 @@ def make_clip(scene, seed, flaws=None, trail=None, rates=FLAWS):
     chances = torch.rand(len(rates), generator=g).tolist()
     strengths = torch.rand(len(rates), generator=g).tolist()
     if flaws is None:
-        flaws = {}
-        for (name, rate), chance, strength in zip(rates.items(), chances, strengths):
-            if chance < rate:
-                flaws[name] = .2 + .8 * strength
+        drawn = zip(rates, chances, strengths)
+        flaws = {name: .2 + .8 * strength for name, chance, strength in drawn if chance < rates[name]}
     return add_flaws(clip, flaws, g), flaws
