@@ -205,7 +205,8 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, known):
         super().__init__()
         self.known = set(known)  # ids of storages that are not to be counted, or not again
-        self.now = self.most = 0
+        self.now = 0
+        self.most = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})

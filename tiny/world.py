@@ -163,8 +163,7 @@ def add_flaws(clip, strengths, g):
     if blur := strengths.get("blur", 0):
         kernel = torch.exp(-torch.arange(-4., 5.) ** 2 / (2 * (.6 + blur)**2))
         kernel = (kernel / kernel.sum()).expand(3, 1, 1, 9)
-        padded = F_.pad(clip, (4, 4, 4, 4), mode="replicate")
-        clip = F_.conv2d(F_.conv2d(padded, kernel, groups=3), kernel.mT, groups=3)
+        clip = F_.conv2d(F_.conv2d(F_.pad(clip, (4, 4, 4, 4), "replicate"), kernel, groups=3), kernel.mT, groups=3)
     if washout := strengths.get("washout", 0):
         kept = .75 - .4 * washout
         clip = kept * clip + (1 - kept) * .62
