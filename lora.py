@@ -194,8 +194,8 @@ def adapter_state(module):
     """{name in our files: tensor}, sharing memory with the parameters."""
     state = {}
     for path, layer in layers(module).items():
-        state[adapters.adapter_name(path, "A")] = layer.lora_A.detach()
-        state[adapters.adapter_name(path, "B")] = layer.lora_B.detach()
+        state[adapters.TENSOR.format(path, "A")] = layer.lora_A.detach()
+        state[adapters.TENSOR.format(path, "B")] = layer.lora_B.detach()
     return state
 
 
@@ -263,7 +263,7 @@ def load_beside(module, path, rank=None):
 
     rank: that they have to be of, if given, else ValueError. Returns their parameters.
     """
-    if path is None or not split_lora(read_tensors(path))[1]:
+    if path is None or path.is_dir() or not split_lora(read_tensors(path))[1]:
         return []
 
     found = load(module, path)

@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from formats import names
-from formats.tensors import build_empty, component_config, fingerprint, load_strict, read_tensors
+from formats.tensors import build_empty, fingerprint, load_strict, read_config, read_tensors
 from formats.weights import find_parts
 from formats.words import read_words
 from support.ranks import move_to
@@ -653,7 +653,7 @@ def load_unet(path, config=None, dtype=torch.float32):
 
     config: for bare files, default full size; a folder brings its own.
     """
-    described = component_config(path, lambda c: names.unet_from_diffusers(c, UNetConfig))
+    described = read_config(path, lambda c: names.unet_from_diffusers(c, UNetConfig))
     config = described or config or UNetConfig()
     tensors, _ = names.split_lora(read_tensors(path))
     unet = build_empty(lambda: UNet3D(config), path)
@@ -662,7 +662,7 @@ def load_unet(path, config=None, dtype=torch.float32):
 
 def load_vae(path, config=None, dtype=torch.float32):
     """Autoencoder from a Stable Diffusion .ckpt, bare LDM tensors, or diffusers' vae folder."""
-    described = component_config(path, lambda c: names.vae_from_diffusers(c, VAEConfig))
+    described = read_config(path, lambda c: names.vae_from_diffusers(c, VAEConfig))
     config = described or config or VAEConfig()
     vae = build_empty(lambda: Autoencoder(config), path)
     tensors = names.vae_from_official(read_tensors(path), config, vae.state_dict())
@@ -674,7 +674,7 @@ def load_text_encoder(path, tokenizer=None, dtype=torch.float32):
     tensors, layers = names.text_tower(read_tensors(path), path)
     vocab_size, width = tensors["token_embedding.weight"].shape
     context_length, heads = len(tensors["positional_embedding"]), max(1, width // 64)
-    component_config(path, lambda c: names.expect_text_config(c, heads, layers))
+    read_config(path, lambda c: names.expect_text_config(c, heads, layers))
     config = TextConfig(vocab_size, context_length, width, heads, layers)
     if (Path(path) / "words.txt").is_file():  # of a small tower with words of its own
         tokenizer = read_words(Path(path) / "words.txt", vars(config))
@@ -698,7 +698,7 @@ def load_base(base, vae=None, text_encoder=None, dtype=torch.float32, device="cp
         autoencoder = move_to(load_vae(paths["vae"]), device)
         text = load_text_encoder(paths["text_encoder"])
         names.expect_fitting(unet.config, autoencoder.config, text.config, paths)
-        guidance = component_config(paths["unet"], names.own_guidance) or Base.guidance
+        guidance = read_config(paths["unet"], names.own_guidance) or Base.guidance
         file = paths["unet"] if paths["unet"].is_file() else None
         made = Base(unet, autoencoder, move_to(text, device), base, folder, file, guidance)
         if (folder / "judge.safetensors").is_file():  # the tiny world's clips, prompts and judge

@@ -37,7 +37,8 @@ import torch
 import torch.nn.functional as F_
 
 from formats import reward_model as published
-from formats.reward_model import RewardModel, load_clip, spread_frames
+from formats.reward_model import RewardModel, expect_clip_config, load_clip, spread_frames
+from formats.tensors import read_config
 from formats.weights import REWARD_FILES, find_reward, named_rewards, reward_kind
 from formats.words import read_words
 from support.tables import pixel_names
@@ -219,7 +220,7 @@ def load_reward(kind="hpsv2", weights=None, base_folder=None, dtype=torch.float3
         config = None if str(weights) == "random" else published.SMALL_CLIP
         return HPSv2(load_clip(None, config, dtype, device), None, "random", argument, config)
     if (path / "words.txt").is_file():  # a small CLIP with words of its own
-        config = published.read_clip_config(path / "config.json")
+        config = read_config(path / "config.json", expect_clip_config)
         words = read_words(path / "words.txt", config["text_cfg"])
         clip = load_clip(path, config, dtype, device)
         return HPSv2(clip, words, "tiny", argument, config)

@@ -19,21 +19,17 @@ from safetensors import safe_open
 
 from formats import names
 from formats.names import official_unet_blocks, split_lora, unet_from_official
-from formats.tensors import check_numbers, check_tensors, component_config, fingerprint, read_tensors
+from formats.tensors import check_numbers, check_tensors, fingerprint, read_config, read_tensors
 from formats.weights import PARTS, find_base, find_part
 from support.files import first_names, read_json, write_folder, write_whole
 
 PREFIX = "base_model.model."  # what PEFT's wrapper puts before the path of a layer
+TENSOR = PREFIX + "{}.lora_{}.weight"  # the name of half "A" or "B" of the adapter of the layer at a path
 NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 PROJECTION = re.compile(r"(^|\.)(to_[qkv]|to_out\.0)$")  # which layers are adapted: those of every attention
 ATTENTION = re.compile(r"(attentions\.\d+|transformer_in)$")  # the blocks that have them
 LAYERS = [f"transformer_blocks.0.attn{i}.{layer}" for i in (1, 2) for layer in ("to_q", "to_k", "to_v", "to_out.0")]
 VERSION = "1"
-
-
-def adapter_name(path, half):
-    """The name of half "A" or "B" of the adapter of the layer at `path`."""
-    return f"{PREFIX}{path}.lora_{half}.weight"
 
 
 def official_names(config):
@@ -42,8 +38,8 @@ def official_names(config):
     for ours, theirs in official_unet_blocks(config).items():
         for layer in LAYERS if ATTENTION.search(ours) else ():
             stem = f"{theirs}.{layer.removesuffix('.0')}_lora"
-            table[adapter_name(f"{ours}.{layer}", "A")] = f"{stem}.down_linear.weight"
-            table[adapter_name(f"{ours}.{layer}", "B")] = f"{stem}.up_linear.weight"
+            table[TENSOR.format(f"{ours}.{layer}", "A")] = f"{stem}.down_linear.weight"
+            table[TENSOR.format(f"{ours}.{layer}", "B")] = f"{stem}.up_linear.weight"
     return table
 
 
@@ -104,7 +100,7 @@ def common_rank(tensors, path):
     ranks = set()
     for name, t in tensors.items():
         match = NAME.fullmatch(name)
-        if not match or adapter_name(match[1], "B" if match[2] == "A" else "A") not in tensors:
+        if not match or TENSOR.format(match[1], "B" if match[2] == "A" else "A") not in tensors:
             raise ValueError(f"{path}: tensor {first_names([name])} is not half of an adapter; expected "
                              f"{PREFIX}(...).lora_A.weight and lora_B.weight, or (...)_lora.down_linear.weight and up_linear.")
         check_numbers(t, f"{path}: tensor {name}")
@@ -120,8 +116,8 @@ def check_adapter(adapter, shapes, base_fingerprint, what):
     """ValueError naming `what` unless it fits projections {path: (C_out, C_in)} and, where known, the base's fingerprint."""
     expected = {}
     for path, (c_out, c_in) in shapes.items():
-        expected[adapter_name(path, "A")] = torch.empty(adapter.rank, c_in, device="meta")
-        expected[adapter_name(path, "B")] = torch.empty(c_out, adapter.rank, device="meta")
+        expected[TENSOR.format(path, "A")] = torch.empty(adapter.rank, c_in, device="meta")
+        expected[TENSOR.format(path, "B")] = torch.empty(c_out, adapter.rank, device="meta")
     check_tensors(expected, adapter.tensors, what)
     if base_fingerprint and adapter.fingerprint and base_fingerprint != adapter.fingerprint:
         raise ValueError(f"{what}: was trained on {adapter.base or 'weights'!r} of fingerprint {adapter.fingerprint!r}, "
@@ -179,7 +175,7 @@ def read_unet(base, config):
     path = find_base(base)
     alone = path.is_file() or (path / "config.json").is_file()  # the UNet itself, or the whole model with the UNet in it
     path = path if alone else find_part(path, PARTS["unet"]) or path
-    described = component_config(path, lambda c: names.unet_from_diffusers(c, SimpleNamespace))
+    described = read_config(path, lambda c: names.unet_from_diffusers(c, SimpleNamespace))
     config = described or config or names.MODELSCOPE
     return unet_from_official(split_lora(read_tensors(path))[0], config), config
 
@@ -203,7 +199,7 @@ def export_diffusers(found, weights, out, config, source):
         raise ValueError(f"{source}: {heads}; diffusers' UNet3DConditionModel has 8 there")
     merged = {k: t.float() for k, t in weights.items()}
     for path in {NAME.fullmatch(name)[1] for name in found.tensors}:
-        A, B = (found.tensors[adapter_name(path, half)].float() for half in "AB")
+        A, B = (found.tensors[TENSOR.format(path, half)].float() for half in "AB")
         merged[f"{path}.weight"] = merged[f"{path}.weight"] + found.alpha / found.rank * (B @ A)
     settings = names.unet_to_diffusers(config)
     del settings["stem_heads"]  # diffusers has no such field

@@ -15,7 +15,7 @@ import torch.nn.functional as F_
 from torch import nn
 
 from formats.names import check_whole, replace_all
-from formats.tensors import build_empty, load_strict, read_config, read_tensors
+from formats.tensors import build_empty, load_strict, read_tensors
 
 
 class RewardModel(nn.Module):
@@ -152,16 +152,14 @@ def clip_tokenizer(context_length):
     return partial(open_clip.tokenize, context_length=context_length)
 
 
-def read_clip_config(path):
-    """open_clip's description of a small CLIP from a JSON file: the fields of SMALL_CLIP, all of them and no other."""
-    def from_json(config):
-        for part in (None, "vision_cfg", "text_cfg"):
-            found, like = (config[part], SMALL_CLIP[part]) if part else (config, SMALL_CLIP)
-            if found.keys() != like.keys():  # by others open_clip would fetch a model of some name, and files are data
-                raise ValueError(f"expected the fields {', '.join(like)}, found {', '.join(found)}")
-            check_whole(found.get("layers", 1), *(value for value in found.values() if not isinstance(value, dict)))
-        return config
-    return read_config(path, from_json)
+def expect_clip_config(content):
+    """open_clip's description of a small CLIP, of a JSON file's content: the fields of SMALL_CLIP, all of them and no other."""
+    for part in (None, "vision_cfg", "text_cfg"):
+        found, like = (content[part], SMALL_CLIP[part]) if part else (content, SMALL_CLIP)
+        if found.keys() != like.keys():  # by others open_clip would fetch a model of some name, and files are data
+            raise ValueError(f"expected the fields {', '.join(like)}, found {', '.join(found)}")
+        check_whole(found.get("layers", 1), *(value for value in found.values() if not isinstance(value, dict)))
+    return content
 
 
 def load_clip(path, config, dtype, device):

@@ -124,14 +124,16 @@ def load_strict(module, tensors, what, dtype=None):
     return module.eval().requires_grad_(False)
 
 
-def component_config(path, from_json):
-    """What from_json makes of the config.json of a component folder; None where there is no such file."""
-    file = Path(path) / "config.json"
-    return read_config(file, from_json) if file.is_file() else None
+def read_config(path, from_json):
+    """
+    What from_json makes of a JSON file, or of the config.json of a component folder, None where there is none.
 
-
-def read_config(file, from_json):
-    """What from_json makes of a JSON file; whatever it raises becomes a ValueError that names the file."""
+    Whatever it raises becomes a ValueError that names the file.
+    """
+    is_json = Path(path).suffix == ".json"
+    file = Path(path) if is_json else Path(path) / "config.json"
+    if not is_json and not file.is_file():
+        return None
     content = read_json(file)
     try:
         return from_json(content)

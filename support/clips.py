@@ -99,12 +99,6 @@ def read_clip_folder(folder):
     return clips
 
 
-def describe_clips(names, captions):
-    """What clips a run has, in a few letters: how many, and a hash of their names and captions in order."""
-    digest = hashlib.sha256(json.dumps([list(names), list(captions)]).encode()).hexdigest()
-    return {"clips": len(captions), "fingerprint": digest[:16]}
-
-
 def read_prompts(path):
     """Prompts of a text file, one a line, or as the official `video|||caption|||frames`, without blank lines and # ones."""
     try:

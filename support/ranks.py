@@ -220,7 +220,7 @@ def progress(iterable=None, desc=None, total=None, *, unit="it", initial=0, leav
     lines = {} if sys.stderr.isatty() else {
         "file": Lines(sys.stderr), "mininterval": LINE_EVERY, "maxinterval": LINE_EVERY, "delay": 0 if leave else LINE_EVERY,
         "bar_format": "{desc}: {n_fmt}/{total_fmt} {unit}, {elapsed} gone, {remaining} left{postfix}"}
-    return tqdm(iterable, desc, total, leave, unit=unit, initial=initial, disable=disable or not is_main_process(), **lines)
+    return tqdm(iterable, desc, total, leave, unit=unit, initial=initial, disable=disable or rank_and_size()[0] > 0, **lines)
 
 
 # A sample's noise comes from a generator of its own, seeded by what the sample is (seed, step, position in the batch), never

@@ -466,7 +466,7 @@ def holds_same_run(folder, cfg):
     names = asked.keys() - {"out", "overwrite"}
     if cfg.guidance is None:  # recorded is the base's own
         names = names - {"guidance"}
-    return all(recorded.get(name, asked[name]) == asked[name] for name in names)
+    return all(name in recorded and recorded[name] == asked[name] for name in names)
 
 
 def clear(folder):

@@ -395,9 +395,9 @@ def bad_files():
     ("--device abacus", "device 'abacus': not available here"), ("--device meta", "device 'meta'"),
     ("--dtype int8", "dtype 'int8': must be one of float32, bfloat16, float16"),
     ("--out file", "out file: is a file, or inside one"), ("--out file/run", "out file/run: is a file, or inside one"),
-    ("--out run", "out run: holds a run already"), ("--out held", "out held: holds a run already"),
+    ("--out run", "out run: holds another run"), ("--out held", "out held: holds another run"),
     ("--resume gone", "resume gone: holds no run"), ("--resume file", "resume file: holds no run"),
-    ("--resume run", "run/config.json: not the settings of this version"),
+    ("--resume run", "run/config.json: not the settings of this method or version"),
     ("tinny", "preset 'tinny': must be one of tiny, modelscope"), ("--preset modelscope", "Unrecognized options"),
     ("--taus 0.6", "Unrecognized options"), ("--steps many", "invalid"), ("--steps", "expected|Missing"),
 ])
