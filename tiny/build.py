@@ -9,11 +9,16 @@ HPSv2 was), judge, the small rewards action and removal, and gates, which measur
 
 Letters: B clips or pictures, F frames, C channels, H and W pixel rows and columns, h and w latent ones.
 """
+import sys
+
+if not __package__:
+    print("start it as: python -m tiny.build", file=sys.stderr)
+    sys.exit(2)
+
 import copy
 import hashlib
 import json
 import math
-import sys
 import time
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
@@ -284,7 +289,8 @@ def build_unet(cfg):
         eps = torch.randn_like(z)
         z_t = add_noise(z, eps, t, alpha_bar)
         error = (unet(z_t, t.to(cfg.device), text[caption.to(cfg.device)]) - eps).square().mean(dim=(1, 2, 3, 4))
-        return ((1 / alpha_bar[t]).clamp(max=MAX_WEIGHT).to(z) * error).mean()           # of weights and errors (B,)
+        weight = (1 / alpha_bar[t]).clamp(max=MAX_WEIGHT).to(z)                          # (B,)
+        return (weight * error).mean()
 
     def frames_loss(step):
         rows = torch.randint(len(clips), (128,))
@@ -313,6 +319,7 @@ def start_as_identity(unet, constant=6.):
     """
     Weights with which the untrained UNet returns its input. At high noise eps is z_t but for a few hundredths, and only in those
     can the words tell anything; otherwise thousands of steps go into merely passing z_t on exactly enough.
+
     Each latent channel a travels over the last skip connection as a group of four, (a, -a, constant, -constant). The last
     GroupNorm subtracts a mean of 0 from it and divides it by nearly a constant, and silu(x) - silu(-x) = x.
     """
@@ -352,8 +359,10 @@ def wrong_words(a, b):
 
 def build_preference(cfg):
     """
-    HPSv2's recipe (arXiv:2306.09341, Sec. 4): a CLIP, a softmax over a pair of images, cross-entropy with the choice. A simulated
-    annotator takes the second with probability sigmoid(its worth - that of the first).
+    HPSv2's recipe (arXiv:2306.09341, Sec. 4): a CLIP, a softmax over a pair of images, cross-entropy with the choice.
+
+    A simulated annotator chooses: the worth of an image falls with each flaw, by its strength, and with each word of the caption
+    that it gets wrong, and the second image is chosen with probability sigmoid(its worth - the worth of the first).
     """
     base = model.load_base(str(cfg.out), device=cfg.device)
     scenes = all_scenes()
@@ -416,8 +425,11 @@ def clips_in_motion(cfg, base, count, seed, crossed=True):
         if torch.rand((), generator=generator) < .4 or not scene.direction:
             trail = DIRECTIONS[torch.randint(5, (), generator=generator)]
         turns = (trail in ("left", "right")) != (scene.direction in ("left", "right"))
+        if scene.shape == "stripes" and scene.direction and trail and turns and not crossed:
+            trail = None
         scenes.append(scene)
-        trails.append(None if turns and trail and scene.direction and scene.shape == "stripes" and not crossed else trail)
+        trails.append(trail)
+
     clips, _, _ = render(scenes, cfg.seed + seed * 1_000_000, rates=FLAWS_TO_TELL, trails=trails)
     moving = [i for i, scene in enumerate(scenes) if scene.direction][:count // 10]
     edits = base_clips(base, [scenes[i].caption for i in moving], clips[moving])
@@ -441,6 +453,7 @@ def build_judge(cfg):
 def build_action(cfg):
     """
     The classifier of rewards/action.py: clips in motion, videos that the base makes of captions, which it follows, and guesses.
+
     Half of them are played backwards, or it would read the trail of stripes, whose motion is small from frame to frame; stripes
     come three times as often as other shapes. A fifth are slowed to below .6 of their pace and count as not moving, or a shape
     that hardly moves would satisfy the reward. More and more, five of eight clips are changed against it (adversarial training,
@@ -501,8 +514,9 @@ def attacked(classifier, clips, target, strength, steps=3):
 
 def build_removal(cfg):
     """
-    The detector of rewards/removal.py: frames with a watermark and without one, drawn and through the autoencoder. Some bands are
-    fainter than in any clip: otherwise the reward would be content with one that is half gone.
+    The detector of rewards/removal.py: frames with a watermark and without one, drawn and through the autoencoder.
+
+    Some bands are fainter than in any clip: otherwise the reward would be content with one that is half gone.
     """
     clips, _, _ = render(all_scenes(), cfg.seed + 10_000_000, min(2880, cfg.clips), FLAWS_TO_TELL | {"watermark": 0.})
     n = len(clips)
@@ -541,9 +555,10 @@ def missed_gates(found):
 
 def build_gates(cfg):
     """
-    gates.json: the mean of each measure, over clips that no training has seen and over the base's videos. Beside the judge's own:
-    watermarked, the share of clips with a clear band; action, of clips whose direction the reward's classifier names; removal,
-    where flaws are known, of frames for which its detector is right.
+    gates.json: the mean of each measure, over clips that no training has seen and over the base's videos.
+
+    Beside the judge's own: watermarked, the share of clips with a clear band; action, of clips whose direction the reward's
+    classifier names; removal, where flaws are known, of frames for which its detector is right.
     """
     base = model.load_base(str(cfg.out), device=cfg.device)
     judge = load_judge(cfg.out / "judge.safetensors").to(cfg.device)
@@ -557,7 +572,8 @@ def build_gates(cfg):
         found["action"] = classifier(clips).argmax(1).cpu() == labels(scenes)[2]
         if flaws:
             marked = torch.tensor([["watermark" in strengths] for strengths in flaws])   # (B, 1)
-            found["removal"] = ((torch.stack([detector(clip) for clip in clips]).cpu() > 0) == marked).float().mean(dim=1)
+            seen = torch.stack([detector(clip) for clip in clips]).cpu() > 0             # (B, F)
+            found["removal"] = (seen == marked).float().mean(dim=1)
         found["watermarked"] = found["watermark"] > .1
         return {measure: round(values.float().mean().item(), 4) for measure, values in found.items()}
 

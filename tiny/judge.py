@@ -1,6 +1,7 @@
 """
 An independent judge of tiny clips, which nothing ever optimises: measures of pixels, of how well the shape is drawn and of how
 steadily it moves, and a classifier.
+
 It shows what a rising reward hides: a colour that floods the picture, a shape that melts, a clip that stops moving.
 The classifier learns motion from clips whose trail may point elsewhere or be missing, so it must watch the shape move. It only
 has to tell five shapes apart, and calls a square with hollow sides a square; fidelity compares it with a drawn one instead.
@@ -96,6 +97,7 @@ def ramp(cover):
 def shape_mask(clips):
     """
     Where the shape is, by saturation, because all else in a clip is nearly grey: (B, F, 3, H, W) in [0, 1] -> (B, F, H, W).
+
     Saturation counts relative to the frame's own peak, so pale shapes have the same mask as vivid ones. A watermark is grey and
     lowers the saturation beneath it by its opacity, which its contrast tells; this is undone, or each band would cut the shape.
     """
