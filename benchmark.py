@@ -368,7 +368,8 @@ def time_contenders(base, reward, cfg, device):
     """{contender: [time_step of each repeat]}. In a repeat both run, one after the other, in turns as to which is first."""
     batch = synthetic_batch(base, cfg, cfg.batch_size)
     running = contenders(base, reward, cfg)
-    optimizers = {name: torch.optim.AdamW(contender.parameters, weight_decay=0) for name, contender in running.items()}
+    adamw = partial(torch.optim.AdamW, lr=train.Config.lr, weight_decay=0)
+    optimizers = {name: adamw(contender.parameters) for name, contender in running.items()}
     repeats = {name: [] for name in running}
     for repeat in progress(range(-1, cfg.steps), "timing", unit="repeat", leave=False):
         for name in sorted(running, reverse=repeat % 2 == 0):
