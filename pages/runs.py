@@ -25,7 +25,8 @@ class RunFiles:
         self.record = read_json(self.folder / "run.json")
         self.prompts = self.record.get("prompts")
         if self.prompts is None:
-            raise ValueError(f"{folder}: a run of an early version, whose run.json has no prompts")
+            raise ValueError(f"{folder}: run.json has no prompts, as early versions wrote it; the run's command with "
+                             f"--resume {folder} adds them")
         self.lines, self.tables = read_evaluations(self.folder)
 
     def clips(self, step):
