@@ -156,8 +156,8 @@ def unet_from_diffusers(content, config_class):
 def own_guidance(content):
     """The guidance scale that a UNet's config.json (a dict) recommends, or None; an exception if it is no number."""
     scale = content.get("guidance")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"expected a number as guidance, found {scale}")
+    if scale is not None and (type(scale) not in (int, float) or not math.isfinite(scale)):
+        raise ValueError(f"expected a number as guidance, found {scale!r}")
     return scale
 
 

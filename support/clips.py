@@ -194,10 +194,12 @@ def find_problems(clips, config, found):
     """
     rank, world_size = rank_and_size()
     paths = list(dict.fromkeys(clip.path for clip in clips))
-    mine = {path: f"{path}: cannot be read: no such file" for path in paths if path not in found}
-    for path in paths[rank::world_size]:
+    mine = {}
+    for i, path in enumerate(paths):
         try:
-            if path in found and found[path] is None:
+            if path not in found:
+                raise ValueError(f"{path}: cannot be read: no such file")
+            if found[path] is None and i % world_size == rank:
                 measure(path, config)
         except ValueError as error:
             mine[path] = str(error)

@@ -354,9 +354,10 @@ def read_checkpoint(path, adapters):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle or the reader itself
         raise ValueError(f"{path}: cannot be read ({first_line(error)}); without it, --resume starts again") from None
+    version = state.get("version") if isinstance(state, dict) else None
+    if type(version) is not int or version != VERSION:
+        raise ValueError(f"{path}: version {version!r:.20}, expected {VERSION}")
     try:
-        if not isinstance(state, dict) or type(state["version"]) is not int or state["version"] != VERSION:
-            raise TypeError(f"expected version {VERSION}")
         if type(state["step"]) is not int or state["step"] < 1:
             raise TypeError(f"step {state['step']!r}")
         check_shapes(state["adapters"], adapters)
