@@ -14,7 +14,7 @@ read or is too short is named and left out, never replaced by black frames (ther
 start is one of a few per clip, those whose moments are cached.
 
     clips = read_list("clips.txt")
-    dataset = encode_clips(clips, ClipConfig(), encode, encode_text, "vae", "text", "cache")
+    dataset = encode_clips(clips, ClipConfig(), base, "cache")
     for position, index in batch_indices(step, batch_size, len(dataset), seed):
         moments, text, caption = dataset.get(index, sample_generator(seed, step, position))
 
@@ -80,8 +80,8 @@ class LatentDataset:
     """
     What training sees of each clip: moments (n, 2C, F, h, w) of n windows, text (N, E), caption.
 
-    moments, text: a tensor, or a list with an entry per clip (tensors, or cache.Stored, which are
-    read when asked for); captions: list of str. ValueError unless equally many.
+    moments, text: a tensor, or a list with an entry per clip (tensors, or what the cache
+    has, read when asked for); captions: list of str. ValueError unless equally many.
     """
 
     def __init__(self, moments, text, captions, names=()):

@@ -272,8 +272,6 @@ def load_beside(module, path, rank=None):
     return found
 
 
-# ----------------------------------------------------------------------------------------------
-
 def main():
     """python lora.py export"""
     options = tyro.extras.subcommand_cli_from_dict({"export": adapters.Export}, description=__doc__)

@@ -262,7 +262,7 @@ def load_rewards(cfg, base_folder, dtype=torch.float32, device="cpu"):
     """
     All that a script's settings name, as Rewards, or the reward itself where it is the only one.
 
-    ValueError too if videos of cfg.frames frames are shorter than one of them wants.
+    ValueError: fewer frames than one of them wants; two of one name, which logs would mix up.
     """
     kinds, watched_kinds, paths = named_rewards(cfg)
     found = []
@@ -270,6 +270,9 @@ def load_rewards(cfg, base_folder, dtype=torch.float32, device="cpu"):
         found.append(load_reward(kind, paths.get(kind), base_folder, dtype, device))
         if found[-1].num_frames:
             spread_frames(cfg.frames, found[-1].num_frames)
+    names = [reward.name for reward in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"rewards {', '.join(names)}: must have names that differ")
     if kinds[0][0] == 1 and len(found) == 1 and not cfg.watch:
         return found[0]
 

@@ -75,7 +75,7 @@ def reward_kind(kind):
     """(name, what follows it, for hpsv2 "pad" if nothing) of a reward: hpsv2/crop, pickscore, yolos:book, my_file.py:function."""
     name, _, argument = kind.partition(":")
     own = (*HUB_REWARDS, *TINY_REWARDS)
-    if kind == "yolos":
+    if name == "yolos" and not argument:
         raise ValueError("reward yolos: must name what is to go, as in yolos:book")
     if name.endswith(".py") or (name in own and (name in ("yolos", "videomae", *TINY_REWARDS) or not argument)):
         return name, argument

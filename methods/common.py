@@ -229,17 +229,21 @@ class RewardHistory:
         if self.last is None:
             self.last = {}
             lines = on_rank_0(lambda: read_metrics(self.path) if self.path.is_file() else [])
+            kept = [line for line in lines if line["step"] < step]
+            for line in kept:
+                self.remember(line["prompts"], line["rewards"])
             if is_main_process():
-                write_text(self.path, "")
-            for line in lines:
-                if line["step"] < step:
-                    self.add(**line)
+                write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         return self.last
+
+    def remember(self, prompts, rewards):
+        """Add to `last`, and let go of what is too long ago."""
+        for prompt, reward in zip(prompts, rewards):
+            self.last[prompt] = [*self.last.get(prompt, []), reward][-self.length:]
 
     def add(self, step, prompts, rewards):
         """Rewards [n] and prompts [n] of the videos of the round that begins with this step."""
-        for prompt, reward in zip(prompts, rewards):
-            self.last[prompt] = [*self.last.get(prompt, []), reward][-self.length:]
+        self.remember(prompts, rewards)
         if is_main_process():
             with open(self.path, "a") as file:
                 line = {"step": step, "prompts": prompts, "rewards": rewards}

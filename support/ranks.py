@@ -49,7 +49,7 @@ def move_to(module, device):
 
 def rank_and_size():
     """(rank, world size) of this process, as torchrun tells it; (0, 1) without torchrun. Rank 0 writes and prints."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if "RANK" in os.environ else (0, 1)
 
 
 def is_main_process():
@@ -159,8 +159,8 @@ def run_script(script, main, refused=(OSError,)):
     Call main() and end the process with the status it returns; None is 0.
 
     Bad input (ValueError) becomes one line and status 2, what the machine refused one line and 1, an interruption 130. Before
-    the ranks have joined, all of a node find the same, so its first one alone prints it. An error is printed first and ends the
-    process at once: to leave the group in good order takes all ranks, and the others may be waiting for this one.
+    the ranks have joined, all of a node find the same bad input, so its first one alone prints it. An error is printed first and
+    ends the process at once: to leave the group in good order takes all ranks, and the others may be waiting for this one.
     """
     rank, failed, line = rank_and_size()[0], True, ""
     try:
@@ -176,7 +176,7 @@ def run_script(script, main, refused=(OSError,)):
             raise
         traceback.print_exc()
         leave(1)
-    if line and (dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"):
+    if line and (status == 1 or dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"):
         print(f"{script}: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr)
     if dist.is_initialized():
         if failed:

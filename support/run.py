@@ -124,8 +124,8 @@ class Run:
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
         if self.board:
-            scalars = dict(line)
-            for set_name, measures in scalars.pop("eval", {}).items():
+            scalars = {name: value for name, value in line.items() if name not in ("step", "eval")}
+            for set_name, measures in line.get("eval", {}).items():
                 scalars |= {f"eval/{set_name}/{name}": value for name, value in measures.items()}
             for name, value in scalars.items():
                 self.board.add_scalar(name, number(value), line["step"])

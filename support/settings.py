@@ -176,9 +176,11 @@ def parse(argv, presets, description):
         defaults = presets[named or next(iter(presets))]
         return tyro.cli(type(defaults), args=argv, default=defaults, description=description)
 
-    words, defaults = saved_flags(Path(folder), presets)
-    before = tyro.cli(type(defaults), args=words, default=defaults, description=description)
-    after = tyro.cli(type(defaults), args=[*words, *argv], default=defaults, description=description)
+    saved, defaults = saved_flags(Path(folder), presets)
+    before = tyro.cli(type(defaults), args=sum(saved.values(), []), default=defaults, description=description)
+    given = {word.partition("=")[0].replace("_", "-") for word in argv}  # these replace the run's, repeatable ones too
+    kept = [words for flag, words in saved.items() if flag not in given]
+    after = tyro.cli(type(defaults), args=[*sum(kept, []), *argv], default=defaults, description=description)
     old, new = to_record(before), to_record(after)
     changed = [name for name in old if old[name] != new[name] and name not in MAY_CHANGE]
     if named not in (None, before.preset):
@@ -190,7 +192,7 @@ def parse(argv, presets, description):
 
 
 def saved_flags(folder, presets):
-    """The settings of a run's config.json as the words of a command line, and the preset whose settings they change."""
+    """{flag: its words on a command line} of a run's config.json, and the preset whose settings they change."""
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"resume {folder}: holds no run (no config.json)")
@@ -198,7 +200,7 @@ def saved_flags(folder, presets):
     if "grad_accum" in saved or isinstance(saved.get("reward", []), str):
         raise ValueError(f"resume {folder}: a run of an early version; continue it with that version, or start it anew")
     defaults = presets.get(saved.get("preset"), next(iter(presets.values())))
-    known, words = to_record(defaults), []
+    known, words = to_record(defaults), {}
     for name in GONE & saved.keys():
         tqdm.write(f"{file}: {name} = {saved.pop(name)} is no setting any more, and changes nothing")
     unknown = sorted(saved.keys() - known.keys())
@@ -211,12 +213,13 @@ def saved_flags(folder, presets):
         if value == known[name]:
             continue
         if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
+            words[flag] = [flag if value else flag.replace("--", "--no-", 1)]
         elif isinstance(value, list):
+            words[flag] = []
             for item in value:
-                words += [flag, str(item)]
+                words[flag] += [flag, str(item)]
         else:
-            words.append(f"{flag}={value}")
+            words[flag] = [f"{flag}={value}"]
     return words, defaults
 
 

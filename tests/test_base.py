@@ -30,7 +30,7 @@ import reward
 import train
 from formats import adapters, names, reward_model as clip_configs, tensors as published, weights, words
 from model import Autoencoder, Base, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig, decode_frames, load_base
-from support import ranks as processes, run as run_folder
+from support import ranks as processes, run as run_folder, settings as run_settings
 from tests.ldm import vae_to_official
 from tiny import clips
 
@@ -650,6 +650,18 @@ def test_a_setting_of_another_type_is_tyros_to_refuse(finished, capsys, name, va
     with pytest.raises(SystemExit) as stopped:
         train.main(["--resume", "run"])
     assert stopped.value.code == 2 and name in capsys.readouterr().err
+
+
+def test_the_same_command_with_resume_continues(tmp_path):
+    """What a repeatable flag says takes the place of what the run has, and is not added to it."""
+    flags = ["--reward", "hpsv2", "--reward", "action:left=0.5", "--watch", "motion", "--lr", "0.1", "--no-cache"]
+    cfg = run_settings.parse(flags, train.PRESETS, "")
+    (tmp_path / "config.json").write_text(json.dumps(run_settings.to_record(cfg)))
+    resume = ["--resume", str(tmp_path)]
+    assert run_settings.parse([*flags, *resume], train.PRESETS, "") == replace(cfg, resume=tmp_path)
+    assert run_settings.parse([*resume, "--steps", "50"], train.PRESETS, "") == replace(cfg, resume=tmp_path, steps=50)
+    with pytest.raises(ValueError, match="watch would make it another run"):
+        run_settings.parse([*resume, "--watch", "flicker"], train.PRESETS, "")
 
 
 def test_a_run_may_be_moved(finished, monkeypatch):

@@ -125,6 +125,20 @@ def test_what_one_rank_alone_finds_wrong_is_printed_by_it_and_what_all_find_once
     assert said(ended) == ["script.py: invalid literal for int() with base 10: 'x'"]
 
 
+def test_what_the_machine_refuses_one_rank_alone_is_said_before_they_join():
+    def main(rank):
+        raise OSError("no such device") if rank else ValueError("steps = 0")
+    ended, _ = two_ranks(lambda rank: processes.run_script("script.py", lambda: main(rank)))
+    assert said(ended) == ["script.py: rank 1: no such device", "script.py: steps = 0"]
+
+
+def test_without_torchrun_there_is_one_rank(monkeypatch):
+    """Other schedulers set WORLD_SIZE for purposes of their own."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert processes.rank_and_size() == (0, 1)
+
+
 def test_a_long_wait_for_another_rank_is_no_error(monkeypatch):
     """Encoding may take longer than the half hour after which a step counts as hung; here that is a second."""
     monkeypatch.setattr(processes, "timedelta", lambda **_: timedelta(seconds=1))

@@ -522,6 +522,8 @@ def test_rewards_of_a_run():
     assert (twice.name, twice.pixels, len(twice.every)) == ("2 HPSrandom", ("motion",), 1)
     with pytest.raises(ValueError, match="frames = 15: vjepa sees 16 frames"):
         load_rewards(mixed(reward=("vjepa",), reward_weights=("random",), frames=15), None)
+    with pytest.raises(ValueError, match="HPSrandom, HPSrandom: must have names that differ"):  # logs would mix them up
+        load_rewards(mixed(reward=("hpsv2", "hpsv2.1"), reward_weights=("hpsv2=random:32", "hpsv2.1=random:32")), None)
 
 
 @pytest.fixture
