@@ -118,8 +118,6 @@ def measure(rewards, frames, video, captions):
     return found | pixel_measures(video.clamp(0, 1), rewards.pixels)
 
 
-# ----------------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Config(RewardSettings):
     """Compare a LoRA with its base."""
@@ -224,7 +222,8 @@ def compare(cfg, base, rewards, sets, strengths, size):
     with evaluation_bar(sets, settings, strengths) as bar:
         for name, (steps, guidance), model_name in itertools.product(sets, settings, strengths):
             # Videos are shown at the first setting only.
-            lora.set_scale(base.unet, strengths[model_name])
+            if len(strengths) > 1:
+                lora.set_scale(base.unet, strengths[model_name])
             shown = 0
             if (steps, guidance) == settings[0]:
                 shown = max(cfg.sheet, 1) if cfg.official_hps else cfg.sheet

@@ -739,6 +739,7 @@ def test_every_run_without_out_gets_a_folder_of_its_own():
 
 
 def test_workers_that_torchrun_started_again_continue_their_run(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="out: must be given with torchrun, whose restarted workers find their run in it"):
         train.check(train.Config())
