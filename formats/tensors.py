@@ -7,6 +7,7 @@ memory-mapped and converted one by one, so loading takes no more memory than the
 import hashlib
 import re
 import zipfile
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -37,19 +38,32 @@ def read_tensors(path):
         return read_folder(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file or folder")
-    read, kind = (load_file, "a .safetensors file") if path.suffix == ".safetensors" else (read_torch, "a torch file of tensors")
+    with open(path, "rb") as file:
+        if file.read(42) == b"version https://git-lfs.github.com/spec/v1":
+            raise ValueError(f"{path}: is a Git LFS pointer, not the file itself; `git lfs pull` in its repository fetches it")
+    is_safetensors = path.suffix == ".safetensors"
     try:
-        content = read(path)
+        content = load_file(path) if is_safetensors else read_torch(path)
     except Exception as error:  # a damaged file can fail in any way: zip, pickle, json, or the reader itself
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if code:
             raise ValueError(f"{path}: expected tensors alone, found {code[1]}; nothing in it was run. "
                              "Use a copy without it, best as .safetensors") from None
+        kind = "a .safetensors file" if is_safetensors else "a torch file of tensors"
         raise ValueError(f"{path}: expected {kind} that can be read, found another or none ({first_line(error)})") from None
 
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)} if isinstance(content, dict) else {}
+    tensors = {}
+    wrapped = []
+    for name, value in content.items() if isinstance(content, dict) else ():
+        if isinstance(value, torch.Tensor):
+            tensors[str(name)] = value
+        elif isinstance(value, dict) and any(isinstance(t, torch.Tensor) for t in value.values()):
+            wrapped.append(str(name))
+    if wrapped:
+        raise ValueError(f"{path}: holds state dicts under {first_names(wrapped)}; expected one, bare or under state_dict: save the "
+                         "one to use in a file of its own")
     if not tensors:
         raise ValueError(f"{path}: holds no tensors; expected a state dict, found {type(content).__name__}")
     if all(k.startswith("module.") for k in tensors):  # saved from inside DistributedDataParallel
@@ -66,27 +80,54 @@ def read_torch(path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 
-WEIGHT_FILES = [f"{stem}.{suffix}" for suffix in ("safetensors", "bin", "fp16.safetensors", "fp16.bin") for stem in
-                ("diffusion_pytorch_model", "model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")]
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")
+VARIANTS = ("", ".fp16", ".bf16", ".ema", ".non_ema")  # as diffusers calls them; the first that is there is taken
+
+
+def weight_files(names):
+    """Of the names in a component folder, those of its weights: a whole file, its index if there is one, too, or index and shards."""
+    for variant, suffix, stem in product(VARIANTS, (".safetensors", ".bin"), STEMS):
+        whole = stem + variant + suffix
+        indexes = [f"{stem}{suffix}.index{variant}.json", f"{stem}{suffix}{variant}.index.json"]  # the second by older versions
+        chosen = [name for name in (whole, *indexes) if name in names]
+        if chosen and chosen[0] != whole:
+            shard = re.compile(re.escape(stem) + rf"({variant}-\d+-of-\d+|-\d+-of-\d+{variant}){suffix}")
+            chosen += [name for name in names if shard.fullmatch(name)]
+        if chosen:
+            return chosen
+    return []
 
 
 def read_folder(folder):
-    """The tensors of a component folder: a single file, or the shards beside an index that lists them."""
-    found = [folder / n for n in WEIGHT_FILES if (folder / n).is_file() or (folder / f"{n}.index.json").is_file()]
-    if not found:
-        raise ValueError(f"{folder}: no weights here; expected one of {', '.join(WEIGHT_FILES)} (or its .index.json)")
-    index = Path(f"{found[0]}.index.json")
-    if not index.is_file():
-        return read_tensors(found[0])
+    """The tensors of a component folder: a single file, or the shards that an index lists."""
+    names = sorted(file.name for file in folder.iterdir())
+    first, *others = weight_files(names) or [None]
+    if first is None:
+        check_hub_cache(folder)
+        raise ValueError(f"{folder}: no weights here; expected a file like {STEMS[0]}.safetensors or .fp16.bin, or shards "
+                         f"and their index, found {first_names(names) or 'nothing'}")
+    if not first.endswith(".json"):
+        if others:
+            raise ValueError(f"{folder}: holds {first} and {others[0]}, which lists other files for the same weights; remove the older")
+        return read_tensors(folder / first)
 
+    index = folder / first
     listed = read_json(index).get("weight_map")
-    shards = sorted({str(s) for s in listed.values()}) if isinstance(listed, dict) else []
+    shards = sorted({str(shard) for shard in listed.values()}) if isinstance(listed, dict) else []
+    suffix = ".safetensors" if ".safetensors." in first else ".bin"
     tensors = {}
-    for s in shards or [""]:
-        if Path(s).name != s or Path(s).suffix != found[0].suffix or not (folder / s).is_file():
-            raise ValueError(f"{index}: expected a weight_map of files of its kind beside it, found {s[:100]!r}")
-        tensors |= read_tensors(folder / s)
+    for shard in shards or [""]:
+        if Path(shard).name != shard or Path(shard).suffix != suffix or not (folder / shard).is_file():
+            raise ValueError(f"{index}: expected a weight_map of files of its kind beside it, found {shard[:100]!r}")
+        tensors |= read_tensors(folder / shard)
     return tensors
+
+
+def check_hub_cache(folder):
+    """ValueError if this is what the hub's cache keeps of a repository, whose files lie in a folder of each version below it."""
+    versions = [str(version) for pattern in ("snapshots/*", "models--*/snapshots/*") for version in folder.glob(pattern)]
+    if versions:
+        raise ValueError(f"{folder}: is the hub's cache; the files of a version are in a folder below it: {first_names(versions)}")
 
 
 def check_tensors(expected, tensors, what):

@@ -4,7 +4,7 @@ import math
 import re
 from pathlib import Path
 
-from formats.tensors import WEIGHT_FILES
+from formats.tensors import check_hub_cache, weight_files
 from support.files import first_line, read_json
 from support.tables import JUDGE, PIXELS
 
@@ -60,6 +60,7 @@ def find_parts(base, given):
     for part in PARTS:
         paths[part] = paths.get(part) or find_part(folder, PARTS[part])
         if paths[part] is None:
+            check_hub_cache(folder)
             flag = "" if part == "unet" else f", or --{part.replace('_', '-')}"
             raise ValueError(f"{base}: no {part} found in {folder}; expected one of {', '.join(PARTS[part])}{flag}")
     return folder, paths
@@ -171,15 +172,15 @@ def hub_file(kind, repo, name, advice):
 
 
 def hub_files(files):
-    """Of a hub repository's files, those of a base's parts: {part: names}. One of WEIGHT_FILES for each, whole or in shards."""
+    """Of a hub repository's files, those of a base's parts: {part: names}. The weights of each once, whole or in shards."""
     chosen = {}
     for part, names in PARTS.items():
-        weights = next((n for n in WEIGHT_FILES if f"{part}/{n}" in files or f"{part}/{n}.index.json" in files), None)
-        chosen[part] = [f for f in names if f in files][:1]
-        if weights:
-            stem, _, suffix = weights.rpartition(".")
-            name = re.compile(rf"{part}/(config\.json|{re.escape(stem)}(-\d+-of-\d+)?\.{suffix}(\.index\.json)?)")
-            chosen[part] = [f for f in files if name.fullmatch(f)]
+        inside = [name.removeprefix(f"{part}/") for name in files if name.startswith(f"{part}/")]
+        weights = weight_files(inside)
+        if weights and not weights[0].endswith(".json"):
+            weights = weights[:1]  # whole: without the index that may be there
+        chosen[part] = [f"{part}/{name}" for name in inside if name in weights or weights and name == "config.json"]
+        chosen[part] = chosen[part] or [name for name in names if name in files][:1]
     return chosen
 
 
