@@ -24,6 +24,8 @@ class Ignored:
 MENTIONED = [(Ignored, name) for name in (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
     "pytorch_lightning.callbacks.base.Callback", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype")]
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")
+VARIANTS = ("", ".fp16", ".bf16", ".ema", ".non_ema")  # as diffusers calls them; the first that is there is taken
 
 
 def read_tensors(path):
@@ -45,8 +47,7 @@ def read_tensors(path):
     try:
         content = load_file(path) if is_safetensors else read_torch(path)
     except Exception as error:  # a damaged file can fail in any way: zip, pickle, json, or the reader itself
-        code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if code:
+        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(f"{path}: expected tensors alone, found {code[1]}; nothing in it was run. "
                              "Use a copy without it, best as .safetensors") from None
         kind = "a .safetensors file" if is_safetensors else "a torch file of tensors"
@@ -62,80 +63,75 @@ def read_tensors(path):
         elif isinstance(value, dict) and any(isinstance(t, torch.Tensor) for t in value.values()):
             wrapped.append(str(name))
     if wrapped:
-        raise ValueError(f"{path}: holds state dicts under {first_names(wrapped)}; expected one, bare or under state_dict: save the "
-                         "one to use in a file of its own")
+        raise ValueError(f"{path}: holds state dicts under {first_names(wrapped)}; expected one, bare or under state_dict: "
+                         "save the one to use in a file of its own")
     if not tensors:
         raise ValueError(f"{path}: holds no tensors; expected a state dict, found {type(content).__name__}")
-    if all(k.startswith("module.") for k in tensors):  # saved from inside DistributedDataParallel
-        tensors = {k.removeprefix("module."): v for k, v in tensors.items()}
+    if all(name.startswith("module.") for name in tensors):  # saved from inside DistributedDataParallel
+        tensors = {name.removeprefix("module."): t for name, t in tensors.items()}
     return tensors
 
 
 def read_torch(path):
-    """The content of a torch file, memory-mapped where its form allows."""
-    zipped = zipfile.is_zipfile(path)
-    if zipped and any(part.compress_type for part in zipfile.ZipFile(path).infolist()):
-        raise ValueError("compressed, which torch.save never does")  # mapped, such bytes would be taken for weights
+    """The content of a torch file, memory-mapped if it is as torch.save writes it: a zip file that is not compressed."""
+    mapped = zipfile.is_zipfile(path) and not any(part.compress_type for part in zipfile.ZipFile(path).infolist())
     with torch.serialization.safe_globals(MENTIONED):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-
-
-STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")
-VARIANTS = ("", ".fp16", ".bf16", ".ema", ".non_ema")  # as diffusers calls them; the first that is there is taken
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def weight_files(names):
-    """Of the names in a component folder, those of its weights: a whole file, its index if there is one, too, or index and shards."""
+    """Of a component folder's names, those of its weights: a whole file, and any index beside it; or an index and its shards."""
     for variant, suffix, stem in product(VARIANTS, (".safetensors", ".bin"), STEMS):
         whole = stem + variant + suffix
-        indexes = [f"{stem}{suffix}.index{variant}.json", f"{stem}{suffix}{variant}.index.json"]  # the second by older versions
+        indexes = (f"{stem}{suffix}.index{variant}.json", f"{stem}{suffix}{variant}.index.json")  # diffusers' names, new and old
         chosen = [name for name in (whole, *indexes) if name in names]
         if chosen and chosen[0] != whole:
             shard = re.compile(re.escape(stem) + rf"({variant}-\d+-of-\d+|-\d+-of-\d+{variant}){suffix}")
-            chosen += [name for name in names if shard.fullmatch(name)]
+            chosen += filter(shard.fullmatch, names)
         if chosen:
             return chosen
     return []
 
 
 def read_folder(folder):
-    """The tensors of a component folder: a single file, or the shards that an index lists."""
+    """The tensors of a component folder: of one file, or of the shards that an index lists."""
     names = sorted(file.name for file in folder.iterdir())
-    first, *others = weight_files(names) or [None]
-    if first is None:
+    first, *others = weight_files(names) or [""]
+    if not first:
         check_hub_cache(folder)
-        raise ValueError(f"{folder}: no weights here; expected a file like {STEMS[0]}.safetensors or .fp16.bin, or shards "
-                         f"and their index, found {first_names(names) or 'nothing'}")
+        raise ValueError(f"{folder}: no weights here; expected a file like {STEMS[0]}.safetensors or .fp16.bin, or an index and "
+                         f"its shards, found {first_names(names) or 'nothing'}")
     if not first.endswith(".json"):
         if others:
-            raise ValueError(f"{folder}: holds {first} and {others[0]}, which lists other files for the same weights; remove the older")
+            raise ValueError(f"{folder}: holds {first} and, for other files of these weights, {others[0]}; remove the older")
         return read_tensors(folder / first)
 
-    index = folder / first
-    listed = read_json(index).get("weight_map")
-    shards = sorted({str(shard) for shard in listed.values()}) if isinstance(listed, dict) else []
-    suffix = ".safetensors" if ".safetensors." in first else ".bin"
+    weight_map = read_json(folder / first).get("weight_map")
+    shards = {str(shard) for shard in weight_map.values()} if isinstance(weight_map, dict) else {}
     tensors = {}
-    for shard in shards or [""]:
-        if Path(shard).name != shard or Path(shard).suffix != suffix or not (folder / shard).is_file():
-            raise ValueError(f"{index}: expected a weight_map of files of its kind beside it, found {shard[:100]!r}")
-        tensors |= read_tensors(folder / shard)
+    for shard in sorted(shards) or [""]:
+        file = folder / shard
+        if file.name != shard or file.suffix[1:] not in first.split(".") or not file.is_file():
+            raise ValueError(f"{folder / first}: expected a weight_map of files of its kind beside it, found {shard[:100]!r}")
+        tensors |= read_tensors(file)
     return tensors
 
 
 def check_hub_cache(folder):
-    """ValueError if this is what the hub's cache keeps of a repository, whose files lie in a folder of each version below it."""
-    versions = [str(version) for pattern in ("snapshots/*", "models--*/snapshots/*") for version in folder.glob(pattern)]
+    """ValueError if this is a folder of the hub's cache, which keeps the files of each version in a folder below it."""
+    versions = [str(version) for version in (*folder.glob("snapshots/*"), *folder.glob("models--*/snapshots/*"))]
     if versions:
-        raise ValueError(f"{folder}: is the hub's cache; the files of a version are in a folder below it: {first_names(versions)}")
+        raise ValueError(f"{folder}: is the hub's cache; the files of a version are in a folder of it: {first_names(versions)}")
 
 
 def check_tensors(expected, tensors, what):
     """ValueError naming `what` if a tensor is missing, left over, or of another shape than in `expected` {name: tensor}."""
-    differ = {"missing": expected.keys() - tensors.keys(), "not known": tensors.keys() - expected.keys()}
-    wrong = [f"{len(names)} tensors {kind} ({first_names(names)})" for kind, names in differ.items() if names]
-    if wrong:
-        raise ValueError(f"{what}: {'; '.join(wrong)}")
+    differences = []
+    for kind, names in (("missing", expected.keys() - tensors.keys()), ("not known", tensors.keys() - expected.keys())):
+        if names:
+            differences.append(f"{len(names)} tensors {kind} ({first_names(names)})")
+    if differences:
+        raise ValueError(f"{what}: {'; '.join(differences)}")
     for name, t in expected.items():
         if t.shape != tensors[name].shape:
             raise ValueError(f"{what}: tensor {name} has shape {list(tensors[name].shape)}, expected {list(t.shape)}")
@@ -166,15 +162,12 @@ def load_strict(module, tensors, what, dtype=None):
 
 
 def read_config(path, from_json):
-    """
-    What from_json makes of a JSON file, or of the config.json of a component folder, None where there is none.
-
-    Whatever it raises becomes a ValueError that names the file.
-    """
-    is_json = Path(path).suffix == ".json"
-    file = Path(path) if is_json else Path(path) / "config.json"
-    if not is_json and not file.is_file():
-        return None
+    """What from_json makes of a JSON file or a component folder's config.json, None without one; ValueError naming the file."""
+    file = Path(path)
+    if file.suffix != ".json":
+        file = file / "config.json"
+        if not file.is_file():
+            return None
     content = read_json(file)
     try:
         return from_json(content)
