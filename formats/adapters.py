@@ -1,14 +1,13 @@
 """
 Adapter files: ours, PEFT's and the official code's, read into one form, checked against a UNet, and exported.
 
-Ours is a safetensors file under PEFT's tensor names, with rank, alpha, base and the base's fingerprint as metadata. Tensors are
-merged and renamed one by one: no UNet is built.
-
+Ours is a safetensors file under PEFT's tensor names, with rank, alpha, base and the base's fingerprint as metadata.
 Letters: r rank, C_in and C_out widths of a projection; A (r, C_in) and B (C_out, r) are the two halves of an adapter.
 """
 import math
 import re
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -23,23 +22,28 @@ from formats.tensors import check_numbers, check_tensors, fingerprint, read_conf
 from formats.weights import PARTS, find_base, find_part
 from support.files import first_names, read_json, write_folder, write_whole
 
-PREFIX = "base_model.model."  # what PEFT's wrapper puts before the path of a layer
-TENSOR = PREFIX + "{}.lora_{}.weight"  # the name of half "A" or "B" of the adapter of the layer at a path
+TENSOR = "base_model.model.{}.lora_{}.weight"  # what PEFT calls half "A" or "B" of the adapter of the layer at a path
 NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 PROJECTION = re.compile(r"(^|\.)(to_[qkv]|to_out\.0)$")  # which layers are adapted: those of every attention
 ATTENTION = re.compile(r"(attentions\.\d+|transformer_in)$")  # the blocks that have them
-LAYERS = [f"transformer_blocks.0.attn{i}.{layer}" for i in (1, 2) for layer in ("to_q", "to_k", "to_v", "to_out.0")]
+LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 VERSION = "1"
+# Fields of PEFT's adapter_config.json that may say anything: the tensors show their effect, or they are read here, or have none.
+# All others, those of versions to come too, must be off or as PEFT_PLAIN has them: else it is another base or another layer.
+PEFT_FREE = """auto_mapping base_model_name_or_path exclude_modules inference_mode layers_pattern layers_to_transform lora_alpha
+lora_dropout megatron_core peft_version qalora_group_size r revision target_modules task_type""".split()
+PEFT_PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal")}
 
 
 def official_names(config):
     """{our name: the official one} of both halves of every adapter. A is called down_linear there, B up_linear."""
     table = {}
-    for ours, theirs in official_unet_blocks(config).items():
-        for layer in LAYERS if ATTENTION.search(ours) else ():
-            stem = f"{theirs}.{layer.removesuffix('.0')}_lora"
-            table[TENSOR.format(f"{ours}.{layer}", "A")] = f"{stem}.down_linear.weight"
-            table[TENSOR.format(f"{ours}.{layer}", "B")] = f"{stem}.up_linear.weight"
+    for (ours, theirs), attention, layer in product(official_unet_blocks(config).items(), ("attn1", "attn2"), LAYERS):
+        if ATTENTION.search(ours):
+            path = f"transformer_blocks.0.{attention}.{layer}"
+            stem = f"{theirs}.{path.removesuffix('.0')}_lora"
+            table[TENSOR.format(f"{ours}.{path}", "A")] = f"{stem}.down_linear.weight"
+            table[TENSOR.format(f"{ours}.{path}", "B")] = f"{stem}.up_linear.weight"
     return table
 
 
@@ -56,8 +60,9 @@ class Adapter:
 
 def read_adapter(path, config=None):
     """An Adapter from our file, PEFT's folder or official tensors, alone or in a .pth; config: as in export."""
-    of_run, weights, recorded = Path(path, "lora.safetensors"), {}, {}
+    of_run = Path(path, "lora.safetensors")
     path = of_run if of_run.is_file() else Path(path)
+    recorded, weights = {}, {}
     if path.is_dir():
         tensors, recorded = read_peft(path)
     else:
@@ -65,7 +70,8 @@ def read_adapter(path, config=None):
         rest, official = split_lora(tensors)
         if official:
             ours = {theirs: name for name, theirs in official_names(config or names.MODELSCOPE).items()}
-            tensors, weights = {ours.get(name, name): t for name, t in official.items()}, rest
+            tensors = {ours.get(name, name): t for name, t in official.items()}
+            weights = rest
             recorded = dict.fromkeys(("rank", "alpha"), common_rank(tensors, path))
         elif path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
@@ -80,19 +86,21 @@ def read_adapter(path, config=None):
         alpha = 0
     if str(recorded.get("rank")) != str(rank) or not 0 < alpha < math.inf:
         raise ValueError(f"{path}: records rank {recorded.get('rank')!r} and alpha {recorded.get('alpha')!r}; expected rank "
-                         f"{rank}, as its tensors have, and an alpha above 0, without which their scale is not known")
+                         f"{rank}, as its tensors have, and an alpha above 0, which tells their scale")
     return Adapter(tensors, rank, alpha, recorded.get("base"), recorded.get("base_fingerprint"), weights)
 
 
 def read_peft(folder):
-    """The tensors of a PEFT folder and what its settings record of rank and alpha."""
+    """The tensors of a PEFT folder and what its settings record; ValueError unless it is plain LoRA on the base's own weights."""
     settings = read_json(folder / "adapter_config.json")
-    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
-        if settings.get(key):
-            raise ValueError(f"{folder}: adapter_config.json sets {key}; must be plain LoRA, one rank and alpha for all")
-    file = folder / "adapter_model.bin"
-    file = file if file.is_file() and not file.with_suffix(".safetensors").is_file() else file.with_suffix(".safetensors")
-    return read_tensors(file), {"rank": settings.get("r"), "alpha": settings.get("lora_alpha")}
+    for key, value in settings.items():
+        if value and key not in PEFT_FREE and value not in PEFT_PLAIN.get(key, ()):
+            raise ValueError(f"{folder}: adapter_config.json sets {key} to {value!r:.60}; must be plain LoRA on the base's own "
+                             "weights, with one rank and alpha for all (PEFT converts PiSSA, OLoRA and the like when it saves)")
+    recorded = {"rank": settings.get("r"), "alpha": settings.get("lora_alpha"), "base": settings.get("base_model_name_or_path")}
+    file = folder / "adapter_model.safetensors"
+    pickled = folder / "adapter_model.bin"
+    return read_tensors(pickled if pickled.is_file() and not file.is_file() else file), recorded
 
 
 def common_rank(tensors, path):
@@ -100,9 +108,10 @@ def common_rank(tensors, path):
     ranks = set()
     for name, t in tensors.items():
         match = NAME.fullmatch(name)
-        if not match or TENSOR.format(match[1], "B" if match[2] == "A" else "A") not in tensors:
+        other = match and TENSOR.format(match[1], "B" if match[2] == "A" else "A")
+        if other not in tensors:
             raise ValueError(f"{path}: tensor {first_names([name])} is not half of an adapter; expected "
-                             f"{PREFIX}(...).lora_A.weight and lora_B.weight, or (...)_lora.down_linear.weight and up_linear.")
+                             f"{TENSOR.format('(...)', 'A')} and lora_B.weight, or (...)_lora.down_linear.weight and up_linear.")
         check_numbers(t, f"{path}: tensor {name}")
         if t.dim() != 2 or not t.float().isfinite().all():
             raise ValueError(f"{path}: tensor {name} has shape {list(t.shape)}; expected a matrix of finite numbers")
@@ -114,14 +123,14 @@ def common_rank(tensors, path):
 
 def check_adapter(adapter, shapes, base_fingerprint, what):
     """ValueError naming `what` unless it fits projections {path: (C_out, C_in)} and, where known, the base's fingerprint."""
+    if base_fingerprint and adapter.fingerprint and base_fingerprint != adapter.fingerprint:
+        raise ValueError(f"{what}: was trained on {adapter.base or 'weights'!r} of fingerprint {adapter.fingerprint!r}, "
+                         f"the model's is {base_fingerprint!r}")
     expected = {}
     for path, (c_out, c_in) in shapes.items():
         expected[TENSOR.format(path, "A")] = torch.empty(adapter.rank, c_in, device="meta")
         expected[TENSOR.format(path, "B")] = torch.empty(c_out, adapter.rank, device="meta")
-    check_tensors(expected, adapter.tensors, what)
-    if base_fingerprint and adapter.fingerprint and base_fingerprint != adapter.fingerprint:
-        raise ValueError(f"{what}: was trained on {adapter.base or 'weights'!r} of fingerprint {adapter.fingerprint!r}, "
-                         f"the model's is {base_fingerprint!r}")
+    check_tensors(expected, adapter.tensors, f"{what} (trained on {adapter.base!r})" if adapter.base else what)
 
 
 # -- Export -----------------------------------------------------------------------------------------------------------
@@ -149,23 +158,28 @@ def export(adapter, to, out, base=None, config=None):
         raise ValueError(f"{out}: the official code reads torch files; expected a name like lora.pth")
 
     weights, config = read_unet(base, config) if base else ({}, config or names.MODELSCOPE)
-    found = read_adapter(adapter, config)
-    weights = weights or unet_from_official(found.weights, config)
+    trained = read_adapter(adapter, config)
+    weights = weights or unet_from_official(trained.weights, config)
+    trained_on = f"was trained on {trained.base!r}" if trained.base else "does not say what it was trained on"
     if weights:
-        shapes = {n.removesuffix(".weight"): t.shape for n, t in weights.items() if PROJECTION.search(n.removesuffix(".weight"))}
-        check_adapter(found, shapes, fingerprint(weights), adapter)
-    if to == "official" and found.tensors.keys() != official_names(config).keys():
-        raise ValueError(f"{adapter}: not adapters of ModelScope's UNet; --base must name the weights of theirs")
+        projections = {name.removesuffix(".weight"): t.shape for name, t in weights.items()}
+        shapes = {path: shape for path, shape in projections.items() if PROJECTION.search(path)}
+        check_adapter(trained, shapes, fingerprint(weights), adapter)
+    elif to == "diffusers":
+        raise ValueError(f"{adapter}: {trained_on}; --to diffusers writes the whole UNet: --base must name its weights")
+    table = official_names(config)
+    if to == "official" and trained.tensors.keys() != table.keys():
+        raise ValueError(f"{adapter}: {trained_on}, an official file is for ModelScope's UNet: --base must name one")
 
     if to == "peft":
-        export_peft(found, out, base)
+        export_peft(trained, out, base)
     elif to == "diffusers":
-        export_diffusers(found, weights, out, config, base or adapter)
+        export_diffusers(trained, weights, out, config, base or adapter)
     else:
         # Official inference adds B A as they are (inference_instructvideo_entrance.py), so our scale goes into B.
-        table = official_names(config)
-        tensors = {table[k]: t.float() * (found.alpha / found.rank if ".lora_B." in k else 1) for k, t in found.tensors.items()}
-        tensors |= {k: t.float() for k, t in names.unet_to_official(weights, config).items()}
+        tensors = {name: t.float() for name, t in names.unet_to_official(weights, config).items()}
+        for name, t in trained.tensors.items():
+            tensors[table[name]] = t.float() * (trained.alpha / trained.rank if ".lora_B." in name else 1)
         with write_whole(out) as file:
             torch.save({"state_dict": tensors}, file)
 
@@ -173,34 +187,33 @@ def export(adapter, to, out, base=None, config=None):
 def read_unet(base, config):
     """A UNet's tensors under our names, and its structure: its own config.json's, or `config`, default ModelScope's."""
     path = find_base(base)
-    alone = path.is_file() or (path / "config.json").is_file()  # the UNet itself, or the whole model with the UNet in it
-    path = path if alone else find_part(path, PARTS["unet"]) or path
-    described = read_config(path, lambda c: names.unet_from_diffusers(c, SimpleNamespace))
+    if path.is_dir() and not (path / "config.json").is_file():  # the whole model, with the UNet in it
+        path = find_part(path, PARTS["unet"]) or path
+    described = read_config(path, lambda content: names.unet_from_diffusers(content, SimpleNamespace))
     config = described or config or names.MODELSCOPE
     return unet_from_official(split_lora(read_tensors(path))[0], config), config
 
 
-def export_peft(found, out, base):
-    """An adapter folder that peft loads. Says so if no UNet of diffusers takes it, whose first temporal attention has 8 heads."""
-    if found.base == "tiny":
+def export_peft(trained, out, base):
+    """An adapter folder that peft loads. Says so if no UNet of diffusers takes it."""
+    if trained.base == "tiny":
         print("note: the tiny base is no UNet that diffusers can build, so this adapter fits none of theirs")
-    settings = {"peft_type": "LORA", "r": found.rank, "lora_alpha": found.alpha, "lora_dropout": 0.0, "bias": "none",
-                "target_modules": ["to_q", "to_k", "to_v", "to_out.0"], "inference_mode": True,
-                "base_model_name_or_path": str(base) if base else found.base}
-    write_folder(out, "adapter_config.json", settings, "adapter_model.safetensors", found.tensors)
+    settings = {"peft_type": "LORA", "r": trained.rank, "lora_alpha": trained.alpha, "lora_dropout": 0.0, "bias": "none",
+                "target_modules": LAYERS, "inference_mode": True, "base_model_name_or_path": str(base) if base else trained.base}
+    write_folder(out, "adapter_config.json", settings, "adapter_model.safetensors", trained.tensors)
 
 
-def export_diffusers(found, weights, out, config, source):
+def export_diffusers(trained, weights, out, config, source):
     """A UNet folder for diffusers: W + (alpha / r) B A in place of every adapted W."""
-    if not weights:
-        raise ValueError("--to diffusers writes the whole UNet: --base must name its weights")
     if config.stem_heads != 8:
-        heads = f"the first temporal transformer has {config.stem_heads} heads"
-        raise ValueError(f"{source}: {heads}; diffusers' UNet3DConditionModel has 8 there")
-    merged = {k: t.float() for k, t in weights.items()}
-    for path in {NAME.fullmatch(name)[1] for name in found.tensors}:
-        A, B = (found.tensors[TENSOR.format(path, half)].float() for half in "AB")
-        merged[f"{path}.weight"] = merged[f"{path}.weight"] + found.alpha / found.rank * (B @ A)
+        raise ValueError(f"{source}: transformer_in has {config.stem_heads} heads; diffusers' UNet3DConditionModel has 8 there")
+    merged = {name: t.float() for name, t in weights.items()}
+    for name, B in trained.tensors.items():
+        path, half = NAME.fullmatch(name).groups()
+        if half == "B":
+            A = trained.tensors[TENSOR.format(path, "A")]
+            update = trained.alpha / trained.rank * (B.float() @ A.float())               # (C_out, C_in)
+            merged[f"{path}.weight"] = merged[f"{path}.weight"] + update
     settings = names.unet_to_diffusers(config)
     del settings["stem_heads"]  # diffusers has no such field
     write_folder(out, "config.json", settings, "diffusion_pytorch_model.safetensors", merged)

@@ -19,7 +19,8 @@ from PIL import Image
 def import_hpsv2():
     """The hpsv2 package's modules `img_score` and `src.open_clip`. It lacks a vocabulary file, and imports tkinter's turtle."""
     import open_clip
-    gzip_open, vocabulary = gzip.open, Path(open_clip.tokenizer.default_bpe())
+    gzip_open = gzip.open
+    vocabulary = Path(open_clip.tokenizer.default_bpe())
 
     def open_vocabulary(path, *args, **kwargs):
         missing = Path(path).name == vocabulary.name and not Path(path).exists()
@@ -79,11 +80,11 @@ def official_distances(reward, sheets, sets, index):
     """
     tokenizer = reward.tokenizer if reward.clip_config else None  # a CLIP of another kind has words of its own
     score = official_hps(reward.clip, reward.clip_config, tokenizer)
-    shown = [(videos, sets[name]) for name in sheets for videos in sheets[name]]
-    apart = []
-    for videos, prompts in shown:
-        for video, prompt in zip(videos, prompts):
-            frames = video[index].clamp(0, 1).mul(255).round().byte()                   # (S, 3, H, W)
-            ours = reward(frames[None].to(reward.clip.logit_scale.device) / 255, [prompt])[0].cpu()
-            apart.append((ours - torch.tensor(score(frames, prompt))).abs().max().item())
-    return apart
+    distances = []
+    for name in sheets:
+        for videos in sheets[name]:
+            for video, prompt in zip(videos, sets[name]):
+                frames = video[index].clamp(0, 1).mul(255).round().byte()               # (S, 3, H, W)
+                ours = reward(frames[None].to(reward.clip.logit_scale.device) / 255, [prompt])[0].cpu()
+                distances.append((ours - torch.tensor(score(frames, prompt))).abs().max().item())
+    return distances

@@ -6,6 +6,7 @@ A structure (`config`) is anything with the fields of model.UNetConfig or model.
 """
 import math
 import re
+from itertools import product
 from types import SimpleNamespace
 
 import torch
@@ -21,16 +22,17 @@ MODELSCOPE = SimpleNamespace(  # the structure of the published UNet, for files 
     attention_levels=(True, True, True, False), stem_heads=8, norm_groups=32, sample_size=32)
 
 
-def expect(found, expected):
+def expect(content, built):
     """ValueError unless every field that a published config states is what we build: another activation is another model."""
-    for key, value in expected.items():
-        if key in found and found[key] != value:
-            raise ValueError(f"expected {key} {value!r}, found {found[key]!r}")
+    for key, value in built.items():
+        if key in content and content[key] != value:
+            raise ValueError(f"expected {key} {value!r}, found {content[key]!r}")
 
 
 def check_whole(blocks, *sizes):
     """ValueError unless a network of so many blocks a level, and of these sizes, is one that a machine can hold."""
-    for number, largest in ((blocks, 64), *((size, 2**16) for size in sizes)):
+    for i, number in enumerate((blocks, *sizes)):
+        largest = 2**16 if i else 64
         if type(number) is not int or not 0 < number <= largest:
             raise ValueError(f"expected whole numbers from 1 to {largest}, found {number!r:.40}")
 
@@ -43,8 +45,8 @@ def random_sizes(spec):
         raise ValueError(f"base {spec!r}: must be random, or random:W with W a multiple of 32")
     if w == 320:
         return {}, {}, {}
-    v = max(32, w * 2 // 5 // 32 * 32)
     unet = dict(channels=(w, 2 * w, 4 * w, 4 * w), context_dim=64, head_dim=32 if w % 64 else 64, sample_size=8)
+    v = max(32, w * 2 // 5 // 32 * 32)
     return unet, dict(channels=(v, 2 * v, 4 * v, 4 * v), blocks_per_level=1), dict(width=64, heads=1, layers=2)
 
 
@@ -101,7 +103,8 @@ def rename(name, blocks, parts):
 
 def unet_to_official(tensors, config):
     """Tensors under our (diffusers') names -> the same under the official names and shapes."""
-    blocks, renamed = official_unet_blocks(config), {}
+    blocks = official_unet_blocks(config)
+    renamed = {}
     for name, t in tensors.items():
         renamed[rename(name, blocks, UNET_RESNET)] = t.unsqueeze(-1) if CONV1D.search(name) else t
     return renamed
@@ -110,7 +113,8 @@ def unet_to_official(tensors, config):
 def unet_from_official(tensors, config):
     """Inverse of unet_to_official. Unknown names, and diffusers' own, are kept as they are."""
     blocks = {theirs: ours for ours, theirs in official_unet_blocks(config).items()}
-    parts, renamed = {theirs: ours for ours, theirs in UNET_RESNET.items()}, {}
+    parts = {theirs: ours for ours, theirs in UNET_RESNET.items()}
+    renamed = {}
     for name, t in tensors.items():
         ours = rename(name, blocks, parts)
         # In every transformer here the official code may have 1x1 convolutions where we have a Linear.
@@ -127,12 +131,11 @@ def split_lora(tensors):
 
 def unet_to_diffusers(config):
     """A structure -> the config.json that diffusers' UNet3DConditionModel reads, with the one field it has no name for."""
-    def kinds(attention, direction):
-        return [f"CrossAttn{direction}Block3D" if a else f"{direction}Block3D" for a in attention]
-    levels = config.attention_levels
+    kinds = ["CrossAttn{}Block3D" if attention else "{}Block3D" for attention in config.attention_levels]
     return {"_class_name": "UNet3DConditionModel", "in_channels": config.in_channels, "out_channels": config.out_channels,
             "block_out_channels": list(config.channels), "layers_per_block": config.blocks_per_level,
-            "down_block_types": kinds(levels, "Down"), "up_block_types": kinds(levels[::-1], "Up"),
+            "down_block_types": [kind.format("Down") for kind in kinds],
+            "up_block_types": [kind.format("Up") for kind in reversed(kinds)],
             "cross_attention_dim": config.context_dim, "attention_head_dim": config.head_dim,
             "norm_num_groups": config.norm_groups, "norm_eps": 1e-5, "act_fn": "silu", "downsample_padding": 1,
             "mid_block_scale_factor": 1, "sample_size": config.sample_size, "stem_heads": config.stem_heads}
@@ -177,9 +180,8 @@ def official_vae_names(config, names):
              (r"mid_block\.attentions\.0", "mid.attn_1"), (r"group_norm", "norm"), (r"to_out\.0", "proj_out"),
              (r"to_([qkv])", r"\1"), (r"conv_shortcut", "nin_shortcut"), (r"conv_norm_out", "norm_out")]
     table = {name: name for name in names}
-    for ours in table:
-        for rule in rules:
-            table[ours] = re.sub(*rule, table[ours])
+    for ours, rule in product(table, rules):
+        table[ours] = re.sub(*rule, table[ours])
     return table
 
 
@@ -255,8 +257,7 @@ def text_tower(tensors, path):
     layers = len(blocks) - (0 if ends_early else 1)
     tables = [tensors.get(name) for name in ("token_embedding.weight", "positional_embedding")]
     if layers < 1 or any(t is None or t.dim() != 2 for t in tables):
-        found = first_names(tensors)
-        raise ValueError(f"{path}: expected the text tower of open_clip or transformers' CLIPTextModel, found {found}")
+        raise ValueError(f"{path}: expected the text tower of open_clip or transformers' CLIPTextModel: {first_names(tensors)}")
     return {k: v for k, v in tensors.items() if not k.startswith(f"transformer.resblocks.{layers}.")}, layers
 
 

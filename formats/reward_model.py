@@ -155,10 +155,11 @@ def clip_tokenizer(context_length):
 def expect_clip_config(content):
     """open_clip's description of a small CLIP, of a JSON file's content: the fields of SMALL_CLIP, all of them and no other."""
     for part in (None, "vision_cfg", "text_cfg"):
-        found, like = (content[part], SMALL_CLIP[part]) if part else (content, SMALL_CLIP)
-        if found.keys() != like.keys():  # by others open_clip would fetch a model of some name, and files are data
-            raise ValueError(f"expected the fields {', '.join(like)}, found {', '.join(found)}")
-        check_whole(found.get("layers", 1), *(value for value in found.values() if not isinstance(value, dict)))
+        fields = content[part] if part else content
+        like = SMALL_CLIP[part] if part else SMALL_CLIP
+        if fields.keys() != like.keys():  # by others open_clip would fetch a model of some name, and files are data
+            raise ValueError(f"expected the fields {', '.join(like)}, found {', '.join(fields)}")
+        check_whole(fields.get("layers", 1), *(value for value in fields.values() if not isinstance(value, dict)))
     return content
 
 

@@ -7,6 +7,7 @@ memory-mapped and converted one by one, so loading takes no more memory than the
 import hashlib
 import re
 import zipfile
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ class Ignored:
 MENTIONED = [(Ignored, name) for name in (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
     "pytorch_lightning.callbacks.base.Callback", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype")]
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")
+VARIANTS = ("", ".fp16", ".bf16", ".ema", ".non_ema")  # as diffusers calls them; the first that is there is taken
 
 
 def read_tensors(path):
@@ -37,64 +40,98 @@ def read_tensors(path):
         return read_folder(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file or folder")
-    read, kind = (load_file, "a .safetensors file") if path.suffix == ".safetensors" else (read_torch, "a torch file of tensors")
+    with open(path, "rb") as file:
+        if file.read(42) == b"version https://git-lfs.github.com/spec/v1":
+            raise ValueError(f"{path}: is a Git LFS pointer, not the file itself; `git lfs pull` in its repository fetches it")
+    is_safetensors = path.suffix == ".safetensors"
     try:
-        content = read(path)
+        content = load_file(path) if is_safetensors else read_torch(path)
     except Exception as error:  # a damaged file can fail in any way: zip, pickle, json, or the reader itself
-        code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if code:
+        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(f"{path}: expected tensors alone, found {code[1]}; nothing in it was run. "
                              "Use a copy without it, best as .safetensors") from None
+        kind = "a .safetensors file" if is_safetensors else "a torch file of tensors"
         raise ValueError(f"{path}: expected {kind} that can be read, found another or none ({first_line(error)})") from None
 
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)} if isinstance(content, dict) else {}
+    tensors = {}
+    wrapped = []
+    for name, value in content.items() if isinstance(content, dict) else ():
+        if isinstance(value, torch.Tensor):
+            tensors[str(name)] = value
+        elif isinstance(value, dict) and any(isinstance(t, torch.Tensor) for t in value.values()):
+            wrapped.append(str(name))
+    if wrapped:
+        raise ValueError(f"{path}: holds state dicts under {first_names(wrapped)}; expected one, bare or under state_dict: "
+                         "save the one to use in a file of its own")
     if not tensors:
         raise ValueError(f"{path}: holds no tensors; expected a state dict, found {type(content).__name__}")
-    if all(k.startswith("module.") for k in tensors):  # saved from inside DistributedDataParallel
-        tensors = {k.removeprefix("module."): v for k, v in tensors.items()}
+    if all(name.startswith("module.") for name in tensors):  # saved from inside DistributedDataParallel
+        tensors = {name.removeprefix("module."): t for name, t in tensors.items()}
     return tensors
 
 
 def read_torch(path):
-    """The content of a torch file, memory-mapped where its form allows."""
-    zipped = zipfile.is_zipfile(path)
-    if zipped and any(part.compress_type for part in zipfile.ZipFile(path).infolist()):
-        raise ValueError("compressed, which torch.save never does")  # mapped, such bytes would be taken for weights
+    """The content of a torch file, memory-mapped if it is as torch.save writes it: a zip file that is not compressed."""
+    mapped = zipfile.is_zipfile(path) and not any(part.compress_type for part in zipfile.ZipFile(path).infolist())
     with torch.serialization.safe_globals(MENTIONED):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
-WEIGHT_FILES = [f"{stem}.{suffix}" for suffix in ("safetensors", "bin", "fp16.safetensors", "fp16.bin") for stem in
-                ("diffusion_pytorch_model", "model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")]
+def weight_files(names):
+    """Of a component folder's names, those of its weights: a whole file, and any index beside it; or an index and its shards."""
+    for variant, suffix, stem in product(VARIANTS, (".safetensors", ".bin"), STEMS):
+        whole = stem + variant + suffix
+        indexes = (f"{stem}{suffix}.index{variant}.json", f"{stem}{suffix}{variant}.index.json")  # diffusers' names, new and old
+        chosen = [name for name in (whole, *indexes) if name in names]
+        if chosen and chosen[0] != whole:
+            shard = re.compile(re.escape(stem) + rf"({variant}-\d+-of-\d+|-\d+-of-\d+{variant}){suffix}")
+            chosen += filter(shard.fullmatch, names)
+        if chosen:
+            return chosen
+    return []
 
 
 def read_folder(folder):
-    """The tensors of a component folder: a single file, or the shards beside an index that lists them."""
-    found = [folder / n for n in WEIGHT_FILES if (folder / n).is_file() or (folder / f"{n}.index.json").is_file()]
-    if not found:
-        raise ValueError(f"{folder}: no weights here; expected one of {', '.join(WEIGHT_FILES)} (or its .index.json)")
-    index = Path(f"{found[0]}.index.json")
-    if not index.is_file():
-        return read_tensors(found[0])
+    """The tensors of a component folder: of one file, or of the shards that an index lists."""
+    names = sorted(file.name for file in folder.iterdir())
+    first, *others = weight_files(names) or [""]
+    if not first:
+        check_hub_cache(folder)
+        raise ValueError(f"{folder}: no weights here; expected a file like {STEMS[0]}.safetensors or .fp16.bin, or an index and "
+                         f"its shards, found {first_names(names) or 'nothing'}")
+    if not first.endswith(".json"):
+        if others:
+            raise ValueError(f"{folder}: holds {first} and, for other files of these weights, {others[0]}; remove the older")
+        return read_tensors(folder / first)
 
-    listed = read_json(index).get("weight_map")
-    shards = sorted({str(s) for s in listed.values()}) if isinstance(listed, dict) else []
+    weight_map = read_json(folder / first).get("weight_map")
+    shards = {str(shard) for shard in weight_map.values()} if isinstance(weight_map, dict) else {}
     tensors = {}
-    for s in shards or [""]:
-        if Path(s).name != s or Path(s).suffix != found[0].suffix or not (folder / s).is_file():
-            raise ValueError(f"{index}: expected a weight_map of files of its kind beside it, found {s[:100]!r}")
-        tensors |= read_tensors(folder / s)
+    for shard in sorted(shards) or [""]:
+        file = folder / shard
+        if file.name != shard or file.suffix[1:] not in first.split(".") or not file.is_file():
+            raise ValueError(f"{folder / first}: expected a weight_map of files of its kind beside it, found {shard[:100]!r}")
+        tensors |= read_tensors(file)
     return tensors
+
+
+def check_hub_cache(folder):
+    """ValueError if this is a folder of the hub's cache, which keeps the files of each version in a folder below it."""
+    versions = [str(version) for version in (*folder.glob("snapshots/*"), *folder.glob("models--*/snapshots/*"))]
+    if versions:
+        raise ValueError(f"{folder}: is the hub's cache; the files of a version are in a folder of it: {first_names(versions)}")
 
 
 def check_tensors(expected, tensors, what):
     """ValueError naming `what` if a tensor is missing, left over, or of another shape than in `expected` {name: tensor}."""
-    differ = {"missing": expected.keys() - tensors.keys(), "not known": tensors.keys() - expected.keys()}
-    wrong = [f"{len(names)} tensors {kind} ({first_names(names)})" for kind, names in differ.items() if names]
-    if wrong:
-        raise ValueError(f"{what}: {'; '.join(wrong)}")
+    differences = []
+    for kind, names in (("missing", expected.keys() - tensors.keys()), ("not known", tensors.keys() - expected.keys())):
+        if names:
+            differences.append(f"{len(names)} tensors {kind} ({first_names(names)})")
+    if differences:
+        raise ValueError(f"{what}: {'; '.join(differences)}")
     for name, t in expected.items():
         if t.shape != tensors[name].shape:
             raise ValueError(f"{what}: tensor {name} has shape {list(tensors[name].shape)}, expected {list(t.shape)}")
@@ -125,15 +162,12 @@ def load_strict(module, tensors, what, dtype=None):
 
 
 def read_config(path, from_json):
-    """
-    What from_json makes of a JSON file, or of the config.json of a component folder, None where there is none.
-
-    Whatever it raises becomes a ValueError that names the file.
-    """
-    is_json = Path(path).suffix == ".json"
-    file = Path(path) if is_json else Path(path) / "config.json"
-    if not is_json and not file.is_file():
-        return None
+    """What from_json makes of a JSON file or a component folder's config.json, None without one; ValueError naming the file."""
+    file = Path(path)
+    if file.suffix != ".json":
+        file = file / "config.json"
+        if not file.is_file():
+            return None
     content = read_json(file)
     try:
         return from_json(content)

@@ -2,9 +2,10 @@
 import hashlib
 import math
 import re
+from itertools import product
 from pathlib import Path
 
-from formats.tensors import WEIGHT_FILES
+from formats.tensors import check_hub_cache, weight_files
 from support.files import first_line, read_json
 from support.tables import JUDGE, PIXELS
 
@@ -50,60 +51,64 @@ def find_parts(base, given):
             raise ValueError(f"{path}: no such file or folder")
     folder = find_base(base)
     scheduler = find_part(folder, ["scheduler/scheduler_config.json"])
-    kind = read_json(scheduler).get("prediction_type", "epsilon") if scheduler else "epsilon"
-    if kind != "epsilon":
-        raise ValueError(f"{scheduler}: prediction_type is {kind!r}: must be 'epsilon', which is what this code samples with")
+    predicted = read_json(scheduler).get("prediction_type", "epsilon") if scheduler else "epsilon"
+    if predicted != "epsilon":
+        raise ValueError(f"{scheduler}: prediction_type is {predicted!r}: must be 'epsilon', for which this code samples")
 
     paths = {part: Path(path) for part, path in given.items() if path}
     if folder.is_file():
-        paths["unet"], folder = folder, folder.parent
-    for part in PARTS:
-        paths[part] = paths.get(part) or find_part(folder, PARTS[part])
+        paths["unet"] = folder
+        folder = folder.parent
+    for part, names in PARTS.items():
+        paths[part] = paths.get(part) or find_part(folder, names)
         if paths[part] is None:
+            check_hub_cache(folder)
             flag = "" if part == "unet" else f", or --{part.replace('_', '-')}"
-            raise ValueError(f"{base}: no {part} found in {folder}; expected one of {', '.join(PARTS[part])}{flag}")
+            raise ValueError(f"{base}: no {part} found in {folder}; expected one of {', '.join(names)}{flag}")
     return folder, paths
 
 
 def find_part(folder, names):
     """The first of some files or folders that is in the folder, or beside it if the folder is itself a part; else None."""
-    places = [parent / name for parent in (folder, folder.absolute().parent) for name in names]
-    return next((place for place in places if place.exists()), None)
+    for parent, name in product((folder, folder.absolute().parent), names):
+        if (parent / name).exists():
+            return parent / name
 
 
 def reward_kind(kind):
     """(name, what follows it, for hpsv2 "pad" if nothing) of a reward: hpsv2/crop, pickscore, yolos:book, my_file.py:function."""
     name, _, argument = kind.partition(":")
-    own = (*HUB_REWARDS, *TINY_REWARDS)
     if name == "yolos" and not argument:
         raise ValueError("reward yolos: must name what is to go, as in yolos:book")
-    if name.endswith(".py") or (name in own and (name in ("yolos", "videomae", *TINY_REWARDS) or not argument)):
+    takes_argument = name.endswith(".py") or name in ("yolos", "videomae", *TINY_REWARDS)
+    if takes_argument or kind in HUB_REWARDS:
         return name, argument
     name, _, preprocess = kind.partition("/")
     if name in REWARD_FILES and preprocess in ("", "pad", "crop", "stretch"):
         return name, preprocess or "pad"
-    raise ValueError(f"reward {kind!r}: must be one of {', '.join((*REWARD_FILES, *own))}, or my_file.py:function; hpsv2 and "
-                     "hpsv2.1 may end in /crop or /stretch, yolos in :CLASS, videomae in :ACTION, action in :DIRECTION, removal "
-                     "in :watermark")
+    raise ValueError(f"reward {kind!r}: must be one of {', '.join((*REWARD_FILES, *HUB_REWARDS, *TINY_REWARDS))}, or "
+                     "my_file.py:function; hpsv2 and hpsv2.1 may end in /crop or /stretch, yolos in :CLASS, videomae in :ACTION, "
+                     "action in :DIRECTION, removal in :watermark")
 
 
 def named_rewards(cfg):
     """(parts [(weight, kind)], watched kinds, {kind: path of its weights}) of the settings, checked before anything is loaded."""
     parts = []
-    for given in cfg.reward or ("hpsv2=1",):
-        kind, equals, number = given.rpartition("=")
+    for setting in cfg.reward or ("hpsv2=1",):
+        kind, equals, number = setting.rpartition("=")
         try:
             weight = float(number) if equals else 1.
         except ValueError:
             weight = 0.
         if weight == 0 or not math.isfinite(weight):
-            raise ValueError(f"reward {given!r}: the weight after = must be a finite number other than 0")
-        parts.append((weight, kind or given))
+            raise ValueError(f"reward {setting!r}: the weight after = must be a finite number other than 0")
+        parts.append((weight, kind or setting))
 
-    watched = [name for name in cfg.watch if name not in (*PIXELS, "pixels", JUDGE)]
-    kinds, names = [kind for _, kind in parts] + watched, {}
+    watched = [kind for kind in cfg.watch if kind not in (*PIXELS, "pixels", JUDGE)]
+    kinds = [kind for _, kind in parts] + watched
     if len(set(kinds)) < len(kinds):
         raise ValueError(f"rewards {', '.join(kinds)}: each must be named once")
+    names = {}
     for kind in kinds:
         try:
             names[kind], _ = reward_kind(kind)
@@ -112,22 +117,23 @@ def named_rewards(cfg):
             raise ValueError(f"{allowed if kind in watched else ''}{error}") from None
 
     paths = {}
-    for given in cfg.reward_weights:
-        name, equals, path = given.partition("=")
-        named = [kind for kind in kinds if equals and name in (kind, names[kind])]
-        if not named and len(kinds) == 1:
-            named, path = kinds, given  # a bare path, which may have a = of its own
-        if not named:
-            raise ValueError(f"reward_weights {given!r}: must be NAME=PATH, with one of the rewards "
+    for setting in cfg.reward_weights:
+        name, equals, path = setting.partition("=")
+        meant = [kind for kind in kinds if equals and name in (kind, names[kind])]
+        if not meant and len(kinds) == 1:  # a bare path, which may have a = of its own
+            meant = kinds
+            path = setting
+        if not meant:
+            raise ValueError(f"reward_weights {setting!r}: must be NAME=PATH, with one of the rewards "
                              f"{', '.join(names.values())} as NAME")
         if not RANDOM.fullmatch(path) and not Path(path).exists():
-            raise ValueError(f"reward {names[named[0]]}: {path}: no such file or folder")
-        paths |= dict.fromkeys(named, path)
+            raise ValueError(f"reward {names[meant[0]]}: {path}: no such file or folder")
+        paths |= dict.fromkeys(meant, path)
 
     for kind, name in names.items():
-        wanted, path = WHOLE_CLIPS.get(name, 0), paths.get(kind, "")
-        if cfg.frames < wanted and not Path(path or "random").is_dir():  # there, its config.json says how many
-            raise ValueError(f"frames = {cfg.frames}: {name} sees {wanted} frames of a clip, in order; it must have as many")
+        num_frames = WHOLE_CLIPS.get(name, 0)
+        if cfg.frames < num_frames and not Path(paths.get(kind, "random")).is_dir():  # there, its config.json says how many
+            raise ValueError(f"frames = {cfg.frames}: {name} sees {num_frames} frames of a clip, in order; it must have as many")
         if name.endswith(".py") and not Path(name).is_file():
             raise ValueError(f"reward {kind}: no such file")
     return parts, watched, paths
@@ -152,12 +158,13 @@ def find_reward(kind, weights=None, base_folder=None):
         names = REWARD_FILES[kind]
         if base_folder and (base_folder / "reward" / "words.txt").is_file():
             return base_folder / "reward"
-        found = find_part(base_folder, names) if base_folder else None
-        return found or hub_file(kind, REWARD_REPO, names[0], "give its path as --reward-weights")
+        beside = find_part(base_folder, names) if base_folder else None
+        return beside or hub_file(kind, REWARD_REPO, names[0], "give its path as --reward-weights")
     repo, *names = HUB_REWARDS[kind]
-    what = "its folder" if len(names) > 1 else "its path"
-    files = [hub_file(kind, repo, name, f"give {what} as --reward-weights {kind}=PATH") for name in names]
-    return files[0].parent if len(names) > 1 else files[0]
+    of_folder = len(names) > 1
+    advice = f"give {'its folder' if of_folder else 'its path'} as --reward-weights {kind}=PATH"
+    files = [hub_file(kind, repo, name, advice) for name in names]
+    return files[0].parent if of_folder else files[0]
 
 
 def hub_file(kind, repo, name, advice):
@@ -171,15 +178,15 @@ def hub_file(kind, repo, name, advice):
 
 
 def hub_files(files):
-    """Of a hub repository's files, those of a base's parts: {part: names}. One of WEIGHT_FILES for each, whole or in shards."""
+    """Of a hub repository's files, those of a base's parts: {part: names}. The weights of each once, whole or in shards."""
     chosen = {}
     for part, names in PARTS.items():
-        weights = next((n for n in WEIGHT_FILES if f"{part}/{n}" in files or f"{part}/{n}.index.json" in files), None)
-        chosen[part] = [f for f in names if f in files][:1]
-        if weights:
-            stem, _, suffix = weights.rpartition(".")
-            name = re.compile(rf"{part}/(config\.json|{re.escape(stem)}(-\d+-of-\d+)?\.{suffix}(\.index\.json)?)")
-            chosen[part] = [f for f in files if name.fullmatch(f)]
+        inside = [name.removeprefix(f"{part}/") for name in files if name.startswith(f"{part}/")]
+        weights = weight_files(inside)
+        if weights and not weights[0].endswith(".json"):
+            weights = weights[:1]  # without the index of other shards that may be there
+        needed = [f"{part}/{name}" for name in inside if name in weights or weights and name == "config.json"]
+        chosen[part] = needed or [name for name in names if name in files][:1]
     return chosen
 
 
@@ -190,25 +197,25 @@ def from_hub(repo):
     import huggingface_hub
     try:
         files = huggingface_hub.HfApi().list_repo_files(repo)
-        wanted = sum(hub_files(files).values(), []) + [f for f in files if f == "scheduler/scheduler_config.json"]
+        wanted = sum(hub_files(files).values(), []) + [name for name in files if name == "scheduler/scheduler_config.json"]
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted))
     except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.GatedRepoError):
         raise ValueError(f"base {repo!r}: no such hub repository, nor a file or folder of that name") from None
     except Exception as error:  # no network, by version httpx, OSError or a hub error; or no space for the files
-        if folder := cached_from_hub(repo):
-            return folder
-        raise ValueError(f"base {repo!r}: no file or folder of that name here, and the hub's cannot be downloaded "
-                         f"({first_line(error)}); put the folders unet, vae and text_encoder of that repository, with "
-                         "config.json and a .safetensors or .bin in each, into one folder and give that as --base") from None
+        cached = cached_from_hub(repo)
+        if cached is None:
+            raise ValueError(f"base {repo!r}: no file or folder of that name here, and the hub's cannot be downloaded "
+                             f"({first_line(error)}); put the folders unet, vae and text_encoder of that repository, with "
+                             "config.json and a .safetensors or .bin in each, into one folder and give that as --base") from None
+        return cached
 
 
 def cached_from_hub(repo):
     """The folder that the hub's cache has of a repository, or None unless all parts are in it: a download may have been cut."""
     import huggingface_hub
-    configs = [f"{part}/config.json" for part in PARTS]
     try:
-        folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=configs, local_files_only=True))
+        folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns="*/config.json", local_files_only=True))
     except Exception:  # not cached
         return None
-    files = [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()]
+    files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
     return folder if all(hub_files(files).values()) else None

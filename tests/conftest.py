@@ -45,3 +45,14 @@ def short_clips(few_clips):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(world, "FRAMES", 4)
         yield
+
+
+def contents(folder):
+    """{path: bytes} of every file below a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def one_line(error):
+    """The message of a pytest.raises, which must be one line."""
+    assert str(error.value).isprintable()
+    return str(error.value)

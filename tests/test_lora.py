@@ -503,12 +503,28 @@ def test_adapters_that_peft_trained(tmp_path):
     assert difference(run(unet), run(tiny_unet())) > 0.01
     assert difference(run(unet), run(theirs)) < 1e-5
 
-    settings = json.loads((tmp_path / "peft/adapter_config.json").read_text())
-    for change, message in (({"use_rslora": True}, "sets use_rslora"), ({"alpha_pattern": {"to_q": 1}}, "sets alpha_pattern"),
-                            ({"r": None}, "records rank None"), ({"r": 4}, "records rank 4 .*expected rank 3")):
-        (tmp_path / "peft/adapter_config.json").write_text(json.dumps(settings | change))
+    # Every field that PEFT has: what it says of plain LoRA is read, and what means another base or another layer is refused by name.
+    file = tmp_path / "peft/adapter_config.json"
+    settings = json.loads(file.read_text())
+    plain = {"init_lora_weights": (True, False, "gaussian", "orthogonal"), "task_type": ("FEATURE_EXTRACTION",),
+             "base_model_name_or_path": ("a",), "lora_dropout": (.1,), "exclude_modules": ("conv",), "revision": ("main",),
+             "auto_mapping": ({"base_model_class": "UNet"},), "layers_to_transform": ([0],), "of_the_future": (None, False, {})}
+    for field, value in [(field, value) for field, values in plain.items() for value in values]:
+        file.write_text(json.dumps(settings | {field: value}))
+        assert load(tiny_unet(), tmp_path / "peft"), (field, value)
+    inits = ("pissa", "pissa_niter_4", "olora", "corda", "eva", "loftq", "lora_ga", "mica", "of_the_future")
+    changes = [{"init_lora_weights": init} for init in inits] + [{"bias": "all"}, {"peft_type": "ADALORA"}, {"of_the_future": 1}]
+    known = plain.keys() | {"bias", "peft_type", "target_modules", "lora_alpha", "r", "inference_mode", "peft_version",
+                            "megatron_core", "qalora_group_size", "layers_pattern", "runtime_config"}
+    changes += [{field.name: {"to_q": 8}} for field in dataclasses.fields(LoraConfig) if field.name not in known]
+    assert {"use_dora", "rank_pattern", "alpha_pattern", "use_rslora", "lora_bias", "eva_config"} <= {*map("".join, changes)}
+    for change in changes:
+        file.write_text(json.dumps(settings | change))
+        refused(tmp_path / "peft", f"adapter_config.json sets {next(iter(change))} to .*; must be plain LoRA")
+    for change, message in (({"r": None}, "records rank None"), ({"r": 4}, "records rank 4 .*expected rank 3")):
+        file.write_text(json.dumps(settings | change))
         refused(tmp_path / "peft", message)
-    (tmp_path / "peft/adapter_config.json").write_text("[")
+    file.write_text("[")
     refused(tmp_path / "peft", "adapter_config.json: expected JSON")
 
 
@@ -563,13 +579,15 @@ EXPORT_ERRORS = [  # arguments, part of the message
     ("lora.safetensors --to peft --out base", "base: is there already"),
     ("none.safetensors --to peft --out out", "none.safetensors: no such file"),
     ("base --to peft --out out", "adapter_config.json: expected JSON"),
-    ("lora.safetensors --to diffusers --out out", "--base must name its weights"),
+    ("lora.safetensors --to diffusers --out out", "does not say what it was trained on.* --base must name its weights"),
+    ("tiny.safetensors --to diffusers --out out", "was trained on 'tiny'.* --base must name its weights"),
     ("lora.safetensors --to diffusers --out out --base none", "base 'none': no such file"),
-    ("lora.safetensors --to diffusers --out out --base lora.safetensors", "not known"),
-    ("lora.safetensors --to official --out out.pth", "not adapters of ModelScope"),  # no base says it is smaller
+    ("lora.safetensors --to diffusers --out out --base lora.safetensors", "was trained on 'weights' of fingerprint"),
+    ("lora.safetensors --to official --out out.pth", "an official file is for ModelScope's UNet"),
+    ("tiny.safetensors --to official --out out.pth", "was trained on 'tiny', an official file is for ModelScope's UNet"),
     ("lora.safetensors --to official --out out.safetensors --base base", "a name like lora.pth"),
     ("two.safetensors --to diffusers --out out --base two", "has 2 heads; diffusers' UNet3DConditionModel has 8 there"),
-    ("two.safetensors --to official --out out.pth --base base", r"has shape \[4, 16\], expected \[4, 64\]"),
+    ("two.safetensors --to official --out out.pth --base base", "was trained on 'weights' of fingerprint"),
     ("lora.safetensors --to official --out out.pth --base endless", "whole numbers from 1 to 64"),
 ]
 
@@ -577,7 +595,8 @@ EXPORT_ERRORS = [  # arguments, part of the message
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
-    save(trained_unet(), folder / "lora.safetensors")
+    for name, base in (("lora", None), ("tiny", "tiny")):
+        save(trained_unet(), folder / f"{name}.safetensors", base)
     base_folder(folder / "base")
     two_heads = model.UNet3D(dataclasses.replace(CONFIG, stem_heads=2))
     base_folder(folder / "two", two_heads)
