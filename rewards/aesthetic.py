@@ -12,8 +12,8 @@ Letters: B videos, S frames, E width of CLIP's features.
 import torch.nn.functional as F_
 
 from formats.reward_model import RewardModel, build, clip_normalize, crop_centre
+from formats.reward_names import hub_file
 from formats.tensors import read_tensors
-from formats.weights import hub_file
 from rewards.hub import SMALL_SIZES, LinearHead, read_model_config
 
 HEAD_REPO = "trl-lib/ddpo-aesthetic-predictor"

@@ -15,8 +15,8 @@ from torch import nn
 
 from formats.names import replace_all
 from formats.reward_model import RewardModel, build, clip_normalize, crop_centre
+from formats.reward_names import hub_file
 from formats.tensors import read_tensors
-from formats.weights import hub_file
 from rewards.hub import SMALL_SIZES, LinearHead
 from support.files import read_text
 

@@ -19,10 +19,9 @@ import torch
 import torch.nn.functional as F_
 
 from formats.reward_model import RewardModel, build, crop_centre
-from formats.weights import WHOLE_CLIPS
 from rewards.hub import imagenet_normalize, read_model_config, size_name
 
-FRAMES = WHOLE_CLIPS["vjepa"]
+FRAMES = 16
 BLOCKS, SHARE = 8, .15  # V-JEPA's: 8 blocks of 15% of the picture, through all frames; they overlap
 SMALL = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=2, crop_size=64,
              patch_size=16, frames_per_clip=16, pred_hidden_size=48, pred_num_attention_heads=2,

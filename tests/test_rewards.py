@@ -24,7 +24,7 @@ import train
 from benchmark import measure_peak
 from evaluate import measure
 from formats.reward_model import CLIP_MEAN, CLIP_STD, SMALL_CLIP, RewardModel, crop_centre, spread_frames
-from formats.weights import named_rewards
+from formats.reward_names import requested_rewards
 from reward import HPSv2, Rewards, aggregate, load_reward, load_rewards, tar_weights
 from rewards import aesthetic, imagereward, pickscore, videomae, vjepa, yolos
 from rewards.hub import IMAGENET_MEAN, IMAGENET_STD, SIZES, LinearHead, fit_within
@@ -497,7 +497,7 @@ def test_what_settings_name(tmp_path, monkeypatch, settings, expected):
     for path in map(Path, ("a=b/HPS.pt", "a", "b=c", "d")):
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    assert named_rewards(mixed(**settings)) == expected
+    assert requested_rewards(mixed(**settings)) == expected
 
 
 @pytest.mark.parametrize(("settings", "message"), [
@@ -509,7 +509,7 @@ def test_what_settings_name(tmp_path, monkeypatch, settings, expected):
     ({"reward": ("hpsv2", "hpsv2")}, "rewards hpsv2, hpsv2: each must be named once")])
 def test_settings_that_are_refused(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        named_rewards(mixed(**settings))
+        requested_rewards(mixed(**settings))
     assert "\n" not in str(error.value)
 
 
