@@ -13,15 +13,17 @@ from support.files import first_line, read_text
 from support.tables import JUDGE, PIXELS
 
 FOLDER = ("config.json", "model.safetensors")
-REWARDS = {  # NAME: what may follow it, frames of a clip that it sees in order (None: any), hub repository, the files needed
+# NAME: what follows it after a colon, as CLASS (any), [ACTION] (any or nothing) or left|right (one of these); the frames of a
+# clip that it sees in order, None for any; its hub repository, None for the tiny world's own; which files of it are needed.
+REWARDS = {
     "pickscore": ("", None, "yuvalkirstain/PickScore_v1", FOLDER),
     "aesthetic": ("", None, "openai/clip-vit-large-patch14", FOLDER),
     "imagereward": ("", None, "THUDM/ImageReward", ("ImageReward.pt",)),
-    "yolos": (":CLASS", None, "hustvl/yolos-tiny", FOLDER),
-    "videomae": ("[:ACTION]", 16, "MCG-NJU/videomae-base-finetuned-kinetics", FOLDER),
+    "yolos": ("CLASS", None, "hustvl/yolos-tiny", FOLDER),
+    "videomae": ("[ACTION]", 16, "MCG-NJU/videomae-base-finetuned-kinetics", FOLDER),
     "vjepa": ("", 16, "facebook/vjepa2-vitl-fpc64-256", FOLDER),
-    "action": (":DIRECTION", 16, None, ()),  # without a repository: the tiny world's own, a folder of its base
-    "removal": (":watermark", None, None, ())}
+    "action": ("left|right|up|down", 16, None, ()),
+    "removal": ("watermark", None, None, ())}
 HPS_REPO = "xswu/HPSv2"  # of each version's files here the first is downloaded, any may lie in the base's folder
 HPS_FILES = {"hpsv2": ("HPS_v2_compressed.pt", "HPS_v2.pt"), "hpsv2.1": ("HPS_v2.1_compressed.pt",)}
 RANDOM = re.compile(r"random(:\d+)?")  # in a path's place: untrained weights, random:W small ones
@@ -38,13 +40,13 @@ def split_reward(reward):
         return name, argument
     if name in REWARDS:
         follows = REWARDS[name][0]
-        is_optional = follows.startswith("[")
-        if is_optional or bool(argument) == bool(follows):
+        is_any = follows.isupper() and (argument or follows.startswith("["))
+        if is_any or argument in follows.split("|"):
             return name, argument
     name, _, preprocess = reward.partition("/")
     if name in HPS_FILES and preprocess in ("", "pad", "crop", "stretch"):
         return name, preprocess or "pad"
-    known = [f"{name}{line[0]}" for name, line in REWARDS.items()]
+    known = [f"{name}:{line[0]}".rstrip(":") for name, line in REWARDS.items()]
     raise ValueError(f"reward {reward!r}: must be one of {', '.join((*HPS_FILES, *known))}, or my_file.py:function; hpsv2 and "
                      "hpsv2.1 may end in /crop or /stretch")
 

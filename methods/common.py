@@ -159,13 +159,10 @@ def check_rounds(cfg, name):
 
 @dataclass
 class Rounds:
-    """
-    The videos of one round after another, in memory and in the run folder, since a run that is
+    """The videos of one round after another, in memory and in the run folder, since a run that is
     continued within a round must learn from the same videos though its adapters have moved on.
-
     make(round) -> an iterable of this rank's parts, {name: (b, ...)}, of a round of `size` videos
-    or pairs over all ranks, whose shares follow each other.
-    """
+    or pairs over all ranks, whose shares follow each other."""
     cfg: train.Config
     folder: Path
     make: Callable
@@ -211,30 +208,29 @@ def fresh_noise(mean, generators):
 
 
 class RewardHistory:
-    """The last `length` rewards of each prompt, {prompt: [rewards]}, by which DDPO tells what is
-    usual for a prompt. Kept in the run folder's rewards.jsonl, a line for each round."""
+    """The rewards of each prompt so far, {prompt: [rewards]}, by which DDPO tells what is usual for
+    a prompt. Kept in the run folder's rewards.jsonl, a line for each round."""
 
-    def __init__(self, folder, length):
+    def __init__(self, folder):
         self.path = folder / "rewards.jsonl"
-        self.length = length
-        self.last = None  # read from the file at first use
+        self.known = None  # read from the file at first use
 
     def before(self, step):
         """{prompt: [rewards]} of the rounds before this step; a killed run's later ones go."""
-        if self.last is None:
-            self.last = {}
+        if self.known is None:
+            self.known = {}
             lines = on_rank_0(lambda: read_metrics(self.path) if self.path.is_file() else [])
             kept = [line for line in lines if line["step"] < step]
             for line in kept:
                 self.remember(line["prompts"], line["rewards"])
             if is_main_process():
                 write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        return self.last
+        return self.known
 
     def remember(self, prompts, rewards):
-        """Add to `last`, and let go of what is too long ago."""
+        """Add rewards [n] of prompts [n] to those that are known."""
         for prompt, reward in zip(prompts, rewards):
-            self.last[prompt] = [*self.last.get(prompt, []), reward][-self.length:]
+            self.known.setdefault(prompt, []).append(reward)
 
     def add(self, step, prompts, rewards):
         """Rewards [n] and prompts [n] of the videos of the round that begins with this step."""

@@ -56,13 +56,9 @@ def ppo_loss(log_prob, old_log_prob, advantage, clip_range=1e-4):
 
 
 def advantages(rewards, prompts, last=None, group=1):
-    """
-    A (B,) = (r - mean) / std, limited to +-5: how much better than usual is a video?
-
-    With group > 1 mean and std are of these videos of a prompt (GRPO, arXiv:2402.03300, Sec. 4.1);
-    else of a prompt's last 16 rewards, `last` {prompt: those before these} among them, or of all
-    rewards (B,) where it has fewer.
-    """
+    """A (B,) = (r - mean) / std, limited to +-5: how much better than usual is a video? With group
+    > 1 mean and std are of the prompt's videos here (GRPO, arXiv:2402.03300, Sec. 4.1); else of its
+    last 16 rewards, `last` {prompt: those before} too, or of all here where it has fewer."""
     A = torch.zeros_like(rewards)
     for prompt in set(prompts):
         same_prompt = torch.tensor([other == prompt for other in prompts])    # (B,)
@@ -159,7 +155,8 @@ def check(cfg):
 def method(cfg, base, rewards, folder):
     """DDPO as train.train takes it."""
     videos = common.read_videos(cfg, base, lambda _: first_frames(cfg.frames, cfg.segments))
-    history, batches = common.RewardHistory(folder, BUFFER), []
+    history = common.RewardHistory(folder)
+    batches = []  # of the round
 
     def sample_round(step):
         """The batches of a round, which begins with this step, each with its advantages (B,)."""

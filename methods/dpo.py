@@ -1,6 +1,5 @@
 """
-Diffusion-DPO, for when only "better" is known: of two videos of a prompt, learn to denoise the
-better one better than the base does.
+Diffusion-DPO, where only "better" is known: denoise the better of two videos better than the base.
 
     python -m methods.dpo                                     # the tiny world, in minutes
     python -m methods.dpo --rounds 4                         # new pairs from the model, three times
@@ -11,8 +10,7 @@ the better one, as VADER (arXiv:2407.08737) makes its preference data.
 Against train.py: (1) no gradient passes through the reward or the chain; (2) --pairs of videos of
 the base are sampled from prompts and scored before the first step; (3) steps learn from batches of
 these pairs; (4) the reference that keeps the model near the base is the base: adapters off; (5) all
-videos are scored on the same frames, the first of each segment. With frames of their own, R would
-vary by 73% through TAR's weights, and by 11% through the videos that it has to compare.
+videos are scored on the same frames, as R says more of random ones than of the video.
 
 Ours differs from VADER's DPO baseline: both videos of a pair have one prompt, and one noise in the
 loss. That baseline pairs clips of different prompts and draws two noises.

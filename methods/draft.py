@@ -1,6 +1,5 @@
 """
-DRaFT-K, to learn from prompts alone: follow the reward's gradient through the last K steps of a
-chain that starts from noise.
+DRaFT-K, from prompts alone: follow the reward's gradient through the last K steps from noise.
 
     python -m methods.draft                                     # the tiny world, in minutes
     python -m methods.draft --grad-steps 20 --truncate random  # AlignProp

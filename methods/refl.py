@@ -1,6 +1,5 @@
 """
-ReFL, to learn from prompts with gradient at steps other than the last: stop the chain at a random
-late one, and follow the reward of the video that it predicts.
+ReFL, from prompts alone: stop at a random late step, follow the reward of the video it predicts.
 
     python -m methods.refl                            # the tiny world, in minutes
     python -m methods.refl --late 0.5 --guidance 1    # from earlier steps on, without guidance

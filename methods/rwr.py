@@ -1,6 +1,5 @@
 """
-RWR, for rewards without gradient, at little cost: sample videos, and learn to denoise them again,
-the good ones with more weight.
+RWR, for rewards without gradient: denoise sampled videos again, the good ones with more weight.
 
     python -m methods.rwr                                     # the tiny world, in minutes
     python -m methods.rwr --data clips.txt                    # weights real clips (official code)
@@ -53,6 +52,7 @@ def denoising_errors(eps_model, z, eps, t, text):
     return (eps_model(z_t, t, text) - eps).square().flatten(1).mean(dim=1)     # (B,)
 
 
+@torch.no_grad()
 def sample_videos(base, rewards, videos, round_number, cfg):
     """This rank's videos of a round, scored, 8 at a time: {z, R, reward, prompt}."""
     share = videos.share(round_number, cfg.videos)
@@ -119,8 +119,7 @@ def method(cfg, base, rewards, folder):
 def weighted_videos(cfg, base, rewards, videos, folder):
     """step -> z, eps (B, C, F, h, w), text (B, N, E), w (B,), reward (B,) of its round's videos."""
     def make(round_number):
-        with torch.no_grad():
-            yield from sample_videos(base, rewards, videos, round_number, cfg)
+        return sample_videos(base, rewards, videos, round_number, cfg)
 
     rounds = common.Rounds(cfg, folder, make, cfg.videos)
 

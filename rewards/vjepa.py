@@ -1,16 +1,13 @@
 """
 Temporal consistency: how well the hidden parts of a clip follow from the parts that are shown.
 `--reward vjepa`.
-
 VADER (arXiv:2407.08737), here with V-JEPA 2 (arXiv:2506.09985): minus the mean distance
 |prediction - target| over the hidden patches, where the prediction comes from the shown patches
 alone, and the target is what the encoder makes of the whole clip, normalised and without gradient.
 Below 0; real clips are nearer to it. A video reward of 16 frames, without text.
-
 Weights: the hub folder facebook/vjepa2-vitl-fpc64-256; VADER has V-JEPA 1, which is CC-BY-NC.
 Ours differs from transformers' class: its encoder is shown everything, and would so pass on what it
 has to predict. A caption's own seed hides the patches, so that scores of two steps compare.
-
 Letters: B videos, F frames, N patches of a clip, M hidden ones, E width.
 """
 import zlib
@@ -36,7 +33,8 @@ def hidden_patches(rows, times, seed):
         ratio = .75 + .75 * torch.rand((), generator=generator).item()        # of height to width
         h = min(max(round((SHARE * ratio) ** .5 * rows), 1), rows - 1)
         w = min(max(round((SHARE / ratio) ** .5 * rows), 1), rows - 1)
-        top, left = (torch.randint(rows - n + 1, (), generator=generator).item() for n in (h, w))
+        top = torch.randint(rows - h + 1, (), generator=generator).item()
+        left = torch.randint(rows - w + 1, (), generator=generator).item()
         block = torch.zeros_like(hidden)
         block[top:top + h, left:left + w] = True
         if not (hidden | block).all():  # something must be shown

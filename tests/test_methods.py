@@ -875,6 +875,10 @@ def test_the_docs_method_of_ones_own_runs(monkeypatch):
     assert [line["step"] for line in metrics("run")] == [1, 2]
     assert json.loads(Path("run/config.json").read_text())["tau"] == .5
     assert any(v.any() for k, v in load_file("run/lora.safetensors").items() if "lora_B" in k)
+    Path("prompts.txt").write_text("a cat\n")
+    full_size = settings.parse(["modelscope", "--prompts-train", "prompts.txt", "--eval-every", "0"], own.PRESETS, "")
+    own.check(full_size)
+    assert (full_size.base, full_size.tau) == (train.HUB_BASE, .6)
 
 
 @pytest.mark.parametrize("name", METHODS)
