@@ -92,7 +92,7 @@ def requested_rewards(cfg):
             allowed = f"watch {reward!r}: must be one of {', '.join(PIXELS)}, pixels (all but the last), judge; or a "
             raise ValueError(f"{allowed if reward in watched else ''}{error}") from None
 
-    paths = given_weights(cfg, names)
+    paths = given_weights(cfg, names) if cfg.reward_weights else {}
     for reward, name in names.items():
         wanted = REWARDS[name][1] if name in REWARDS else None
         has_config = Path(paths.get(reward, "")).is_dir() and reward in paths  # there, its config.json says how many
