@@ -158,10 +158,8 @@ def synthetic_batch(base, cfg, batch_size):
 # Counting work and memory on meta
 
 def count_work(forward, unet, vae, reward):
-    """
-    {"tflop": {part: ...}, "calls": {part: items that its network ran on}} of forward() and its result's backward pass, if any.
-    train.py does not mark where parts begin, so the networks are wrapped while it runs. The optimizer multiplies no matrices: 0.
-    """
+    """{"tflop": {part: ...}, "calls": {part: items that its network ran on}} of forward() and its result's backward pass, if any.
+    train.py does not mark where parts begin, so the networks are wrapped while it runs. The optimizer has no matrices: 0."""
     tflop = dict.fromkeys(PARTS, 0.)
     calls = dict.fromkeys(PARTS[:4], 0)
     latest = {}  # {part: (result, TFLOP) of its network's latest call}
@@ -229,16 +227,14 @@ class LiveBytes(TorchDispatchMode):
 def storages(modules):
     """{id: bytes} of the storages of all parameters and buffers."""
     together = nn.ModuleList(modules)
-    found = [tensor.untyped_storage() for tensor in (*together.parameters(), *together.buffers())]
-    return {storage._cdata: storage.nbytes() for storage in found}
+    tensors = [*together.parameters(), *together.buffers()]
+    return {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
 def measure_peak(forward, modules):
-    """
-    GiB that forward() and the backward pass of its result, if that has a gradient, need at the worst moment, all on meta.
+    """GiB that forward() and the backward pass of its result, if that has a gradient, need at the worst moment, all on meta.
     {"weights": those of `modules`; "saved": kept for the backward pass, beyond the weights; "transient": what else is there at
-    the worst moment; "total"}. Workspaces of kernels, and what an allocator loses between tensors, come on top.
-    """
+    the worst moment; "total"}. Workspaces of kernels, and what an allocator loses between tensors, come on top."""
     weights = storages(modules)
     attention = nn.functional.scaled_dot_product_attention
 
@@ -317,7 +313,8 @@ def count_method(name, settings, base, reward, folder):
     if name in ("rwr", "dpo"):  # what a round samples serves many steps
         draws = settings.rounds * (settings.videos if name == "rwr" else settings.pairs) / (settings.steps * settings.batch_size)
     if name == "dpo":  # an entry is a pair
-        draws, scores = draws / 2, scores / 2
+        draws /= 2
+        scores /= 2
     calls = {part: draws * draw["calls"][part] + scores * score["calls"][part] for part in draw["calls"]}
     return {"without_gradient": calls["chain"], "with_gradient": calls["last step"], "frames": calls["decode"],
             "tflop": draws * draw["tflop"]["step"] + scores * score["tflop"]["step"], "peak_gib": peak}
@@ -332,9 +329,9 @@ def count_methods(base, reward, cfg):
     for name, module in METHODS.items():
         with tempfile.TemporaryDirectory() as folder:
             write_text(Path(folder, "prompts.txt"), CAPTION + "\n")
-            own = {"tau": cfg.tau} if name == "InstructVideo" else {"prompts_train": Path(folder, "prompts.txt")}
+            more = {"tau": cfg.tau} if name == "InstructVideo" else {"prompts_train": Path(folder, "prompts.txt")}
             settings = replace(module.PRESETS["modelscope"], num_steps=cfg.num_steps, frames=cfg.frames, size=cfg.size,
-                               low_memory=cfg.low_memory, checkpoint_activations=cfg.checkpoint_activations, **own)
+                               low_memory=cfg.low_memory, checkpoint_activations=cfg.checkpoint_activations, **more)
             rows[name] = count_method(name, settings, base, reward, Path(folder))
     return rows
 

@@ -25,7 +25,7 @@ import tyro
 
 import lora
 from formats.reward_model import spread_frames
-from formats.weights import named_rewards
+from formats.reward_names import requested_rewards
 from generate import generate, load_model
 from model import decode_frames
 from reward import as_rewards, first_frames, load_rewards
@@ -170,7 +170,7 @@ def check(cfg):
         ddpm_step(steps, steps)
 
     first_frames(cfg.frames, cfg.segments)  # refuses more segments than frames
-    named_rewards(cfg)
+    requested_rewards(cfg)
     if cfg.official_hps and (cfg.reward not in ((), ("hpsv2",), ("hpsv2.1",)) or cfg.watch):
         raise ValueError("official_hps: checks hpsv2 or hpsv2.1 alone, without others or watch")
 

@@ -38,8 +38,8 @@ import torch.nn.functional as F_
 
 from formats import reward_model as published
 from formats.reward_model import RewardModel, expect_clip_config, load_clip, spread_frames
+from formats.reward_names import HPS_FILES, find_reward, requested_rewards, split_reward
 from formats.tensors import read_config
-from formats.weights import REWARD_FILES, find_reward, named_rewards, reward_kind
 from formats.words import read_words
 from support.tables import pixel_names
 
@@ -198,20 +198,20 @@ def load_hpsv2(path, version="v2.0", dtype=torch.float32, device="cpu", clip_con
     return HPSv2(clip, tokenizer, version, preprocess, clip_config)
 
 
-def load_reward(kind="hpsv2", weights=None, base_folder=None, dtype=torch.float32, device="cpu"):
+def load_reward(reward="hpsv2", weights=None, base_folder=None, dtype=torch.float32, device="cpu"):
     """
-    The reward that a script names.
+    The reward that a command line names (formats/reward_names.py lists them).
 
-    kind: "hpsv2" (v2.0) or "hpsv2.1", with "/crop" or "/stretch" for another preprocess; a file of
-      rewards/, with ":" and what it is about for some ("yolos:book"); "my_file.py:function".
+    reward: "hpsv2" (v2.0) or "hpsv2.1", with "/crop" or "/stretch" for another preprocess; a file
+      of rewards/, for some with ":" and what it is about ("yolos:book"); "my_file.py:function".
     weights: for HPSv2 a file; a folder with a small CLIP's config.json and words.txt, as the tiny
       world's; "random" (ViT-H-14) or "random:W" (small), untrained, to try the pipeline. Without
       weights: what lies in the base's own folder, else the hub's file. ValueError: nothing found.
     """
-    name, argument = reward_kind(kind)
+    name, argument = split_reward(reward)
     is_own = name.endswith(".py")
     path = name if is_own else find_reward(name, weights, base_folder)  # None: untrained
-    if name not in REWARD_FILES:
+    if name not in HPS_FILES:
         # Imported here, on purpose: nobody pays for the others.
         module = importlib.import_module("rewards.own" if is_own else f"rewards.{name}")
         return module.load(path, argument, dtype, device)
@@ -264,17 +264,17 @@ def load_rewards(cfg, base_folder, dtype=torch.float32, device="cpu"):
 
     ValueError: fewer frames than one of them wants; two of one name, which logs would mix up.
     """
-    kinds, watched_kinds, paths = named_rewards(cfg)
-    found = []
-    for kind in [*(kind for _, kind in kinds), *watched_kinds]:
-        found.append(load_reward(kind, paths.get(kind), base_folder, dtype, device))
-        if found[-1].num_frames:
-            spread_frames(cfg.frames, found[-1].num_frames)
-    names = [reward.name for reward in found]
+    optimised, watched, paths = requested_rewards(cfg)
+    factors = [weight for weight, _ in optimised]
+    loaded = []
+    for asked in [*(asked for _, asked in optimised), *watched]:
+        reward = load_reward(asked, paths.get(asked), base_folder, dtype, device)
+        if reward.num_frames:
+            spread_frames(cfg.frames, reward.num_frames)
+        loaded.append(reward)
+    names = [reward.name for reward in loaded]
     if len(set(names)) < len(names):
         raise ValueError(f"rewards {', '.join(names)}: must have names that differ")
-    if kinds[0][0] == 1 and len(found) == 1 and not cfg.watch:
-        return found[0]
-
-    parts = [(weight, reward) for (weight, _), reward in zip(kinds, found)]
-    return Rewards(parts, tuple(found[len(kinds):]), pixel_names(cfg.watch))
+    if factors == [1] and not cfg.watch:
+        return loaded[0]
+    return Rewards(list(zip(factors, loaded)), tuple(loaded[len(factors):]), pixel_names(cfg.watch))

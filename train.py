@@ -32,7 +32,8 @@ import lora
 from data import ClipConfig, batch_indices, encode_clips, read_list, sample_posterior
 from evaluate import evaluate, prompt_sets
 from formats.reward_model import spread_frames
-from formats.weights import HUB_BASE, named_rewards
+from formats.reward_names import requested_rewards
+from formats.weights import HUB_BASE
 from model import decode_frames, load_base
 from reward import aggregate, as_rewards, load_rewards, segment_edges, segment_frames, tar_weights
 from sampler import GUIDANCE, check_edit, edit
@@ -62,16 +63,17 @@ def edit_rewards(base, rewards, uncond, batch, cfg):
 def video_rewards(base, rewards, z_0, g, captions, cfg):
     """SegVR and TAR: z_0 (B, C, F, h, w), g (B, S) -> as above. Other methods share this."""
     parts, chunk = as_rewards(rewards).parts, 1 if cfg.low_memory else cfg.decode_chunk
-    F, R, logged = z_0.shape[2], 0., {"reward": 0.}
+    F, R, logged, decoded = z_0.shape[2], 0., {"reward": 0.}, {}
     for weight, reward in parts:
-        # 1. Frames near the centre count more (Eq. 7). A video reward sees its own, in order.
-        index, f = g, tar_weights(g, F, cfg.lambda_tar)                       # (B, S), (B, S)
-        if getattr(reward, "num_frames", None):
-            index = spread_frames(F, reward.num_frames).expand(len(g), -1)    # (B, n)
-            f = torch.ones(len(g), 1)                                         # (B, 1)
+        # 1. Decode one frame of each segment, once for all rewards. A video reward has its own.
+        wanted = getattr(reward, "num_frames", None)
+        index = spread_frames(F, wanted).expand(len(g), -1) if wanted else g  # (B, S)
+        if wanted not in decoded:
+            decoded[wanted] = decode_chosen(base.vae, z_0, index, chunk)      # (B, S, 3, H, W)
 
-        # 2. Score one frame of each segment (Eq. 6). Only these frames are decoded.
-        frame_scores = score_frames(base.vae, reward, z_0, index, captions, chunk)    # (B, S)
+        # 2. Score them (Eq. 6). Frames near the centre count more (Eq. 7).
+        frame_scores = score_frames(reward, decoded[wanted], captions, chunk)         # (B, S)
+        f = torch.ones(len(g), 1) if wanted else tar_weights(g, F, cfg.lambda_tar)    # (B, S)
 
         # 3. Average the weighted scores (Eq. 8). Several rewards are added up.
         R = R + weight * aggregate(frame_scores, f)                           # (B,)
@@ -82,25 +84,23 @@ def video_rewards(base, rewards, z_0, g, captions, cfg):
     return R, logged                                                          # (B,), {name: (B,)}
 
 
-def score_frames(vae, reward, z_0, g, captions, chunk=0):
-    """
-    r(x^g(i), c): decode the chosen frames of z_0 (B, C, F, h, w), g (B, S), score them -> (B, S).
+def decode_chosen(vae, z_0, g, chunk=0):
+    """The frames x^g(i) alone: z_0 (B, C, F, h, w), g (B, S) -> (B, S, 3, H, W).
+    chunk: so many of each clip at a time, recomputed in the backward pass; 0 is all at once."""
+    frames = []
+    for part in g.split(chunk, dim=1) if chunk else ():
+        frames.append(checkpoint(decode_frames, vae, z_0, part, use_reentrant=False))
+    return torch.cat(frames, dim=1) if chunk else decode_frames(vae, z_0, g)
 
-    chunk: so many frames of each clip at a time, recomputed in the backward pass; 0 is all at once.
-    """
-    def decode(part):
-        return decode_frames(vae, z_0, part)                                  # (B, n, 3, H, W)
 
-    def score(part):
-        return reward(decode(part), captions)                                 # (B, n)
-
-    if not chunk:
-        return score(g)
-    sees_whole = getattr(reward, "num_frames", None)  # a video reward: its frames stay together
-    made = [checkpoint(decode if sees_whole else score, part, use_reentrant=False)
-            for part in g.split(chunk, dim=1)]
-    made = torch.cat(made, dim=1)
-    return reward(made, captions) if sees_whole else made                     # (B, S)
+def score_frames(reward, frames, captions, chunk=0):
+    """r(x^g(i), c): frames (B, S, 3, H, W) -> (B, S); a video reward sees all at once -> (B, 1)."""
+    if not chunk or getattr(reward, "num_frames", None):
+        return reward(frames, captions)
+    scores = []
+    for part in frames.split(chunk, dim=1):
+        scores.append(checkpoint(reward, part, captions, use_reentrant=False))
+    return torch.cat(scores, dim=1)                                           # (B, S)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ PRESETS = {
 def check(cfg, needs_clips=True):
     """All that can be known before anything is loaded or written; ValueError in one line."""
     settings.check_training(cfg, world_size=rank_and_size()[1])
-    named_rewards(cfg)
+    requested_rewards(cfg)
 
     check_edit(cfg.tau, cfg.num_steps, cfg.grad_steps)
     segment_edges(cfg.frames, cfg.segments)  # raises for more segments than frames

@@ -21,17 +21,10 @@ import train
 from data import batch_indices
 from model import Base
 from reward import segment_frames
+from support import ranks
 from support.clips import read_prompts
 from support.files import read_json, write_text, write_whole
-from support.ranks import (
-    all_gather,
-    is_main_process,
-    on_rank_0,
-    progress,
-    rank_and_size,
-    sample_generator,
-    signalled,
-)
+from support.ranks import is_main_process, on_rank_0, rank_and_size, sample_generator
 from support.run import Stopped, read_metrics
 from support.settings import check_at_least
 
@@ -78,12 +71,12 @@ def check(cfg):
                          "tiny world has its own)")
 
 
-def check_multiple(cfg, number, what, *names):
-    """ValueError unless every named setting is a multiple of `number`, which is called `what`."""
+def check_multiple(cfg, divisor, what, *names):
+    """ValueError unless every named setting is a multiple of `divisor`, which is called `what`."""
     for name in names:
-        if getattr(cfg, name) % number:
-            raise ValueError(f"{name} = {getattr(cfg, name)}: must be a multiple of {number}, "
-                             f"{what}")
+        value = getattr(cfg, name)
+        if value % divisor:
+            raise ValueError(f"{name} = {value}: must be a multiple of {divisor}, {what}")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -104,24 +97,18 @@ class Videos:
         digest = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()[:16]
         return f"{len(self.prompts)} prompts, sha256 {digest}"
 
-    def share(self, step, number, group=1):
-        """
-        This rank's part of `number` videos, as (position in the whole, index of its prompt).
-
-        group: so many neighbours have the same prompt.
-        """
-        chosen = batch_indices(step, number // group, len(self.prompts), self.cfg.seed)
+    def share(self, step, count, group=1):
+        """This rank's part of `count` videos, as (position in the whole, index of its prompt).
+        group: so many neighbours have the same prompt."""
+        chosen = batch_indices(step, count // group, len(self.prompts), self.cfg.seed)
         rank, world_size = rank_and_size()
-        size = number // world_size
+        size = count // world_size
         return [(p, chosen[p // group][1]) for p in range(rank * size, (rank + 1) * size)]
 
     def start(self, share, *key):
-        """
-        noise (B, C, F, h, w), text (B, N, E), g (B, S), captions [B] and keys [B] of a share.
-
+        """noise (B, C, F, h, w), text (B, N, E), g (B, S), captions [B] and keys [B] of a share.
         key: with a video's position it seeds the generator of its noise and frames; keys are for
-        generators of what else a video draws. ValueError for a size that cannot be halved.
-        """
+        generators of what else a video draws."""
         cfg, base = self.cfg, self.base
         pixels = cfg.size or base.default_size
         shape = (base.vae.config.latent_channels, cfg.frames, *base.latent_size(pixels, pixels))
@@ -141,17 +128,16 @@ class Videos:
 
 
 def read_videos(cfg, base, pick_frames=None):
-    """
-    The Videos of --prompts-train, or of the tiny world's in_domain captions.
-
-    pick_frames(generator) -> (S,), the frames to score; default one of each segment (SegVR).
-    """
+    """The Videos of --prompts-train, or of the tiny world's in_domain captions. pick_frames(
+    generator) -> (S,), the frames to score; default one of each segment (SegVR)."""
     def of_segments(generator):
         return segment_frames(cfg.frames, cfg.segments, 1, generator)[0]      # (S,)
 
     pick_frames = pick_frames or of_segments
-    own = cfg.prompts_train is None
-    prompts = base.world.prompt_sets()["in_domain"] if own else read_prompts(cfg.prompts_train)
+    if cfg.prompts_train is None:
+        prompts = base.world.prompt_sets()["in_domain"]
+    else:
+        prompts = read_prompts(cfg.prompts_train)
     for start in range(0, len(prompts), 64):  # now, as the text encoder may leave the accelerator
         base.encode_text(prompts[start:start + 64])
     return Videos(cfg, base, pick_frames, prompts, base.encode_text([""]))
@@ -173,73 +159,78 @@ def check_rounds(cfg, name):
 
 @dataclass
 class Rounds:
-    """
-    The videos of one round after another, in memory and in the run folder.
-
-    A run that is continued within a round learns from the same videos, though its adapters have
-    moved on since they were sampled. make(number) -> an iterable of this rank's parts, {name:
-    (b, ...)}, of a round of `size` videos or pairs over all ranks, whose shares follow each other.
-    """
+    """The videos of one round after another, in memory and in the run folder, since a run that is
+    continued within a round must learn from the same videos though its adapters have moved on.
+    make(round) -> an iterable of this rank's parts, {name: (b, ...)}, of a round of `size` videos
+    or pairs over all ranks, whose shares follow each other."""
     cfg: train.Config
     folder: Path
     make: Callable
     size: int
-    number: int | None = None
+    loaded: int | None = None  # the round that is in memory
     tensors: dict = field(default_factory=dict)
 
     def of(self, step):
         """{name: (n, ...)} on the CPU, of the round that a step belongs to."""
-        number = step * self.cfg.rounds // self.cfg.steps
-        if number != self.number:
-            path = self.folder / f"round_{number:03d}.safetensors"
+        wanted = step * self.cfg.rounds // self.cfg.steps
+        if wanted != self.loaded:
+            path = self.folder / f"round_{wanted:03d}.safetensors"
             if not on_rank_0(path.is_file):
-                self.write(path, number)
-            self.tensors, self.number = on_rank_0(lambda: load_file(path)), number
+                self.write(path, wanted)
+            self.tensors = on_rank_0(lambda: load_file(path))
+            self.loaded = wanted
         return self.tensors
 
-    def write(self, path, number):
+    def write(self, path, round_number):
         """Make a round, every rank its share. A signal ends the work on it (Stopped)."""
-        parts, world_size = [], rank_and_size()[1]
-        with progress(None, f"sampling round {number}", self.size, leave=False) as bar:
-            for part in self.make(number):
+        parts = []
+        world_size = rank_and_size()[1]
+        with ranks.progress(None, f"sampling round {round_number}", self.size, leave=False) as bar:
+            for part in self.make(round_number):
                 parts.append({name: tensor.cpu() for name, tensor in part.items()})
                 bar.update(world_size * len(next(iter(part.values()))))
-                if signalled() and world_size == 1:  # else the others would be kept waiting
+                if ranks.signalled() and world_size == 1:  # else the others would be kept waiting
                     raise Stopped
-        shares = all_gather(parts)
+        shares = ranks.all_gather(parts)
         if is_main_process():
-            parts, whole = sum(shares, []), {}
+            parts = sum(shares, [])
+            whole = {}
             for name in parts[0]:
                 whole[name] = torch.cat([part[name] for part in parts])       # (n, ...)
             with write_whole(path) as hidden:
                 save_file(whole, hidden)
 
 
-class RewardHistory:
-    """
-    The last rewards of each prompt, `last` {prompt: [rewards]}, kept in rewards.jsonl, a line for
-    each round. length: rewards kept of a prompt.
-    """
+def fresh_noise(mean, generators):
+    """New noise for a chain step of each video, from a generator of its own: as mean (B, ...)."""
+    noise = [torch.randn(mean.shape[1:], generator=generator) for generator in generators]
+    return torch.stack(noise).to(mean)
 
-    def __init__(self, folder, length):
-        self.path, self.length, self.last = folder / "rewards.jsonl", length, None
+
+class RewardHistory:
+    """The rewards of each prompt so far, {prompt: [rewards]}, by which DDPO tells what is usual for
+    a prompt. Kept in the run folder's rewards.jsonl, a line for each round."""
+
+    def __init__(self, folder):
+        self.path = folder / "rewards.jsonl"
+        self.known = None  # read from the file at first use
 
     def before(self, step):
         """{prompt: [rewards]} of the rounds before this step; a killed run's later ones go."""
-        if self.last is None:
-            self.last = {}
+        if self.known is None:
+            self.known = {}
             lines = on_rank_0(lambda: read_metrics(self.path) if self.path.is_file() else [])
             kept = [line for line in lines if line["step"] < step]
             for line in kept:
                 self.remember(line["prompts"], line["rewards"])
             if is_main_process():
                 write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        return self.last
+        return self.known
 
     def remember(self, prompts, rewards):
-        """Add to `last`, and let go of what is too long ago."""
+        """Add rewards [n] of prompts [n] to those that are known."""
         for prompt, reward in zip(prompts, rewards):
-            self.last[prompt] = [*self.last.get(prompt, []), reward][-self.length:]
+            self.known.setdefault(prompt, []).append(reward)
 
     def add(self, step, prompts, rewards):
         """Rewards [n] and prompts [n] of the videos of the round that begins with this step."""
@@ -251,14 +242,11 @@ class RewardHistory:
 
 
 def gathered(scored):
-    """
-    Prompts and rewards of a round of all ranks, two lists in order of step and rank.
-
-    scored: this rank's (prompts, rewards) of each step. So any number of ranks gives one order.
-    """
+    """Prompts and rewards of a round over all ranks, two lists in order of step and rank, so that
+    any number of ranks gives one order. scored: this rank's (prompts, rewards) of each step."""
     prompts, rewards = [], []
-    for of_step in zip(*all_gather(scored)):
-        for own_prompts, own_rewards in of_step:
-            prompts += own_prompts
-            rewards += own_rewards
+    for step_on_all_ranks in zip(*ranks.all_gather(scored)):
+        for rank_prompts, rank_rewards in step_on_all_ranks:
+            prompts += rank_prompts
+            rewards += rank_rewards
     return prompts, rewards

@@ -1,5 +1,6 @@
 """
-DDPO: treat the chain as a policy, and raise the probability of the steps that led to good videos.
+DDPO, for rewards without gradient: the chain is a policy; raise the probability of steps that led
+to good videos.
 
     python -m methods.ddpo                                    # the tiny world
     python -m methods.ddpo --group 4 --timestep-fraction 0.5  # GRPO's advantage, half of the steps
@@ -39,10 +40,8 @@ BUFFER = 16  # rewards of a prompt that its statistics need (kvablack: config/ba
 
 
 def log_prob(z_prev, mean, std):
-    """
-    log p(z_prev | z_t) (B,) under N(mean, std^2), float32: the mean over elements (kvablack), as a
-    clip range of 1e-4 needs it. It is never one over the batch.
-    """
+    """log p(z_prev | z_t) (B,) under N(mean, std^2), float32: the mean over a video's elements
+    (kvablack), since a clip range of 1e-4 needs it."""
     z_prev, mean = z_prev.detach().float(), mean.float()
     std = torch.as_tensor(std, dtype=torch.float32, device=mean.device)
     log_p = -((z_prev - mean) / std) ** 2 / 2 - std.log() - math.log(2 * math.pi) / 2
@@ -57,29 +56,28 @@ def ppo_loss(log_prob, old_log_prob, advantage, clip_range=1e-4):
 
 
 def advantages(rewards, prompts, last=None, group=1):
-    """
-    A (B,) = (r - mean) / std, limited to +-5: how much better than usual is a video?
-
-    rewards (B,), prompts [B]. Statistics with group > 1: of these videos of a prompt (GRPO,
-    arXiv:2402.03300, Sec. 4.1); else of a prompt's last 16 rewards, `last` {prompt: those before
-    these} among them, or of all B where it has fewer.
-    """
+    """A (B,) = (r - mean) / std, limited to +-5: how much better than usual is a video? With group
+    > 1 mean and std are of the prompt's videos here (GRPO, arXiv:2402.03300, Sec. 4.1); else of its
+    last 16 rewards, `last` {prompt: those before} too, or of all here where it has fewer."""
     A = torch.zeros_like(rewards)
     for prompt in set(prompts):
-        own = torch.tensor([other == prompt for other in prompts])            # (B,)
-        known = torch.cat([rewards.new_tensor((last or {}).get(prompt, [])), rewards[own]])
-        compared = rewards[own] if group > 1 else known[-BUFFER:]
-        if group == 1 and len(known) < BUFFER:
-            compared = rewards
-        A[own] = (rewards[own] - compared.mean()) / (compared.std(correction=0) + 1e-6)
+        same_prompt = torch.tensor([other == prompt for other in prompts])    # (B,)
+        compared = rewards[same_prompt]
+        if group == 1:
+            earlier = rewards.new_tensor((last or {}).get(prompt, []))
+            known = torch.cat([earlier, compared])
+            compared = known[-BUFFER:] if len(known) >= BUFFER else rewards
+        centred = rewards[same_prompt] - compared.mean()
+        A[same_prompt] = centred / (compared.std(correction=0) + 1e-6)
     return A.clamp(-5, 5)                                                     # (B,)
 
 
 def policy(base, z_t, i, text, uncond, cfg):
     """Mean and std of chain step i, p(z_prev | z_t), with eta = 1 and guidance."""
-    alpha_bar, t = alpha_bars(), ddpm_step(i, cfg.num_steps)
+    t = ddpm_step(i, cfg.num_steps)
+    t_prev = t - len(alpha_bars()) // cfg.num_steps
     eps = guided_eps(base.denoiser, z_t, t, text, uncond, cfg.guidance)
-    return ddim_mean_std(z_t, eps, t, t - len(alpha_bar) // cfg.num_steps, alpha_bar, eta=1.)
+    return ddim_mean_std(z_t, eps, t, t_prev, alpha_bars(), eta=1.)
 
 
 @torch.no_grad()
@@ -89,8 +87,7 @@ def sample_path(base, noise, text, uncond, keys, cfg):
     path, log_probs = [noise], []
     for i in range(cfg.num_steps, 0, -1):
         mean, std = policy(base, path[-1], i, text, uncond, cfg)
-        fresh = [torch.randn(noise.shape[1:], generator=own) for own in generators]
-        path.append(mean + std * torch.stack(fresh).to(noise))                # (B, C, F, h, w)
+        path.append(mean + std * common.fresh_noise(mean, generators))        # (B, C, F, h, w)
         log_probs.append(log_prob(path[-1], mean, std))                       # (B,)
     return torch.stack(path, dim=1), torch.stack(log_probs, dim=1)
 
@@ -104,20 +101,20 @@ def sample_batch(base, rewards, videos, step, cfg):
         path, log_probs = sample_path(base, noise, text, videos.uncond, keys, cfg)
         R, logged = train.video_rewards(base, rewards, path[:, -1], g, captions, cfg)
         parts.append((path, log_probs, logged["reward"], R))
-    return *(torch.cat(column) for column in zip(*parts)), whole[3]
+    return *(torch.cat(tensors) for tensors in zip(*parts)), whole[3]
 
 
 def pairs(batch, step, cfg):
     """The n pairs that an update learns from: chosen chain steps, each with all videos."""
-    path, log_probs, plain, _, captions, A = batch
-    n = max(1, round(cfg.timestep_fraction * cfg.num_steps))
+    path, log_probs, mean_scores, _, captions, A = batch
+    count = max(1, round(cfg.timestep_fraction * cfg.num_steps))
     generator = sample_generator(cfg.seed, step, "timesteps")
-    steps = torch.randperm(cfg.num_steps, generator=generator)[:n] + 1        # of 1..D
+    steps = torch.randperm(cfg.num_steps, generator=generator)[:count] + 1    # of 1..D
     at = cfg.num_steps - steps
     z_t, z_prev = path[:, at].transpose(0, 1), path[:, at + 1].transpose(0, 1)
     # A video's pairs share its advantage and its reward, so that it counts once.
     return (z_t.flatten(0, 1), z_prev.flatten(0, 1), log_probs[:, at].T.flatten(),
-            A.repeat(n) / n, plain.repeat(n) / n, captions * n,
+            A.repeat(count) / count, mean_scores.repeat(count) / count, captions * count,
             steps.repeat_interleave(len(A)).tolist())
 
 
@@ -125,8 +122,7 @@ def pairs(batch, step, cfg):
 class Config(common.PromptConfig):
     """Fine-tune a text-to-video model by DDPO, from prompts."""
     updates: int = 2
-    """optimizer steps that learn from one round of videos (kvablack: 2 to 4); divides --steps,
-    --save-every and --eval-every"""
+    """optimizer steps that learn from one round of videos (kvablack: 2 to 4)"""
     group: int = 1
     """videos of each prompt in a batch; above 1, those of a round are compared (GRPO)"""
     clip_range: float = 1e-4
@@ -159,30 +155,36 @@ def check(cfg):
 def method(cfg, base, rewards, folder):
     """DDPO as train.train takes it."""
     videos = common.read_videos(cfg, base, lambda _: first_frames(cfg.frames, cfg.segments))
-    history, batches = common.RewardHistory(folder, BUFFER), []
+    history = common.RewardHistory(folder)
+    batches = []  # of the round
+
+    def sample_round(step):
+        """The batches of a round, which begins with this step, each with its advantages (B,)."""
+        steps = range(step, step + cfg.updates)
+        sampled = [sample_batch(base, rewards, videos, k, cfg) for k in steps]
+        # Statistics are over the whole round, in order of step and rank.
+        prompts, R = common.gathered([(captions, R.tolist()) for *_, R, captions in sampled])
+        A = advantages(torch.tensor(R), prompts, history.before(step), cfg.group)
+        history.add(step, prompts, R)
+        rank, world_size = rank_and_size()
+        A = A.view(cfg.updates, world_size, -1)[:, rank].to(base.device)      # (updates, B)
+        return [(*batch, A[k]) for k, batch in enumerate(sampled)]
 
     def draw(step):
-        at = step % cfg.updates
-        if at == 0:  # a round; statistics are over all of it, in order of step and rank
-            sampled = range(step, step + cfg.updates)
-            batches[:] = [sample_batch(base, rewards, videos, k, cfg) for k in sampled]
-            prompts, R = common.gathered([(captions, R.tolist()) for *_, R, captions in batches])
-            A = advantages(torch.tensor(R), prompts, history.before(step), cfg.group)
-            history.add(step, prompts, R)
-            rank, world_size = rank_and_size()
-            own = A.view(cfg.updates, world_size, -1)[:, rank].to(base.device)  # (updates, B)
-            batches[:] = [(*batch, own[k]) for k, batch in enumerate(batches)]
-        return pairs(batches[at], step, cfg)
+        if step % cfg.updates == 0:
+            batches[:] = sample_round(step)
+        return pairs(batches[step % cfg.updates], step, cfg)
 
     def score(batch):
-        z_t, z_prev, old_log_prob, A, plain, captions, steps = batch
-        text, R = base.encode_text(captions), torch.zeros_like(A)
+        z_t, z_prev, old_log_prob, A, mean_scores, captions, steps = batch
+        text = base.encode_text(captions)
+        R = torch.zeros_like(A)
         for i in set(steps):
-            own = [k for k, other in enumerate(steps) if other == i]
-            mean, std = policy(base, z_t[own], i, text[own], videos.uncond, cfg)
-            new_log_prob = log_prob(z_prev[own], mean, std)
-            R[own] = -ppo_loss(new_log_prob, old_log_prob[own], A[own], cfg.clip_range)
-        return R, {"reward": plain}
+            of_step = [k for k, other in enumerate(steps) if other == i]
+            mean, std = policy(base, z_t[of_step], i, text[of_step], videos.uncond, cfg)
+            new_log_prob = log_prob(z_prev[of_step], mean, std)
+            R[of_step] = -ppo_loss(new_log_prob, old_log_prob[of_step], A[of_step], cfg.clip_range)
+        return R, {"reward": mean_scores}
 
     return train.Method(draw, score, videos.description, stop_every=cfg.updates)
 

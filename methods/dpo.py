@@ -1,10 +1,8 @@
 """
-Diffusion-DPO: of two videos of a prompt, learn to denoise the better one better than the base does.
+Diffusion-DPO, where only "better" is known: denoise the better of two videos better than the base.
 
     python -m methods.dpo                                     # the tiny world, in minutes
     python -m methods.dpo --rounds 4                         # new pairs from the model, three times
-    torchrun --nproc_per_node=4 -m methods.dpo modelscope --prompts-train prompts.txt \
-        --prompts animals=animals.txt --out out/dpo
 
 Paper: Diffusion-DPO (arXiv:2311.12908), Sec. 4, its final loss. The reward decides which video is
 the better one, as VADER (arXiv:2407.08737) makes its preference data.
@@ -12,8 +10,7 @@ the better one, as VADER (arXiv:2407.08737) makes its preference data.
 Against train.py: (1) no gradient passes through the reward or the chain; (2) --pairs of videos of
 the base are sampled from prompts and scored before the first step; (3) steps learn from batches of
 these pairs; (4) the reference that keeps the model near the base is the base: adapters off; (5) all
-videos are scored on the same frames, the first of each segment. With frames of their own, R would
-vary by 73% through TAR's weights, and by 11% through the videos that it has to compare.
+videos are scored on the same frames, as R says more of random ones than of the video.
 
 Ours differs from VADER's DPO baseline: both videos of a pair have one prompt, and one noise in the
 loss. That baseline pairs clips of different prompts and draws two noises.
@@ -42,50 +39,47 @@ from support.settings import check_positive
 
 
 def dpo_loss(error_w, error_l, ref_error_w, ref_error_l, beta=5000.):
-    """
-    -log sigmoid(-beta / 2 [(e_w - e_ref,w) - (e_l - e_ref,l)]), the mean over pairs, a scalar.
-
-    Each error (B,) is a mean square over elements (train.py:1121-1145 of the authors' code), of the
-    winner or the loser. What counts is how much better than the base each is denoised.
-    """
+    """-log sigmoid(-beta / 2 [(e_w - e_ref,w) - (e_l - e_ref,l)]), the mean over pairs: how much
+    better than the base is the winner (w) denoised, and how much the loser (l)? Each error (B,) is
+    a mean square over elements (train.py:1121-1145 of the authors' code)."""
     inside = (error_w - ref_error_w) - (error_l - ref_error_l)                # (B,)
     return -F_.logsigmoid(-beta / 2 * inside).mean()
 
 
-def pair_errors(denoiser, z_w, z_l, eps, t, text):
+def pair_errors(eps_model, z_w, z_l, eps, t, text):
     """Mean square errors (B,) of winners and losers, which share prompt, t and noise."""
     z = torch.cat([z_w, z_l])                                                 # (2B, C, F, h, w)
     eps, t, text = torch.cat([eps, eps]), torch.cat([t, t]), torch.cat([text, text])
     z_t = add_noise(z, eps, t, alpha_bars())                                  # (2B, C, F, h, w)
-    errors = (denoiser(z_t, t, text) - eps).square().flatten(1).mean(dim=1)   # (2B,)
+    errors = (eps_model(z_t, t, text) - eps).square().flatten(1).mean(dim=1)   # (2B,)
     return errors.chunk(2)
 
 
 @torch.no_grad()
-def sample_pairs(base, rewards, videos, number, cfg):
+def sample_pairs(base, rewards, videos, round_number, cfg):
     """This rank's pairs of a round, 4 at a time: {winner, loser, reward, prompt}."""
-    share = videos.share(number, cfg.pairs)
+    share = videos.share(round_number, cfg.pairs)
     for start in range(0, len(share), 4):
         part = share[start:start + 4]
-        z, R, plain = [], [], []
+        z, R, mean_scores = [], [], []
         for which in (0, 1):
             # 1. Two videos of the same prompts. The base makes the first round's.
-            key = (cfg.seed, "round", number, which)
+            key = (cfg.seed, "round", round_number, which)
             noise, text, g, captions, _ = videos.start(part, *key)
-            lora.set_scale(base.unet, 1. if number else 0.)
+            lora.set_scale(base.unet, 1. if round_number else 0.)
             z.append(sample(base.denoiser, noise, text, videos.uncond, cfg.num_steps, cfg.guidance))
             lora.set_scale(base.unet, 1.)
 
             # 2. Their rewards, with SegVR and TAR as in train.py.
             R_videos, logged = train.video_rewards(base, rewards, z[-1], g, captions, cfg)
             R.append(R_videos)                                                # (B,)
-            plain.append(logged["reward"])                                    # (B,)
+            mean_scores.append(logged["reward"])                              # (B,)
 
         # 3. The better one wins.
         first_wins = (R[0] >= R[1])[:, None, None, None, None]                # (B, 1, 1, 1, 1)
         yield {"winner": torch.where(first_wins, z[0], z[1]),
                "loser": torch.where(first_wins, z[1], z[0]),
-               "reward": (plain[0] + plain[1]) / 2,
+               "reward": (mean_scores[0] + mean_scores[1]) / 2,
                "prompt": torch.tensor([index for _, index in part])}
 
 
@@ -117,8 +111,8 @@ def check(cfg):
 
 def method(cfg, base, rewards, folder):
     """DPO as train.train takes it, on the pairs of rounds that the folder keeps."""
-    def make(number):
-        return sample_pairs(base, rewards, videos, number, cfg)
+    def make(round_number):
+        return sample_pairs(base, rewards, videos, round_number, cfg)
 
     videos = common.read_videos(cfg, base, lambda _: first_frames(cfg.frames, cfg.segments))
     rounds = common.Rounds(cfg, folder, make, cfg.pairs)

@@ -1,10 +1,8 @@
 """
-DRaFT-K: follow the reward's gradient through the last K steps of a chain that starts from noise.
+DRaFT-K, from prompts alone: follow the reward's gradient through the last K steps from noise.
 
     python -m methods.draft                                     # the tiny world, in minutes
     python -m methods.draft --grad-steps 20 --truncate random  # AlignProp
-    torchrun --nproc_per_node=4 -m methods.draft modelscope --prompts-train prompts.txt \
-        --prompts animals=animals.txt --out out/draft
 
 Paper: DRaFT (arXiv:2309.17400), Algorithm 1; AlignProp (arXiv:2310.03739), randomised truncation.
 
@@ -31,20 +29,14 @@ from support.ranks import sample_generator
 
 
 def draft_rewards(base, rewards, uncond, batch, cfg):
-    """
-    Algorithm 1, from noise to the reward of a video.
-
-    batch: noise (B, C, F, h, w), text (B, N, E), g (B, S), captions [B], K [B]; uncond (1, N, E).
-    Returns as train.edit_rewards.
-    """
+    """Algorithm 1: noise (B, C, F, h, w), text (B, N, E), g (B, S), captions [B], K [B], which is
+    the same for all; uncond (1, N, E). Returns as train.edit_rewards."""
     noise, text, g, captions, grad_steps = batch
-
-    # 1. The whole chain; only its last K steps build a graph. K is the same for a whole step.
-    D, K = cfg.num_steps, grad_steps[0]
+    D = cfg.num_steps
+    K = grad_steps[0]
+    # The whole chain; only its last K steps build a graph.
     z_0 = chain(base.chain_denoiser(cfg.cache_interval), noise, text, uncond, D, D, cfg.guidance,
                 alpha_bars(), K)                                              # (B, C, F, h, w)
-
-    # 2. Score one frame of each segment (SegVR), weighted by the distance from the centre (TAR).
     return train.video_rewards(base, rewards, z_0, g, captions, cfg)
 
 

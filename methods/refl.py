@@ -1,10 +1,8 @@
 """
-ReFL: stop the chain at a random late step, and follow the reward of the video that it predicts.
+ReFL, from prompts alone: stop at a random late step, follow the reward of the video it predicts.
 
     python -m methods.refl                            # the tiny world, in minutes
     python -m methods.refl --late 0.5 --guidance 1    # from earlier steps on, without guidance
-    torchrun --nproc_per_node=4 -m methods.refl modelscope --prompts-train prompts.txt \
-        --prompts animals=animals.txt --out out/refl
 
 Paper: ImageReward (arXiv:2304.05977), Algorithm 1 (reward feedback learning).
 
@@ -35,15 +33,12 @@ from support.ranks import sample_generator
 
 
 def predict(base, noise, text, uncond, m, cfg):
-    """
-    z_0 (B, C, F, h, w) as chain step m sees it. Steps D..m+1 build no graph, step m does.
-
-    Its noise is taken out at one go, z_0 = (z_t - sqrt(1 - abar_t) eps) / sqrt(abar_t): the
-    predicted z_0 in DDIM's Eq. (12).
-    """
+    """z_0 (B, C, F, h, w) as chain step m predicts it, DDIM's Eq. (12): the noise is taken out at
+    once, (z_t - sqrt(1 - abar_t) eps) / sqrt(abar_t). Steps D..m+1 build no graph, step m does."""
     alpha_bar = alpha_bars()
     stride = len(alpha_bar) // cfg.num_steps
-    z, eps_model = noise, base.chain_denoiser(cfg.cache_interval)
+    eps_model = base.chain_denoiser(cfg.cache_interval)
+    z = noise
     with torch.no_grad():
         for i in range(cfg.num_steps, m, -1):
             t = ddpm_step(i, cfg.num_steps)

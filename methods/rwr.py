@@ -1,10 +1,8 @@
 """
-RWR: sample videos, and learn to denoise them again, the good ones with more weight.
+RWR, for rewards without gradient: denoise sampled videos again, the good ones with more weight.
 
     python -m methods.rwr                                     # the tiny world, in minutes
     python -m methods.rwr --data clips.txt                    # weights real clips (official code)
-    torchrun --nproc_per_node=4 -m methods.rwr modelscope --prompts-train prompts.txt \
-        --prompts animals=animals.txt --out out/rwr
 
 Paper: reward-weighted regression for text-to-image models (arXiv:2302.12192), and Sec. 4.2 of DDPO
 (arXiv:2305.13301), where its videos come from the model itself.
@@ -41,28 +39,26 @@ from support.settings import check_positive
 
 
 def reward_weights(rewards, temperature):
-    """
-    w (B,) = B softmax(r' / temperature), r' the standardised rewards (DDPO, Sec. 4.2, w_RWR).
-
-    They sum to B. Equal rewards give weights of 1, the plain denoising loss.
-    """
+    """w (B,) = B softmax(r' / temperature), r' the standardised rewards (DDPO, Sec. 4.2, w_RWR).
+    They sum to B. Equal rewards give weights of 1, the plain denoising loss."""
     spread = rewards.std(correction=0)
     standardised = (rewards - rewards.mean()) / spread.clamp(min=1e-8)        # (B,)
     return len(rewards) * torch.softmax(standardised / temperature, dim=0)    # (B,)
 
 
-def denoising_errors(denoiser, z, eps, t, text):
+def denoising_errors(eps_model, z, eps, t, text):
     """The base's own loss for each video (Eq. (1) of InstructVideo): z (B, C, F, h, w) -> (B,)."""
     z_t = add_noise(z, eps, t, alpha_bars())                                  # (B, C, F, h, w)
-    return (denoiser(z_t, t, text) - eps).square().flatten(1).mean(dim=1)     # (B,)
+    return (eps_model(z_t, t, text) - eps).square().flatten(1).mean(dim=1)     # (B,)
 
 
-def sample_videos(base, rewards, videos, number, cfg):
+@torch.no_grad()
+def sample_videos(base, rewards, videos, round_number, cfg):
     """This rank's videos of a round, scored, 8 at a time: {z, R, reward, prompt}."""
-    share = videos.share(number, cfg.videos)
+    share = videos.share(round_number, cfg.videos)
     for start in range(0, len(share), 8):
         part = share[start:start + 8]
-        noise, text, g, captions, _ = videos.start(part, cfg.seed, "round", number)
+        noise, text, g, captions, _ = videos.start(part, cfg.seed, "round", round_number)
         z = sample(base.denoiser, noise, text, videos.uncond, cfg.num_steps, cfg.guidance)
         R, logged = train.video_rewards(base, rewards, z, g, captions, cfg)
         indices = torch.tensor([index for _, index in part])                  # (B,)
@@ -106,40 +102,42 @@ def method(cfg, base, rewards, folder):
 
     def draw(step):
         share = batch_indices(step, cfg.batch_size, cfg.batch_size, cfg.seed, *rank_and_size())
-        generators = [sample_generator(cfg.seed, step, position, "t") for position, _ in share]
-        t = [torch.randint(len(alpha_bars()), (), generator=own) for own in generators]
+        t = []
+        for position, _ in share:
+            generator = sample_generator(cfg.seed, step, position, "t")
+            t.append(torch.randint(len(alpha_bars()), (), generator=generator))
         return *draw_weighted(step), torch.stack(t).to(base.device)
 
     def score(batch):
-        z, eps, text, w, plain, t = batch
+        z, eps, text, w, mean_scores, t = batch
         error = denoising_errors(base.denoiser, z, eps, t, text)              # (B,)
-        return -w.to(error) * error, {"reward": plain}
+        return -w.to(error) * error, {"reward": mean_scores}
 
     return train.Method(draw, score, source.description)
 
 
 def weighted_videos(cfg, base, rewards, videos, folder):
     """step -> z, eps (B, C, F, h, w), text (B, N, E), w (B,), reward (B,) of its round's videos."""
-    def make(number):
-        with torch.no_grad():
-            yield from sample_videos(base, rewards, videos, number, cfg)
+    def make(round_number):
+        return sample_videos(base, rewards, videos, round_number, cfg)
 
     rounds = common.Rounds(cfg, folder, make, cfg.videos)
 
     def draw(step):
-        made = rounds.of(step)
-        w = reward_weights(made["R"], cfg.temperature)  # over the round
+        sampled = rounds.of(step)
+        w = reward_weights(sampled["R"], cfg.temperature)  # over the round
         share = batch_indices(step, cfg.batch_size, cfg.videos, cfg.seed, *rank_and_size())
         chosen = torch.tensor([index for _, index in share])                  # (B,)
-        z, eps = made["z"][chosen], []                                        # (B, C, F, h, w)
+        z = sampled["z"][chosen]                                              # (B, C, F, h, w)
+        eps = []
         for position, _ in share:
             generator = sample_generator(cfg.seed, step, position)
             white = torch.randn(z.shape[1:], generator=generator)             # (C, F, h, w)
             offset = torch.randn(*z.shape[1:3], 1, 1, generator=generator)    # as train.draw_batch
             eps.append(white + cfg.offset_noise * offset)
-        text = base.encode_text([videos.prompts[i] for i in made["prompt"][chosen].tolist()])
+        text = base.encode_text([videos.prompts[i] for i in sampled["prompt"][chosen].tolist()])
         eps = torch.stack(eps).to(base.device)                                # (B, C, F, h, w)
-        return z.to(base.device), eps, text, w[chosen], made["reward"][chosen]
+        return z.to(base.device), eps, text, w[chosen], sampled["reward"][chosen]
     return draw
 
 

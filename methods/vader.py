@@ -1,10 +1,8 @@
 """
-VADER: reward gradients for video models from prompts alone, a few random frames at a time.
+VADER, to learn from prompts at little cost: reward gradients from one random frame of a video.
 
     python -m methods.vader                                  # the tiny world, in minutes
     python -m methods.vader --eta 0 --frames-scored 4        # a deterministic chain, four frames
-    torchrun --nproc_per_node=4 -m methods.vader modelscope --prompts-train prompts.txt \
-        --prompts animals=animals.txt --out out/vader
 
 Paper: VADER (arXiv:2407.08737), Algorithm 1.
 
@@ -27,20 +25,18 @@ from dataclasses import dataclass
 import torch
 
 import train
-from methods.common import PromptConfig, check as check_common, presets, read_videos
+from methods.common import PromptConfig, check as check_common, fresh_noise, presets, read_videos
 from sampler import alpha_bars, ddim_mean_std, ddpm_step, guided_eps
 from support.ranks import sample_generator
 
 
 def vader_rewards(base, rewards, uncond, batch, cfg):
-    """
-    Algorithm 1, from noise to the reward of a video. Returns as train.edit_rewards.
-
-    batch: noise (B, C, F, h, w), text (B, N, E), g (B, n), captions and keys [B]; uncond (1, N, E).
-    """
+    """Algorithm 1: noise (B, C, F, h, w), text (B, N, E), g (B, n), captions and keys [B];
+    uncond (1, N, E). Returns as train.edit_rewards."""
     z, text, g, captions, keys = batch
     generators = [sample_generator(*key) for key in keys]
-    alpha_bar, eps_model = alpha_bars(), base.chain_denoiser(cfg.cache_interval)
+    eps_model = base.chain_denoiser(cfg.cache_interval)
+    alpha_bar = alpha_bars()
     stride = len(alpha_bar) // cfg.num_steps
 
     # 1. The whole chain; fresh noise comes in at every step, and the last K build a graph.
@@ -49,8 +45,7 @@ def vader_rewards(base, rewards, uncond, batch, cfg):
         with torch.set_grad_enabled(i <= cfg.grad_steps):
             eps = guided_eps(eps_model, z, t, text, uncond, cfg.guidance)
             mean, std = ddim_mean_std(z, eps, t, t - stride, alpha_bar, cfg.eta)
-            fresh = [torch.randn(z.shape[1:], generator=own) for own in generators]
-            z = mean + std * torch.stack(fresh).to(z)                         # (B, C, F, h, w)
+            z = mean + std * fresh_noise(mean, generators)                    # (B, C, F, h, w)
 
     # 2. Score the random frames; lambda 0 gives their plain mean. A video reward has its own.
     return train.video_rewards(base, rewards, z, g, captions, cfg)
@@ -87,8 +82,10 @@ def check(cfg):
 
 def method(cfg, base, rewards, folder):
     """VADER as train.train takes it."""
-    videos = read_videos(
-        cfg, base, lambda own: random_frames(cfg.frames, cfg.frames_scored, own))
+    def pick_frames(generator):
+        return random_frames(cfg.frames, cfg.frames_scored, generator)        # (n,)
+
+    videos = read_videos(cfg, base, pick_frames)
 
     def score(batch):
         return vader_rewards(base, rewards, videos.uncond, batch, cfg)

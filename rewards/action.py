@@ -1,12 +1,10 @@
 """
 Action in the tiny world: how sure a classifier is that the shape moves as wanted. `--reward
 action:left`, whatever the caption says.
-
 VADER (arXiv:2407.08737) takes VideoMAE's classes for this; this classifier is the tiny world's own
 (tiny/build.py). Unlike the judge, which convolves over time, it attends over it. The score is the
 log-probability of the direction, at most 0: its gradient is large for a clip that certainly moves
 another way, where the probability itself has next to none. A video reward of 16 frames.
-
 Letters: B videos, F frames, C classes, E width.
 """
 import torch
@@ -21,8 +19,8 @@ WIDTH = 64
 
 def convolution(c_in, c_out, stride=2, groups=8):
     """A layer of 3 x 3; half the rows and columns at stride 2."""
-    layers = nn.Conv2d(c_in, c_out, 3, stride, 1), nn.GroupNorm(groups, c_out), nn.SiLU()
-    return nn.Sequential(*layers)
+    conv = nn.Conv2d(c_in, c_out, 3, stride, 1)
+    return nn.Sequential(conv, nn.GroupNorm(groups, c_out), nn.SiLU())
 
 
 class Classifier(nn.Module):
@@ -45,23 +43,21 @@ class Classifier(nn.Module):
 
 
 class Action(RewardModel):
-    """number: which of DIRECTIONS. frames (B, F, 3, H, W) -> (B, 1), log-probabilities."""
+    """frames (B, F, 3, H, W) -> log-probabilities (B, 1) of DIRECTIONS[direction]."""
 
-    def __init__(self, classifier, number, name):
+    def __init__(self, classifier, direction, name):
         super().__init__(name, FRAMES)
-        self.classifier, self.number = classifier, number
+        self.classifier = classifier
+        self.direction = direction
 
     def forward(self, frames, captions):
         x = crop_centre(self.pixels(frames, captions), SIZE, mode="bilinear")
         x = x.unflatten(0, frames.shape[:2]).to(self.classifier.time.dtype)   # (B, F, 3, h, w)
         logits = self.classifier(x).float()                                   # (B, C)
-        return logits.log_softmax(dim=-1)[:, self.number, None]               # (B, 1)
+        return logits.log_softmax(dim=-1)[:, self.direction, None]            # (B, 1)
 
 
 def load(path, argument, dtype, device):
     """The reward from its folder, for the direction `argument`; path None: random."""
-    if argument not in DIRECTIONS:
-        raise ValueError(f"reward action: no direction {argument!r:.60}; must be one of "
-                         f"{', '.join(DIRECTIONS)}, as in action:left")
     name = f"action{'' if path else '-random'}:{argument}"
     return Action(build(Classifier, path, dtype, device), DIRECTIONS.index(argument), name)

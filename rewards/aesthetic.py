@@ -1,19 +1,15 @@
 """
 LAION's aesthetic predictor V2: how beautiful people would find a picture, whatever its caption, on
 a scale of 1 to 10; most score 4.5 to 7. An image reward.
-
 Unit features of OpenAI's CLIP ViT-L/14, then five linear layers without anything between them.
 Weights: the hub folder openai/clip-vit-large-patch14; in it, or from the hub, the layers, which are
 the authors' (christophschuhmann/improved-aesthetic-predictor).
-Ours differs from the published code: pictures are resized as tensors, so there is a gradient.
-
-Letters: B videos, S frames, E width of CLIP's features.
 """
 import torch.nn.functional as F_
 
 from formats.reward_model import RewardModel, build, clip_normalize, crop_centre
+from formats.reward_names import hub_file
 from formats.tensors import read_tensors
-from formats.weights import hub_file
 from rewards.hub import SMALL_SIZES, LinearHead, read_model_config
 
 HEAD_REPO = "trl-lib/ddpo-aesthetic-predictor"

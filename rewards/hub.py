@@ -1,4 +1,7 @@
-"""What rewards of the transformers library share. No download: tensors are read as data."""
+"""
+What rewards of the transformers library share. No download: tensors are read as data. Published
+code resizes 8-bit pictures; here tensors are resized, so that there is a gradient to the pixels.
+"""
 import json
 import re
 from collections import OrderedDict
@@ -14,7 +17,7 @@ from formats.tensors import read_config
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}  # by width
-SMALL_SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)  # of random models
+SMALL_SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
 
 
 def read_model_config(config_class, path):
@@ -31,15 +34,17 @@ def size_name(config):
     return SIZES.get(config.hidden_size, str(config.hidden_size))
 
 
-def wanted_label(labels, wanted, what):
-    """The number of the class called `wanted` in {number: name}."""
+def find_class(labels, wanted, what):
+    """The index of the class called `wanted` in {index: name}."""
     wanted = wanted.strip().lower()
-    for number, label in labels.items():
+    for index, label in labels.items():
         if label.lower() == wanted:
-            return int(number)
+            return int(index)
     known = sorted({*labels.values()} - {"N/A"})
-    some = ", ".join(([label for label in known if wanted[:3] in label.lower()] or known)[:8])
-    raise ValueError(f"{what}: no class {wanted!r:.60}; must be one of its {len(known)}, such as {some}")
+    similar = [label for label in known if wanted[:3] in label.lower()]
+    examples = ", ".join((similar or known)[:8])
+    raise ValueError(f"{what}: no class {wanted!r:.60}; must be one of its {len(known)}, "
+                     f"such as {examples}")
 
 
 def fit_within(x, shortest, longest, multiple):

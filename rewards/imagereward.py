@@ -1,13 +1,9 @@
 """
 ImageReward: how people rate a picture as an answer to a caption. Xu et al. (arXiv:2304.05977).
-
 A BLIP reads the caption while it looks at the picture; five linear layers turn its first token
 into a score, standardised over the authors' data: mostly -2 to 2. An image reward.
-
 Weights: ImageReward.pt of THUDM/ImageReward; beside it, or from the hub, BERT's vocab.txt.
-Ours differs from the published code: pictures are resized as tensors, so there is a gradient; BLIP
-is transformers', whose tensors have other names.
-
+Ours differs from the published code: BLIP is transformers', whose tensors have other names.
 Letters: B videos, S frames, N = B S pictures, T tokens.
 """
 import torch
@@ -15,8 +11,8 @@ from torch import nn
 
 from formats.names import replace_all
 from formats.reward_model import RewardModel, build, clip_normalize, crop_centre
+from formats.reward_names import hub_file
 from formats.tensors import read_tensors
-from formats.weights import hub_file
 from rewards.hub import SMALL_SIZES, LinearHead
 from support.files import read_text
 

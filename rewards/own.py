@@ -20,8 +20,9 @@ class OwnReward(RewardModel):
 
     def __init__(self, function, name):
         super().__init__(getattr(function, "name", name), getattr(function, "num_frames", None))
-        is_module = isinstance(function, nn.Module)
-        self.function = function.requires_grad_(False).eval() if is_module else function
+        self.function = function
+        if isinstance(function, nn.Module):
+            function.requires_grad_(False).eval()
 
     def forward(self, frames, captions):
         pictures = self.pixels(frames, captions).unflatten(0, frames.shape[:2])   # (B, S, 3, H, W)
@@ -46,7 +47,7 @@ def load(file, function, dtype, device):
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's own code raises
         raise ValueError(f"{what}: the file cannot be imported ({first_line(error)})") from None
-    found = getattr(module, function, None) if function else None
-    if not callable(found):
+    reward = getattr(module, function, None)
+    if not callable(reward):
         raise ValueError(f"{what}: must name a function of the file, as in {file}:NAME")
-    return OwnReward(found, f"{Path(file).stem}:{function}").to(device)
+    return OwnReward(reward, f"{Path(file).stem}:{function}").to(device)

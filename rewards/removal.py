@@ -1,11 +1,9 @@
 """
 Removal in the tiny world: how sure a detector is that a frame has no watermark. `--reward
 removal:watermark`; captions are ignored.
-
 VADER (arXiv:2407.08737) takes YOLOS's classes for this; this detector is the tiny world's own
 (tiny/build.py). The score is the log-probability that there is no watermark, at most 0: its
 gradient is large where the detector is sure that there is one, too. An image reward.
-
 Letters: B videos, S frames, N = B S pictures, E channels.
 """
 import torch.nn.functional as F_
@@ -46,7 +44,5 @@ class Removal(RewardModel):
 
 def load(path, argument, dtype, device):
     """The reward from its folder; path None: random."""
-    if argument != "watermark":
-        raise ValueError(f"reward removal: cannot tell {argument!r:.60}; must be watermark")
     name = f"removal{'' if path else '-random'}:{argument}"
     return Removal(build(Detector, path, dtype, device), name)

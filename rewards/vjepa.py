@@ -1,16 +1,13 @@
 """
 Temporal consistency: how well the hidden parts of a clip follow from the parts that are shown.
 `--reward vjepa`.
-
 VADER (arXiv:2407.08737), here with V-JEPA 2 (arXiv:2506.09985): minus the mean distance
 |prediction - target| over the hidden patches, where the prediction comes from the shown patches
 alone, and the target is what the encoder makes of the whole clip, normalised and without gradient.
 Below 0; real clips are nearer to it. A video reward of 16 frames, without text.
-
 Weights: the hub folder facebook/vjepa2-vitl-fpc64-256; VADER has V-JEPA 1, which is CC-BY-NC.
 Ours differs from transformers' class: its encoder is shown everything, and would so pass on what it
 has to predict. A caption's own seed hides the patches, so that scores of two steps compare.
-
 Letters: B videos, F frames, N patches of a clip, M hidden ones, E width.
 """
 import zlib
@@ -19,10 +16,9 @@ import torch
 import torch.nn.functional as F_
 
 from formats.reward_model import RewardModel, build, crop_centre
-from formats.weights import WHOLE_CLIPS
 from rewards.hub import imagenet_normalize, read_model_config, size_name
 
-FRAMES = WHOLE_CLIPS["vjepa"]
+FRAMES = 16
 BLOCKS, SHARE = 8, .15  # V-JEPA's: 8 blocks of 15% of the picture, through all frames; they overlap
 SMALL = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=2, crop_size=64,
              patch_size=16, frames_per_clip=16, pred_hidden_size=48, pred_num_attention_heads=2,
@@ -37,7 +33,8 @@ def hidden_patches(rows, times, seed):
         ratio = .75 + .75 * torch.rand((), generator=generator).item()        # of height to width
         h = min(max(round((SHARE * ratio) ** .5 * rows), 1), rows - 1)
         w = min(max(round((SHARE / ratio) ** .5 * rows), 1), rows - 1)
-        top, left = (torch.randint(rows - n + 1, (), generator=generator).item() for n in (h, w))
+        top = torch.randint(rows - h + 1, (), generator=generator).item()
+        left = torch.randint(rows - w + 1, (), generator=generator).item()
         block = torch.zeros_like(hidden)
         block[top:top + h, left:left + w] = True
         if not (hidden | block).all():  # something must be shown

@@ -1,15 +1,11 @@
 """
 Object removal: how sure a detector is that a thing is nowhere in the picture. `--reward
 yolos:book`; captions are ignored.
-
 VADER (arXiv:2407.08737) with YOLOS (arXiv:2106.00666): the score is one minus the largest
 probability of the class over all of the detector's queries, 0 to 1. An image reward.
-
 Weights: the hub folder hustvl/yolos-tiny; its config.json has the classes.
-Ours differs from VADER's code: (1) that looks at detections above 0.2 only, so a thing that is
-seen dimly gives no gradient; (2) that sets its sum over the frames back to zero within its loop, so
-that one frame counts; here each frame has a score.
-
+Ours differs from VADER's code, which (1) looks at detections above 0.2 only, so a thing that is
+seen dimly gives no gradient; (2) scores one frame, as it sets its sum back to zero in its loop.
 Letters: B videos, S frames, N = B S pictures, Q queries, C classes.
 """
 from formats.reward_model import RewardModel, build
@@ -24,18 +20,19 @@ SMALL = hub.SMALL_SIZES | dict(
 
 
 class Yolos(RewardModel):
-    """detector: YolosForObjectDetection; number: the class's. (B, S, 3, H, W) -> (B, S)."""
+    """detector: YolosForObjectDetection. frames (B, S, 3, H, W) -> (B, S)."""
 
-    def __init__(self, detector, number, name, shortest=SHORTEST, longest=LONGEST):
+    def __init__(self, detector, class_index, name, shortest=SHORTEST, longest=LONGEST):
         super().__init__(name)
-        self.detector, self.number = detector, number
+        self.detector = detector
+        self.class_index = class_index
         self.limits = shortest, longest, detector.config.patch_size
 
     def forward(self, frames, captions):
         x = hub.fit_within(self.pixels(frames, captions), *self.limits)           # (N, 3, h, w)
         x = hub.imagenet_normalize(x).to(self.detector.vit.embeddings.cls_token.dtype)
         logits = self.detector(pixel_values=x).logits                         # (N, Q, C + 1)
-        probability = logits.float().softmax(dim=-1)[..., self.number]        # (N, Q)
+        probability = logits.float().softmax(dim=-1)[..., self.class_index]   # (N, Q)
         return 1 - probability.amax(dim=-1).view(frames.shape[:2])            # (B, S)
 
 
@@ -43,9 +40,9 @@ def load(path, argument, dtype, device):
     """The reward from a hub folder, for the class `argument`; path None: small and random."""
     from transformers import YolosConfig, YolosForObjectDetection
     config = hub.read_model_config(YolosConfig, path) if path else YolosConfig(**SMALL)
-    number = hub.wanted_label(config.id2label, argument, "reward yolos")
+    class_index = hub.find_class(config.id2label, argument, "reward yolos")
     detector = build(lambda: YolosForObjectDetection(config), path, dtype, device,
                      spellings=SPELLINGS)
     if path is None:
-        return Yolos(detector, number, f"YOLOS-random:{argument}", *config.image_size)
-    return Yolos(detector, number, f"YOLOS-{hub.size_name(config)}:{argument}")
+        return Yolos(detector, class_index, f"YOLOS-random:{argument}", *config.image_size)
+    return Yolos(detector, class_index, f"YOLOS-{hub.size_name(config)}:{argument}")

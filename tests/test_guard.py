@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import evaluate
 import reward
 import train
-from formats.weights import named_rewards
+from formats.reward_names import requested_rewards
 from support import run as run_folder, tables as guard, tables as watch
 from support.tables import paired, summary
 from tiny import judge, study
@@ -116,10 +116,10 @@ class Bright(torch.nn.Module):
 def test_an_unknown_name_is_refused_with_those_that_are_allowed():
     allowed = "watch 'blur': must be one of motion, .*diversity, pixels .*, judge; or a reward"
     with pytest.raises(ValueError, match=allowed) as error:
-        named_rewards(setting("motion", "blur"))
+        requested_rewards(setting("motion", "blur"))
     assert "\n" not in str(error.value) and "pickscore" in str(error.value)
     with pytest.raises(ValueError, match="reward 'motion': must be one of hpsv2"):  # never optimised
-        named_rewards(setting(reward=("motion",)))
+        requested_rewards(setting(reward=("motion",)))
     with pytest.raises(ValueError, match="official_hps: checks hpsv2 or hpsv2.1 alone"):
         evaluate.check(evaluate.Config(watch=("motion",), official_hps=True))
 

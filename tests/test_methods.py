@@ -135,7 +135,7 @@ def test_drafts_gradient_is_that_of_the_chain_cut_by_hand(parts, K):
         z = z.detach() if i == K else z
         eps = sampler.guided_eps(base.denoiser, z, 250 * (i - 1) + 1, text, uncond, cfg.guidance)
         z = sampler.ddim_step(z, eps, 250 * (i - 1) + 1, 250 * (i - 2) + 1, sampler.alpha_bars())
-    scores = train.score_frames(base.vae, reward, z, g, captions)
+    scores = train.score_frames(reward, train.decode_chosen(base.vae, z, g), captions)
     by_hand = (scores * torch.exp(-1. * (g - 2).abs())).mean(dim=1)
     torch.testing.assert_close(R, by_hand, rtol=0, atol=1e-5)
     torch.testing.assert_close(logged["reward"], scores.detach().mean(dim=1), rtol=0, atol=1e-5)
@@ -782,7 +782,7 @@ def test_rwr_weights_real_clips_by_their_own_reward(parts, monkeypatch):
     batch = train.draw_batch(train.read_clips(cfg, base), 0, cfg, base.vae.config.scale, base.device)
     assert torch.equal(z, batch[0]) and torch.equal(eps, batch[1])
     g = torch.tensor([[0, 2], [0, 2]])  # the first frames of the two segments
-    scores = train.score_frames(base.vae, reward, z, g, batch[4])
+    scores = train.score_frames(reward, train.decode_chosen(base.vae, z, g), batch[4])
     torch.testing.assert_close(w, (scores * torch.exp(-(g - 2).abs())).mean(dim=1), rtol=1e-5, atol=1e-5)
     assert not w.requires_grad and t.shape == (2,)
 
@@ -875,6 +875,10 @@ def test_the_docs_method_of_ones_own_runs(monkeypatch):
     assert [line["step"] for line in metrics("run")] == [1, 2]
     assert json.loads(Path("run/config.json").read_text())["tau"] == .5
     assert any(v.any() for k, v in load_file("run/lora.safetensors").items() if "lora_B" in k)
+    Path("prompts.txt").write_text("a cat\n")
+    full_size = settings.parse(["modelscope", "--prompts-train", "prompts.txt", "--eval-every", "0"], own.PRESETS, "")
+    own.check(full_size)
+    assert (full_size.base, full_size.tau) == (train.HUB_BASE, .6)
 
 
 @pytest.mark.parametrize("name", METHODS)
