@@ -21,7 +21,7 @@ import train
 from data import batch_indices
 from model import Base
 from reward import segment_frames
-from support.clips import read_prompts
+from support.clips import read_prompts, report_long
 from support.files import read_json, write_text, write_whole
 from support.ranks import (
     all_gather,
@@ -43,7 +43,7 @@ from support.settings import check_at_least
 class NoiseConfig(train.Config):
     """train.py's settings for a method whose videos start from noise: there is no edit ratio."""
     prompts_train: Path | None = None
-    """prompts to train on, one a line or in the official list form; default the tiny world's
+    """prompts to train on, a file as generate.py --prompts reads it; default the tiny world's
     in_domain captions"""
     tau: Suppress[Fixed[float]] = 1.0
 
@@ -152,6 +152,7 @@ def read_videos(cfg, base, pick_frames=None):
     pick_frames = pick_frames or of_segments
     own = cfg.prompts_train is None
     prompts = base.world.prompt_sets()["in_domain"] if own else read_prompts(cfg.prompts_train)
+    report_long(prompts, base.text_encoder)
     for start in range(0, len(prompts), 64):  # now, as the text encoder may leave the accelerator
         base.encode_text(prompts[start:start + 64])
     return Videos(cfg, base, pick_frames, prompts, base.encode_text([""]))
