@@ -27,21 +27,21 @@ INTERLACED = (2, 3, 4, 5)    # FFmpeg's numbers of the orders of fields; 0 is un
 def open_video(path):
     """Container and first video stream of a file, covers aside. FFmpeg's errors, now or while reading, become a ValueError."""
     import av
-    from av.stream import Disposition
     if not os.path.isfile(path):  # lists are other people's data, and FFmpeg would fetch a URL
         raise ValueError(f"{path}: cannot be read: no such file")
     try:
         with av.open(os.path.abspath(path)) as container:
-            streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
-            if not streams:
+            cover = av.stream.Disposition.attached_pic
+            stream = next((stream for stream in container.streams.video if not stream.disposition & cover), None)
+            if stream is None:
                 raise ValueError(f"{path}: cannot be read: no video in it")
-            curve = HDR.get(streams[0].codec_context.color_trc)
+            curve = HDR.get(stream.codec_context.color_trc)
             if curve:
                 raise ValueError(f"{path}: cannot be read: HDR ({curve}), whose colours would come out wrong; convert it to SDR")
             # By default a decoder hides damage. With this it stops at most of it, and marks some of the rest (is_corrupt, below).
-            streams[0].codec_context.options = {"err_detect": "explode"}
-            streams[0].codec_context.thread_count = 1  # worker processes take a clip each
-            yield container, streams[0]
+            stream.codec_context.options = {"err_detect": "explode"}
+            stream.codec_context.thread_count = 1  # worker processes take a clip each
+            yield container, stream
     except av.FFmpegError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
 

@@ -19,8 +19,8 @@ from safetensors import safe_open
 
 from data import ClipConfig, LatentDataset, batch_indices, encode_clips, epoch_order, sample_posterior
 from formats.words import WordTokenizer
-from support import clips as cache, clips as clip_lists, ranks as processes, videos
-from support.clips import Clip, encode_captions, find_problems, leave_out, read_list
+from support import clips as clip_lists, ranks as processes
+from support.clips import Clip, encode_captions, find_problems, leave_out, read_list, read_prompts, report_long
 from support.ranks import sample_generator
 from support.videos import is_even, plan_windows, read_all_windows, read_windows
 
@@ -101,23 +101,62 @@ def test_csv_and_jsonl_say_the_same(tmp_path):
     expected = [Clip(tmp_path / "1.mp4", "a dog, running"), Clip(tmp_path / "2.mp4", 'the "best" café')]
     table, lines = tmp_path / "list.csv", tmp_path / "list.JSONL"
     table.write_bytes(('\ufeffid,caption,path,num_frames\r\n7,"a dog, running",1.mp4,\r\n\r\n'
-                       '8,"the ""best"" café",2.mp4,16\r\n').encode())
+                       '8, "the ""best"" café",2.mp4,16\r\n').encode())
     lines.write_text('{"path": "1.mp4", "caption": " a dog, running "}\r\n\r\n'
                      '{"caption": "the \\"best\\" caf\\u00e9", "path": "2.mp4", "num_frames": 16, "id": 8}', encoding="utf-8")
     assert read_list(table) == read_list(lines) == expected
+    table.write_text('path, caption\n1.mp4, "a dog,\n  then, two"\n\n2.mp4,"no end\n3.mp4,c\n')
+    with pytest.raises(ValueError, match=r"list\.csv, line 5: unexpected end of data"):
+        read_list(table)
+    table.write_text('path, caption\n1.mp4, "a dog,\n  then, two"\n')
+    assert read_list(table) == [Clip(tmp_path / "1.mp4", "a dog,\nthen, two")]
 
 
-def test_a_folder_of_clips_with_captions(tmp_path):
-    for name in ("b.mp4", "sub/a.WEBM", "c.gif", "notes.md", ".cache/x.mp4", "._b.mp4"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+def test_prompts_end_with_their_line_and_nothing_else(tmp_path, capsys):
+    path = tmp_path / "prompts.txt"
+    text = "a red ball\u2028rolls\r\n#a comment\nwait\x85 what\n\n \\#1 fan \none\x0cpage\rtwo\n1.mp4|||a cat|||16\n2.mp4|||\\#2"
+    path.write_bytes(text.encode())
+    prompts = ["a red ball\u2028rolls", "wait\x85 what", "#1 fan", "one\x0cpage\rtwo", "a cat", "#2"]
+    assert read_prompts(path) == read_prompts(path) == prompts
+    assert capsys.readouterr().out.count("1 line(s) that begin with # are comments") == 1
+    path.write_text("# nothing else\n")
+    with pytest.raises(ValueError, match="expected one prompt a line, found none"):
+        read_prompts(path)
+
+
+def test_captions_that_are_too_long_are_said_once(capsys):
+    tower = SimpleNamespace(tokenizer=WordTokenizer(["a", "bear"], 5), config=SimpleNamespace(context_length=5))
+    for _ in range(2):
+        report_long(["a bear a", "a bear a bear", "a a a a", "a a a a"], tower)
+    said = capsys.readouterr().out
+    assert said == "2 caption(s) longer than the text encoder reads, their ends are not seen; the first: 'a bear a bear'\n"
+
+
+def test_a_folder_of_clips_with_captions(tmp_path, capsys):
+    """Links to folders are followed, a loop ends; what has not the name of a video is named."""
+    data, disk = tmp_path / "data", tmp_path / "disk"
+    names = ["data/a.mp4", "data/a.gif", "data/sub/b.M4V", "data/notes.md", "data/c.mpeg4", "data/.cache/x.mp4", "data/._b.mp4",
+             "disk/d.ts", "disk/more/e.wmv", "disk/.f.mp4"]
+    for name in names:  # a.gif is the same video once more, as generate.py --gif writes it
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
         (tmp_path / name).with_suffix(".txt").write_text(f"\ufeffcaption of {name}\n", encoding="utf-8")
-    assert [(clip.path.name, clip.caption) for clip in read_list(tmp_path)] == [
-        ("b.mp4", "caption of b.mp4"), ("c.gif", "caption of c.gif"), ("a.WEBM", "caption of sub/a.WEBM")]
-    (tmp_path / "c.txt").unlink()
-    assert [clip.caption for clip in read_list(tmp_path)][1] == ""  # named and left out later, with others like it
-    (tmp_path / "b.gif").touch()  # the same video once more, as generate.py --gif writes it
-    assert len(read_list(tmp_path)) == 3
+    for link, target in (("data/linked", disk), ("data/sub/loop", data), ("disk/more/back", disk), ("data/g.flv", disk / "d.ts")):
+        (tmp_path / link).symlink_to(target)
+    (data / "a.txt").write_text("a cat\n")
+    expected = {"a.mp4": "a cat", "g.flv": "", "linked/d.ts": "caption of disk/d.ts",
+                "linked/more/e.wmv": "caption of disk/more/e.wmv", "sub/b.M4V": "caption of data/sub/b.M4V"}
+    for _ in range(2):  # a clip without a caption is named and left out later, with others like it
+        assert [(str(clip.path.relative_to(data)), clip.caption) for clip in read_list(data)] == list(expected.items())
+    out = capsys.readouterr().out
+    assert out.count("2 file(s) without the name of a video left out") == 1 and "c.mpeg4" in out and "notes.md" in out
+
+
+@pytest.mark.parametrize("name, codec", [("a.ts", "mpeg2video"), ("a.flv", "flv"), ("a.wmv", "wmv2"), ("a.mpg", "mpeg1video"),
+                                         ("a.m4v", "libx264"), ("a.3gp", "mpeg4"), ("a.ogv", "libvpx"), ("a.asf", "mpeg4")])
+def test_every_video_suffix_is_read(tmp_path, name, codec):
+    path = grey(tmp_path / name, n=10, fps=25, codec=codec, step=16)
+    assert [clip.path for clip in read_list(tmp_path)] == [path] and read_clip(path, SMALL).shape == (4, 3, 16, 16)
 
 
 def test_clips_without_a_caption_are_named_and_left_out_all_of_them(tmp_path, capsys):
@@ -203,8 +242,7 @@ def test_a_variable_rate_is_read_by_time(tmp_path, name, options):
     assert indices(read_clip(path, SMALL), 7) == [0, 5, 10, 15]          # every 125 ms
     assert indices(read_clip(path, SMALL, start=10), 7) == [10, 15, 20, 21]  # from 250 ms on: 375, 500, and 625 is next to 700
     assert indices(read_clip(path, SMALL, start=20), 7) == [20, 21, 21, 22]  # from 500 ms on: 625, 750, 875
-    numbers, even, _ = plan_windows(path, SMALL)
-    assert not even and times[numbers[-1, 0]] == 2500, "2500 + 375 ms are before the last frame's 2900"
+    assert times[plan_windows(path, SMALL)[0][-1, 0]] == 2500, "2500 + 375 ms are before the last frame's 2900"
     with pytest.raises(ValueError, match=r"too short: 16 frames at 0\.1 a second need .* found 33"):
         plan_windows(path, replace(SMALL, num_frames=16, fps=.1))
 
@@ -339,7 +377,8 @@ def test_a_cover_picture_is_not_the_video(tmp_path):
 
 def test_frames_that_are_not_to_be_shown_are_no_error(tmp_path):
     """A cut without encoding begins at a key frame that frames shown before it refer to; their other references are gone."""
-    path = grey(tmp_path / "whole.mp4", n=40, **{"x264-params": "open-gop=1:bframes=3:keyint=12:min-keyint=12:scenecut=0:b-adapt=0"})
+    groups = "open-gop=1:bframes=3:keyint=12:min-keyint=12:scenecut=0:b-adapt=0"
+    path = grey(tmp_path / "whole.mp4", n=40, **{"x264-params": groups})
     second = [number for number, packet in enumerate(packets_of(path)) if packet.is_keyframe][1]
     first = packets_of(path)[second]
     count = iter(range(100))
@@ -414,22 +453,26 @@ def test_a_truncated_clip_is_as_long_as_what_is_left(tmp_path):
         read_clip(cut, ClipConfig(num_frames=40, height=16, width=16))
 
 
-@pytest.mark.parametrize("hidden", [(11, 12), (3, 4, 5)])
-def test_packets_that_show_nothing_are_not_counted_on(tmp_path, hidden):
-    """Two-pass VP8 has such packets: a bit of the first byte says so. The second case leaves a pause, so frames go by time."""
+@pytest.mark.parametrize("hidden, order, windows", [
+    ((11, 12), range(11), None),
+    ((3, 4, 5), None, [[0, 1, 2, 2], [1, 2, 2, 2], [2, 2, 2, 6], *([i, i + 1, i + 2, i + 3] for i in range(6, 10))]),  # by time
+    ((5,), [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12], None)])
+def test_packets_that_show_nothing_are_not_counted_on(tmp_path, hidden, order, windows):
+    """Two-pass VP8 has such packets, by a bit of the first byte: at the end, in place of frames, and a millisecond after one."""
     path = grey(tmp_path / "whole.webm", n=13, step=16, codec="libvpx")
     numbers = iter(range(13))
 
     def hide(packet):
-        if next(numbers) not in hidden:
-            return packet
-        changed = av.Packet(bytes([bytes(packet)[0] & ~16]) + bytes(packet)[1:])
-        changed.pts, changed.dts, changed.time_base = packet.pts, packet.dts, packet.time_base
+        number, changed = next(numbers), packet
+        if number in hidden:
+            changed = av.Packet(bytes([bytes(packet)[0] & ~16]) + bytes(packet)[1:])
+            changed.time_base = packet.time_base
+        early = 124 if hidden == (5,) and number == 5 else 125 if hidden == (5,) and number > 5 else 0
+        changed.pts = changed.dts = 125 * number - early
         return changed
-    windows = read_windows(remux(path, tmp_path / "hidden.webm", hide), replace(SMALL, starts=100)).float() / 127.5 - 1
-    expected = [list(range(start, start + 4)) for start in range(8)] if hidden == (11, 12) else [
-        [0, 1, 2, 2], [1, 2, 2, 2], [2, 2, 2, 6], [6, 7, 8, 9], [7, 8, 9, 10], [8, 9, 10, 11], [9, 10, 11, 12]]
-    assert [indices(window, 16) for window in windows] == expected
+    remux(path, tmp_path / "hidden.webm", hide)
+    read = read_windows(tmp_path / "hidden.webm", replace(SMALL, starts=100)).float() / 127.5 - 1
+    assert [indices(window, 16) for window in read] == (windows or [list(order[k:k + 4]) for k in range(len(order) - 3)])
 
 
 def test_usable_clips_names_what_it_leaves_out(tmp_path):
@@ -539,6 +582,8 @@ def clips(tmp_path):
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_a_dataset_holds_windows_text_and_caption(tmp_path, clips, cached):
+    short = [Clip(grey(tmp_path / f"{n}.mp4", n=n), "x") for n in (4, 5)]
+    assert [len(windows) for windows in make(short, None)[0].moments] == [1, 2], "a start is used once"
     dataset, encoders = make(clips + clips[:1], tmp_path / "cache" if cached else None)
     assert len(dataset) == 5 and dataset.captions[3:] == ["a grey wall", "grey"]
     assert encoders.frames == 4 * 3 * 4 and encoders.texts == ["grey", "a grey wall"], "a clip or caption twice is encoded once"
@@ -555,13 +600,6 @@ def test_a_dataset_holds_windows_text_and_caption(tmp_path, clips, cached):
     assert torch.equal(dataset.get(0)[0], dataset.moments[0][0])
     drawn = {indices(dataset.get(0, sample_generator(1, j))[0][:3].transpose(0, 1))[0] for j in range(20)}
     assert drawn == {0, 3, 6}, "every window comes up"
-
-
-def test_a_clip_that_allows_one_start_has_one_window(tmp_path):
-    clips = [Clip(grey(tmp_path / "a.mp4", n=4), "x"), Clip(grey(tmp_path / "b.mp4", n=5), "x")]
-    dataset, _ = make(clips, None)
-    assert [len(windows) for windows in dataset.moments] == [1, 2]
-    assert len(make(clips, None, ClipConfig(num_frames=4, height=16, width=16, starts=1))[0].moments[1]) == 1
 
 
 def test_the_second_time_nothing_is_encoded(tmp_path, clips):
@@ -604,23 +642,11 @@ def test_a_cache_file_is_whole_or_not_there(tmp_path, clips, monkeypatch, fails)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache if fails == "save_file" else os, fails, full)
+        patch.setattr(clip_lists if fails == "save_file" else os, fails, full)
         with pytest.raises(OSError, match="No space left"):
             make(clips, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
     assert make(clips, tmp_path / "cache")[1].frames == 48
-
-
-def test_files_are_complete_before_they_get_their_name(tmp_path, clips, monkeypatch):
-    rename, seen = os.replace, []
-
-    def watch(source, target):
-        seen.append((os.path.basename(source)[0], len(clip_lists.Stored(source)), os.path.exists(target)))
-        rename(source, target)
-
-    monkeypatch.setattr(os, "replace", watch)
-    make(clips, tmp_path / "cache")
-    assert len(seen) == 6 and all(dot == "." and length and not there for dot, length, there in seen)
 
 
 def test_a_damaged_cache_file_is_made_anew(tmp_path, clips, capsys):
@@ -636,6 +662,23 @@ def test_a_damaged_cache_file_is_made_anew(tmp_path, clips, capsys):
         assert encoders.frames == 12 and same(contents(again), expected)
 
 
+def test_entries_of_version_1_serve_where_clips_are_still_read_so(tmp_path, clips, monkeypatch):
+    """Even rates in square pixels, turned ones too. Others are read in another way now, so their old entries are not used."""
+    image, matrices = np.full((32, 32, 3), 90, np.uint8), {"turned": (0, 1, -1, 0), "mirrored": (-1, 0, 0, 1)}
+    for name, matrix in matrices.items():
+        set_matrix(write(tmp_path / f"{name}.mp4", [image] * 8), *matrix)
+    write(tmp_path / "wide.mp4", [image] * 8, aspect=Fraction(4, 3))
+    grey(tmp_path / "uneven.mp4", n=40, times=[*range(0, 1000, 50), *range(1000, 5000, 200)])
+    clips = clips + [Clip(tmp_path / f"{name}.mp4", "x") for name in ("turned", "mirrored", "wide", "uneven")]
+    with monkeypatch.context() as patch:
+        patch.setattr(clip_lists, "CACHE_VERSION", 1)
+        make(clips, tmp_path / "cache")
+    plain, others = clips[:5], clips[5:]
+    assert make(plain, tmp_path / "cache")[1].frames == 0
+    assert [make([clip], tmp_path / "cache")[1].frames > 0 for clip in others] == [True] * 3
+    assert make(clips, tmp_path / "cache")[1].frames == 0
+
+
 def test_cache_files_say_what_they_were_made_from(tmp_path, clips):
     dataset, _ = make(clips, tmp_path / "cache")
     with safe_open(dataset.moments[0].path, "pt") as file:
@@ -649,7 +692,16 @@ def test_workers_change_nothing_but_the_time(tmp_path, clips):
     alone, _ = make(clips, None)
     helped, _ = make(clips, None, num_workers=2)
     assert same(contents(alone), contents(helped))
+    [[_, windows, _]] = read_all_windows([clips[0].path], SMALL, num_workers=1)
+    assert not windows.is_shared(), "workers need no shared memory, of which there may be too little"
     assert torch.equal(torch.get_rng_state(), before), "the global generator is left alone"
+
+
+def test_interlaced_clips_are_said_once(tmp_path, capsys):
+    paths = [grey(tmp_path / f"{i}.mp4", n=8, **{"x264-params": "tff=1"} if i else {}) for i in range(3)]
+    make([Clip(path, "x") for path in paths], None)
+    out = capsys.readouterr().out
+    assert out.count("2 clip(s) are interlaced") == 1 and f"the first: {paths[1]}" in out
 
 
 def test_damage_inside_is_found_when_decoding_and_counts_too(tmp_path, clips, capsys):
