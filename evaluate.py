@@ -30,7 +30,7 @@ from generate import generate, load_model
 from model import decode_frames
 from reward import as_rewards, first_frames, load_rewards
 from sampler import ddpm_step
-from support.clips import read_prompt_sets
+from support.clips import read_prompt_sets, report_long
 from support.files import check_exists, check_folder
 from support.pictures import evaluation_bar, save_evaluation
 from support.ranks import all_gather, join_ranks, rank_and_size, run_script
@@ -52,6 +52,7 @@ def prompt_sets(base, named_files, count):
     chosen = {}
     for name, prompts in sets.items():
         chosen[name] = [prompts[i % len(prompts)] for i in range(count or len(prompts))]
+    report_long(sum(chosen.values(), []), base.text_encoder)
     return chosen
 
 
@@ -125,8 +126,8 @@ class Config(RewardSettings):
     lora: Path | None = None
     """the adapter; without one the base alone is evaluated"""
     prompts: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
-    """NAME=FILE, repeatable: a file of one prompt a line or in the official list form; default the
-    tiny world's three sets"""
+    """NAME=FILE, repeatable: a file of prompts as generate.py --prompts reads it; default the tiny
+    world's three sets"""
     count: int = 64
     """videos of each set; 0 is one for each line of its file. The work is printed before it starts,
     in denoising steps"""

@@ -21,11 +21,10 @@ import tyro
 from tqdm import tqdm
 
 import lora
-from formats.words import cut_captions
 from model import Base, decode_frames, load_base
 from sampler import ddpm_step, sample
 from support import ranks
-from support.clips import read_prompts
+from support.clips import read_prompts, report_long
 from support.files import check_exists, check_folder, write_text
 from support.ranks import join_ranks, pick_dtype, progress, rank_and_size, sample_generator
 from support.settings import ModelSettings, check_at_least
@@ -73,7 +72,8 @@ class Config(ModelSettings):
     prompt: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
     """what to show; repeat the flag for more videos"""
     prompts: Path | None = None
-    """a file of prompts, one a line or in the official list form"""
+    """a file of prompts, one a line or in the official list form; lines that begin with # are
+    comments, and a prompt that begins with # has a backslash before it"""
     lora: Path | None = None
     """an adapter from train.py, or any other form that lora.py reads"""
     lora_scale: float = 1.0
@@ -166,8 +166,7 @@ def main(cfg):
     base.latent_size(height, width)
 
     if rank == 0:
-        for prompt in cut_captions(base.text_encoder, prompts):
-            print(f"longer than the text encoder reads, its end is not seen: {prompt!r}")
+        report_long(prompts, base.text_encoder)
         cfg.out.mkdir(parents=True, exist_ok=True)
 
     # The ranks take turns: rank r makes videos r, r + world_size, ...

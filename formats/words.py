@@ -46,9 +46,3 @@ def read_words(path, sizes=None):
         raise ValueError(f"{path}: makes {length} tokens from 0 to {tokenizer.end}, the weights beside it read "
                          f"{sizes['context_length']} from 0 to {sizes['vocab_size'] - 1}")
     return tokenizer
-
-
-def cut_captions(text_encoder, captions):
-    """Those captions whose ends the text encoder would not see, because they are too long."""
-    longest = text_encoder.config.context_length - 2  # less the start and the end token
-    return [c for c in captions if len(text_encoder.tokenizer.encode(c)) > longest]

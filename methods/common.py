@@ -22,7 +22,7 @@ from data import batch_indices
 from model import Base
 from reward import segment_frames
 from support import ranks
-from support.clips import read_prompts
+from support.clips import read_prompts, report_long
 from support.files import read_json, write_text, write_whole
 from support.ranks import is_main_process, on_rank_0, rank_and_size, sample_generator
 from support.run import Stopped, read_metrics
@@ -36,7 +36,7 @@ from support.settings import check_at_least
 class NoiseConfig(train.Config):
     """train.py's settings for a method whose videos start from noise: there is no edit ratio."""
     prompts_train: Path | None = None
-    """prompts to train on, one a line or in the official list form; default the tiny world's
+    """prompts to train on, a file as generate.py --prompts reads it; default the tiny world's
     in_domain captions"""
     tau: Suppress[Fixed[float]] = 1.0
 
@@ -138,6 +138,7 @@ def read_videos(cfg, base, pick_frames=None):
         prompts = base.world.prompt_sets()["in_domain"]
     else:
         prompts = read_prompts(cfg.prompts_train)
+    report_long(prompts, base.text_encoder)
     for start in range(0, len(prompts), 64):  # now, as the text encoder may leave the accelerator
         base.encode_text(prompts[start:start + 64])
     return Videos(cfg, base, pick_frames, prompts, base.encode_text([""]))

@@ -1,7 +1,11 @@
 """Lists of clips with their captions, and lists of prompts: text files that other people made, so every line is checked."""
 import csv
+import functools
 import hashlib
 import json
+import os
+import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,16 +14,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from support.files import read_text, write_whole
+from support.files import first_names, read_text, write_whole
 from support.ranks import all_gather, barrier, is_main_process, progress, rank_and_size
-from support.videos import measure, read_all_windows
+from support.videos import plan_windows, read_all_windows, read_as_in_version_1
 
-SUFFIXES = (".mp4", ".webm", ".avi", ".mov", ".mkv", ".gif")
+SUFFIXES = (".mp4 .webm .avi .mov .mkv .gif .m4v .mpg .mpeg .ts .mts .m2ts .flv .f4v .ogv .wmv .asf .3gp .3g2 .vob .m2v .mxf "
+            ".y4m .divx .dv .rm .rmvb .nut").split()
 FORMS = {
     ".csv": "a first line naming the columns, path and caption among them; one clip per line; captions with commas in quotes",
     ".jsonl": 'one {"path": "...", "caption": "..."} per line',
     "": "one relative/path.mp4|||caption per line, or relative/path.mp4|||caption|||frame count",
 }
+
+
+@functools.cache
+def say_once(message):
+    """Print a line on the main process. Lists are read twice, first to be checked: the second time nothing is said."""
+    if is_main_process():
+        tqdm.write(message)
 
 
 @dataclass(frozen=True)
@@ -33,9 +45,8 @@ def read_list(path, root=None) -> list[Clip]:
     """
     The clips of a list, in its order. Videos are not looked at, so prompt lists without any can be read too.
 
-    path: a .csv, a .jsonl or else a list in the official form (see FORMS; the first two may have a num_frames column too); or a
-    folder, searched through for videos with a caption each, in a .txt file of the same name.
-    root: the folder that paths in a file start from (default: the list's own). A ValueError names file and line, or the clip.
+    path: a .csv, a .jsonl or a list in the official form (see FORMS; the first two may have a num_frames column), or a folder of
+    videos. root: the folder that paths in a list start from (default: its own). A ValueError names file and line, or the clip.
     """
     path = Path(path)
     if path.is_dir():
@@ -43,41 +54,45 @@ def read_list(path, root=None) -> list[Clip]:
     if not path.is_file():
         raise ValueError(f"{path}: no such list of clips, nor a folder of them")
     form = path.suffix.lower() if path.suffix.lower() in FORMS else ""
-    columns = ["path", "caption", "num_frames"]
-    clips = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        try:
+    rows = [line.strip() for line in read_text(path).split("\n")]
+    if form == ".csv":
+        rows = csv.reader([line + "\n" for line in rows], skipinitialspace=True, strict=True)
+    columns, clips = ["path", "caption", "num_frames"], []
+    number = 1  # of the line at which a row begins: in a .csv, captions may have several
+    try:
+        for row in rows:
             if form == ".csv" and number == 1:
-                columns = [name.strip() for name in next(csv.reader([line]), [])]
+                columns = [name.strip() for name in row]
                 if not {"path", "caption"} <= set(columns):
                     raise ValueError(f"columns {', '.join(columns) or 'none'}")
-            elif line.strip():
-                clips.append(parse_line(line.strip(), form, columns, Path(root or path.parent)))
-        except (ValueError, csv.Error) as error:
-            raise ValueError(f"{path}, line {number}: {getattr(error, 'msg', error)}. Allowed: {FORMS[form]}") from None
+            elif row:
+                clips.append(parse_row(row, form, columns, Path(root or path.parent)))
+            number = rows.line_num + 1 if form == ".csv" else number + 1
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path}, line {number}: {getattr(error, 'msg', error)}. Allowed: {FORMS[form]}") from None
     if not clips:
         raise ValueError(f"{path}: an empty list. Allowed: {FORMS[form]}")
     return clips
 
 
-def parse_line(line, form, columns, root):
+def parse_row(row, form, columns, root):
     """
-    The Clip of one line; ValueError if it is not of this form. columns: their names; root: the folder that paths start from.
+    The Clip of one row: a line, or the fields of a .csv's, whose names are `columns`. ValueError if it is not of this form.
 
     num_frames is checked and not used: official prompt lists say 16, the length of the video to generate, beside the name of a
     far longer clip, and the official code drops it (inference_instructvideo_entrance.py). Frames are counted instead.
     """
     if form == ".jsonl":
-        row = json.loads(line)
-        if not isinstance(row, dict):
-            raise ValueError(f"no path and caption in {line[:80]!r}")
+        values = json.loads(row)
+        if not isinstance(values, dict):
+            raise ValueError(f"no path and caption in {row[:80]!r}")
     else:
-        fields = next(csv.reader([line], strict=True)) if form == ".csv" else line.split("|||")
+        fields = row if form == ".csv" else row.split("|||")
         if len(fields) != len(columns) and (form or len(fields) != 2):  # only the official form may leave its last column out
-            raise ValueError(f"{len(fields)} field(s) in {line[:80]!r}")
-        row = dict(zip(columns, fields))
+            raise ValueError(f"{len(fields)} field(s) in {str(row)[:80]!r}")
+        values = dict(zip(columns, fields))
 
-    path, caption, num_frames = row.get("path"), row.get("caption"), row.get("num_frames")
+    path, caption, num_frames = values.get("path"), values.get("caption"), values.get("num_frames")
     if not isinstance(path, str) or not path.strip() or not isinstance(caption, str | None):
         raise ValueError(f"clip {path!r} has caption {caption!r}: must be a path and a text")
     if num_frames not in (None, "") and not str(num_frames).strip().isdecimal():
@@ -87,27 +102,48 @@ def parse_line(line, form, columns, root):
 
 def read_clip_folder(folder):
     """A Clip for every video below a folder, in order of their names, each with the caption in the .txt file beside it."""
-    clips = []
-    for path in sorted(folder.rglob("*")):
+    paths, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        paths += [] if real in seen else [Path(place, name) for name in names if not name.startswith(".")]  # macOS: ._clip.mp4
+        seen.add(real)  # each folder once, so that a loop of links ends
+    clips, skipped = [], []
+    for path in sorted(paths):
         text = path.with_suffix(".txt")
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)  # macOS: ._clip.mp4
-        twice = path.suffix == ".gif" and path.with_suffix(".mp4").is_file()  # generate.py --gif writes both of each video
-        if path.suffix.lower() in SUFFIXES and not hidden and not twice:
+        if path.suffix == ".gif" and path.with_suffix(".mp4").is_file():  # generate.py --gif writes both of each video
+            continue
+        if path.suffix.lower() in SUFFIXES:
             clips.append(Clip(path, read_text(text).strip() if text.is_file() else ""))
+        elif path.suffix != ".txt":
+            skipped.append(str(path))
     if not clips:
         raise ValueError(f"{folder}: no clips in this folder. Allowed: {' '.join(SUFFIXES)}, each with a .txt caption")
+    if skipped:
+        say_once(f"{folder}: {len(skipped)} file(s) without the name of a video left out: {first_names(skipped)}")
     return clips
 
 
 def read_prompts(path):
-    """Prompts of a text file, one a line, or as the official `video|||caption|||frames`, without blank lines and # ones."""
+    """
+    Prompts of a text file, one a line, or as the official `video|||caption|||frames`.
+
+    A line that begins with # is a comment, and a prompt that begins with # is written with a backslash before it.
+    """
     try:
-        lines = [line for line in read_text(path).splitlines() if line.strip() and not line.lstrip().startswith("#")]
+        lines = [line.strip() for line in read_text(path, newline="\n").split("\n")]  # nothing else ends a line, not even \u2028
     except OSError as error:
         raise ValueError(f"prompts {path}: cannot be read ({error})") from None
-    prompts = [(line.split("|||")[1] if "|||" in line else line).strip() for line in lines]
+    comments = [line for line in lines if line.startswith("#")]
+    prompts = []
+    for line in lines:
+        if line and not line.startswith("#"):
+            prompt = line.split("|||")[1] if "|||" in line else line
+            prompts.append(re.sub(r"^\\#", "#", prompt.strip()))
     if not prompts or not all(prompts):
         raise ValueError(f"prompts {path}: expected one prompt a line, found {'an empty one' if prompts else 'none'}")
+    if comments:
+        say_once(f"prompts {path}: {len(comments)} line(s) that begin with # are comments (a prompt begins with \\#)")
     return prompts
 
 
@@ -124,12 +160,18 @@ def read_prompt_sets(named_files, base):
     return sets
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def report_long(captions, text_encoder):
+    """Say how many captions are longer than the text encoder reads."""
+    longest = text_encoder.config.context_length - 2  # less the start and the end token
+    long = [caption for caption in dict.fromkeys(captions) if len(text_encoder.tokenizer.encode(caption)) > longest]
+    if long:
+        say_once(f"{len(long)} caption(s) longer than the text encoder reads, their ends are not seen; the first: {long[0]!r}")
+
+
 # Tensors kept on disk: one safetensors file for each, named by the hash of a text that says what it was made from.
-#
 # Whatever a tensor depends on belongs into that text. Then a stale entry cannot be found, and nothing needs to be deleted.
 
-CACHE_VERSION = 1  # one more whenever clips are read in another way
+CACHE_VERSION = 2  # of how clips are read; what is read as in version 1 keeps its entries
 
 
 class Stored:
@@ -155,57 +197,57 @@ def cached_file(folder, made_from):
 
 def find_cached(folder, made_from):
     """{item: its Stored tensor} of made_from {item: text}; None: nothing there, no folder, or a damaged file, which is named."""
-    found = dict.fromkeys(made_from)
+    entries = dict.fromkeys(made_from)
     for item, text in made_from.items() if folder else ():
         path = cached_file(folder, text)
         try:
-            found[item] = Stored(path) if path.exists() else None
+            entries[item] = Stored(path) if path.exists() else None
         except SafetensorError as error:
             tqdm.write(f"{path}: damaged ({error}); computing it anew")
-    return found
+    return entries
 
 
-def fill_cached(found, made_from, compute, folder):
-    """Compute what is None in found {item: tensor}: compute(items) yields (item, tensor), made_from is {item: text}. With a
+def fill_cached(entries, made_from, compute, folder):
+    """Compute what is None in entries {item: tensor}: compute(items) yields (item, tensor), made_from is {item: text}. With a
     folder, every rank keeps its share there and finds the others'."""
     # A rank's share is one of all items: which are missing changes while other ranks are at work.
     rank, world_size = rank_and_size() if folder else (0, 1)
-    mine = list(made_from)[rank::world_size]
-    for item, tensor in compute([item for item in mine if found[item] is None]):
-        found[item] = tensor.detach().cpu().contiguous()
+    share = list(made_from)[rank::world_size]
+    for item, tensor in compute([item for item in share if entries[item] is None]):
+        entries[item] = tensor.detach().cpu().contiguous()
         if folder:
             path = cached_file(folder, made_from[item])
             with write_whole(path) as hidden:
-                save_file({"tensor": found[item]}, hidden, metadata={"made_from": made_from[item]})
-            found[item] = Stored(path)
+                save_file({"tensor": entries[item]}, hidden, metadata={"made_from": made_from[item]})
+            entries[item] = Stored(path)
     barrier()
-    missing = {item: made_from[item] for item in made_from if found[item] is None}
-    found.update(find_cached(folder, missing))
+    missing = {item: made_from[item] for item in made_from if entries[item] is None}
+    entries.update(find_cached(folder, missing))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Latents and text of a list, computed once. Clips that cannot be used are named and left out.
-
-def find_problems(clips, config, found):
+def find_problems(clips, config, entries):
     """
-    {path, or Clip without a caption: why it cannot be used}; found: {path: its cache entry or None} of the files that are there.
+    {path, or Clip without a caption: why it cannot be used}; entries: {path: its cache entry or None} of files that are there.
 
     The ranks share the work and all get the whole: a file that one node does not see is left out on every node.
     """
     rank, world_size = rank_and_size()
     paths = list(dict.fromkeys(clip.path for clip in clips))
-    mine = {}
+    bad_here, interlaced_here = {}, []
     for i, path in enumerate(paths):
         try:
-            if path not in found:
+            if path not in entries:
                 raise ValueError(f"{path}: cannot be read: no such file")
-            if found[path] is None and i % world_size == rank:
-                measure(path, config)
+            if entries[path] is None and i % world_size == rank:
+                interlaced_here += [path] * plan_windows(path, config)[2]
         except ValueError as error:
-            mine[path] = str(error)
-    problems = {clip: f"{clip.path}: no caption" for clip in clips if not clip.caption}
-    for theirs in all_gather(mine):
-        problems |= theirs
+            bad_here[path] = str(error)
+    problems, interlaced = {clip: f"{clip.path}: no caption" for clip in clips if not clip.caption}, []
+    for bad, with_fields in all_gather((bad_here, interlaced_here)):
+        problems |= bad
+        interlaced += with_fields
+    if interlaced:
+        say_once(f"{len(interlaced)} clip(s) are interlaced, so that moving edges look like combs; the first: {interlaced[0]}")
     return problems
 
 
@@ -229,10 +271,14 @@ def encode_clips(clips, config, base, cache_dir, num_workers, max_skip):
         if path.is_file():  # a file that was replaced has another size or time
             state = str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns
             made_from[path] = json.dumps([CACHE_VERSION, "moments", vae_name, asdict(config), state])
-    found = find_cached(cache_dir, made_from)
+            old = cached_file(cache_dir or "", json.dumps([1, "moments", vae_name, asdict(config), state]))
+            with suppress(FileNotFoundError):  # another rank was faster
+                if cache_dir and old.exists() and read_as_in_version_1(path, config):
+                    os.replace(old, cached_file(cache_dir, made_from[path]))
+    entries = find_cached(cache_dir, made_from)
 
     # 1. Cached clips were checked when they were encoded. Check the others before the long work.
-    problems = find_problems(clips, config, found)
+    problems = find_problems(clips, config, entries)
     for problem in problems.values() if is_main_process() else ():
         tqdm.write(f"left out: {problem}")
     usable = leave_out(clips, problems, max_skip)
@@ -249,18 +295,19 @@ def encode_clips(clips, config, base, cache_dir, num_workers, max_skip):
             moments = [base.encode(window.float() / 127.5 - 1).transpose(0, 1) for window in windows]
             yield path, torch.stack(moments)                                  # (n, 2C, F, h, w)
 
-    fill_cached(found, made_from, encode_paths, cache_dir)
+    fill_cached(entries, made_from, encode_paths, cache_dir)
 
     # 3. A clip that another rank could not read has no entry: leave it out here too.
     for path in made_from:
-        if found[path] is None:
+        if entries[path] is None:
             problems.setdefault(path, f"{path}: cannot be read, as another rank reports")
     good = leave_out(clips, problems, max_skip)
     if is_main_process():
         tqdm.write(f"{len(good)} of {len(clips)} clips can be used")
     captions = [clip.caption for clip in good]
+    report_long(captions, base.text_encoder)
     text = encode_captions(captions, base.encode_captions, text_name, cache_dir)
-    return [found[clip.path] for clip in good], text, captions, [clip.path.name for clip in good]
+    return [entries[clip.path] for clip in good], text, captions, [clip.path.name for clip in good]
 
 
 @torch.no_grad()
@@ -271,7 +318,7 @@ def encode_captions(captions, encode_text, text_name, cache_dir=None):
             part = missing[i:i + 64]
             yield from zip(part, encode_text(part), strict=True)
 
-    made_from = {caption: json.dumps([CACHE_VERSION, "text", text_name, caption]) for caption in captions}  # equal ones once
-    found = find_cached(cache_dir, made_from)
-    fill_cached(found, made_from, encode_missing, cache_dir)
-    return [found[caption] for caption in captions]
+    made_from = {caption: json.dumps([1, "text", text_name, caption]) for caption in captions}  # equal ones once
+    entries = find_cached(cache_dir, made_from)
+    fill_cached(entries, made_from, encode_missing, cache_dir)
+    return [entries[caption] for caption in captions]

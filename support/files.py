@@ -64,10 +64,11 @@ def read_json(path):
     return content
 
 
-def read_text(path):
-    """A text file in UTF-8; ValueError naming it if it is none. A byte order mark, which some editors write, is dropped."""
+def read_text(path, newline=None):
+    """A text file in UTF-8; ValueError naming it if it is none. A byte order mark is dropped; newline: as open() has it."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        with open(path, encoding="utf-8-sig", newline=newline) as file:
+            return file.read()
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a text file in UTF-8") from None
 

@@ -50,8 +50,8 @@ class TrainingSettings(RewardSettings):
     preset: tyro.conf.Suppress[str] = "tiny"
     """tiny or modelscope: named first on the command line, not by a flag; it sets the defaults of the others"""
     data: Path | None = None
-    """clips and captions: a list of `path|||caption` lines, a .csv or .jsonl, or a folder of clips with .txt files; the tiny
-    world draws its own"""
+    """clips and captions: a list of `path|||caption` lines, a .csv or .jsonl, or a folder of clips with .txt files, links to
+    folders followed; the tiny world draws its own"""
     data_root: Path | None = None
     """folder that the list's paths start from; default the list's own"""
     max_skip: float = 0.1
@@ -64,7 +64,7 @@ class TrainingSettings(RewardSettings):
     """folder of the cached latents and text embeddings"""
 
     prompts: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """NAME=FILE, evaluation prompts, one a line or in the official list form; default the tiny world's three sets"""
+    """NAME=FILE, evaluation prompts, a file as generate.py --prompts reads it; default the tiny world's three sets"""
     eval_every: int = 20
     """steps between evaluations, with one before the first and after the last step; 0 is none at all"""
     eval_count: int = 24

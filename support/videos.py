@@ -4,7 +4,7 @@ Video files in and out.
 In: windows of a clip at a given rate, by PyAV, which comes with imageio's plugin and can stop early and tell which frames are
 damaged. A clip that cannot be read or is too short is a ValueError that names it. Out: .mp4 that any player shows, and .gif.
 
-Letters: K windows, F frames, H and W pixel rows and columns.
+Letters: n possible starts of a window, K windows, F frames, H and W pixel rows and columns.
 """
 import os
 import re
@@ -19,18 +19,25 @@ from torch.utils.data import DataLoader
 
 from support.files import write_whole
 
+HDR = {16: "PQ", 18: "HLG"}  # FFmpeg's numbers of the transfer curves that need tone mapping, for which PyAV's wheels lack zscale
+INTERLACED = (2, 3, 4, 5)    # FFmpeg's numbers of the orders of fields; 0 is unknown, 1 progressive
+
 
 @contextmanager
 def open_video(path):
-    """Container and first video stream of a file. Any FFmpeg error, now or while reading, is a ValueError naming the clip."""
+    """Container and first video stream of a file, covers aside. FFmpeg's errors, now or while reading, become a ValueError."""
     import av
     if not os.path.isfile(path):  # lists are other people's data, and FFmpeg would fetch a URL
         raise ValueError(f"{path}: cannot be read: no such file")
     try:
         with av.open(os.path.abspath(path)) as container:
-            if not container.streams.video:
+            cover = av.stream.Disposition.attached_pic
+            stream = next((stream for stream in container.streams.video if not stream.disposition & cover), None)
+            if stream is None:
                 raise ValueError(f"{path}: cannot be read: no video in it")
-            stream = container.streams.video[0]
+            curve = HDR.get(stream.codec_context.color_trc)
+            if curve:
+                raise ValueError(f"{path}: cannot be read: HDR ({curve}), whose colours would come out wrong; convert it to SDR")
             # By default a decoder hides damage. With this it stops at most of it, and marks some of the rest (is_corrupt, below).
             stream.codec_context.options = {"err_detect": "explode"}
             stream.codec_context.thread_count = 1  # worker processes take a clip each
@@ -39,91 +46,136 @@ def open_video(path):
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def measure(path, config, count=None):
-    """
-    (last possible start, stride), in frames of the file. Too short: ValueError.
+def shown_frames(container, stream):
+    """Decoded frames in the order they are shown, without those that the container marks as not to be shown."""
+    import av
+    for packet in container.demux(stream):
+        try:
+            yield from [] if packet.is_corrupt else packet.decode()  # the last packet of a truncated file is
+        except av.FFmpegError:
+            if not packet.is_discard:  # a cut without encoding hides its first frames, and what these refer to may be gone
+                raise
 
-    config: num_frames F and fps. count: how many frames the file has, else its packets are counted, in milliseconds: the header
-    of a truncated file promises too many.
+
+def plan_windows(path, config, times=None):
+    """
+    Numbers (n, F) of the frames that make a window, from each possible start; whether their rate is even; whether they are
+    interlaced. Too short: ValueError. times: when each frame is shown, in ticks, as decoding found.
+
+    By default packets are asked, in milliseconds: the header of a truncated file promises too many.
     """
     with open_video(path) as (container, stream):
-        rate = stream.average_rate or stream.guessed_rate  # of a variable rate, the mean
+        rate = stream.average_rate or stream.guessed_rate
         if not rate:
             raise ValueError(f"{path}: cannot be read: no frame rate")
-        if count is None:
-            count = sum(bool(p.size) and not p.is_discard and not p.is_corrupt for p in container.demux(stream))
-    stride = max(1, round(rate / config.fps))  # a clip slower than config.fps is taken as it is
-    needed = (config.num_frames - 1) * stride + 1
-    if count < needed:
-        raise ValueError(f"{path}: too short: {config.num_frames} frames at {config.fps:g} a second need {needed} "
-                         f"at its {float(rate):g} a second, found {count}")
-    return count - needed, stride
+        interlaced = stream.codec_context.field_order in INTERLACED
+        frame_ticks = float(1 / (rate * stream.time_base))
+        from_packets = times is None
+        if from_packets:
+            shown = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
+            times = [packet.pts for packet in shown if not packet.is_corrupt]
+            times.sort(key=lambda ticks: ticks or 0)  # packets come in the order of decoding; some containers keep no times
+    even = is_even(times, frame_ticks)
+    if from_packets and not even:  # to be sure, decode: some packets show nothing, such as the second field of a frame
+        with open_video(path) as (container, stream):
+            return plan_windows(path, config, [frame.pts for frame in shown_frames(container, stream)])
+
+    # Of an even rate, every so many frames are taken, all of a clip slower than config.fps; else the nearest in time.
+    step = max(1, round(rate / config.fps)) if even else float(rate / config.fps)           # in frames of the header's rate
+    at = np.arange(len(times)) if even else np.array(times) / frame_ticks                   # in the same unit
+    wanted = at[:, None] + step * np.arange(config.num_frames)                              # (n, F)
+    wanted = wanted[wanted[:, -1] <= at[-1:] + 1e-6]
+    if not len(wanted):
+        raise ValueError(f"{path}: too short: {config.num_frames} frames at {config.fps:g} a second need "
+                         f"{(config.num_frames - 1) * step + 1:g} at its {float(rate):g} a second, found {len(times)}")
+    return np.searchsorted((at[1:] + at[:-1]) / 2, wanted), even, interlaced
 
 
-def read_windows(path, config, pick, count=None):
-    """Windows of one clip, (K, F, 3, H, W) uint8, at the starts that pick(last possible start) lists; see measure for count."""
-    # In one pass, from the first frame to the last one needed: windows overlap, and most clips have few key frames to jump to.
-    last, stride = measure(path, config, count)
-    windows = [range(start, start + config.num_frames * stride, stride) for start in pick(last)]
-    wanted = set().union(*windows)
-    frames, seen = {}, 0
-    with open_video(path) as (container, stream):
-        whole = (packet for packet in container.demux(stream) if not packet.is_corrupt)  # the last of a truncated file is
-        decoded = (frame for packet in whole for frame in packet.decode())
-        for seen, frame in enumerate(islice(decoded, max(wanted) + 1), 1):
-            if seen - 1 in wanted:
-                frames[seen - 1] = fit_frame(frame, path, config)
-    if len(frames) < len(wanted):  # two-pass VP8, for one, has packets that show nothing: choose again, among the real frames
-        return read_windows(path, config, pick, count=seen)
-    clips = torch.stack([frames[i] for window in windows for i in window])      # (K*F, 3, H, W)
-    return clips.unflatten(0, (len(windows), -1))                               # (K, F, 3, H, W)
+def is_even(times, frame_ticks):
+    """Whether each frame is within half a frame of where one rate puts it, which is within an eighth of the header's."""
+    if len(times) < 2 or None in times or times != sorted(times) or times[0] == times[-1]:
+        return True  # no times, or wrong ones: only the header's rate is left
+    intervals = np.diff(times)
+    late = np.cumsum(intervals - intervals.mean())
+    # An eighth, since a GIF counts in hundredths of a second: 30 frames a second are then 33.3 by its header.
+    return abs(late).max() <= intervals.mean() / 2 and abs(intervals.mean() / frame_ticks - 1) <= 1 / 8
 
 
-def fit_frame(frame, path, config):
-    """One decoded frame, upright, resized until it just covers H x W, cropped around its centre -> (3, H, W) uint8."""
+def read_as_in_version_1(path, config):
+    """Whether version 1 of the cache, which knew only even rates, square pixels and rotations, read this clip in the same way."""
+    try:
+        even = plan_windows(path, config)[1]
+        with open_video(path) as (container, stream):
+            a, b, c, d = display_matrix(next(shown_frames(container, stream)))
+            plain = stream == container.streams.video[0] and (stream.sample_aspect_ratio or 1) == 1
+            return even and plain and a * d > b * c  # else mirrored
+    except ValueError:  # such as HDR
+        return False
+
+
+def display_matrix(frame):
+    """(a, b, c, d): pixel (x, y) is shown at (a x + c y, b x + d y), up to a shift. Phones store portrait video sideways."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    numbers = [1, 0, 0, 0, 1] if matrix is None else np.frombuffer(matrix, np.int32).tolist()
+    return numbers[0], numbers[1], numbers[3], numbers[4]
+
+
+def fit_frame(frame, path, config, pixel_aspect):
+    """One frame, upright, in square pixels, resized until it just covers H x W, cropped around its centre -> (3, H, W) uint8."""
     if frame.is_corrupt:
         raise ValueError(f"{path}: cannot be read: a damaged frame")
-    # rgb24 from whatever the file has, grey included. Phones store portrait video sideways, with a rotation angle.
-    # One thread: starting more, for every frame, takes longer than the conversion.
+    # rgb24 from whatever the file has, grey included. One thread: starting more, for every frame, takes longer than converting.
     image = frame.to_ndarray(format="rgb24", threads=1)                         # (H', W', 3), of the file's own size
-    image = np.rot90(image, round(frame.rotation / 90)).copy()
+    a, b, c, d = display_matrix(frame)
+    if abs(b) + abs(c) > abs(a) + abs(d):  # rows become columns
+        image = image.transpose(1, 0, 2)
+        a, d, pixel_aspect = c, b, 1 / pixel_aspect
+    image = image[::-1 if d < 0 else 1, ::-1 if a < 0 else 1].copy()
 
-    scale = max(config.height / image.shape[0], config.width / image.shape[1])
-    height, width = max(config.height, round(image.shape[0] * scale)), max(config.width, round(image.shape[1] * scale))
+    scale = max(config.height / image.shape[0], config.width / (image.shape[1] * pixel_aspect))
+    height = max(config.height, round(image.shape[0] * scale))
+    width = max(config.width, round(image.shape[1] * pixel_aspect * scale))
     x = torch.from_numpy(image).permute(2, 0, 1)[None]                          # (1, 3, H', W')
     x = F_.interpolate(x, (height, width), mode="bilinear", antialias=True)     # of bytes: several times faster than of floats
     top, left = (height - config.height) // 2, (width - config.width) // 2
     return x[0, :, top:top + config.height, left:left + config.width]           # (3, H, W)
 
 
-def read_even_windows(config, path):
-    """read_all_windows' entry of a path: config.starts windows, from the first possible start to the last, each once."""
-    def pick(last):
-        return sorted({round(k * last / max(1, config.starts - 1)) for k in range(config.starts)})
+def read_windows(path, config, times=None):
+    """Windows of one clip, (K, F, 3, H, W) uint8: config.starts, evenly from the first possible start to the last, each once."""
+    # In one pass, from the first frame to the last one needed: windows overlap, and most clips have few key frames to jump to.
+    possible = plan_windows(path, config, times)[0]                             # (n, F)
+    last = len(possible) - 1
+    windows = possible[sorted({round(k * last / max(1, config.starts - 1)) for k in range(config.starts)})]     # (K, F)
+    wanted = set(windows.flat)
+    frames, seen = {}, []
+    with open_video(path) as (container, stream):
+        pixel_aspect = float(stream.sample_aspect_ratio or 1)
+        for number, frame in enumerate(islice(shown_frames(container, stream), max(wanted) + 1)):
+            seen.append(frame.pts)
+            if number in wanted:
+                frames[number] = fit_frame(frame, path, config, pixel_aspect)
+    if len(frames) < len(wanted):  # two-pass VP8, for one, has packets that show nothing: choose again, among the real frames
+        return read_windows(path, config, seen)
+    return torch.stack([frames[number] for number in windows.flat]).unflatten(0, windows.shape)
 
+
+def read_or_explain(config, path):
+    """read_all_windows' entry of a path."""
     try:
-        return path, read_windows(path, config, pick), ""
+        return path, read_windows(path, config).numpy(), ""
     except ValueError as error:
-        return path, torch.empty(0), str(error)
+        return path, np.empty(0), str(error)
 
 
 def read_all_windows(paths, config, num_workers=0):
     """Yields (path, its windows (K, F, 3, H, W) uint8, "") or (path, nothing, why not), in order; workers read ahead."""
+    # Workers send arrays, which pass a pipe. Tensors would need shared memory, and where that is small all would wait for ever.
     # A generator of its own, since a loader draws from the global one even when it does not shuffle.
-    return DataLoader(paths, batch_size=None, collate_fn=partial(read_even_windows, config), num_workers=num_workers,
-                      generator=torch.Generator())
-
-
-def read_clip(path, config, start=0, generator=None):
-    """One window of a clip, (F, 3, H, W) in [-1, 1], from this frame of the file on, or from one that `generator` draws."""
-    def pick(last):
-        if generator is not None:
-            return [torch.randint(last + 1, (), generator=generator).item()]
-        if not 0 <= start <= last:
-            raise ValueError(f"{path}: no start at {start}; must be from 0 to {last}")
-        return [start]
-
-    return read_windows(path, config, pick)[0].float() / 127.5 - 1
+    loader = DataLoader(paths, batch_size=None, collate_fn=partial(read_or_explain, config), num_workers=num_workers,
+                        generator=torch.Generator())
+    for path, windows, problem in loader:
+        yield path, torch.from_numpy(windows), problem
 
 
 def video_name(index, prompt):

@@ -158,7 +158,7 @@ def test_a_lora_and_its_scale(adapter):
 def test_what_the_text_encoder_does_not_see_is_announced_once(capfd):
     make("videos", "--prompt", "a red circle moving left and then right", "--prompt", "a red zebra", "--frames", 1)
     said, told = capfd.readouterr()
-    assert "longer than the text encoder reads, its end is not seen: 'a red circle moving left and then right'" in said
+    assert "1 caption(s) longer than the text encoder reads, their ends are not seen; the first: 'a red circle" in said
     assert said.count("longer than") == 1
     unknown = [line for line in told.splitlines() if "does not know" in line]
     assert len(unknown) == 2  # one for each caption with new words, plain lines of their own

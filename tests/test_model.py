@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import model
 from formats import names, tensors as published
-from formats.words import WordTokenizer, cut_captions
+from formats.words import WordTokenizer
 from model import Autoencoder, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig
 from support import ranks as processes
 from tests.ldm import vae_to_official
@@ -320,7 +320,6 @@ def test_a_caption_is_encoded_once_and_alone():
     assert features.shape == (3, 9, 12) and calls == [["a bear"], ["a"]] and not features.requires_grad
     base.release_encoders()
     assert torch.equal(base.encode_text(["a"])[0], features[1]) and len(calls) == 2
-    assert cut_captions(base.text_encoder, ["a bear", "a a a a a a a", "a a a a a a a bear"]) == ["a a a a a a a bear"]
 
 
 def test_devices_and_precisions_by_name():
