@@ -32,7 +32,7 @@ import train
 from methods import common
 from reward import first_frames
 from sampler import alpha_bars, ddim_mean_std, ddpm_step, guided_eps
-from support.ranks import rank_and_size, sample_generator
+from support.ranks import progress, rank_and_size, sample_generator
 from support.settings import check_at_least, check_positive
 
 BUFFER = 16  # rewards of a prompt that its statistics need (kvablack: config/base.py)
@@ -165,7 +165,7 @@ def method(cfg, base, rewards, folder):
         at = step % cfg.updates
         if at == 0:  # a round; statistics are over all of it, in order of step and rank
             sampled = range(step, step + cfg.updates)
-            batches[:] = [sample_batch(base, rewards, videos, k, cfg) for k in sampled]
+            batches[:] = [sample_batch(base, rewards, videos, k, cfg) for k in progress(sampled, "sampling")]
             prompts, R = common.gathered([(captions, R.tolist()) for *_, R, captions in batches])
             A = advantages(torch.tensor(R), prompts, history.before(step), cfg.group)
             history.add(step, prompts, R)
