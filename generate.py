@@ -107,7 +107,7 @@ def check(cfg):
         prompts += read_prompts(cfg.prompts)
 
     if not prompts or not all(p.strip() for p in prompts):
-        raise ValueError("no prompt given, or an empty one: --prompt TEXT or --prompts FILE names them")
+        raise ValueError("no prompt given, or an empty one: name some by --prompt or --prompts")
 
     check_at_least(cfg, frames=1, height=1, width=1, fps=1, batch_size=1, guidance=-math.inf,
                    lora_scale=-math.inf)

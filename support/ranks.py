@@ -151,12 +151,13 @@ def catch_signals():
             tqdm.write("stopping: the step under way is finished and saved first", file=sys.stderr)
         CAUGHT.append(signal_number)
 
+    caught = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(HANGUP) != signal.SIG_IGN:
+        caught.append(HANGUP)
+    if threading.current_thread() is not threading.main_thread():
+        caught = []
     CAUGHT.clear()
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for signal_number in (signal.SIGINT, signal.SIGTERM, HANGUP):
-            if signal_number != HANGUP or signal.getsignal(HANGUP) != signal.SIG_IGN:
-                before[signal_number] = signal.signal(signal_number, catch)
+    before = {signal_number: signal.signal(signal_number, catch) for signal_number in caught}
     try:
         yield
     finally:
@@ -180,20 +181,15 @@ def run_script(script, main, refused=(OSError,)):
     os.environ["MPLBACKEND"] = "agg"  # a notebook's, which matplotlib may not know here, is inherited; we draw into files alone
     sys.stdout.reconfigure(errors="backslashreplace")  # a prompt may have letters that this terminal has not
     rank = rank_and_size()[0]
-    failed = True
-    line = ""
+    failed, line = True, ""
     try:
-        status = main() or 0
-        failed = False
+        status, failed = main() or 0, False
     except ValueError as error:
-        status = 2
-        line = str(error)
+        status, line = 2, str(error)
     except KeyboardInterrupt:
-        status = 130
-        line = "interrupted" if rank == 0 else ""
+        status, line = 130, "interrupted" if rank == 0 else ""
     except refused as error:
-        status = 1
-        line = str(error)
+        status, line = 1, str(error)
     except Exception:
         if not dist.is_initialized():
             raise
@@ -224,9 +220,7 @@ class Lines:
     """Where a bar that is no terminal's writes: each state as a line of its own, without control characters, and once."""
 
     def __init__(self, file):
-        self.file = file
-        self.flush = file.flush
-        self.last = ""
+        self.file, self.flush, self.last = file, file.flush, ""
 
     def write(self, text):
         line = text.replace("\x1b[A", "").strip()
@@ -247,19 +241,16 @@ def progress(iterable=None, desc=None, total=None, *, unit="steps", initial=0, l
     """
     tqdm's bar, on rank 0's standard error stream. `set_postfix_str(text, refresh=False)` says more with its next state.
 
-    shared: `total` is the work of all ranks, and each update is what this rank has done of it. leave: whether its end stays on
-    the terminal. In a log such a job has a line at its start and one at its end; a part of a job has lines only if it takes longer
-    than LINE_EVERY.
+    shared: `total` is the work of all ranks, and each update is what this one has done of it. leave: whether its end stays on
+    the terminal. A job has a line at its start and end in a log; a part of a job only lines if it takes longer than LINE_EVERY.
     """
     state = "{n_fmt}/{total_fmt} {unit}, {elapsed} gone, {remaining} left{postfix}"
-    if sys.stderr.isatty():
-        look = {"bar_format": "{desc}: {percentage:3.0f}%|{bar}| " + state}
-    else:
+    look = {"bar_format": "{desc}: {percentage:3.0f}%|{bar}| " + state}
+    if not sys.stderr.isatty():
         look = {"file": Lines(sys.stderr), "mininterval": LINE_EVERY, "maxinterval": LINE_EVERY,
                 "delay": 0 if leave else LINE_EVERY, "bar_format": "{desc}: " + state}
-    rank, world_size = rank_and_size()
-    bar = Bar(iterable, desc, total, leave, unit=unit, initial=initial, disable=disable or rank > 0, **look)
-    bar.workers = world_size if shared else 1
+    bar = Bar(iterable, desc, total, leave, unit=unit, initial=initial, disable=disable or not is_main_process(), **look)
+    bar.workers = rank_and_size()[1] if shared else 1
     return bar
 
 

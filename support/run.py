@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from support.files import check_folder, first_line, read_json, write_text, write_whole
 from support.pictures import contact_sheet, draw_curves, versions, write_comparison_gif, write_png
 from support.ranks import check_alike, is_main_process, on_rank_0, progress, rank_and_size, signalled
-from support.settings import tensorboard_writer, to_flags, to_record
+from support.settings import tensorboard_writer, to_record
 from support.tables import add_judge, best_step, column, find_turn, json_numbers, number, paired, summary, with_error
 from support.videos import read_video, to_pixels, video_name, write_video
 
@@ -33,7 +33,6 @@ VERSION = 1  # of the run folder's files
 EVAL_SEED = 1_000_000  # of the noise of evaluations, by which the best one is chosen
 SHOWN = 4  # videos of each prompt set on the strips
 MOVING = 2  # and in before_after.gif
-MODEL = ("base", "vae", "text_encoder")  # settings that say which one
 
 
 class Stopped(Exception):
@@ -68,7 +67,7 @@ class Run:
         if rank_and_size()[1] > 1:
             check_alike(self.method.data)
         if resumed:  # rank 0 alone reads: on other nodes, with disks of their own, there is no such folder
-            state, self.lines, tables = on_rank_0(lambda: read_run(self.folder, self.cfg.steps, self.adapters, record["data"]))
+            state, self.lines, tables = on_rank_0(lambda: read_run(self.folder, self.adapters, record["data"]))
             self.evaluations.tables |= tables
             self.evaluations.rewards |= mean_rewards(self.lines)
             if state:
@@ -77,7 +76,7 @@ class Run:
                 for name, tensor in state["adapters"].items():
                     self.adapters[name].copy_(tensor)
         if is_main_process():
-            if not resumed and holds_run(self.folder):
+            if not resumed:
                 clear(self.folder)
             (self.folder / "samples").mkdir(exist_ok=True)
             for half_written in [*self.folder.glob(".????????.*"), *self.folder.glob("samples/.????????.*")]:
@@ -260,15 +259,12 @@ class Evaluations:
         steps = sorted(self.rewards)
         if not is_main_process() or len(steps) < 2:
             return
-        first, last = steps[0], steps[-1]
-        self.draw_comparison(first, last)
-        before, after = self.tables[first], self.tables[last]
-        print(f"\n{self.reward_name} of videos from pure noise, before and after {last} steps "
+        before, after = self.tables[steps[0]], self.tables[steps[-1]]
+        self.draw_comparison(steps[0], steps[-1])
+        print(f"\n{self.reward_name} of videos from pure noise, before and after {steps[-1]} steps "
               "(mean, paired difference and its standard error over prompts):")
         for name in before:
-            means = {}
-            for measure in before[name]:
-                means[measure] = before[name][measure].mean(), after[name][measure].mean()
+            means = {measure: (before[name][measure].mean(), after[name][measure].mean()) for measure in before[name]}
             gain = with_error(*paired(before[name], after[name], clusters=self.prompts[name]), sign="+")
             line = "  {:10s} {:.4f} -> {:.4f}   {}   n {}".format(name, *means["reward"], gain, len(self.prompts[name]))
             if "watermark" in means:
@@ -301,9 +297,7 @@ class Evaluations:
 
 
 def train_and_report(run, train):
-    """
-    Train to the end, or until a signal: what is then printed, and the exit status. train() -> whether it came to the end.
-    """
+    """Train to the end, or until a signal: what is then printed, and the exit status. train() -> whether it came to the end."""
     if is_main_process():
         print(f"run folder: {run.folder}" + (f", from step {run.step}" if run.step else ""))
     try:
@@ -329,36 +323,31 @@ def train_and_report(run, train):
 
 
 def print_next(run):
-    """Where the adapter is, and two commands that use it, with the run's own model, reward and prompts."""
-    adapter = run.folder / "lora.safetensors"
-    flags = to_flags(to_record(run.cfg), type(run.cfg)())
-    words = {}
-    for script, names in (("generate", MODEL), ("evaluate", (*MODEL, "reward", "reward_weights", "prompts"))):
-        words[script] = shlex.join(["--lora", str(adapter), *chain(*(flags.get(name, []) for name in names))])
-    prompt = next(chain(*run.evaluations.prompts.values()), "a red circle moving left")
-    print(f"adapter: {adapter}\nnext: python generate.py {words['generate']} --prompt {shlex.quote(prompt)}\n"
-          f"      python evaluate.py --quick {words['evaluate']}")
+    """Where the adapter is, and two commands that go on from it."""
+    adapter = shlex.quote(str(run.folder / "lora.safetensors"))
+    model = ""  # as the run's, where it is not the default
+    for flag, name in (("base", run.cfg.base), ("vae", run.cfg.vae), ("text-encoder", run.cfg.text_encoder)):
+        if name not in (None, "tiny"):
+            model += f" --{flag} {shlex.quote(name)}"
+    print(f"adapter: {adapter}\nnext: python generate.py{model} --lora {adapter} --prompt 'a red circle moving left'")
+    print(f"      python report.py {shlex.quote(str(run.folder))}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading what a run has written
 
-def read_run(folder, steps, adapters, data):
+def read_run(folder, adapters, data):
     """
     The newest checkpoint ({} if there is none), and the lines and tables of its evaluations up to it.
 
-    ValueError if the run has done more than `steps`, or had other clips: which of them a step takes follows from their order.
+    ValueError if the run had other clips: which of them a step takes follows from their order.
     """
     state = read_checkpoint(folder / "state.pt", adapters) if (folder / "state.pt").is_file() else {}
-    step = state.get("step", 0)
-    if step > steps:
-        raise ValueError(f"steps = {steps}: must be at least {step}, where this run stands")
     recorded = read_json(folder / "run.json").get("data") if (folder / "run.json").is_file() else None
     if recorded and data and recorded != data:
         raise ValueError(f"clips: must be those that {folder} began with, {recorded}, found {data}; which clips a step takes "
                          "follows from the list, so another list is another run")
-
-    return state, *read_evaluations(folder, step)
+    return state, *read_evaluations(folder, state.get("step", 0))
 
 
 def read_evaluations(folder, last_step=math.inf):
@@ -538,11 +527,6 @@ def steps_done(folder):
     return done if isinstance(done, int) else 0
 
 
-def holds_run(folder):
-    """Whether the folder holds a run, whose files must not be mixed with those of a new one."""
-    return (folder / "config.json").exists() or (folder / "state.pt").exists()
-
-
 def has_trained(folder):
     """Whether the folder holds a run that has done a step; without one, nothing is lost when it is replaced."""
     return (folder / "state.pt").exists() or any(line["step"] > 0 for line in read_metrics(folder / "metrics.jsonl"))
@@ -562,6 +546,8 @@ def holds_same_run(folder, cfg):
 
 def clear(folder):
     """Remove an earlier run's files, and nothing else; config.json goes last, so an interrupted clear still counts as a run."""
+    if not (folder / "config.json").exists() and not (folder / "state.pt").exists():
+        return  # files of such names are somebody else's
     for name in ("samples", "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for pattern in ("state.pt", "state_*.pt", "lora.safetensors", "best.safetensors", "metrics.jsonl", "rewards.jsonl",

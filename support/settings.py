@@ -192,8 +192,7 @@ def parse(argv, presets, description):
     given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv}
     kept = [words for name, words in saved.items() if name not in given]  # what is given replaces the run's, repeatable flags too
     after = tyro.cli(type(defaults), args=[*chain(*kept), *argv], default=defaults, description=description)
-    old = to_record(before)
-    new = to_record(after)
+    old, new = to_record(before), to_record(after)
     changed = [name for name in old if old[name] != new[name] and name not in MAY_CHANGE]
     if named not in (None, before.preset):
         changed.append("preset")
