@@ -179,7 +179,8 @@ def run_script(script, main, refused=(OSError,)):
     ends the process at once: to leave the group in good order takes all ranks, and the others may be waiting for this one.
     """
     os.environ["MPLBACKEND"] = "agg"  # a notebook's, which matplotlib may not know here, is inherited; we draw into files alone
-    sys.stdout.reconfigure(errors="backslashreplace")  # a prompt may have letters that this terminal has not
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # for letters that this terminal has not
     rank = rank_and_size()[0]
     failed, line = True, ""
     try:
