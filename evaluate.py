@@ -127,8 +127,7 @@ class Config(RewardSettings):
     """NAME=FILE, repeatable: a file of one prompt a line or in the official list form; default the
     tiny world's three sets"""
     count: int | None = None
-    """videos of each set, default 64; 0 is one for each line of its file. The work is printed
-    before it starts, in denoising steps"""
+    """videos of each set, default 64; 0 is one for each line of its file"""
     quick: bool = False
     """a first look: 8 videos of each set, with the first D and guidance alone"""
     num_steps: tuple[int, ...] = (20, 50)
@@ -147,8 +146,7 @@ class Config(RewardSettings):
     width: int | None = None
     """pixels; default what the base was trained on"""
     seed: int = REPORT_SEED
-    """video i has seed + i, counted through all sets; training, which selects by its own, has
-    others"""
+    """video i has seed + i, counted through all sets; training, which selects, has others"""
     batch_size: int = 8
     """videos at a time; changes time and memory, not the result"""
     official_hps: bool = False
@@ -200,6 +198,8 @@ def main(cfg):
 
     # 2. The base is the tuned model with its adapters at strength 0.
     strengths = {"base": 0.}
+    if adapted:
+        lora.set_scale(base.unet, 0.)
     for scale in cfg.lora_scale if adapted else ():
         name = "fine-tuned" if len(cfg.lora_scale) == 1 else f"scale {scale:g}"
         if scale or len(cfg.lora_scale) == 1:  # strength 0 among several is the base
@@ -228,7 +228,8 @@ def compare(cfg, base, rewards, sets, strengths, size):
     with evaluation_bar(sets, settings, strengths) as bar:
         for name, (steps, guidance), model_name in itertools.product(sets, settings, strengths):
             # Videos are shown at the first setting only.
-            lora.set_scale(base.unet, strengths[model_name])  # does nothing without adapters
+            if len(strengths) > 1:
+                lora.set_scale(base.unet, strengths[model_name])
             shown = 0
             if (steps, guidance) == settings[0]:
                 shown = max(cfg.sheet, 1) if cfg.official_hps else cfg.sheet

@@ -132,7 +132,7 @@ def train(cfg, parameters, method, run):
             add_means(means, logged, cfg.batch_size)
 
         # 2. Sum over the ranks. If one rank was told to stop, all of them stop.
-        sums = [total_loss, float(run.stop()), *means.values()]
+        sums = [total_loss, float(ranks.signalled() > 0), *means.values()]
         total_loss, stopping, *sums = ranks.add_over_ranks(parameters, sums, loss_scale)
 
         # 3. Take the step, unless the loss or the gradient is not finite.
@@ -297,10 +297,10 @@ def plan_evaluations(cfg, folder, base, rewards):
 
     def evaluate_prompts(captions, **more):
         exact.to(base.device)
-        measured = evaluate(
-            base, exact, captions, num_steps=cfg.num_steps, guidance=cfg.guidance, judge=judge,
-            segments=cfg.segments, frames=cfg.frames, height=size, width=size,
-            batch_size=min(cfg.clips_at_once or cfg.batch_size, 8), **more)
+        batch_size = min(cfg.clips_at_once or cfg.batch_size, 8)
+        measured = evaluate(base, exact, captions, num_steps=cfg.num_steps, guidance=cfg.guidance,
+                            segments=cfg.segments, frames=cfg.frames, height=size, width=size,
+                            batch_size=batch_size, judge=judge, **more)
         exact.to(waits_on)
         return measured
 

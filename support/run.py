@@ -1,10 +1,9 @@
 """
 The run folder: what a run leaves behind, and how it goes on after an interruption.
 
-config.json, run.json, metrics.jsonl, curves.png, samples/, lora.safetensors, best.safetensors, and state.pt, from which
-training continues exactly. Run counts steps, logs and saves; Evaluations looks at videos now and then. How to save an adapter
-and how to evaluate are two functions that they are given, so any method that trains adapters can use them. Only rank 0 writes
-and prints; every file appears whole or not at all.
+Run counts steps, logs and saves; Evaluations looks at videos now and then. How to save an adapter and how to evaluate are two
+functions that they are given, so any method that trains adapters can use them. Only rank 0 writes and prints; every file
+appears whole or not at all.
 """
 import json
 import math
@@ -42,7 +41,7 @@ class Stopped(Exception):
 @dataclass
 class Run:
     """
-    One training run: its steps, its log and its checkpoints. The loop that trains knows steps, stop and finish_step alone.
+    One training run: its steps, its log and its checkpoints. The loop that trains knows steps and finish_step alone.
 
     cfg: the settings (steps, save_every, max_bad_steps, tensorboard are used here, all are recorded).
     adapters: {name: tensor}, sharing memory with what is trained. evaluations: an Evaluations.
@@ -64,8 +63,7 @@ class Run:
         """Take up what the folder holds, if the run is resumed, else remove an earlier run; then write what this one is."""
         record = {"data": self.method.data, "watched": self.evaluations.watched, "prompts": self.evaluations.prompts,
                   "versions": versions()}
-        if rank_and_size()[1] > 1:
-            check_alike(self.method.data)
+        check_alike(self.method.data)
         if resumed:  # rank 0 alone reads: on other nodes, with disks of their own, there is no such folder
             state, self.lines, tables = on_rank_0(lambda: read_run(self.folder, self.adapters, record["data"]))
             self.evaluations.tables |= tables
@@ -100,16 +98,11 @@ class Run:
                 self.started = time.perf_counter()
                 yield step
 
-    def stop(self):
-        """Whether a signal asks this rank to stop."""
-        return bool(signalled())
-
     def finish_step(self, step, numbers, finite, stopping):
         """
         All that follows a step: log, save, evaluate. Returns whether to go on: not when `stopping`, nor after an early end.
 
-        step: counted from 1. numbers: reward, loss, grad_norm. RuntimeError after cfg.max_bad_steps steps in a row that were
-        not finite.
+        step: counted from 1. numbers: reward, loss, grad_norm. RuntimeError after cfg.max_bad_steps in a row not finite.
         """
         self.log_step(step, numbers, time.perf_counter() - self.started, finite)
         self.bad_steps = 0 if finite else self.bad_steps + 1
@@ -337,11 +330,7 @@ def print_next(run):
 # Reading what a run has written
 
 def read_run(folder, adapters, data):
-    """
-    The newest checkpoint ({} if there is none), and the lines and tables of its evaluations up to it.
-
-    ValueError if the run had other clips: which of them a step takes follows from their order.
-    """
+    """The newest checkpoint ({} for none), and lines and tables of evaluations up to it. ValueError if it had other clips."""
     state = read_checkpoint(folder / "state.pt", adapters) if (folder / "state.pt").is_file() else {}
     recorded = read_json(folder / "run.json").get("data") if (folder / "run.json").is_file() else None
     if recorded and data and recorded != data:
@@ -364,7 +353,7 @@ def read_evaluations(folder, last_step=math.inf):
 
 
 def read_checkpoint(path, adapters):
-    """What Run.save wrote, for these adapters {name: tensor}; ValueError for anything else, as files are data."""
+    """What Run.save wrote, for these adapters {name: tensor}; ValueError for anything else."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle or the reader itself
@@ -502,12 +491,10 @@ def is_continued(folder, cfg):
     it when it restarts its workers, and then --overwrite, which was meant for an earlier run, does not count.
     """
     done = steps_done(folder)
-    if cfg.resume:
-        if done > cfg.steps:
-            raise ValueError(f"steps = {cfg.steps}: must be at least {done}, where this run stands")
-        return True
-    if not has_trained(folder):
-        return False
+    if cfg.resume and done > cfg.steps:
+        raise ValueError(f"steps = {cfg.steps}: must be at least {done}, where this run stands")
+    if cfg.resume or not has_trained(folder):
+        return cfg.resume is not None
     is_same = holds_same_run(folder, cfg)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if is_same and (restarted or done < cfg.steps and not cfg.overwrite):
@@ -534,14 +521,9 @@ def has_trained(folder):
 
 def holds_same_run(folder, cfg):
     """Whether the folder has a run of exactly these settings."""
-    if not (folder / "config.json").is_file():
-        return False
-    recorded = read_json(folder / "config.json")
-    asked = to_record(cfg)
-    names = asked.keys() - {"out", "overwrite"}
-    if cfg.guidance is None:  # recorded is the base's own
-        names = names - {"guidance"}
-    return all(name in recorded and recorded[name] == asked[name] for name in names)
+    recorded = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    any_will_do = {"out", "overwrite"} | ({"guidance"} if cfg.guidance is None else set())  # recorded is the base's own
+    return all(recorded.get(name, "missing") == value for name, value in to_record(cfg).items() if name not in any_will_do)
 
 
 def clear(folder):

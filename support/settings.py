@@ -171,7 +171,7 @@ def parse(argv, presets, description):
     """
     Command line -> settings. The first word may name one of the presets {name: settings}, else it is the first of them.
 
-    With --resume the run's own settings are the defaults, and a flag that would make it another run is refused (ValueError).
+    With --resume the run's own settings are the defaults; a flag that would make it another run is a ValueError.
     """
     argv = list(argv)
     named = argv.pop(0) if argv and not argv[0].startswith("-") else None
@@ -273,21 +273,19 @@ def to_record(cfg):
 
     Paths to what is there are absolute, so it can be continued anywhere.
     """
-    record = asdict(replace(cfg, resume=None))
+    record = json.loads(json.dumps(asdict(replace(cfg, resume=None)), default=str))  # tuples become lists, paths words
     for name in ("data", "data_root", "vae", "text_encoder", "base", "prompts_train"):  # the last is not every method's
         if record.get(name):
-            record[name] = absolute(str(record[name]))
+            record[name] = absolute(record[name])
     for name in ("prompts", "reward_weights"):  # NAME=PATH, or a bare path
-        record[name] = list(record[name])
         for i, argument in enumerate(record[name]):
             known_as, equals, path = argument.partition("=")
             record[name][i] = f"{known_as}={absolute(path)}" if path else absolute(argument)
     for name in ("reward", "watch"):  # my_file.py:function
-        record[name] = list(record[name])
         for i, argument in enumerate(record[name]):
             file, is_own, rest = argument.partition(".py:")
             record[name][i] = f"{absolute(file + '.py')}:{rest}" if is_own else argument
-    return json.loads(json.dumps(record, default=str))  # tuples become lists, paths words
+    return record
 
 
 def absolute(path):

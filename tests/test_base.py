@@ -179,9 +179,9 @@ def test_training_goes_on_from_the_adapters_of_the_file(small, instructvideo):
             file.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((16, 16, 3), 60 * i, np.uint8), format="rgb24")))
         file.mux(stream.encode())
     Path("clips.txt").write_text("0.mp4|||a cat\n")
-    flags = ["--base", instructvideo / TUNED, "--data", "clips.txt", "--frames", 2, "--segments", 1, "--size", 8, "--steps", 1,
-             "--batch-size", 1, "--num-steps", 2, "--tau", 1, "--eval-every", 0, "--device", "cpu", "--workers", 0, "--lr", 1e-9,
-             "--out", "run"]
+    flags = ["tiny", "--base", instructvideo / TUNED, "--data", "clips.txt", "--frames", 2, "--segments", 1, "--size", 8,
+             "--steps", 1, "--batch-size", 1, "--num-steps", 2, "--tau", 1, "--eval-every", 0, "--device", "cpu", "--workers", 0,
+             "--lr", 1e-9, "--out", "run"]
     with pytest.raises(ValueError, match="rank = 4: must be 3, that of the adapters in .*0620000.pth") as error:
         train.main([*map(str, flags)])
     assert one_line(error) and not Path("run").exists()

@@ -121,7 +121,7 @@ def test_a_column_for_each_reward():
      "frames = 8: vjepa sees 16 frames"),
     (["--reward", "action:lef"], "no direction 'lef'; must be one of left, right, up, down"),
     (["--reward", "removal:book"], "cannot tell 'book'; must be watermark"),
-    (["--reward", "action:left", "--base", "random:32", "--data", "clips.txt"], "is for the tiny world alone: must be"),
+    (["tiny", "--reward", "action:left", "--base", "random:32", "--data", "clips.txt"], "is for the tiny world alone: must be"),
     (["--watch", "hps"], "reward 'hps': must be one of"),
     (["--reward", "pickscore", "--reward-weights", "absent"], "reward pickscore: absent: no such file or folder")])
 def test_refused_with_nothing_written(flags, message):

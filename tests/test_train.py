@@ -98,9 +98,6 @@ class Recorder:
         self.optimizer = optimizer
         return range(self.number)
 
-    def stop(self):
-        return False
-
     def finish_step(self, step, numbers, finite, stopping):
         assert numbers.keys() == {"reward", "loss", "grad_norm"} and not stopping
         self.lines.append({"step": step, "finite": finite} | numbers)
