@@ -100,9 +100,9 @@ class Run:
 
     def finish_step(self, step, numbers, finite, stopping):
         """
-        All that follows a step: log, save, evaluate. Returns whether to go on: not when `stopping`, nor after an early end.
+        Log, save, evaluate. Returns whether to go on: not when `stopping`, nor after an early end. step: counted from 1.
 
-        step: counted from 1. numbers: reward, loss, grad_norm. RuntimeError after cfg.max_bad_steps in a row not finite.
+        numbers: reward, loss, grad_norm. RuntimeError after cfg.max_bad_steps in a row that were not finite.
         """
         self.log_step(step, numbers, time.perf_counter() - self.started, finite)
         self.bad_steps = 0 if finite else self.bad_steps + 1
@@ -187,8 +187,7 @@ class Evaluations:
 
     def due(self, step):
         """Whether the settings ask for an evaluation after so many steps."""
-        every = self.cfg.eval_every
-        return bool(every) and (step % every == 0 or step == self.cfg.steps)
+        return self.cfg.eval_every > 0 and (step % self.cfg.eval_every == 0 or step == self.cfg.steps)
 
     def look(self, step):
         """An evaluation: its line for metrics.jsonl; on rank 0 also strips, clips, and the adapter if it is the best so far."""
@@ -306,17 +305,15 @@ def train_and_report(run, train):
     if finished or run.evaluations.ended_early():
         run.evaluations.compare()
         if is_main_process():
-            print_next(run)
-        if is_main_process() and run.step < run.cfg.steps:
-            print(f"ended early; to go on: the same command with --resume {run.folder} --no-early-stop")
+            print_end(run)
         return 0
     if is_main_process():
         print(f"stopped; to go on: the same command with --resume {run.folder}")
     return 128 + signalled() if signalled() else 1
 
 
-def print_next(run):
-    """Where the adapter is, and two commands that go on from it."""
+def print_end(run):
+    """Where the adapter is, two commands that go on from it, and how an early end is overruled."""
     adapter = shlex.quote(str(run.folder / "lora.safetensors"))
     model = ""  # as the run's, where it is not the default
     for flag, name in (("base", run.cfg.base), ("vae", run.cfg.vae), ("text-encoder", run.cfg.text_encoder)):
@@ -324,6 +321,8 @@ def print_next(run):
             model += f" --{flag} {shlex.quote(name)}"
     print(f"adapter: {adapter}\nnext: python generate.py{model} --lora {adapter} --prompt 'a red circle moving left'")
     print(f"      python report.py {shlex.quote(str(run.folder))}")
+    if run.step < run.cfg.steps:
+        print(f"ended early; to go on: the same command with --resume {run.folder} --no-early-stop")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -38,9 +38,9 @@ class ModelSettings:
 class RewardSettings(ModelSettings):
     """The same, and what scores its videos."""
     reward: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """hpsv2 (default: v2.0, the paper's and the official code's), hpsv2.1, pickscore, aesthetic, imagereward, yolos:CLASS,
-    videomae:ACTION, vjepa or my_file.py:function; in the tiny world action:DIRECTION and removal:watermark; hpsv2 may end in
-    /crop or /stretch; repeatable, with a weight as in aesthetic=0.05 (docs/rewards.md)"""
+    """hpsv2 (default: v2.0, the paper's and the official code's; may end in /crop or /stretch), hpsv2.1, pickscore, aesthetic,
+    imagereward, yolos:CLASS, videomae:ACTION, vjepa, my_file.py:function; in the tiny world action:DIRECTION, removal:watermark;
+    repeatable, with a weight as in aesthetic=0.05 (docs/rewards.md)"""
     reward_weights: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME=PATH, the weights of a reward, repeatable; a bare PATH where there is one reward. Default the base's own, else the
     hub's; random and random:W as for base"""
@@ -91,8 +91,8 @@ class TrainingSettings(RewardSettings):
     """also write the metrics for TensorBoard, if it is installed"""
 
     clips_at_once: int = 0
-    """clips of a rank's share of the batch that are computed at once, which sets the memory; the gradient is the same for any
-    number; 0 is all of them. Evaluations compute as many videos at once, at most 8"""
+    """clips of a rank's share of the batch that are computed at once, which sets the memory, not the gradient; 0 is all of them.
+    Evaluations compute as many videos at once, at most 8"""
     checkpoint_activations: bool = False
     """recompute the UNet's blocks in the backward pass: less memory, more time, the same gradient"""
     decode_chunk: int = 0
@@ -141,9 +141,9 @@ def check_training(cfg, world_size):
         raise ValueError("out: must be given with torchrun, whose restarted workers find their run in it")
     if cfg.tensorboard:
         tensorboard_writer()
-    if cfg.data is not None and cfg.cache:
-        check_folder(cfg.cache_dir, "cache_dir")
     if cfg.data is not None:
+        if cfg.cache:
+            check_folder(cfg.cache_dir, "cache_dir")
         read_list(cfg.data, cfg.data_root)
     if cfg.eval_every:
         read_prompt_sets(cfg.prompts, cfg.base)

@@ -257,9 +257,9 @@ def test_several_strengths_show_what_the_reward_gains_and_what_is_lost(adapter, 
     assert rows[1]["differences"]["judge"] and "scale 1.5" in Path("report/table.md").read_text()
 
     # One strength is the comparison of always, with the numbers of its row.
-    assert script("evaluate.py", *flags, "--lora-scale", .5, "--out", "one") == 0
-    one = json.loads(Path("one/table.json").read_text())["results"]
-    assert [r["model"] for r in one[:2]] == ["base", "fine-tuned"] and listing("one") == ["table.json", "table.md"]
+    assert script("evaluate.py", *flags, "--lora-scale", .5, "--overwrite") == 0
+    one = json.loads(Path("report/table.json").read_text())["results"]
+    assert [r["model"] for r in one[:2]] == ["base", "fine-tuned"] and listing("report") == ["table.json", "table.md"]
     assert one[1]["measures"] == rows[2]["measures"] and one[1]["differences"] == rows[2]["differences"]
 
 
