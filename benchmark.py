@@ -369,7 +369,7 @@ def time_contenders(base, reward, cfg, device):
     adamw = partial(torch.optim.AdamW, lr=train.Config.lr, weight_decay=0)
     optimizers = {name: adamw(contender.parameters) for name, contender in running.items()}
     repeats = {name: [] for name in running}
-    for repeat in progress(range(-1, cfg.steps), "timing", unit="repeat", leave=False):
+    for repeat in progress(range(-1, cfg.steps), "timing", unit="repeats", leave=False):
         for name in sorted(running, reverse=repeat % 2 == 0):
             repeats[name].append(time_step(running[name], optimizers[name], batch, device))
     return {name: costs[1:] for name, costs in repeats.items()}  # the first one warms up

@@ -113,11 +113,11 @@ def measure(rewards, frames, video, captions):
             seen = video[:, spread_frames(video.shape[1], wanted).to(video.device)]
         scores.append(reward(seen, captions).mean().item())
 
-    found = {"reward": sum(weight * score for (weight, _), score in zip(rewards.parts, scores))}
+    measures = {"reward": sum(weight * score for (weight, _), score in zip(rewards.parts, scores))}
     for k, (reward, score) in enumerate(zip(rewards.every, scores)):
         if len(rewards.parts) > 1 or k > 0:  # a single reward has its score already
-            found[reward.name] = score
-    return found | pixel_measures(video.clamp(0, 1), rewards.pixels)
+            measures[reward.name] = score
+    return measures | pixel_measures(video.clamp(0, 1), rewards.pixels)
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,8 @@ class Config(RewardSettings):
     prompts: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
     """NAME=FILE, repeatable: a file of prompts as generate.py --prompts reads it; default the tiny
     world's three sets"""
-    count: int = 64
-    """videos of each set; 0 is one for each line of its file. The work is printed before it starts,
-    in denoising steps"""
+    count: int | None = None
+    """videos of each set, default 64; 0 is one for each line of its file"""
     quick: bool = False
     """a first look: 8 videos of each set, with the first D and guidance alone"""
     num_steps: tuple[int, ...] = (20, 50)
@@ -149,8 +148,7 @@ class Config(RewardSettings):
     width: int | None = None
     """pixels; default what the base was trained on"""
     seed: int = REPORT_SEED
-    """video i has seed + i, counted through all sets; training, which selects by its own, has
-    others"""
+    """video i has seed + i, counted through all sets; training, which selects, has others"""
     batch_size: int = 8
     """videos at a time; changes time and memory, not the result"""
     official_hps: bool = False
@@ -158,7 +156,9 @@ class Config(RewardSettings):
     sheet: int = 8
     """videos of each set on the contact sheet"""
     out: Path = Path("out/evaluation")
-    """folder of table.md, table.json and sheet.png; those are replaced"""
+    """folder of table.md, table.json and sheet.png"""
+    overwrite: bool = False
+    """replace the results that --out holds"""
 
 
 def check(cfg):
@@ -175,7 +175,11 @@ def check(cfg):
     if cfg.official_hps and (cfg.reward not in ((), ("hpsv2",), ("hpsv2.1",)) or cfg.watch):
         raise ValueError("official_hps: checks hpsv2 or hpsv2.1 alone, without others or watch")
 
+    if cfg.quick and cfg.count is not None:
+        raise ValueError("quick: takes 8 videos of each set; leave count or quick out")
     check_folder(cfg.out)
+    if (cfg.out / "table.json").exists() and not cfg.overwrite:
+        raise ValueError(f"out {cfg.out}: holds results; choose another folder, or --overwrite")
     read_prompt_sets(cfg.prompts, cfg.base)
     check_exists(cfg.lora)
 
@@ -189,13 +193,15 @@ def main(cfg):
 
     # 1. The base, the prompts and the reward. Scores are in float32 whatever the base's precision.
     base, adapted = load_model(cfg, device)
-    sets = prompt_sets(base, cfg.prompts, cfg.count)
+    sets = prompt_sets(base, cfg.prompts, 64 if cfg.count is None else cfg.count)
     height, width = cfg.height or base.default_size, cfg.width or base.default_size
     base.latent_size(height, width)
     rewards = load_rewards(cfg, base.folder, device=device)
 
     # 2. The base is the tuned model with its adapters at strength 0.
     strengths = {"base": 0.}
+    if adapted:
+        lora.set_scale(base.unet, 0.)
     for scale in cfg.lora_scale if adapted else ():
         name = "fine-tuned" if len(cfg.lora_scale) == 1 else f"scale {scale:g}"
         if scale or len(cfg.lora_scale) == 1:  # strength 0 among several is the base
@@ -233,7 +239,7 @@ def compare(cfg, base, rewards, sets, strengths, size):
                 base, rewards, sets[name], seed=start[name], num_steps=steps, guidance=guidance,
                 segments=cfg.segments, frames=cfg.frames, height=size[0], width=size[1],
                 batch_size=cfg.batch_size, judge=judge, keep=shown,
-                move_on=lambda number, steps=steps: bar.update(number * steps))
+                move_on=lambda done, steps=steps: bar.update(done * steps))
             if videos is not None:
                 sheets.setdefault(name, []).append(videos)
 

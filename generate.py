@@ -26,7 +26,6 @@ from sampler import ddpm_step, sample
 from support import ranks
 from support.clips import read_prompts, report_long
 from support.files import check_exists, check_folder, write_text
-from support.ranks import join_ranks, pick_dtype, progress, rank_and_size, sample_generator
 from support.settings import ModelSettings, check_at_least
 from support.videos import to_pixels, video_name, write_video
 
@@ -52,7 +51,7 @@ def generate(base: Base, prompts, seeds, num_steps=20, guidance=None, frames=16,
         # 1. Each video's noise is drawn for itself, on the CPU: the same on every device.
         noise = []
         for i in batch:
-            generator = sample_generator(seeds[i], "generate")
+            generator = ranks.sample_generator(seeds[i], "generate")
             noise.append(torch.randn(shape, generator=generator))             # (C, F, h, w)
         noise = torch.stack(noise).to(base.device)                            # (B, C, F, h, w)
 
@@ -109,8 +108,7 @@ def check(cfg):
         prompts += read_prompts(cfg.prompts)
 
     if not prompts or not all(p.strip() for p in prompts):
-        raise ValueError("no prompt given: --prompt TEXT or --prompts FILE must name some, and no "
-                         "empty ones")
+        raise ValueError("no prompt given, or an empty one: name some by --prompt or --prompts")
 
     check_at_least(cfg, frames=1, height=1, width=1, fps=1, batch_size=1, guidance=-math.inf,
                    lora_scale=-math.inf)
@@ -122,7 +120,7 @@ def check(cfg):
 
 def load_model(cfg, device):
     """The base with the adapters of --lora or of its own file, and whether there are any."""
-    dtype = pick_dtype(cfg.dtype, device)
+    dtype = ranks.pick_dtype(cfg.dtype, device)
     base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype=dtype, device=device)
 
     # A fine-tuned official file brings its adapters along; --lora replaces them.
@@ -134,7 +132,7 @@ def load_model(cfg, device):
 
 def write_all(made, base, prompts, cfg):
     """Decode what this rank makes; rank 0 writes one video of every rank at a time."""
-    world_size = rank_and_size()[1]
+    world_size = ranks.rank_and_size()[1]
     suffixes = (".mp4", ".gif") if cfg.gif else (".mp4",)
     for start in range(0, len(prompts), world_size):
         _, z_0 = next(made, (None, None))                                     # (C, F, h, w)
@@ -154,8 +152,8 @@ def write_all(made, base, prompts, cfg):
 def main(cfg):
     """Load, generate, write."""
     prompts = check(cfg)
-    device = join_ranks(cfg.device)
-    rank, world_size = rank_and_size()
+    device = ranks.join_ranks(cfg.device)
+    rank, world_size = ranks.rank_and_size()
 
     # The size of a video is the base's own, unless asked.
     base, adapted = load_model(cfg, device)
@@ -167,11 +165,10 @@ def main(cfg):
 
     if rank == 0:
         report_long(prompts, base.text_encoder)
-        cfg.out.mkdir(parents=True, exist_ok=True)
 
     # The ranks take turns: rank r makes videos r, r + world_size, ...
     mine = range(rank, len(prompts), world_size)
-    with progress(None, "generating", len(mine), unit="video") as bar:
+    with ranks.progress(None, "generating", len(prompts), unit="videos", shared=True) as bar:
         made = generate(base, [prompts[i] for i in mine], [cfg.seed + i for i in mine],
                         cfg.num_steps, cfg.guidance, cfg.frames, height, width, cfg.batch_size,
                         bar.update)

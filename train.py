@@ -38,7 +38,6 @@ from model import decode_frames, load_base
 from reward import aggregate, as_rewards, load_rewards, segment_edges, segment_frames, tar_weights
 from sampler import GUIDANCE, check_edit, edit
 from support import ranks, run as run_folder, settings
-from support.ranks import add_over_ranks, rank_and_size, sample_generator
 from support.tables import add_means, check_watched, watched_names
 
 # ----------------------------------------------------------------------------------------------
@@ -62,8 +61,9 @@ def edit_rewards(base, rewards, uncond, batch, cfg):
 
 def video_rewards(base, rewards, z_0, g, captions, cfg):
     """SegVR and TAR: z_0 (B, C, F, h, w), g (B, S) -> as above. Other methods share this."""
-    parts, chunk = as_rewards(rewards).parts, 1 if cfg.low_memory else cfg.decode_chunk
-    F, R, logged, decoded = z_0.shape[2], 0., {"reward": 0.}, {}
+    chunk = 1 if cfg.low_memory else cfg.decode_chunk
+    parts, F = as_rewards(rewards).parts, z_0.shape[2]
+    R, logged, decoded = 0., {"reward": 0.}, {}
     for weight, reward in parts:
         # 1. Decode one frame of each segment, once for all rewards. A video reward has its own.
         wanted = getattr(reward, "num_frames", None)
@@ -133,8 +133,8 @@ def train(cfg, parameters, method, run):
             add_means(means, logged, cfg.batch_size)
 
         # 2. Sum over the ranks. If one rank was told to stop, all of them stop.
-        sums = [total_loss, float(run.stop()), *means.values()]
-        total_loss, stopping, *sums = add_over_ranks(parameters, sums, loss_scale)
+        sums = [total_loss, float(ranks.signalled() > 0), *means.values()]
+        total_loss, stopping, *sums = ranks.add_over_ranks(parameters, sums, loss_scale)
 
         # 3. Take the step, unless the loss or the gradient is not finite.
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip_grad).item()
@@ -169,8 +169,8 @@ def draw_batch(dataset, step, cfg, scale, device):
     """
     z, eps, text, g, captions = [], [], [], [], []
     for position, clip in batch_indices(step, cfg.batch_size, len(dataset), cfg.seed,
-                                        *rank_and_size()):
-        generator = sample_generator(cfg.seed, step, position)
+                                        *ranks.rank_and_size()):
+        generator = ranks.sample_generator(cfg.seed, step, position)
         moments, words, caption = dataset.get(clip, generator)                # (2C, F, h, w), ...
         C, F, h, w = len(moments) // 2, *moments.shape[1:]
         posterior_noise = torch.randn(C, F, h, w, generator=generator)        # for z
@@ -245,7 +245,7 @@ PRESETS = {
 
 def check(cfg, needs_clips=True):
     """All that can be known before anything is loaded or written; ValueError in one line."""
-    settings.check_training(cfg, world_size=rank_and_size()[1])
+    settings.check_training(cfg, world_size=ranks.rank_and_size()[1])
     requested_rewards(cfg)
 
     check_edit(cfg.tau, cfg.num_steps, cfg.grad_steps)
@@ -288,8 +288,7 @@ def plan_evaluations(cfg, folder, base, rewards):
     prompts = prompt_sets(base, cfg.prompts, cfg.eval_count) if cfg.eval_every else {}
     size = cfg.size or base.default_size
     judge = base.world and base.world.judge(base, cfg.frames, size, size, prompts)
-    if cfg.watch:
-        check_watched(cfg.watch, prompts, judge)
+    check_watched(cfg.watch, prompts, judge)
 
     # Evaluations score in float32, since best.safetensors is chosen by these scores and bfloat16
     # costs 0.002 of HPSv2. What only they need waits on the CPU.
@@ -299,19 +298,18 @@ def plan_evaluations(cfg, folder, base, rewards):
 
     def evaluate_prompts(captions, **more):
         exact.to(base.device)
-        found = evaluate(
-            base, exact, captions, num_steps=cfg.num_steps, guidance=cfg.guidance, judge=judge,
-            segments=cfg.segments, frames=cfg.frames, height=size, width=size,
-            batch_size=min(cfg.clips_at_once or cfg.batch_size, 8), **more)
+        batch_size = min(cfg.clips_at_once or cfg.batch_size, 8)
+        measured = evaluate(base, exact, captions, num_steps=cfg.num_steps, guidance=cfg.guidance,
+                            segments=cfg.segments, frames=cfg.frames, height=size, width=size,
+                            batch_size=batch_size, judge=judge, **more)
         exact.to(waits_on)
-        return found
+        return measured
 
     def save_adapter(path):
         lora.save(base.unet, path, base=cfg.base)
 
-    return run_folder.Evaluations(
-        cfg, folder, prompts, evaluate_prompts, save_adapter, rewards.name,
-        watched_names(cfg.watch, exact.watched) if cfg.watch else [])
+    return run_folder.Evaluations(cfg, folder, prompts, evaluate_prompts, save_adapter,
+                                  rewards.name, watched_names(cfg.watch, exact.watched))
 
 
 def main(argv, module=sys.modules[__name__]):
@@ -322,32 +320,32 @@ def main(argv, module=sys.modules[__name__]):
     cfg = settings.parse(argv, module.PRESETS, module.__doc__)
     module.check(cfg)
     device = ranks.join_ranks(cfg.device)
-    folder, resumed = ranks.on_rank_0(lambda: run_folder.choose_folder(cfg))
+    with run_folder.take_folder(cfg) as (folder, resumed):
+        # 1. What is frozen, and the adapters.
+        dtype = ranks.pick_dtype(cfg.dtype, device)
+        base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype, device, cfg.seed)
+        if cfg.guidance is None:
+            cfg = replace(cfg, guidance=base.guidance)  # recorded with the run
+        parameters = base.unet_file and lora.load_beside(base.unet, base.unet_file, cfg.rank)
+        generator = ranks.sample_generator(cfg.seed, "lora")
+        parameters = parameters or lora.inject(base.unet, cfg.rank, None, generator)
+        rewards = load_rewards(cfg, base.folder, dtype, device)
+        evaluations = plan_evaluations(cfg, folder, base, rewards)
 
-    # 1. What is frozen, and the adapters.
-    dtype = ranks.pick_dtype(cfg.dtype, device)
-    base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype, device, cfg.seed)
-    if cfg.guidance is None:
-        cfg = replace(cfg, guidance=base.guidance)  # recorded with the run
-    found = base.unet_file and lora.load_beside(base.unet, base.unet_file, cfg.rank)
-    parameters = found or lora.inject(base.unet, cfg.rank, None, sample_generator(cfg.seed, "lora"))
-    rewards = load_rewards(cfg, base.folder, dtype, device)
-    evaluations = plan_evaluations(cfg, folder, base, rewards)
+        # 2. Clips and captions go through the encoders once, which then may leave the accelerator.
+        method = module.method(cfg, base, rewards, folder)
+        for captions in (*evaluations.prompts.values(), [""]):
+            base.encode_text(captions)
+        base.release_encoders()
+        base.unet.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
+        if cfg.compile:
+            base.unet.compile()
 
-    # 2. Clips and captions go through the encoders once, which then may leave the accelerator.
-    method = module.method(cfg, base, rewards, folder)
-    for captions in (*evaluations.prompts.values(), [""]):
-        base.encode_text(captions)
-    base.release_encoders()
-    base.unet.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
-    if cfg.compile:
-        base.unet.compile()
-
-    # 3. Train.
-    run = run_folder.Run(cfg, folder, lora.adapter_state(base.unet), evaluations, method)
-    with ranks.catch_signals():
-        run.open(resumed)
-        return run_folder.train_and_report(run, lambda: train(cfg, parameters, method, run))
+        # 3. Train.
+        run = run_folder.Run(cfg, folder, lora.adapter_state(base.unet), evaluations, method)
+        with ranks.catch_signals():
+            run.open(resumed)
+            return run_folder.train_and_report(run, lambda: train(cfg, parameters, method, run))
 
 
 def start(module):

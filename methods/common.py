@@ -185,12 +185,12 @@ class Rounds:
     def write(self, path, round_number):
         """Make a round, every rank its share. A signal ends the work on it (Stopped)."""
         parts = []
-        world_size = rank_and_size()[1]
-        with ranks.progress(None, f"sampling round {round_number}", self.size, leave=False) as bar:
+        with ranks.progress(None, f"sampling round {round_number}", self.size, unit="videos",
+                            shared=True) as bar:
             for part in self.make(round_number):
                 parts.append({name: tensor.cpu() for name, tensor in part.items()})
-                bar.update(world_size * len(next(iter(part.values()))))
-                if ranks.signalled() and world_size == 1:  # else the others would be kept waiting
+                bar.update(len(next(iter(part.values()))))
+                if ranks.signalled() and rank_and_size()[1] == 1:  # else others would wait for ever
                     raise Stopped
         shares = ranks.all_gather(parts)
         if is_main_process():
@@ -237,7 +237,7 @@ class RewardHistory:
         """Rewards [n] and prompts [n] of the videos of the round that begins with this step."""
         self.remember(prompts, rewards)
         if is_main_process():
-            with open(self.path, "a") as file:
+            with open(self.path, "a", encoding="utf-8") as file:
                 line = {"step": step, "prompts": prompts, "rewards": rewards}
                 file.write(json.dumps(line) + "\n")
 

@@ -33,7 +33,7 @@ import train
 from methods import common
 from reward import first_frames
 from sampler import alpha_bars, ddim_mean_std, ddpm_step, guided_eps
-from support.ranks import rank_and_size, sample_generator
+from support.ranks import progress, rank_and_size, sample_generator
 from support.settings import check_at_least, check_positive
 
 BUFFER = 16  # rewards of a prompt that its statistics need (kvablack: config/base.py)
@@ -161,7 +161,7 @@ def method(cfg, base, rewards, folder):
     def sample_round(step):
         """The batches of a round, which begins with this step, each with its advantages (B,)."""
         steps = range(step, step + cfg.updates)
-        sampled = [sample_batch(base, rewards, videos, k, cfg) for k in steps]
+        sampled = [sample_batch(base, rewards, videos, k, cfg) for k in progress(steps, "sampling")]
         # Statistics are over the whole round, in order of step and rank.
         prompts, R = common.gathered([(captions, R.tolist()) for *_, R, captions in sampled])
         A = advantages(torch.tensor(R), prompts, history.before(step), cfg.group)

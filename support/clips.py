@@ -286,14 +286,16 @@ def encode_clips(clips, config, base, cache_dir, num_workers, max_skip):
 
     # 2. Decode and encode what is missing, window by window, which bounds the memory.
     def encode_paths(missing):
-        read = read_all_windows(missing, config, num_workers)
-        for path, windows, problem in progress(read, "encoding clips", len(missing), disable=not missing):
-            if problem:
-                problems[path] = problem
-                tqdm.write(f"left out: {problem}")  # on any rank: only this one knows
-                continue
-            moments = [base.encode(window.float() / 127.5 - 1).transpose(0, 1) for window in windows]
-            yield path, torch.stack(moments)                                  # (n, 2C, F, h, w)
+        total = sum(entries[path] is None for path in made_from)
+        with progress(None, "encoding clips", total, unit="clips", disable=not missing, shared=bool(cache_dir)) as bar:
+            for path, windows, problem in read_all_windows(missing, config, num_workers):
+                bar.update()
+                if problem:
+                    problems[path] = problem
+                    tqdm.write(f"left out: {problem}")  # on any rank: only this one knows
+                    continue
+                moments = [base.encode(window.float() / 127.5 - 1).transpose(0, 1) for window in windows]
+                yield path, torch.stack(moments)                              # (n, 2C, F, h, w)
 
     fill_cached(entries, made_from, encode_paths, cache_dir)
 
@@ -314,9 +316,12 @@ def encode_clips(clips, config, base, cache_dir, num_workers, max_skip):
 def encode_captions(captions, encode_text, text_name, cache_dir=None):
     """One entry per caption, whose [:] is its features (N, E), as encode_text([B captions]) -> (B, N, E) has them."""
     def encode_missing(missing):
-        for i in progress(range(0, len(missing), 64), "encoding captions", disable=not missing):
-            part = missing[i:i + 64]
-            yield from zip(part, encode_text(part), strict=True)
+        total = sum(entries[caption] is None for caption in made_from)
+        with progress(None, "encoding captions", total, unit="captions", disable=not missing, shared=bool(cache_dir)) as bar:
+            for i in range(0, len(missing), 64):
+                part = missing[i:i + 64]
+                yield from zip(part, encode_text(part), strict=True)
+                bar.update(len(part))
 
     made_from = {caption: json.dumps([1, "text", text_name, caption]) for caption in captions}  # equal ones once
     entries = find_cached(cache_dir, made_from)

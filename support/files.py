@@ -41,7 +41,7 @@ def write_whole(path):
 def write_text(path, text):
     """A text file, whole or not at all."""
     with write_whole(path) as hidden:
-        hidden.write_text(text)
+        hidden.write_text(text, encoding="utf-8", errors="surrogateescape")  # of the command line: in its own bytes
 
 
 def write_folder(folder, settings_name, settings, weights_name, tensors):
@@ -49,14 +49,14 @@ def write_folder(folder, settings_name, settings, weights_name, tensors):
     from safetensors.torch import save_file
     with write_whole(folder) as hidden:
         hidden.mkdir()
-        (hidden / settings_name).write_text(json.dumps(settings, indent=2) + "\n")
+        (hidden / settings_name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         save_file({k: v.contiguous() for k, v in tensors.items()}, hidden / weights_name, {"format": "pt"})
 
 
 def read_json(path):
     """A JSON object from a file; ValueError naming the file if it is none."""
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON, found something else ({first_line(error)})") from None
     if not isinstance(content, dict):
@@ -73,10 +73,13 @@ def read_text(path, newline=None):
         raise ValueError(f"{path}: not a text file in UTF-8") from None
 
 
-def check_folder(path):
-    """ValueError if files cannot go into this folder, there or not yet, because it or one above it is a file."""
-    if not next(p for p in (path, *path.absolute().parents) if p.exists()).is_dir():
-        raise ValueError(f"out {path}: is a file, or inside one; it must be a folder, there or not")
+def check_folder(path, setting="out"):
+    """An error if files cannot go into this folder, there or not yet: ValueError for a file, OSError where it is read-only."""
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{setting} {path}: is a file, or inside one; it must be a folder, there or not")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"{setting} {path}: cannot be written")
 
 
 def check_exists(path):

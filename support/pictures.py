@@ -2,14 +2,18 @@
 import json
 import platform
 import shlex
+import subprocess
 import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from textwrap import wrap
 
 import numpy as np
 import torch
 
 from support.files import write_text, write_whole
-from support.ranks import progress, rank_and_size
+from support.ranks import is_main_process, progress
 from support.tables import json_numbers, number, with_error
 from support.videos import to_pixels
 
@@ -160,26 +164,32 @@ def draw_gains(panels, path):
 # What evaluate.py writes: table.json, table.md and a contact sheet.
 
 def versions():
-    """What numbers depend on beside the command."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
+    """What numbers depend on beside the command; "commit" is of the repository that this file lies in, if it lies in one."""
+    known = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
+    with suppress(PackageNotFoundError):
+        known["diffusers"] = version("diffusers")
+    root = Path(__file__).resolve().parent.parent
+    if (root / ".git").exists():
+        with suppress(OSError):  # no git here
+            command = ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+            known["commit"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return known
 
 
 def evaluation_bar(sets, settings, models):
     """
-    A progress bar of this rank's share; before it, rank 0 says how much there is to do. settings: each (D, guidance).
+    A progress bar; before it, rank 0 says how much there is to do. settings: each (D, guidance).
 
     It counts denoising steps, as a video with D = 50 takes longer than one with 20, so that the time it promises is right.
     """
-    rank, world_size = rank_and_size()
     videos = sum(map(len, sets.values()))
     chains, scales = (sorted(set(values)) for values in zip(*settings))
     steps = len(models) * sum(num_steps for num_steps, _ in settings)
-    if rank == 0:
+    if is_main_process():
         print(f"{videos} prompts in {len(sets)} sets, by {' and '.join(models)}, with D = {', '.join(map(str, chains))} and "
               f"guidance {', '.join(f'{scale:g}' for scale in scales)}: {videos * len(models) * len(settings)} videos, "
               f"{videos * steps} denoising steps", flush=True)
-    mine = sum(len(prompts[rank::world_size]) for prompts in sets.values())
-    return progress(None, "evaluating", mine * steps, unit="step")
+    return progress(None, "evaluating", videos * steps, shared=True)
 
 
 def as_markdown(results, reward_name):

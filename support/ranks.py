@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import traceback
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
 LONG_WAIT = timedelta(hours=24)  # for a rank that still encodes or evaluates, or for rank 0, which writes files
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -134,19 +136,33 @@ CAUGHT = []  # numbers of the signals that have come
 
 @contextmanager
 def catch_signals():
-    """While this is open, Ctrl-C and SIGTERM do not end the process: `signalled` tells of them. Afterwards they end it again."""
-    def catch(number, frame):
+    """
+    While this is open, Ctrl-C, SIGTERM and SIGHUP do not end the process: `signalled` tells of them. Afterwards they do again.
+
+    In a thread, where Python catches no signals, they end the process. SIGHUP stays ignored where it is, as under nohup.
+    """
+    terminals = [stream for stream in (1, 2) if os.isatty(stream)]
+
+    def catch(signal_number, frame):
+        if signal_number == HANGUP:  # the terminal has been closed, and what is written to it would be an error
+            for stream in terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         if not CAUGHT and is_main_process():
             tqdm.write("stopping: the step under way is finished and saved first", file=sys.stderr)
-        CAUGHT.append(number)
+        CAUGHT.append(signal_number)
 
+    caught = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(HANGUP) != signal.SIG_IGN:
+        caught.append(HANGUP)
+    if threading.current_thread() is not threading.main_thread():
+        caught = []
     CAUGHT.clear()
-    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {signal_number: signal.signal(signal_number, catch) for signal_number in caught}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signal_number, handler in before.items():
+            signal.signal(signal_number, handler)
 
 
 def signalled():
@@ -162,7 +178,11 @@ def run_script(script, main, refused=(OSError,)):
     the ranks have joined, all of a node find the same bad input, so its first one alone prints it. An error is printed first and
     ends the process at once: to leave the group in good order takes all ranks, and the others may be waiting for this one.
     """
-    rank, failed, line = rank_and_size()[0], True, ""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's, which matplotlib may not know here, is inherited; we draw into files alone
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # for letters that this terminal has not
+    rank = rank_and_size()[0]
+    failed, line = True, ""
     try:
         status, failed = main() or 0, False
     except ValueError as error:
@@ -210,17 +230,29 @@ class Lines:
         self.last = line or self.last
 
 
-def progress(iterable=None, desc=None, total=None, *, unit="it", initial=0, leave=True, disable=False):
+class Bar(tqdm):
+    """A bar of work that so many ranks share: each does about as much as rank 0, which draws it."""
+    workers = 1
+
+    def update(self, n=1):
+        return super().update(min(n * self.workers, self.total - self.n))
+
+
+def progress(iterable=None, desc=None, total=None, *, unit="steps", initial=0, leave=True, disable=False, shared=False):
     """
     tqdm's bar, on rank 0's standard error stream. `set_postfix_str(text, refresh=False)` says more with its next state.
 
-    leave: whether its end stays on the terminal. In a log such a job has a line at its start and one at its end; a part of a job
-    has lines only if it takes longer than LINE_EVERY.
+    shared: `total` is the work of all ranks, and each update is what this one has done of it. leave: whether its end stays on
+    the terminal. A job has a line at its start and end in a log; a part of a job only lines if it takes longer than LINE_EVERY.
     """
-    lines = {} if sys.stderr.isatty() else {
-        "file": Lines(sys.stderr), "mininterval": LINE_EVERY, "maxinterval": LINE_EVERY, "delay": 0 if leave else LINE_EVERY,
-        "bar_format": "{desc}: {n_fmt}/{total_fmt} {unit}, {elapsed} gone, {remaining} left{postfix}"}
-    return tqdm(iterable, desc, total, leave, unit=unit, initial=initial, disable=disable or rank_and_size()[0] > 0, **lines)
+    state = "{n_fmt}/{total_fmt} {unit}, {elapsed} gone, {remaining} left{postfix}"
+    look = {"bar_format": "{desc}: {percentage:3.0f}%|{bar}| " + state}
+    if not sys.stderr.isatty():
+        look = {"file": Lines(sys.stderr), "mininterval": LINE_EVERY, "maxinterval": LINE_EVERY,
+                "delay": 0 if leave else LINE_EVERY, "bar_format": "{desc}: " + state}
+    bar = Bar(iterable, desc, total, leave, unit=unit, initial=initial, disable=disable or not is_main_process(), **look)
+    bar.workers = rank_and_size()[1] if shared else 1
+    return bar
 
 
 # A sample's noise comes from a generator of its own, seeded by what the sample is (seed, step, position in the batch), never

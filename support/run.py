@@ -1,69 +1,82 @@
 """
 The run folder: what a run leaves behind, and how it goes on after an interruption.
 
-config.json, run.json, metrics.jsonl, curves.png, samples/, lora.safetensors, best.safetensors, and state.pt, from which
-training continues exactly. Run counts steps, logs and saves; Evaluations looks at videos now and then. How to save an adapter
-and how to evaluate are two functions that they are given, so any method that trains adapters can use them. Only rank 0 writes
-and prints; every file appears whole or not at all.
+Run counts steps, logs and saves; Evaluations looks at videos now and then. How to save an adapter and how to evaluate are two
+functions that they are given, so any method that trains adapters can use them. Only rank 0 writes and prints; every file
+appears whole or not at all.
 """
 import json
 import math
 import os
+import shlex
 import shutil
 import time
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from support.files import check_folder, first_line, read_json, write_text, write_whole
-from support.pictures import contact_sheet, draw_curves, write_comparison_gif, write_png
-from support.ranks import check_alike, on_rank_0, progress, rank_and_size, signalled
+from support.pictures import contact_sheet, draw_curves, versions, write_comparison_gif, write_png
+from support.ranks import check_alike, is_main_process, on_rank_0, progress, rank_and_size, signalled
 from support.settings import tensorboard_writer, to_record
 from support.tables import add_judge, best_step, column, find_turn, json_numbers, number, paired, summary, with_error
 from support.videos import read_video, to_pixels, video_name, write_video
 
 VERSION = 1  # of the run folder's files
 EVAL_SEED = 1_000_000  # of the noise of evaluations, by which the best one is chosen
-SHOWN, MOVING = 4, 2  # videos of each prompt set on the strips, and in before_after.gif
+SHOWN = 4  # videos of each prompt set on the strips
+MOVING = 2  # and in before_after.gif
 
 
 class Stopped(Exception):
     """An evaluation was cut short by a signal; the checkpoint of its step is already on disk."""
 
 
+@dataclass
 class Run:
     """
-    One training run: its steps, its log and its checkpoints. The loop that trains knows steps, stop and finish_step alone.
+    One training run: its steps, its log and its checkpoints. The loop that trains knows steps and finish_step alone.
 
     cfg: the settings (steps, save_every, max_bad_steps, tensorboard are used here, all are recorded).
     adapters: {name: tensor}, sharing memory with what is trained. evaluations: an Evaluations.
     method: has data, which must be the same on all ranks and when continued, and stop_every.
     """
 
-    def __init__(self, cfg, folder, adapters, evaluations, method):
-        self.cfg, self.folder, self.adapters = cfg, folder, adapters
-        self.evaluations, self.method = evaluations, method
-        self.step, self.bad_steps, self.lines = 0, 0, []
-        self.optimizer = self.optimizer_state = self.bar = self.board = None
-        self.writes = rank_and_size()[0] == 0
+    cfg: Any
+    folder: Path
+    adapters: dict
+    evaluations: Any
+    method: Any
+    step: int = 0
+    bad_steps: int = 0
+    lines: list = field(default_factory=list)  # of metrics.jsonl
+    optimizer_state: dict | None = None
+    board: Any = None  # TensorBoard's writer
 
     def open(self, resumed):
         """Take up what the folder holds, if the run is resumed, else remove an earlier run; then write what this one is."""
-        record = {"data": self.method.data, "watched": self.evaluations.watched, "prompts": self.evaluations.prompts}
-        if rank_and_size()[1] > 1:
-            check_alike(self.method.data)
+        record = {"data": self.method.data, "watched": self.evaluations.watched, "prompts": self.evaluations.prompts,
+                  "versions": versions()}
+        check_alike(self.method.data)
         if resumed:  # rank 0 alone reads: on other nodes, with disks of their own, there is no such folder
-            state, self.lines, tables = on_rank_0(lambda: read_run(self.folder, self.cfg.steps, self.adapters, record["data"]))
-            self.evaluations.take_up(self.lines, tables)
+            state, self.lines, tables = on_rank_0(lambda: read_run(self.folder, self.adapters, record["data"]))
+            self.evaluations.tables |= tables
+            self.evaluations.rewards |= mean_rewards(self.lines)
             if state:
-                self.step, self.optimizer_state = state["step"], state["optimizer"]["state"]
+                self.step = state["step"]
+                self.optimizer_state = state["optimizer"]["state"]
                 for name, tensor in state["adapters"].items():
                     self.adapters[name].copy_(tensor)
-        if self.writes:
-            if not resumed and self.folder.exists() and holds_run(self.folder):
+        if is_main_process():
+            if not resumed:
                 clear(self.folder)
-            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            (self.folder / "samples").mkdir(exist_ok=True)
             for half_written in [*self.folder.glob(".????????.*"), *self.folder.glob("samples/.????????.*")]:
                 half_written.unlink()  # by a killed run
             if self.cfg.tensorboard:
@@ -80,21 +93,16 @@ class Run:
         self.evaluate_if_due(self.step)
         if self.evaluations.ended_early():
             return
-        self.bar = progress(range(self.step, self.cfg.steps), "fine-tuning", self.cfg.steps, unit="step", initial=self.step)
-        for step in self.bar:
-            self.started = time.perf_counter()
-            yield step
-
-    def stop(self):
-        """Whether a signal asks this rank to stop."""
-        return bool(signalled())
+        with progress(None, "fine-tuning", self.cfg.steps, initial=self.step) as self.bar:
+            for step in range(self.step, self.cfg.steps):
+                self.started = time.perf_counter()
+                yield step
 
     def finish_step(self, step, numbers, finite, stopping):
         """
-        All that follows a step: log, save, evaluate. Returns whether to go on: not when `stopping`, nor after an early end.
+        Log, save, evaluate. Returns whether to go on: not when `stopping`, nor after an early end. step: counted from 1.
 
-        step: counted from 1. numbers: reward, loss, grad_norm. RuntimeError after cfg.max_bad_steps steps in a row that were
-        not finite.
+        numbers: reward, loss, grad_norm. RuntimeError after cfg.max_bad_steps in a row that were not finite.
         """
         self.log_step(step, numbers, time.perf_counter() - self.started, finite)
         self.bad_steps = 0 if finite else self.bad_steps + 1
@@ -114,37 +122,38 @@ class Run:
         known = any(line["step"] == step and "eval" in line for line in self.lines)
         if self.evaluations.due(step) and not known:
             self.log(self.evaluations.look(step))
-            if self.writes:
-                self.evaluations.draw(self.lines)
+            if is_main_process():
+                turn = self.evaluations.turn()
+                draw_curves(self.lines, self.evaluations.reward_name, self.folder / "curves.png", self.evaluations.watched,
+                            turn and turn.step)
 
     def log(self, line):
         """Add a line to metrics.jsonl, on disk at once."""
         self.lines.append(line)
-        if self.writes:
-            with open(self.folder / "metrics.jsonl", "a") as file:
+        if is_main_process():
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         if self.board:
-            scalars = {name: value for name, value in line.items() if name not in ("step", "eval")}
-            for set_name, measures in line.get("eval", {}).items():
-                scalars |= {f"eval/{set_name}/{name}": value for name, value in measures.items()}
-            for name, value in scalars.items():
-                self.board.add_scalar(name, number(value), line["step"])
+            named = {"": line} | {f"eval/{set_name}/": measures for set_name, measures in line.get("eval", {}).items()}
+            for prefix, scalars in named.items():
+                for name in scalars.keys() - {"step", "eval"}:
+                    self.board.add_scalar(prefix + name, number(scalars[name]), line["step"])
 
     def log_step(self, step, numbers, seconds, finite):
         """A training line; numbers that are not finite become null, since JSON cannot hold them."""
         line = json_numbers({"step": step} | numbers | {"seconds": seconds})
         if not finite:
             line["skipped"] = sum("skipped" in other for other in self.lines) + 1
-            if self.writes:
+            if is_main_process():
                 tqdm.write(f"step {step}: reward or gradient is not finite, skipped ({line['skipped']} so far)")
         self.log(line)
-        said = f"{self.evaluations.reward_name} {numbers['reward']:.4f}, {seconds:.2f} s/step"
-        self.bar.set_postfix_str(said, refresh=False)
+        self.bar.set_postfix_str(f"{self.evaluations.reward_name} {numbers['reward']:.4f}, {seconds:.2f} s/step", refresh=False)
+        self.bar.update()
 
     def save(self, step):
         """state.pt, from which training continues exactly, and the adapter alone. An earlier state stays until this is whole."""
         self.step = step
-        if not self.writes:
+        if not is_main_process():
             return
         state = {"version": VERSION, "step": step, "config": to_record(self.cfg),
                  "adapters": self.adapters, "optimizer": self.optimizer.state_dict()}
@@ -155,67 +164,62 @@ class Run:
         except Exception as error:  # each writer raises its own error for a full disk
             raise RuntimeError(f"{self.folder}: step {step} cannot be saved ({error}); the one before it is whole") from None
 
-    def close(self):
-        """Let TensorBoard write what it still holds back."""
-        if self.board:
-            self.board.close()
 
-
+@dataclass
 class Evaluations:
     """
     What is looked at while a run trains: videos from pure noise for held-out prompts, the same noise every time.
 
     prompts: {set: its prompts}. evaluate(prompts, seed, keep, move_on) -> ({measure: (n,)}, videos (keep, F, 3, H, W)) of one
-    set, calling move_on(number of videos) as it goes; the sets have noise of their own.
+    set, calling move_on(how many videos) as it goes; the sets have noise of their own.
     save_adapter(path): writes the adapters. reward_name: stands beside every score. watched: measures that the guard compares.
     """
 
-    def __init__(self, cfg, folder, prompts, evaluate, save_adapter, reward_name, watched):
-        self.cfg, self.folder, self.prompts, self.evaluate = cfg, folder, prompts, evaluate
-        self.save_adapter, self.reward_name, self.watched = save_adapter, reward_name, list(watched)
-        self.tables, self.rewards = {}, {}  # of each evaluation, by its step
-        self.writes = rank_and_size()[0] == 0
-
-    def take_up(self, lines, tables):
-        """Know the evaluations of a run that is continued: lines of metrics.jsonl, and {step: tables}."""
-        self.rewards, self.tables = mean_rewards(lines), tables
+    cfg: Any
+    folder: Path
+    prompts: dict
+    evaluate: Callable
+    save_adapter: Callable
+    reward_name: str
+    watched: list
+    tables: dict = field(default_factory=dict)   # {step: {set: {measure: (n,)}}}
+    rewards: dict = field(default_factory=dict)  # {step: mean reward over the sets}
 
     def due(self, step):
         """Whether the settings ask for an evaluation after so many steps."""
-        every = self.cfg.eval_every
-        return bool(every) and (step % every == 0 or step == self.cfg.steps)
+        return self.cfg.eval_every > 0 and (step % self.cfg.eval_every == 0 or step == self.cfg.steps)
 
     def look(self, step):
         """An evaluation: its line for metrics.jsonl; on rank 0 also strips, clips, and the adapter if it is the best so far."""
         tables, videos = self.measure(step)
-        knew, self.tables[step] = self.turn(), tables
+        turned_before = self.turn() is not None
+        self.tables[step] = tables
         measures = json_numbers({name: summary(table) for name, table in tables.items()})
         self.rewards[step] = mean_reward(measures)
         turn = self.turn()
-        if self.writes:
+        if is_main_process():
             self.show(step, tables, videos)
             if best_step(self.rewards, turn) == step:
                 self.save_adapter(self.folder / "best.safetensors")
-            if turn and not knew:
+            if turn and not turned_before:
                 tqdm.write(f"guard: {turn.words(self.reward_name)}")
         return {"step": step, "eval": measures}
 
     def measure(self, step):
         """Tables and a few videos of every set, {set: {measure: (n,)}} and {set: (k, F, 3, H, W)}."""
-        rank, world_size = rank_and_size()
-        mine = sum(len(prompts[rank::world_size]) for prompts in self.prompts.values())
-        tables, videos, first = {}, {}, 0
-        with progress(None, f"evaluating at step {step}", mine, unit="video", leave=False) as bar:
-            def move_on(number):
-                bar.update(number)
-                if signalled() and world_size == 1:  # with more ranks, leaving alone would keep the others waiting
+        total = sum(map(len, self.prompts.values()))
+        tables, videos = {}, {}
+        seed = EVAL_SEED
+        with progress(None, f"evaluating at step {step}", total, unit="videos", leave=False, shared=True) as bar:
+            def move_on(done):
+                bar.update(done)
+                if signalled() and rank_and_size()[1] == 1:  # with more ranks, leaving alone would keep the others waiting
                     raise Stopped
             for name, prompts in self.prompts.items():
-                found = self.evaluate(prompts, seed=EVAL_SEED + first, keep=SHOWN, move_on=move_on)
-                tables[name], videos[name] = found
-                before = next(iter(self.tables.values()), tables)
-                add_judge(self.watched, tables[name], before[name])
-                first += len(prompts)
+                tables[name], videos[name] = self.evaluate(prompts, seed=seed, keep=SHOWN, move_on=move_on)
+                first_tables = next(iter(self.tables.values()), tables)
+                add_judge(self.watched, tables[name], first_tables[name])
+                seed += len(prompts)
                 bar.set_postfix_str(f"{self.reward_name} of {name} {tables[name]['reward'].mean():.4f}", refresh=False)
         return tables, videos
 
@@ -226,11 +230,6 @@ class Evaluations:
     def ended_early(self):
         """Whether --early-stop ends the run where it stands."""
         return self.cfg.early_stop and self.turn() is not None
-
-    def draw(self, lines):
-        """curves.png of all that was logged."""
-        turn = self.turn()
-        draw_curves(lines, self.reward_name, self.folder / "curves.png", self.watched, turn and turn.step)
 
     def show(self, step, tables, videos):
         """samples/step_000100.png with its clips as mp4, and .json with every video's numbers, for paired comparisons."""
@@ -250,21 +249,20 @@ class Evaluations:
     def compare(self):
         """Before and after, paired over the same prompts and noise: text, before_after.png and before_after.gif."""
         steps = sorted(self.rewards)
-        if not self.writes or len(steps) < 2:
+        if not is_main_process() or len(steps) < 2:
             return
-        first, last = steps[0], steps[-1]
-        self.draw_comparison(first, last)
-        before, after = self.tables[first], self.tables[last]
-        print(f"\n{self.reward_name} of videos from pure noise, before and after {last} steps "
+        before, after = self.tables[steps[0]], self.tables[steps[-1]]
+        self.draw_comparison(steps[0], steps[-1])
+        print(f"\n{self.reward_name} of videos from pure noise, before and after {steps[-1]} steps "
               "(mean, paired difference and its standard error over prompts):")
         for name in before:
-            b, a = before[name], after[name]
-            gain = with_error(*paired(b, a, clusters=self.prompts[name]), sign="+")
-            line = f"  {name:10s} {b['reward'].mean():.4f} -> {a['reward'].mean():.4f}   {gain}   n {len(a['reward'])}"
-            if "watermark" in b:
-                line += f"   watermark {b['watermark'].mean():.3f} -> {a['watermark'].mean():.3f}"
+            means = {measure: (before[name][measure].mean(), after[name][measure].mean()) for measure in before[name]}
+            gain = with_error(*paired(before[name], after[name], clusters=self.prompts[name]), sign="+")
+            line = "  {:10s} {:.4f} -> {:.4f}   {}   n {}".format(name, *means["reward"], gain, len(self.prompts[name]))
+            if "watermark" in means:
+                line += "   watermark {:.3f} -> {:.3f}".format(*means["watermark"])
             print(line)
-        print(f"picture: {self.folder / 'before_after.png'}")
+        print(f"picture: {self.folder / 'before_after.png'}\nmoving picture: {self.folder / 'before_after.gif'}")
         if self.watched:
             turn = self.turn()
             print(f"guard: {turn.words(self.reward_name) if turn else 'nothing that is watched has turned'}; "
@@ -276,12 +274,13 @@ class Evaluations:
         strips = [torch.from_numpy(iio.imread(sample_file(self.folder, step, ".png"))) for step in (first, last)]
         write_png(self.folder / "before_after.png", torch.cat(strips, dim=1).numpy())
 
-        chosen, place = {}, 0  # {place of the video among those shown: caption}
+        chosen = {}  # {index of the video among those shown: caption}
+        index = 0
         for prompts in self.prompts.values():
             for i, caption in enumerate(prompts[:SHOWN]):
                 if i < MOVING:
-                    chosen[place] = caption
-                place += 1
+                    chosen[index] = caption
+                index += 1
         rows = []
         for step in (first, last):
             files = [sample_file(self.folder, step, f"_{video_name(i, caption)}.mp4") for i, caption in chosen.items()]
@@ -290,10 +289,8 @@ class Evaluations:
 
 
 def train_and_report(run, train):
-    """
-    Train to the end, or until a signal: what is then printed, and the exit status. train() -> whether it came to the end.
-    """
-    if run.writes:
+    """Train to the end, or until a signal: what is then printed, and the exit status. train() -> whether it came to the end."""
+    if is_main_process():
         print(f"run folder: {run.folder}" + (f", from step {run.step}" if run.step else ""))
     try:
         finished = train()
@@ -303,42 +300,48 @@ def train_and_report(run, train):
         raise RuntimeError("out of memory; these need less: --clips-at-once 1, --decode-chunk 1, --checkpoint-activations, "
                            "--low-memory (docs/gpu.md)") from None
     finally:
-        run.close()
+        if run.board:  # which still holds something back
+            run.board.close()
     if finished or run.evaluations.ended_early():
         run.evaluations.compare()
-        if run.writes and run.step < run.cfg.steps:
-            print(f"ended early; to go on: the same command with --resume {run.folder} --no-early-stop")
+        if is_main_process():
+            print_end(run)
         return 0
-    if run.writes:
+    if is_main_process():
         print(f"stopped; to go on: the same command with --resume {run.folder}")
     return 128 + signalled() if signalled() else 1
+
+
+def print_end(run):
+    """Where the adapter is, two commands that go on from it, and how an early end is overruled."""
+    adapter = shlex.quote(str(run.folder / "lora.safetensors"))
+    model = ""  # as the run's, where it is not the default
+    for flag, name in (("base", run.cfg.base), ("vae", run.cfg.vae), ("text-encoder", run.cfg.text_encoder)):
+        if name not in (None, "tiny"):
+            model += f" --{flag} {shlex.quote(name)}"
+    print(f"adapter: {adapter}\nnext: python generate.py{model} --lora {adapter} --prompt 'a red circle moving left'")
+    print(f"      python report.py {shlex.quote(str(run.folder))}")
+    if run.step < run.cfg.steps:
+        print(f"ended early; to go on: the same command with --resume {run.folder} --no-early-stop")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading what a run has written
 
-def read_run(folder, steps, adapters, data):
-    """
-    The newest checkpoint ({} if there is none), and the lines and tables of its evaluations up to it.
-
-    ValueError if the run has done more than `steps`, or had other clips: which of them a step takes follows from their order.
-    """
+def read_run(folder, adapters, data):
+    """The newest checkpoint ({} for none), and lines and tables of evaluations up to it. ValueError if it had other clips."""
     state = read_checkpoint(folder / "state.pt", adapters) if (folder / "state.pt").is_file() else {}
-    step = state.get("step", 0)
-    if step > steps:
-        raise ValueError(f"steps = {steps}: must be at least {step}, where this run stands")
     recorded = read_json(folder / "run.json").get("data") if (folder / "run.json").is_file() else None
     if recorded and data and recorded != data:
         raise ValueError(f"clips: must be those that {folder} began with, {recorded}, found {data}; which clips a step takes "
                          "follows from the list, so another list is another run")
-
-    return state, *read_evaluations(folder, step)
+    return state, *read_evaluations(folder, state.get("step", 0))
 
 
 def read_evaluations(folder, last_step=math.inf):
     """What a run has logged up to a step: lines of metrics.jsonl, and {step: {set: {measure: (n,)}}} of its evaluations."""
-    metrics, tables = folder / "metrics.jsonl", {}
-    lines = [line for line in read_metrics(metrics) if line["step"] <= last_step] if metrics.is_file() else []
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["step"] <= last_step]
+    tables = {}
     for line in lines:
         file = sample_file(folder, line["step"], ".json")
         if "eval" in line and file.is_file():
@@ -349,7 +352,7 @@ def read_evaluations(folder, last_step=math.inf):
 
 
 def read_checkpoint(path, adapters):
-    """What Run.save wrote, for these adapters {name: tensor}; ValueError for anything else, as files are data."""
+    """What Run.save wrote, for these adapters {name: tensor}; ValueError for anything else."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle or the reader itself
@@ -361,8 +364,8 @@ def read_checkpoint(path, adapters):
         if type(state["step"]) is not int or state["step"] < 1:
             raise TypeError(f"step {state['step']!r}")
         check_shapes(state["adapters"], adapters)
-        for number, moments in state["optimizer"]["state"].items():
-            name = list(adapters)[number]
+        for index, moments in state["optimizer"]["state"].items():
+            name = list(adapters)[index]
             expected = {"step": torch.zeros(()), "exp_avg": adapters[name], "exp_avg_sq": adapters[name]}
             check_shapes(moments, expected)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -380,8 +383,9 @@ def check_shapes(found, expected):
 
 
 def read_metrics(path):
-    """The lines of a metrics.jsonl. ValueError names a bad one; a half-written last line is dropped."""
-    lines, texts = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
+    """The lines of a metrics.jsonl, none if it is not there. ValueError names a bad one; a half-written last line is dropped."""
+    lines = []
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     for i, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
@@ -415,34 +419,89 @@ def mean_reward(measures):
 # ---------------------------------------------------------------------------------------------------------------------
 # Which folder
 
-def choose_folder(cfg):
+@contextmanager
+def take_folder(cfg):
     """
-    (run folder, whether to continue what it holds). Another run is never lost unasked.
+    Yields (run folder, whether to continue what it holds) on all ranks; rank 0 keeps other processes out of it to the end.
+
+    An error before the first step removes what was made here, so that the next try finds the folder free.
+    """
+    with ExitStack() as held:
+        yield on_rank_0(lambda: held.enter_context(hold_folder(cfg)))
+
+
+@contextmanager
+def hold_folder(cfg):
+    """take_folder of rank 0."""
+    folder, made = make_folder(cfg)
+    lock = lock_folder(folder)
+    try:
+        yield folder, is_continued(folder, cfg)
+    except BaseException:
+        if made and not has_trained(folder):
+            clear(folder)
+        raise
+    finally:
+        with suppress(OSError):  # of a folder that is not empty, which stays
+            (folder / ".lock").unlink()
+            for path in made:
+                path.rmdir()
+        lock.close()
+
+
+def make_folder(cfg):
+    """The folder of --resume, of --out, or the first of out/PRESET, out/PRESET-2, ... that is new; [folders that were made]."""
+    named = cfg.resume or cfg.out
+    check_folder(named or Path("out"))
+    folder = named or Path("out", cfg.preset)
+    for index in count(2):
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        with suppress(FileExistsError):  # mkdir, unlike a look, cannot be overtaken by another process
+            folder.mkdir(parents=True, exist_ok=bool(named))
+            return folder, made
+        folder = Path("out", f"{cfg.preset}-{index}")
+
+
+def lock_folder(folder):
+    """
+    An open file with a lock, .lock in a run's folder; ValueError if another process has it. It goes with the process.
+
+    Not tried on network disks (NFS): where they have no locks, or each node its own, two runs in one folder are not noticed.
+    """
+    file = open(folder / ".lock", "w")
+    try:
+        import fcntl
+        os.register_at_fork(after_in_child=file.close)  # a worker would hold the lock after this process was killed
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_free = os.fstat(file.fileno()).st_nlink > 0  # else removed by a run that has just ended
+    except (OSError, ImportError) as error:  # a disk without locks, or Windows
+        is_free = not isinstance(error, BlockingIOError)
+    if not is_free:
+        file.close()
+        raise ValueError(f"{folder}: another process is at work in it; wait for its end, or choose another folder with --out")
+    return file
+
+
+def is_continued(folder, cfg):
+    """
+    Whether to continue what the folder holds. Another run is never lost unasked: ValueError.
 
     With --out an unfinished run of the same settings is continued, so the same command goes on after a crash; torchrun repeats
     it when it restarts its workers, and then --overwrite, which was meant for an earlier run, does not count.
     """
-    if cfg.resume is None and cfg.out is None:
-        runs = [Path("out") / f"{cfg.preset}{f'-{n}' if n > 1 else ''}" for n in range(1, 10_000)]
-        return next(run for run in runs if not run.exists()), False
-    if cfg.resume:
-        done = steps_done(cfg.resume)
-        if done > cfg.steps:
-            raise ValueError(f"steps = {cfg.steps}: must be at least {done}, where this run stands")
-        return cfg.resume, True
-
-    folder = cfg.out
-    check_folder(folder)
-    if not folder.exists() or not holds_run(folder):
-        return folder, False
-    done, same = steps_done(folder), holds_same_run(folder, cfg)
+    done = steps_done(folder)
+    if cfg.resume and done > cfg.steps:
+        raise ValueError(f"steps = {cfg.steps}: must be at least {done}, where this run stands")
+    if cfg.resume or not has_trained(folder):
+        return cfg.resume is not None
+    is_same = holds_same_run(folder, cfg)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if same and (restarted or done < cfg.steps and not cfg.overwrite):
-        return folder, True
+    if is_same and (restarted or done < cfg.steps and not cfg.overwrite):
+        return True
     if not cfg.overwrite:
-        raise ValueError(f"out {folder}: holds {'a finished' if same else 'another'} run; choose another folder, "
+        raise ValueError(f"out {folder}: holds {'a finished' if is_same else 'another'} run; choose another folder, "
                          f"--resume {folder}, or --overwrite")
-    return folder, False
+    return False
 
 
 def steps_done(folder):
@@ -454,24 +513,22 @@ def steps_done(folder):
     return done if isinstance(done, int) else 0
 
 
-def holds_run(folder):
-    """Whether the folder holds a run, which a new one would overwrite."""
-    return (folder / "config.json").exists() or (folder / "state.pt").exists()
+def has_trained(folder):
+    """Whether the folder holds a run that has done a step; without one, nothing is lost when it is replaced."""
+    return (folder / "state.pt").exists() or any(line["step"] > 0 for line in read_metrics(folder / "metrics.jsonl"))
 
 
 def holds_same_run(folder, cfg):
     """Whether the folder has a run of exactly these settings."""
-    if not (folder / "config.json").is_file():
-        return False
-    recorded, asked = read_json(folder / "config.json"), to_record(cfg)
-    names = asked.keys() - {"out", "overwrite"}
-    if cfg.guidance is None:  # recorded is the base's own
-        names = names - {"guidance"}
-    return all(name in recorded and recorded[name] == asked[name] for name in names)
+    recorded = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    any_will_do = {"out", "overwrite"} | ({"guidance"} if cfg.guidance is None else set())  # recorded is the base's own
+    return all(recorded.get(name, "missing") == value for name, value in to_record(cfg).items() if name not in any_will_do)
 
 
 def clear(folder):
     """Remove an earlier run's files, and nothing else; config.json goes last, so an interrupted clear still counts as a run."""
+    if not (folder / "config.json").exists() and not (folder / "state.pt").exists():
+        return  # files of such names are somebody else's
     for name in ("samples", "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for pattern in ("state.pt", "state_*.pt", "lora.safetensors", "best.safetensors", "metrics.jsonl", "rewards.jsonl",

@@ -3,15 +3,20 @@ Settings: the fields that several scripts share, checks that read as one line, a
 
 Every script has one frozen dataclass, from which tyro makes its command line; a field's docstring is its help.
 """
+import io
+import json
 import math
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
+from typing import get_type_hints
 
 import tyro
 from tqdm import tqdm
 
 from support.clips import read_list, read_prompt_sets
-from support.files import read_json
+from support.files import check_folder, read_json
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,9 @@ class ModelSettings:
 class RewardSettings(ModelSettings):
     """The same, and what scores its videos."""
     reward: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """hpsv2 (default: v2.0, the paper's and the official code's), hpsv2.1, pickscore, aesthetic, imagereward, yolos:CLASS,
-    videomae:ACTION, vjepa or my_file.py:function; in the tiny world action:DIRECTION and removal:watermark; hpsv2 may end in
-    /crop or /stretch; repeatable, with a weight as in aesthetic=0.05 (docs/rewards.md)"""
+    """hpsv2 (default: v2.0, the paper's and the official code's; may end in /crop or /stretch), hpsv2.1, pickscore, aesthetic,
+    imagereward, yolos:CLASS, videomae:ACTION, vjepa, my_file.py:function; in the tiny world action:DIRECTION, removal:watermark;
+    repeatable, with a weight as in aesthetic=0.05 (docs/rewards.md)"""
     reward_weights: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME=PATH, the weights of a reward, repeatable; a bare PATH where there is one reward. Default the base's own, else the
     hub's; random and random:W as for base"""
@@ -86,8 +91,8 @@ class TrainingSettings(RewardSettings):
     """also write the metrics for TensorBoard, if it is installed"""
 
     clips_at_once: int = 0
-    """clips of a rank's share of the batch that are computed at once, which sets the memory; the gradient is the same for any
-    number; 0 is all of them. Evaluations compute as many videos at once, at most 8"""
+    """clips of a rank's share of the batch that are computed at once, which sets the memory, not the gradient; 0 is all of them.
+    Evaluations compute as many videos at once, at most 8"""
     checkpoint_activations: bool = False
     """recompute the UNet's blocks in the backward pass: less memory, more time, the same gradient"""
     decode_chunk: int = 0
@@ -137,6 +142,8 @@ def check_training(cfg, world_size):
     if cfg.tensorboard:
         tensorboard_writer()
     if cfg.data is not None:
+        if cfg.cache:
+            check_folder(cfg.cache_dir, "cache_dir")
         read_list(cfg.data, cfg.data_root)
     if cfg.eval_every:
         read_prompt_sets(cfg.prompts, cfg.base)
@@ -164,23 +171,27 @@ def parse(argv, presets, description):
     """
     Command line -> settings. The first word may name one of the presets {name: settings}, else it is the first of them.
 
-    With --resume the run's own settings are the defaults, and a flag that would make it another run is refused (ValueError).
+    With --resume the run's own settings are the defaults; a flag that would make it another run is a ValueError.
     """
     argv = list(argv)
     named = argv.pop(0) if argv and not argv[0].startswith("-") else None
     if named is not None and named not in presets:
         raise ValueError(f"preset {named!r}: must be one of {', '.join(presets)}")
-    words = [word for given in argv for word in given.split("=", 1)]
+    words = [*chain(*(word.split("=", 1) for word in argv))]
     folder = words[words.index("--resume") + 1] if "--resume" in words[:-1] else None  # before the rest can be parsed
     if not folder:
         defaults = presets[named or next(iter(presets))]
-        return tyro.cli(type(defaults), args=argv, default=defaults, description=description)
+        cfg = tyro.cli(type(defaults), args=argv, default=defaults, description=description)
+        if named is None and cfg.base != defaults.base:
+            raise ValueError(f"base {cfg.base}: comes without settings for training; name a preset first, {' or '.join(presets)}")
+        check_kept(cfg, defaults)
+        return cfg
 
     saved, defaults = saved_flags(Path(folder), presets)
-    before = tyro.cli(type(defaults), args=sum(saved.values(), []), default=defaults, description=description)
-    given = {word.partition("=")[0].replace("_", "-") for word in argv}  # these replace the run's, repeatable ones too
-    kept = [words for flag, words in saved.items() if flag not in given]
-    after = tyro.cli(type(defaults), args=[*sum(kept, []), *argv], default=defaults, description=description)
+    before = tyro.cli(type(defaults), args=[*chain(*saved.values())], default=defaults, description=description)
+    given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv}
+    kept = [words for name, words in saved.items() if name not in given]  # what is given replaces the run's, repeatable flags too
+    after = tyro.cli(type(defaults), args=[*chain(*kept), *argv], default=defaults, description=description)
     old, new = to_record(before), to_record(after)
     changed = [name for name in old if old[name] != new[name] and name not in MAY_CHANGE]
     if named not in (None, before.preset):
@@ -191,8 +202,33 @@ def parse(argv, presets, description):
     return replace(after, resume=Path(folder))
 
 
+def check_kept(cfg, defaults):
+    """ValueError unless config.json can give back all settings, a method's own too: a run must not begin that cannot go on."""
+    hints = get_type_hints(type(cfg))
+    for parent in type(cfg).__mro__[1:]:
+        for name, hint in get_type_hints(parent).items():
+            if hints[name] != hint:
+                raise ValueError(f"setting {name}: {parent.__name__} has one of this name and of another type; rename yours")
+
+    record = to_record(cfg)
+    flags = to_flags(record, defaults)
+    if str(read_back(flags, defaults)) != str(record):  # as text, since nan is not equal to itself
+        lost = [name for name in flags if str(read_back({name: flags[name]}, defaults).get(name)) != str(record[name])]
+        raise ValueError(f"settings {', '.join(lost)}: cannot be read back from config.json, so the run could not be continued; "
+                         "a setting must be a number, a word, a path, None, or a tuple of such")
+
+
+def read_back(flags, defaults):
+    """The record of the settings with these flags, {} if they cannot be parsed."""
+    try:
+        with redirect_stderr(io.StringIO()):
+            return to_record(tyro.cli(type(defaults), args=[*chain(*flags.values())], default=defaults))
+    except SystemExit:
+        return {}
+
+
 def saved_flags(folder, presets):
-    """{flag: its words on a command line} of a run's config.json, and the preset whose settings they change."""
+    """to_flags of a run's config.json, and the preset whose settings they change."""
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"resume {folder}: holds no run (no config.json)")
@@ -200,27 +236,35 @@ def saved_flags(folder, presets):
     if "grad_accum" in saved or isinstance(saved.get("reward", []), str):
         raise ValueError(f"resume {folder}: a run of an early version; continue it with that version, or start it anew")
     defaults = presets.get(saved.get("preset"), next(iter(presets.values())))
-    known, words = to_record(defaults), {}
+    known = to_record(defaults).keys()
     for name in GONE & saved.keys():
         tqdm.write(f"{file}: {name} = {saved.pop(name)} is no setting any more, and changes nothing")
-    unknown = sorted(saved.keys() - known.keys())
-    missing = sorted({"steps", "prompts_train"} & known.keys() - saved.keys())  # settings that came later have defaults
+    unknown = sorted(saved.keys() - known)
+    missing = sorted({"steps", "prompts_train"} & known - saved.keys())  # settings that came later have defaults
     if unknown or missing:
         wrong = f"not known: {', '.join(unknown)}" if unknown else f"missing: {', '.join(missing)}"
         raise ValueError(f"{file}: not the settings of this method or version; {wrong}")
-    for name, value in saved.items():
+    return to_flags(saved, defaults), defaults
+
+
+def to_flags(record, defaults):
+    """{setting: its flag's words on a command line} of a record, for all that differ from the defaults."""
+    flags = {}
+    types = get_type_hints(type(defaults), include_extras=True)
+    for name, default in to_record(defaults).items():
         flag = f"--{name.replace('_', '-')}"
-        if value == known[name]:
+        value = record.get(name, default)
+        if value == default:
             continue
-        if isinstance(value, bool):
-            words[flag] = [flag if value else flag.replace("--", "--no-", 1)]
-        elif isinstance(value, list):
-            words[flag] = []
-            for item in value:
-                words[flag] += [flag, str(item)]
+        if isinstance(default, bool):
+            flags[name] = [flag if value else flag.replace("--", "--no-", 1)]
+        elif not isinstance(value, list):
+            flags[name] = [f"{flag}={value}"]
+        elif "UseAppendAction" in str(types[name]):  # repeatable
+            flags[name] = [f"{flag}={item}" for item in value]
         else:
-            words[flag] = [f"{flag}={value}"]
-    return words, defaults
+            flags[name] = [flag, *map(str, value)]
+    return flags
 
 
 def to_record(cfg):
@@ -229,21 +273,19 @@ def to_record(cfg):
 
     Paths to what is there are absolute, so it can be continued anywhere.
     """
-    found = {}
-    for name, value in asdict(replace(cfg, resume=None)).items():
-        found[name] = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+    record = json.loads(json.dumps(asdict(replace(cfg, resume=None)), default=str))  # tuples become lists, paths words
     for name in ("data", "data_root", "vae", "text_encoder", "base", "prompts_train"):  # the last is not every method's
-        if found.get(name):
-            found[name] = absolute(found[name])
+        if record.get(name):
+            record[name] = absolute(record[name])
     for name in ("prompts", "reward_weights"):  # NAME=PATH, or a bare path
-        for i, argument in enumerate(found[name]):
+        for i, argument in enumerate(record[name]):
             known_as, equals, path = argument.partition("=")
-            found[name][i] = f"{known_as}={absolute(path)}" if path else absolute(argument)
+            record[name][i] = f"{known_as}={absolute(path)}" if path else absolute(argument)
     for name in ("reward", "watch"):  # my_file.py:function
-        for i, argument in enumerate(found[name]):
+        for i, argument in enumerate(record[name]):
             file, is_own, rest = argument.partition(".py:")
-            found[name][i] = f"{absolute(file + '.py')}:{rest}" if is_own else argument
-    return found
+            record[name][i] = f"{absolute(file + '.py')}:{rest}" if is_own else argument
+    return record
 
 
 def absolute(path):

@@ -200,7 +200,7 @@ def write_video(path, pixels, fps):
             iio.imwrite(hidden, pixels, extension=".gif", duration=round(1000 / fps), loop=0)
             return
         import av  # itself: imageio would collect garbage after each file, for 0.2 s
-        with av.open(str(hidden), "w", format="mp4") as file:
+        with av.open(os.path.abspath(hidden), "w", format="mp4") as file:  # a name like lr:1 would be a protocol
             stream = file.add_stream("libx264", rate=fps)
             stream.height, stream.width, stream.pix_fmt = *pixels.shape[1:3], "yuv420p"
             for picture in pixels:

@@ -5,11 +5,16 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import support.threads  # noqa: E402, F401, I001  as in every script
+import support.threads  # noqa: E402, F401  as in every script
+import json  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
+import lora  # noqa: E402
+from model import load_base  # noqa: E402
 from tiny import clips, world  # noqa: E402
 
 torch.set_num_threads(1)
@@ -56,3 +61,42 @@ def one_line(error):
     """The message of a pytest.raises, which must be one line."""
     assert str(error.value).isprintable()
     return str(error.value)
+def tuned_base(std=.1, dtype=torch.float32):
+    """The tiny base with adapters that change what it does."""
+    base, generator = load_base("tiny", dtype=dtype), torch.Generator().manual_seed(0)
+    lora.inject(base.unet, 4, generator=generator)
+    with torch.no_grad():
+        for layer in lora.layers(base.unet).values():
+            layer.lora_B.normal_(std=std, generator=generator)
+    return base
+
+
+def write_adapter(path):
+    """A file with the adapters of tuned_base."""
+    lora.save(tuned_base().unet, path, base="tiny")
+    return path
+
+
+def metrics(folder):
+    """The lines of metrics.jsonl but for the time they took; of a run that goes on, the last one may be half written."""
+    path = Path(folder) / "metrics.jsonl"
+    *whole, _ = path.read_text().split("\n") if path.exists() else [""]
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in whole]
+
+
+def listing(folder="."):
+    return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
+
+
+def same_tensors(a, b):
+    """Whether two files hold the same tensors, bit for bit."""
+    x, y = load_file(a), load_file(b)
+    return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+
+
+def assert_same_run(a, b):
+    """Bit for bit, but for the time it took and where it lies."""
+    assert metrics(a) == metrics(b)
+    assert listing(a) == listing(b)
+    for path in Path(b).glob("*.safetensors"):
+        assert same_tensors(Path(a) / path.name, path), path.name

@@ -177,8 +177,8 @@ def test_the_commands_take_both_from_the_one_file(instructvideo, monkeypatch):
 def test_training_goes_on_from_the_adapters_of_the_file(instructvideo):
     write_video(Path("0.mp4"), np.full((4, 16, 16, 3), 60, np.uint8), 8)
     Path("clips.txt").write_text("0.mp4|||a cat\n")
-    flags = ["--base", str(instructvideo / TUNED), *"--data clips.txt --frames 2 --segments 1 --size 8 --steps 1 --batch-size 1 "
-             "--num-steps 2 --tau 1 --eval-every 0 --device cpu --workers 0 --lr 1e-9 --out run".split()]
+    flags = ["tiny", "--base", str(instructvideo / TUNED), *"--data clips.txt --frames 2 --segments 1 --size 8 --steps 1 "
+             "--batch-size 1 --num-steps 2 --tau 1 --eval-every 0 --device cpu --workers 0 --lr 1e-9 --out run".split()]
     with pytest.raises(ValueError, match="rank = 4: must be 3, that of the adapters in .*0620000.pth") as error:
         train.main(flags)
     assert one_line(error) and not Path("run").exists()

@@ -23,12 +23,11 @@ import open_clip  # noqa: F401  as above
 import PIL.ImageFont  # noqa: F401  as above
 import pytest
 import torch
+from conftest import assert_same_run, listing, metrics, write_adapter
 from safetensors.torch import load_file
 
-import lora
 import train  # noqa: F401  as above
 from formats import adapters
-from model import load_base
 
 pytestmark = pytest.mark.slow
 
@@ -79,12 +78,10 @@ def start(*argv, log="log.txt"):
 
 
 def finish(*argv, log="log.txt"):
-    """(exit status, what it said but for progress bars) of a whole run."""
+    """(exit status, the lines that it said) of a whole run."""
     process = start(*argv, log=log)
     process.join(PATIENCE)
-    said = [line for line in Path(log).read_text().replace("\r", "\n").splitlines() if line.strip() and "it/s" not in line
-            and "s/it" not in line and "?it" not in line and "video" not in line.split("|")[-1]]
-    return process.exitcode, said
+    return process.exitcode, Path(log).read_text().splitlines()
 
 
 def wait_for(happened, what, process=None):
@@ -95,53 +92,54 @@ def wait_for(happened, what, process=None):
         time.sleep(.002)
 
 
-def lines_of(folder, but=("seconds",)):
-    """metrics.jsonl without the times; the last line may be half written."""
-    path = Path(folder) / "metrics.jsonl"
-    *whole, rest = path.read_text().split("\n") if path.exists() else [""]
-    return [{k: v for k, v in json.loads(line).items() if k not in but} for line in whole]
-
-
 def steps_done(folder):
-    return max((line["step"] for line in lines_of(folder) if "eval" not in line), default=0)
+    return max((line["step"] for line in metrics(folder) if "eval" not in line), default=0)
 
 
 def checkpoint(folder):
     return torch.load(Path(folder) / "state.pt", weights_only=True)
 
 
-def listing(folder):
-    return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
-
-
-def assert_same_run(a, b):
-    assert lines_of(a) == lines_of(b)
-    assert listing(a) == listing(b)
-    for name in ("lora.safetensors", "best.safetensors"):
-        if (Path(b) / name).exists():
-            x, y = load_file(Path(a) / name), load_file(Path(b) / name)
-            assert all(torch.equal(x[k], y[k]) for k in x | y), name
-
-
 # ------------------------------------------------ Signals and kill -9 ------------------------------------------------
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+TERMINAL = f"""
+import fcntl, runpy, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # standard input becomes the session's terminal
+runpy.run_path({str(ROOT / 'train.py')!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_a_real_process_with_all_saved(number, status):
     folder = Path(f"signalled-{status}")
     flags = [*SMALL, "--eval-every", "3", "--save-every", "400"]
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags, "--steps", "500", "--out", folder],
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    master, terminal = os.openpty()  # the terminal of a session of its own; when it is closed, SIGHUP is sent
+    out, err = (terminal, terminal) if number == signal.SIGHUP else (subprocess.PIPE, subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", TERMINAL, *flags, "--steps", "500", "--out", folder], stdin=terminal,
+                               stdout=out, stderr=err, text=True, start_new_session=True)
+    os.close(terminal)
     wait_for(lambda: steps_done(folder) >= 2, "two steps")
-    process.send_signal(number)
+    if number == signal.SIGHUP:
+        os.close(master)
+    else:
+        process.send_signal(number)
     said, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == status
-    assert said.splitlines()[-1] == f"stopped; to go on: the same command with --resume {folder}"
+    assert said is None or said.splitlines()[-1] == f"stopped; to go on: the same command with --resume {folder}"
     at = steps_done(folder)
     assert checkpoint(folder)["step"] == at
     # Continued, it ends as if nothing had happened.
     assert finish("--resume", folder, "--steps", at + 2)[0] == 0
     assert finish(*flags, "--steps", at + 2, "--out", f"{folder}-whole")[0] == 0
     assert_same_run(folder, f"{folder}-whole")
+
+
+def test_what_cannot_be_written_is_said_before_clips_are_encoded(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    for flags in (["--out", small_disk / "run"], ["--out", small_disk], ["--cache-dir", small_disk / "cache", "--out", "none"]):
+        status, said = finish(*SMALL, "--steps", 1, *flags)
+        assert status == 1 and len(said) == 1 and "cannot be written" in said[0], said
+    assert not Path("none").exists()
 
 
 def test_a_signal_before_the_first_step_leaves_nothing():
@@ -166,7 +164,7 @@ def test_killed_at_twenty_moments_a_run_ends_as_if_nothing_had_happened():
             time.sleep(dice.uniform(0, .3))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        inside += any(name.startswith(".") for name in os.listdir(run))
+        inside += any(name.startswith(".") and name != ".lock" for name in os.listdir(run))
 
         # Whatever was going on, everything in the folder is readable, and at most the step since the last save is lost.
         state = checkpoint(run)
@@ -258,7 +256,7 @@ def assert_nearly_the_same_run(a, b):
     assert x.keys() == y.keys()
     for name in x:
         torch.testing.assert_close(x[name], y[name], atol=1e-5, rtol=0)
-    for one, two in zip(lines_of(a), lines_of(b), strict=True):
+    for one, two in zip(metrics(a), metrics(b), strict=True):
         if "eval" in one:
             for name in one["eval"] | two["eval"]:
                 assert one["eval"][name] == pytest.approx(two["eval"][name], abs=1e-5)
@@ -270,7 +268,7 @@ RANKS = [*SMALL, "--batch-size", "4", "--steps", "2", "--eval-every", "2", "--ev
 
 
 def test_two_ranks_generate_and_evaluate_what_one_does(world):
-    adapter = lora_of_the_tiny_base()
+    adapter = write_adapter(Path("some.safetensors"))
     prompts = ["a red circle moving left", "green stripes drifting up", "a blue ring moving down"]  # not a multiple of two
     asked = ["--device", "cpu", "--lora", adapter, "--num-steps", "2", "--batch-size", "2"]
     generating = [*asked, *(word for p in prompts for word in ("--prompt", p)), "--out"]
@@ -302,24 +300,6 @@ def test_two_ranks_generate_and_evaluate_what_one_does(world):
     assert np.abs(sheets[0] - sheets[1]).max() <= 1
 
 
-def test_bad_input_under_torchrun_is_said_once():
-    for script, argv in (("evaluate.py", ["--count", "-1"]), ("generate.py", [])):
-        status, said, errors, _ = torchrun("--device", "cpu", *argv, script=script)
-        assert status != 0 and not said
-        assert sum(line.startswith(f"{script}: ") for line in errors.splitlines()) == 1
-
-
-def lora_of_the_tiny_base():
-    """A file with adapters that change what the tiny base generates."""
-    base, g = load_base("tiny"), torch.Generator().manual_seed(0)
-    lora.inject(base.unet, 4, generator=g)
-    with torch.no_grad():
-        for layer in lora.layers(base.unet).values():
-            layer.lora_B.normal_(std=.1, generator=g)
-    lora.save(base.unet, Path("some.safetensors"), base="tiny")
-    return "some.safetensors"
-
-
 def test_two_ranks_do_what_one_does():
     assert finish(*RANKS, "--out", "one-rank")[0] == 0
     status, said, errors, _ = torchrun(*RANKS, "--cache-dir", "cache-of-two", "--out", "two-ranks")
@@ -328,7 +308,7 @@ def test_two_ranks_do_what_one_does():
     assert listing("two-ranks") == listing("one-rank")
     # Only one of them speaks and draws bars.
     assert said.count("run folder: two-ranks") == 1 and said.count("before and after 2 steps") == 1
-    assert errors.count("encoding clips: 0/") == errors.count("fine-tuning: 0/2 step") == 1
+    assert errors.count("encoding clips: 0/5 clips") == errors.count("fine-tuning: 0/2 steps") == 1
     # Wrong values too.
     status, said, errors, _ = torchrun(*RANKS, "--batch-size", "3", "--out", "three")
     assert status != 0 and not Path("three").exists()
@@ -364,5 +344,5 @@ def test_a_rank_that_dies_takes_the_run_down_and_a_restart_continues_it(tmp_path
     assert status == 0, errors
     assert said.count("run folder: reborn, from step ") == 1
     assert finish(*flags, "--steps", last, "--out", "alive")[0] == 0
-    assert [line["step"] for line in lines_of("reborn")] == list(range(1, last + 1))
+    assert [line["step"] for line in metrics("reborn")] == list(range(1, last + 1))
     assert_nearly_the_same_run("reborn", "alive")

@@ -503,7 +503,7 @@ def test_adapters_that_peft_trained(tmp_path):
     assert difference(run(unet), run(tiny_unet())) > 0.01
     assert difference(run(unet), run(theirs)) < 1e-5
 
-    # Every field that PEFT has: what it says of plain LoRA is read, and what means another base or another layer is refused by name.
+    # Every field that PEFT has: what plain LoRA has is read, and what means another base or another layer is refused by name.
     file = tmp_path / "peft/adapter_config.json"
     settings = json.loads(file.read_text())
     plain = {"init_lora_weights": (True, False, "gaussian", "orthogonal"), "task_type": ("FEATURE_EXTRACTION",),

@@ -428,7 +428,7 @@ def test_clips_are_compressed_until_they_fit():
     (["report.py", "--tally", "bad.json", "--key", "key.json"], "must be one of left, tie, right"),
     (["report.py", "--tally", "good.json", "good.json", "--key", "key.json"], "each rater counts once"),
     (["explain.py", "--tau", "2"], "tau = 2.0"), (["explain.py", "--step", "-1"], "step = -1"),
-    (["explain.py", "--base", "random:64"], "no clips"),
+    (["explain.py", "tiny", "--base", "random:64"], "no clips"),
 ])
 def test_bad_input_is_one_line_and_nothing_is_written(words, message, capfd, inputs, monkeypatch):
     monkeypatch.chdir(inputs)

@@ -1,14 +1,11 @@
 """Progress bars: on a terminal one line that redraws itself, in a log or a notebook a line now and then."""
 import io
 import re
-from pathlib import Path
 
 import pytest
 
-from support import ranks as module
+from support import ranks
 from support.ranks import progress
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class Screen(io.StringIO):
@@ -27,12 +24,12 @@ def shown(monkeypatch):
         now = [1000.]
         monkeypatch.setattr("tqdm.std.time", lambda: now[0])
         monkeypatch.setattr("sys.stderr", screen := Screen(is_terminal))
-        bar = progress(range(200), "fine-tuning", 200, unit="step", leave=leave)
+        bar = progress(range(200), "fine-tuning", 200, leave=leave)
         for step in bar:
             now[0] += seconds
             bar.set_postfix_str(f"HPS {step / 1000:.3f}", refresh=False)
             if step == 99:
-                with progress(None, "evaluating", 20, unit="video", leave=False) as inner:
+                with progress(None, "evaluating", 20, unit="videos", leave=False) as inner:
                     for _ in range(20):
                         now[0] += seconds
                         inner.update()
@@ -46,16 +43,16 @@ def test_a_log_has_a_line_now_and_then_that_says_what_how_far_the_reward_and_the
     assert not re.search(r"[\r\x1b]", text) and len(lines) == len(set(lines))
     # A line at the start, one for each 30 of 220 seconds, one at the end; the part of 20 seconds has none.
     assert 7 <= len(lines) <= 10 and not any("evaluating" in line for line in lines)
-    assert lines[0] == "fine-tuning: 0/200 step, 00:00 gone, ? left"
-    assert lines[1] == "fine-tuning: 30/200 step, 00:30 gone, 02:50 left, HPS 0.029"
-    assert lines[-1] == "fine-tuning: 200/200 step, 03:40 gone, 00:00 left, HPS 0.199"
+    assert lines[0] == "fine-tuning: 0/200 steps, 00:00 gone, ? left"
+    assert lines[1] == "fine-tuning: 30/200 steps, 00:30 gone, 02:50 left, HPS 0.029"
+    assert lines[-1] == "fine-tuning: 200/200 steps, 03:40 gone, 00:00 left, HPS 0.199"
 
 
 def test_a_part_that_takes_long_has_lines_of_its_own_and_a_short_job_two(shown):
     text = shown(False, seconds=10.)
     slow = [line for line in text.splitlines() if "evaluating" in line]
     assert not re.search(r"[\r\x1b]", text)
-    assert 3 <= len(slow) <= 7 and re.fullmatch(r"evaluating: \d+/20 video, 0\d:\d0 gone, 0\d:\d0 left", slow[0])
+    assert 3 <= len(slow) <= 7 and re.fullmatch(r"evaluating: \d+/20 videos, 0\d:\d0 gone, 0\d:\d0 left", slow[0])
     assert shown(False, seconds=.01).count("\n") == 2
     assert shown(False, seconds=.01, leave=False) == ""
     lines = shown(False, seconds=30.).splitlines()  # a line for every step, and the last one is not said again at the end
@@ -73,9 +70,13 @@ def test_a_hidden_bar_writes_nothing_and_yields_all(monkeypatch):
     assert list(progress(range(3), "hidden", disable=True)) == [0, 1, 2] and screen.getvalue() == ""
 
 
-def test_every_bar_is_made_here():
-    """Of the scripts and of what they import; the studies of the tiny world are left out."""
-    files = [*ROOT.glob("*.py"), *(ROOT / "support").glob("*.py"), *(ROOT / "methods").glob("*.py"),
-             ROOT / "tiny" / "build.py", ROOT / "tiny" / "clips.py"]
-    made = [path.name for path in files if re.search(r"\btqdm\(", path.read_text())]
-    assert made == ["ranks.py"] and module.tqdm.__name__ == "tqdm"
+def test_with_several_ranks_a_bar_shows_the_work_of_all(monkeypatch):
+    """Three videos on two ranks: rank 0 makes two of them, and its second one ends the work of both."""
+    monkeypatch.setattr(ranks, "rank_and_size", lambda: (0, 2))
+    monkeypatch.setattr("sys.stderr", screen := Screen(False))
+    with progress(None, "generating", 3, unit="videos", shared=True) as bar:
+        shown = []
+        for _ in range(2):
+            bar.update()
+            shown.append(bar.n)
+    assert shown == [2, 3] and screen.getvalue().splitlines()[-1].startswith("generating: 3/3 videos, ")

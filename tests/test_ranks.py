@@ -6,6 +6,7 @@ They are forked from this one, which has imported everything, and are given what
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from conftest import metrics, same_tensors
 
 import train
 from support import clips as clip_lists, ranks as processes
@@ -85,25 +86,18 @@ def said(ended):
 
 # ------------------------------------------------------- Errors -------------------------------------------------------
 
-def test_an_error_is_printed_before_anything_that_needs_the_other_ranks(monkeypatch):
+@pytest.mark.parametrize("error, expected", [
+    (OSError("no space left"), "script.py: rank 1: no space left"),
+    (KeyError("a mistake in the code"), "KeyError: 'a mistake in the code'")], ids=["refused", "unexpected"])
+def test_an_error_is_printed_before_anything_that_needs_the_other_ranks(monkeypatch, error, expected):
     """The other rank waits in a sum that never comes to an end; to leave the group in order would wait for it, as nccl does."""
     def main(rank):
         if rank == 1:
-            raise OSError("no space left")
+            raise error
         dist.all_reduce(torch.zeros(1))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: time.sleep(PATIENCE))
     ended, seconds = two_ranks(script(main))
-    assert said(ended)[-1] == "script.py: rank 1: no space left" and ended[1][0] == 1 and seconds < PATIENCE / 4
-
-
-def test_an_error_that_nobody_expected_shows_its_traceback_at_once(monkeypatch):
-    def main(rank):
-        if rank == 1:
-            raise KeyError("a mistake in the code")
-        dist.all_reduce(torch.zeros(1))
-    monkeypatch.setattr(dist, "destroy_process_group", lambda: time.sleep(PATIENCE))
-    ended, seconds = two_ranks(script(main))
-    assert "KeyError: 'a mistake in the code'" in ended[1][2] and ended[1][0] == 1 and seconds < PATIENCE / 4
+    assert expected in ended[1][2].splitlines() and ended[1][0] == 1 and seconds < PATIENCE / 4
 
 
 def test_what_one_rank_alone_finds_wrong_is_printed_by_it_and_what_all_find_once():
@@ -124,12 +118,22 @@ def test_what_one_rank_alone_finds_wrong_is_printed_by_it_and_what_all_find_once
     ended, _ = two_ranks(script(first))
     assert said(ended) == ["script.py: invalid literal for int() with base 10: 'x'"]
 
-
-def test_what_the_machine_refuses_one_rank_alone_is_said_before_they_join():
-    def main(rank):
+    def machine(rank):
         raise OSError("no such device") if rank else ValueError("steps = 0")
-    ended, _ = two_ranks(lambda rank: processes.run_script("script.py", lambda: main(rank)))
+    ended, _ = two_ranks(lambda rank: processes.run_script("script.py", lambda: machine(rank)))
     assert said(ended) == ["script.py: rank 1: no such device", "script.py: steps = 0"]
+
+
+def test_a_hangup_that_is_ignored_stays_ignored():
+    """As nohup sets it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with processes.catch_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not processes.signalled()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_without_torchrun_there_is_one_rank(monkeypatch):
@@ -179,11 +183,8 @@ def test_a_restart_on_two_nodes_whose_disks_are_their_own(short_clips):
     assert "run folder: run, from step 2" in ended[0][1]
     ended, _ = two_ranks(train_in(["whole0", "whole1"], "--steps", 4))
     assert [status for status, _, _ in ended] == [0, 0], ended
-    x, y = (load_file(f"{folder}/run/lora.safetensors") for folder in ("node0", "whole0"))
-    assert all(torch.equal(x[k], y[k]) for k in x | y)
-    rewards = [[json.loads(line)["reward"] for line in Path(f, "run/metrics.jsonl").read_text().splitlines()]
-               for f in ("node0", "whole0")]
-    assert rewards[0] == rewards[1] and len(rewards[0]) == 4
+    assert same_tensors("node0/run/lora.safetensors", "whole0/run/lora.safetensors")
+    assert metrics("node0/run") == metrics("whole0/run") and len(metrics("node0/run")) == 4
 
 
 def test_nodes_that_have_other_clips_are_told(short_clips):

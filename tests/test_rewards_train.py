@@ -120,6 +120,6 @@ def test_classes_are_known_with_the_weights_and_refused_with_nothing_written():
         run(*SHORT, "--eval-every", 0, "--reward", "yolos:boook", "--reward-weights", "random", "--out", "refused")
     Path("clips.txt").write_text("a.mp4|||a cat\n")
     with pytest.raises(ValueError, match="is for the tiny world alone: must be"):
-        run(*SHORT, "--eval-every", 0, "--reward", "action:left", "--base", "random:32", "--data", "clips.txt", "--out",
+        run("tiny", *SHORT, "--eval-every", 0, "--reward", "action:left", "--base", "random:32", "--data", "clips.txt", "--out",
             "refused")
     assert not Path("refused").exists()

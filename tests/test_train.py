@@ -12,14 +12,19 @@ import os
 import shutil
 import signal
 import sys
+import threading
+import time
 import types
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+import tyro
+from conftest import assert_same_run, listing, metrics, same_tensors, tuned_base
 from safetensors.torch import load_file
 
 import lora
@@ -43,10 +48,11 @@ pytestmark = pytest.mark.usefixtures("short_clips")
 @pytest.fixture(autouse=True)
 def aside(tmp_path, monkeypatch):
     """Every test in a folder of its own; a run's signal handlers must have ended with it."""
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(number) for number in numbers]
     monkeypatch.chdir(tmp_path)
     yield
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(number) for number in numbers] == handlers
 
 
 def run(*argv):
@@ -59,40 +65,20 @@ def parse(argv):
     return settings.parse(argv, train.PRESETS, train.__doc__)
 
 
-def metrics(folder):
-    """The lines of metrics.jsonl but for the time they took."""
-    lines = [json.loads(text) for text in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
-
-
-def listing(folder):
-    return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
-
-
-def assert_same_run(a, b):
-    """Bit for bit, but for the time it took and where it lies."""
-    assert metrics(a) == metrics(b)
-    assert listing(a) == listing(b)
-    for name in ("lora.safetensors", "best.safetensors"):
-        x, y = load_file(Path(a) / name), load_file(Path(b) / name)
-        assert all(torch.equal(x[k], y[k]) for k in x | y), name
-
-
 # ----------------------------------------------------- One step -----------------------------------------------------
+
+def make_parts(dtype=torch.float32):
+    """Base with adapters that do something, reward, clips of four frames."""
+    base = tuned_base(.05, dtype)
+    full = clips.clips(base, world.FRAMES, world.SIZE)
+    dataset = LatentDataset([m[:, :, :4] for m in full.moments], full.text, full.captions)
+    return base, load_reward(base_folder=base.folder, dtype=dtype), dataset
+
 
 @pytest.fixture(scope="module")
 def parts():
-    """(base with adapters that do something, reward, clips of four frames): one setting for all tests of a single step."""
-    base = load_base("tiny")
-    reward = load_reward(base_folder=base.folder)
-    full = clips.clips(base, world.FRAMES, world.SIZE)
-    dataset = LatentDataset([m[:, :, :4] for m in full.moments], full.text, full.captions)
-    g = torch.Generator().manual_seed(0)
-    lora.inject(base.unet, 4, generator=g)
-    with torch.no_grad():
-        for layer in lora.layers(base.unet).values():
-            layer.lora_B.normal_(std=.05, generator=g)
-    return base, reward, dataset
+    """One setting for all tests of a single step."""
+    return make_parts()
 
 
 CFG = train.Config(frames=4, segments=2, batch_size=2, num_steps=4, tau=.5, guidance=3., warmup=0, steps=1, clip_grad=1e9)
@@ -111,9 +97,6 @@ class Recorder:
     def steps(self, optimizer):
         self.optimizer = optimizer
         return range(self.number)
-
-    def stop(self):
-        return False
 
     def finish_step(self, step, numbers, finite, stopping):
         assert numbers.keys() == {"reward", "loss", "grad_norm"} and not stopping
@@ -202,7 +185,7 @@ def test_a_batch_is_the_same_on_one_rank_and_on_two(parts, monkeypatch):
     whole = batch_of(parts, cfg, step=3)
     shares = []
     for rank in (0, 1):
-        monkeypatch.setattr(train, "rank_and_size", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(train.ranks, "rank_and_size", lambda rank=rank: (rank, 2))
         shares.append(batch_of(parts, cfg, step=3))
     assert all(len(share[4]) == 2 for share in shares)
     joined = [torch.cat(v) if isinstance(v[0], torch.Tensor) else sum(v, []) for v in zip(*shares)]
@@ -223,10 +206,7 @@ def test_offset_noise_is_shared_by_a_frames_channel_and_leaves_the_rest(parts):
     torch.testing.assert_close(extra, extra[..., :1, :1].expand_as(extra), atol=1e-6, rtol=0)
     assert .05 < extra[..., 0, 0].std() < 2
     assert equal([*plain[:1], *plain[2:]], [*offset[:1], *offset[2:]])
-
-
-def test_as_many_segments_as_frames_is_dense_scoring(parts):
-    assert batch_of(parts, replace(CFG, segments=4))[3].tolist() == [[0, 1, 2, 3]] * 2
+    assert batch_of(parts, replace(CFG, segments=4))[3].tolist() == [[0, 1, 2, 3]] * 2  # as many as frames: dense scoring
 
 
 # ------------------------------------------- Memory: same gradient, fewer tensors -------------------------------------------
@@ -240,8 +220,8 @@ def test_saving_memory_leaves_the_gradient(parts, setting):
         frugal = loop(parts, cfg)
     finally:
         parts[0].unet.checkpoint_activations(False)
-    apart = (frugal.gradients[0] - reference.gradients[0]).norm() / reference.gradients[0].norm()
-    assert apart <= (0 if setting == dict(checkpoint_activations=True) else 5e-6)  # the others add up in another order
+    error = (frugal.gradients[0] - reference.gradients[0]).norm() / reference.gradients[0].norm()
+    assert error <= (0 if setting == dict(checkpoint_activations=True) else 5e-6)  # the others add up in another order
     assert frugal.lines[0]["reward"] == pytest.approx(reference.lines[0]["reward"], abs=1e-6)
 
 
@@ -250,8 +230,8 @@ def test_any_number_of_clips_at_once_gives_the_same_gradient(parts):
     whole = loop(parts, replace(CFG, batch_size=3))
     for number in (1, 2, 3, 4):
         divided = loop(parts, replace(CFG, batch_size=3, clips_at_once=number))
-        apart = (divided.gradients[0] - whole.gradients[0]).norm() / whole.gradients[0].norm()
-        assert apart <= (0 if number >= 3 else 5e-6), number
+        error = (divided.gradients[0] - whole.gradients[0]).norm() / whole.gradients[0].norm()
+        assert error <= (0 if number >= 3 else 5e-6), number
         assert divided.lines[0] == pytest.approx(whole.lines[0], abs=1e-5)
     sizes = [len(part[0]) for part in train.split_batch([list("abc")], 2)]
     assert sizes == [2, 1] and train.PRESETS["modelscope"].clips_at_once == 1 and train.Config().clips_at_once == 0
@@ -260,16 +240,7 @@ def test_any_number_of_clips_at_once_gives_the_same_gradient(parts):
 def test_float16_trains_on_the_same_gradient():
     """Unscaled, half of its elements would be exactly 0: they are smaller than the least number of float16."""
     def gradient(dtype):
-        base, name = load_base("tiny", dtype=getattr(torch, dtype)), dtype
-        reward = load_reward(base_folder=base.folder, dtype=getattr(torch, dtype))
-        full = clips.clips(base, world.FRAMES, world.SIZE)
-        g = torch.Generator().manual_seed(0)
-        lora.inject(base.unet, 4, generator=g)
-        with torch.no_grad():
-            for layer in lora.layers(base.unet).values():
-                layer.lora_B.normal_(std=.05, generator=g)
-        dataset = LatentDataset([m[:, :, :4] for m in full.moments], full.text, full.captions)
-        return loop((base, reward, dataset), replace(CFG, batch_size=1, dtype=name))
+        return loop(make_parts(getattr(torch, dtype)), replace(CFG, batch_size=1, dtype=dtype))
     exact, half = gradient("float32"), gradient("float16")
     a, b = exact.gradients[0], half.gradients[0]
     zeros = (b[a != 0] == 0).float().mean().item()
@@ -331,29 +302,21 @@ def saved(path):
     return torch.load(path, weights_only=True)
 
 
-def test_a_step_that_is_not_finite_is_skipped_counted_and_reported(monkeypatch, capsys):
-    not_finite_at(monkeypatch, {2})
+def test_steps_that_are_not_finite_are_skipped_and_many_in_a_row_stop_the_run(monkeypatch, capsys):
+    not_finite_at(monkeypatch, {2, 4, 5})
     states, real = [], torch.save
     monkeypatch.setattr(torch, "save", lambda state, path: (states.append(copy.deepcopy(state)), real(state, path)))
-    assert run(*SHORT, "--steps", 3, "--eval-every", 0, "--save-every", 1, "--out", "run") == 0
+    with pytest.raises(RuntimeError, match="2 steps in a row without a finite reward"):
+        run(*SHORT, "--steps", 9, "--eval-every", 0, "--save-every", 1, "--max-bad-steps", 2, "--out", "run")
     assert "step 2: reward or gradient is not finite, skipped (1 so far)" in capsys.readouterr().out
     lines = metrics("run")
+    assert [line.get("skipped") for line in lines] == [None, 1, None, 2, 3]
     assert lines[1] == {"step": 2, "reward": None, "loss": None, "grad_norm": None, "skipped": 1}
     assert all(math.isfinite(line[k]) for line in (lines[0], lines[2]) for k in ("reward", "loss", "grad_norm"))
-    one, two, three = states
-    assert [s["step"] for s in states] == [1, 2, 3] and [f for f in listing("run") if f.startswith("state")] == ["state.pt"]
-    assert all(torch.equal(v, two["adapters"][k]) for k, v in one["adapters"].items())
-    assert not all(torch.equal(v, three["adapters"][k]) for k, v in one["adapters"].items())
-    assert [s["optimizer"]["state"][0]["step"].item() for s in states] == [1, 1, 2]
-
-
-def test_many_in_a_row_stop_the_run_with_the_last_good_adapters(monkeypatch):
-    not_finite_at(monkeypatch, {1, 3, 4, 5})
-    with pytest.raises(RuntimeError, match="2 steps in a row without a finite reward"):
-        run(*SHORT, "--steps", 9, "--eval-every", 0, "--save-every", 2, "--max-bad-steps", 2, "--out", "run")
-    assert [line.get("skipped") for line in metrics("run")] == [1, None, 2, 3]
-    adapters = load_file("run/lora.safetensors")
-    assert all(v.isfinite().all() for v in adapters.values()) and any(v.any() for k, v in adapters.items() if "lora_B" in k)
+    one, two, three, four = [state["adapters"] for state in states]
+    assert equal(one.values(), two.values()) and equal(three.values(), four.values()) and not equal(one.values(), three.values())
+    assert [s["optimizer"]["state"][0]["step"].item() for s in states] == [1, 1, 2, 2]
+    assert equal(load_file("run/lora.safetensors").values(), dict(sorted(three.items())).values())  # the last good adapters
 
 
 def test_an_evaluation_that_is_not_finite_is_null_and_never_the_best(plain, monkeypatch, capsys):
@@ -373,8 +336,7 @@ def test_an_evaluation_that_is_not_finite_is_null_and_never_the_best(plain, monk
     assert metrics("run")[0]["eval"]["new"]["reward_mean"] is None
     said = capsys.readouterr().out
     assert "new        nan" in said and "± undefined" in said and "n 1" in said  # the closing table, of one video each
-    best, last = load_file("run/best.safetensors"), load_file("run/lora.safetensors")
-    assert all(torch.equal(best[k], last[k]) for k in last)
+    assert same_tensors("run/best.safetensors", "run/lora.safetensors")
     Path("run/best.safetensors").unlink()
     assert run("--resume", "run", "--steps", 2) == 0  # reads those lines
 
@@ -411,11 +373,24 @@ def test_the_run_folder_holds_what_the_readme_lists(whole):
     moving = iio.imread(folder / "before_after.gif")
     assert moving.shape[0] == 4 and moving.shape[1] > 2 * 112 and moving.shape[2] > 3 * 112  # three videos, before and after
 
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], "eval" in line) for line in lines] == [
+        (0, True), (1, False), (2, False), (2, True), (3, False), (4, False), (4, True)]
+    judged = {"watermark", "sharpness", "saturation", "noise", "colour", "shape", "direction", "static", "motion", "fidelity",
+              "steadiness"}
+    for line in lines:
+        if "eval" in line:
+            assert line.keys() == {"step", "eval"} and list(line["eval"]) == ["in_domain", "new", "other"]
+            assert all(found.keys() == {"reward_mean", "reward_std", "n"} | judged for found in line["eval"].values())
+        else:
+            assert line.keys() == {"step", "reward", "loss", "grad_norm", "seconds"} and isinstance(line["seconds"], float)
+
     config = json.loads((folder / "config.json").read_text())
     own = load_base("tiny").guidance  # what --guidance is by default
     asked = replace(parse([*SHORT, *WHOLE, "--out", str(folder)]), guidance=own)
     assert parse(["--resume", str(folder)]) == replace(asked, resume=folder) and config == settings.to_record(asked)
     record = json.loads((folder / "run.json").read_text())
+    assert record["versions"]["torch"] == torch.__version__ and record["versions"].keys() >= {"python", "machine"}
     assert record["prompts"] == train.prompt_sets(load_base("tiny"), (), 1) and record["data"]["clips"] == 6
     state = saved(folder / "state.pt")
     assert state.keys() == {"version", "step", "config", "adapters", "optimizer"}
@@ -425,31 +400,15 @@ def test_the_run_folder_holds_what_the_readme_lists(whole):
     assert adapters.read_adapter(folder / "lora.safetensors").base == "tiny"
 
 
-JUDGED = {"watermark", "sharpness", "saturation", "noise", "colour", "shape", "direction", "static", "motion", "fidelity",
-          "steadiness"}
-SHARES = {"colour", "shape", "direction", "static", "fidelity", "steadiness"}  # from 0 to 1
-
-
-def test_every_line_of_the_metrics(whole):
-    lines = [json.loads(text) for text in (whole[0] / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["step"], "eval" in line) for line in lines] == [
-        (0, True), (1, False), (2, False), (2, True), (3, False), (4, False), (4, True)]
-    for line in lines:
-        if "eval" not in line:
-            assert line.keys() == {"step", "reward", "loss", "grad_norm", "seconds"}
-            assert all(isinstance(line[k], float) for k in line.keys() - {"step"})
-            continue
-        assert line.keys() == {"step", "eval"} and list(line["eval"]) == ["in_domain", "new", "other"]
-        for measures in line["eval"].values():
-            assert measures.keys() == {"reward_mean", "reward_std", "n"} | JUDGED
-            assert measures["n"] == 1 and all(0 <= measures[k] <= 1 for k in SHARES)
-
-
 def test_it_ends_by_printing_before_and_after(whole):
     folder, said = whole
     first, last = (line["eval"]["new"]["reward_mean"] for line in (metrics(folder)[0], metrics(folder)[-1]))
     assert f"new        {first:.4f} -> {last:.4f}   {last - first:+.4f} ± undefined   n 1   watermark " in said
-    assert said.rstrip().endswith(f"picture: {folder / 'before_after.png'}")
+    assert said.splitlines()[-5:] == [
+        f"picture: {folder}/before_after.png", f"moving picture: {folder}/before_after.gif",
+        f"adapter: {folder}/lora.safetensors",
+        f"next: python generate.py --lora {folder}/lora.safetensors --prompt 'a red circle moving left'",
+        f"      python report.py {folder}"]
     assert "HPStiny of videos from pure noise" in said
 
 
@@ -465,27 +424,23 @@ def test_evaluation_during_training_is_the_metric_of_evaluate(whole):
 
 def test_evaluations_score_in_float32_whatever_the_dtype(plain, monkeypatch):
     """best.safetensors is chosen by these scores; training scores in 16 bits before and after."""
-    seen = []
+    seen, trained = [], train.edit_rewards
+    frames = torch.rand(1, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
-    def look(base, rewards, captions, **settings):
-        (_, reward), = rewards.parts
-        frames = torch.rand(1, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    def look(base, rewards, captions, **more):
+        [(_, reward)] = rewards.parts
         seen.append(reward(frames, ["a red circle"]))
-        dtypes = {t.dtype for t in (*reward.parameters(), *reward.buffers()) if t.is_floating_point()}
-        assert dtypes == {torch.float32} and settings["batch_size"] == 1
+        assert {t.dtype for t in (*reward.parameters(), *reward.buffers()) if t.is_floating_point()} == {torch.float32}
         return {"reward": seen[-1].mean(1).double()}, torch.zeros(1, 16, 3, 32, 32)
 
-    def trained(base, reward, *rest):
+    def in_training(base, reward, *rest):
         assert {p.dtype for p in reward.parameters()} == {torch.bfloat16}
-        return before(base, reward, *rest)
+        return trained(base, reward, *rest)
 
-    before = train.edit_rewards
     monkeypatch.setattr(train, "evaluate", look)
-    monkeypatch.setattr(train, "edit_rewards", trained)
+    monkeypatch.setattr(train, "edit_rewards", in_training)
     assert run(*SHORT, "--steps", 1, "--dtype", "bfloat16", "--clips-at-once", 1, "--out", "run") == 0
-    base = load_base("tiny")
-    frames = torch.rand(1, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    exact = load_reward(base_folder=base.folder)(frames, ["a red circle"])
+    exact = load_reward(base_folder=TINY)(frames, ["a red circle"])
     assert len(seen) == 6 and all(torch.equal(scores, exact) for scores in seen)
 
 
@@ -511,7 +466,7 @@ def stop_after(monkeypatch, step, number):
     monkeypatch.setattr(run_folder.Run, "log_step", log_step)
 
 
-@pytest.mark.parametrize("step, number, status", [(1, signal.SIGINT, 130), (2, signal.SIGTERM, 143)])
+@pytest.mark.parametrize("step, number, status", [(1, signal.SIGINT, 130), (2, signal.SIGTERM, 143), (2, signal.SIGHUP, 129)])
 def test_resuming_equals_not_stopping(whole, plain, monkeypatch, capsys, step, number, status):
     with monkeypatch.context() as patch:
         stop_after(patch, step, number)
@@ -519,7 +474,10 @@ def test_resuming_equals_not_stopping(whole, plain, monkeypatch, capsys, step, n
     # The signal came in the middle of a step; the next one is finished and saved, wherever --save-every stands.
     at = saved("run/state.pt")["step"]
     assert at in (step, step + 1) and metrics("run")[-1]["step"] == at
-    assert "stopped; to go on: the same command with --resume run" in capsys.readouterr().out
+    said, told = capsys.readouterr()
+    assert "stopped; to go on: the same command with --resume run" in said
+    assert told.count("stopping: the step under way is finished and saved first") == 1
+    assert f"fine-tuning: {at}/4 steps, " in told.splitlines()[-1]  # the bar says what is saved
     # What a killed run may leave besides: lines past its checkpoint, the last one half written, and half a file.
     with open("run/metrics.jsonl", "a") as file:
         file.write('{"step": 77, "reward": 0.5, "loss": -0.1, "grad_norm": 1.0, "seconds": 1.0}\n{"step": 78, "rew')
@@ -628,7 +586,7 @@ def test_a_run_on_other_clips_is_not_continued(plain):
     assert json.loads(Path("run/run.json").read_text())["data"] == recorded
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(monkeypatch):
+def test_a_checkpoint_that_cannot_be_written_or_read(monkeypatch):
     assert run(*SHORT, "--steps", 1, "--eval-every", 0, "--out", "run") == 0
     before = Path("run/state.pt").read_bytes()
 
@@ -643,49 +601,36 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(monkeypatch):
     assert listing("run") == ["config.json", "lora.safetensors", "metrics.jsonl", "run.json", "state.pt"]
     assert run("--resume", "run", "--steps", 2) == 0 and [line["step"] for line in metrics("run")] == [1, 2]
 
-
-def test_a_damaged_checkpoint_is_named_and_without_it_the_run_starts_again():
-    assert run(*SHORT, "--steps", 2, "--eval-every", 0, "--save-every", 1, "--out", "run") == 0
-    expected = load_file("run/lora.safetensors")
-    Path("run/state.pt").write_bytes(Path("run/state.pt").read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"run/state.pt: cannot be read"):
+    # What another version wrote is refused, what is damaged is named, and without it the run starts again.
+    shutil.copy("run/lora.safetensors", "before.safetensors")
+    state, config = saved("run/state.pt"), json.loads(Path("run/config.json").read_text())
+    torch.save(state | {"version": 0}, "run/state.pt")
+    with pytest.raises(ValueError, match="run/state.pt: version 0, expected 1"):
+        run("--resume", "run")
+    Path("run/state.pt").write_bytes(before[:5000])
+    with pytest.raises(ValueError, match="run/state.pt: cannot be read"):
         run("--resume", "run")
     Path("run/state.pt").unlink()
-    assert run("--resume", "run") == 0
-    assert [line["step"] for line in metrics("run")] == [1, 2]
-    assert all(torch.equal(v, expected[k]) for k, v in load_file("run/lora.safetensors").items())
-
-
-def test_a_checkpoint_of_another_version_or_settings_is_refused(whole, tmp_path):
-    Path("run").mkdir()
-    config = json.loads((whole[0] / "config.json").read_text())
     Path("run/config.json").write_text(json.dumps(config | {"momentum": .9}))
     with pytest.raises(ValueError, match="run/config.json: not the settings of this method or version; not known: momentum"):
         run("--resume", "run")
     Path("run/config.json").write_text(json.dumps(config))
-    torch.save(saved(whole[0] / "state.pt") | {"version": 0}, "run/state.pt")
-    with pytest.raises(ValueError, match="run/state.pt: version 0, expected 1"):
-        run("--resume", "run")
+    assert run("--resume", "run") == 0
+    assert [line["step"] for line in metrics("run")] == [1, 2] and same_tensors("run/lora.safetensors", "before.safetensors")
 
 
 def test_what_can_be_known_before_weights_are_loaded_is_checked_before(whole, monkeypatch):
-    """On a GPU box, weights are downloads of gigabytes, on every node."""
+    """On a GPU box, weights are downloads of gigabytes, on every node. test_cli.py has more of these."""
     monkeypatch.setattr(train, "load_base", lambda *args: pytest.fail("weights were loaded"))
     Path("clips.txt").write_text("a.mp4|||a clip\n")
-    Path("bad.txt").write_text("a.mp4 a clip\n")
-    Path("prompts.txt").write_text("# no prompts\n")
     for argv, message in [
             (["modelscope", "--data", "clips.txt"], "no prompts: --prompts NAME=FILE must name some"),
-            (["modelscope", "--data", "clips.txt", "--prompts", "a=prompts.txt"], "expected one prompt a line, found none"),
-            (["modelscope", "--data", "bad.txt", "--eval-every", "0"], "bad.txt, line 1: 1 field"),
             (["--resume", whole[0], "--steps", "3"], "steps = 3: must be at least 4, where this run stands"),
-            (["--reward", "hps"], "reward 'hps': must be one of"), (["--watch", "hps"], "reward 'hps': must be one of"),
-            (["--reward", "yolos"], "must name what is to go"), (["--watch", "yolos"], "must name what is to go"),
+            (["--watch", "hps"], "reward 'hps': must be one of"), (["--watch", "yolos"], "must name what is to go"),
             (["--watch", "hpsv2"], "rewards hpsv2, hpsv2: each must be named once"),
             (["--watch", "vjepa", "--frames", "8", "--data", "clips.txt"], "frames = 8: vjepa sees 16 frames"),
-            (["--reward-weights", "gone.pt"], "reward hpsv2: gone.pt: no such file or folder"),
             (["--reward", "gone.py:f"], "reward gone.py:f: no such file"),
-            (["--out", "prompts.txt"], "out prompts.txt: is a file, or inside one")]:
+            (["--out", "clips.txt"], "out clips.txt: is a file, or inside one")]:
         with pytest.raises(ValueError, match=message):
             run(*argv)
 
@@ -697,10 +642,12 @@ def test_parts_from_elsewhere_are_looked_for_before_the_base_is_downloaded(monke
             load_base("some/repository", **{part: "gone"})
 
 
-def test_ctrl_c_says_at_once_that_the_step_is_finished_first(plain, monkeypatch, capsys):
-    stop_after(monkeypatch, 1, signal.SIGINT)
-    assert run(*SHORT, "--steps", 3, "--eval-every", 0, "--out", "run") == 130
-    assert capsys.readouterr().err.count("stopping: the step under way is finished and saved first") == 1
+def test_in_a_thread_a_run_trains_and_catches_no_signal(plain):
+    ended = []
+    thread = threading.Thread(target=lambda: ended.append(run(*SHORT, "--steps", 1, "--eval-every", 0, "--out", "run")))
+    thread.start()
+    thread.join()
+    assert ended == [0] and saved("run/state.pt")["step"] == 1
 
 
 # ------------------------------------------------- Where a run may go -------------------------------------------------
@@ -730,30 +677,105 @@ def test_the_same_command_goes_on_with_its_unfinished_run(whole, plain, monkeypa
         run(*command)
 
 
-def test_every_run_without_out_gets_a_folder_of_its_own():
-    cfg = train.Config()
-    assert run_folder.choose_folder(cfg) == (Path("out/tiny"), False)
-    Path("out/tiny").mkdir(parents=True)
-    assert run_folder.choose_folder(cfg) == (Path("out/tiny-2"), False)
-    assert run_folder.choose_folder(train.PRESETS["modelscope"]) == (Path("out/modelscope"), False)
+def take(*argv):
+    return run_folder.take_folder(parse([*argv]))
+
+
+def test_two_runs_at_once_never_have_one_folder():
+    with take() as first, take() as second, take("modelscope") as other:
+        assert [first, second, other] == [(Path("out/tiny"), False), (Path("out/tiny-2"), False), (Path("out/modelscope"), False)]
+        Path("out/tiny/config.json").write_text(json.dumps(settings.to_record(train.Config())))
+        for flag in ("--out", "--resume"):
+            with pytest.raises(ValueError, match="^out/tiny: another process is at work in it; wait for its end, or choose"):
+                with take(flag, "out/tiny"):
+                    pytest.fail("two runs in one folder")
+    assert listing() == ["out/tiny/config.json"] and not Path("out/tiny-2").exists()  # what holds nothing is gone
+    with take("--resume", "out/tiny") as again:
+        assert again == (Path("out/tiny"), True)
+
+
+def test_a_run_that_is_killed_leaves_its_folder_free_though_a_worker_of_it_still_lives():
+    ready, tell = os.pipe()
+    run_of_another_process = os.fork()
+    if not run_of_another_process:
+        with take("--out", "run"):
+            worker = os.fork()
+            if worker:
+                os.write(tell, worker.to_bytes(4, "big"))
+            time.sleep(60)
+            os._exit(0)
+    worker = int.from_bytes(os.read(ready, 4), "big")
+    try:
+        with pytest.raises(ValueError, match="another process"), take("--out", "run"):
+            pytest.fail("two runs in one folder")
+        os.kill(run_of_another_process, signal.SIGKILL)
+        os.waitpid(run_of_another_process, 0)
+        with take("--out", "run") as taken:
+            assert taken == (Path("run"), False)
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_a_failed_first_step_leaves_no_folder_that_blocks_the_next_try(plain, monkeypatch):
+    """Out of memory, as a rule; then another batch size is tried, which is another run."""
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("of somebody")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "edit_rewards", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+        for out in (["--out", "run"], ["--out", "mine"], []):
+            with pytest.raises(RuntimeError, match="out of memory"):
+                run(*SHORT, "--steps", 1, *out)
+    assert not Path("run").exists() and not Path("out").exists() and "mine/notes.txt" in listing()
+    for out in ("run", "mine"):
+        assert run(*SHORT, "--steps", 1, "--eval-every", 0, "--batch-size", 1, "--out", out) == 0
+    assert Path("mine/notes.txt").exists() and not list(Path("mine/samples").iterdir())
 
 
 def test_workers_that_torchrun_started_again_continue_their_run(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(train.ranks, "rank_and_size", lambda: (0, 2))
     with pytest.raises(ValueError, match="out: must be given with torchrun, whose restarted workers find their run in it"):
         train.check(train.Config())
-    cfg = train.Config(out=Path("run"), overwrite=True)
+    cfg, folder = train.Config(out=Path("run"), overwrite=True), Path("run")
     train.check(cfg)
-    assert run_folder.choose_folder(cfg) == (Path("run"), False)
-    Path("run").mkdir()
-    Path("run/config.json").write_text(json.dumps(settings.to_record(replace(cfg, guidance=1.5))))
-    assert run_folder.choose_folder(cfg) == (Path("run"), False)  # an earlier run, which it replaces
+    assert not run_folder.is_continued(folder, cfg)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(settings.to_record(replace(cfg, guidance=1.5))))
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 0.0}\n')
+    assert not run_folder.is_continued(folder, cfg)  # an earlier run, which it replaces
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert run_folder.choose_folder(cfg) == (Path("run"), True)  # its own
-    assert run_folder.choose_folder(replace(cfg, tau=.5)) == (Path("run"), False)
-    torch.save({"step": 40}, "run/state.pt")
-    assert run_folder.choose_folder(cfg) == (Path("run"), True)  # it crashed after its last step
+    assert run_folder.is_continued(folder, cfg) and not run_folder.is_continued(folder, replace(cfg, tau=.5))
+    torch.save({"step": 40}, folder / "state.pt")
+    assert run_folder.is_continued(folder, cfg)  # it crashed after its last step
+
+
+# ----------------------------------------- Settings of a method of one's own -----------------------------------------
+
+@dataclass(frozen=True)
+class OwnConfig(train.Config):
+    scales: tuple[float, ...] = (1.,)
+    kind: Literal["a", "b"] = "a"
+    share: float | None = .5
+    careful: bool | None = None
+    folders: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    table: dict[str, int] | None = None
+
+
+def test_settings_of_every_kind_are_read_back_or_refused_before_anything_is_loaded():
+    presets = {"tiny": OwnConfig()}
+    flags = ["--scales", "-1", "2.5", "--kind", "b", "--share", "None", "--careful", "True", "--folders", "x", "--folders", "y z"]
+    cfg = settings.parse(flags, presets, "")
+    assert (cfg.scales, cfg.kind, cfg.share, cfg.careful, cfg.folders) == ((-1., 2.5), "b", None, True, (Path("x"), Path("y z")))
+    Path("run").mkdir()
+    Path("run/config.json").write_text(json.dumps(settings.to_record(cfg)))
+    assert settings.parse(["--resume", "run"], presets, "") == replace(cfg, resume=Path("run"))
+    with pytest.raises(ValueError, match="^settings table: cannot be read back from config.json, so the run could not be "):
+        settings.parse(["--table", "a", "1", "--scales", "3"], presets, "")
+
+    @dataclass(frozen=True)
+    class Shadowing(train.Config):
+        rank: str = "high"
+    with pytest.raises(ValueError, match="^setting rank: Config has one of this name and of another type; rename yours"):
+        settings.parse([], {"tiny": Shadowing()}, "")
 
 
 # ------------------------------------------------- Settings of a whole run -------------------------------------------------
@@ -780,13 +802,10 @@ def test_precision_compilation_tensorboard_and_memory_settings_together(plain, m
     assert board[0] == Path("run/tensorboard") and board[-1] == "closed" and ("reward", 1, reward) in board
     assert {name for name, step, _ in board[1:-1] if step == 0} >= {"eval/other/reward_mean", "eval/in_domain/watermark"}
     assert all(v.dtype == torch.float32 for v in load_file("run/lora.safetensors").values())
-
-
-def test_without_tensorboard_a_clear_line_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
     with pytest.raises(ValueError, match="tensorboard is not installed: `pip install tensorboard`"):
-        run(*SHORT, "--tensorboard", "--out", "run")
-    assert not Path("run").exists()
+        run(*SHORT, "--tensorboard", "--out", "none")
+    assert not Path("none").exists()
 
 
 def write_clip(path, frames=9, fps=8, height=48, width=64, seed=0):
@@ -859,38 +878,28 @@ def test_the_modelscope_preset_on_a_reduced_structure(plain, capsys):
     assert [("eval" in line, line["step"]) for line in metrics("run")] == [(True, 0), (False, 1), (True, 1)]
 
 
-def test_the_presets_have_the_papers_numbers():
-    for cfg in train.PRESETS.values():
-        assert (cfg.frames, cfg.tau, cfg.num_steps, cfg.grad_steps, cfg.segments, cfg.lambda_tar, cfg.rank, cfg.reward,
-                cfg.clip_grad) == (16, .6, 20, 1, 4, 1., 4, (), 1.)
+def test_a_preset_is_named_first_and_flags_change_it():
     real = train.PRESETS["modelscope"]
-    assert (real.base, real.lr, real.steps, real.batch_size) == ("ali-vilab/text-to-video-ms-1.7b", 1e-5, 20_000, 8)
-    assert (real.guidance, real.offset_noise) == (3., .1)  # the official code's
     assert parse([]) == parse(["tiny"]) == train.Config()
-    assert parse(["modelscope", "--lr", "1e-4"]) == replace(real, lr=1e-4)
+    assert parse(["modelscope", "--lr", "1e-4"]) == replace(real, lr=1e-4) and real.base != "tiny"
 
 
-@pytest.mark.parametrize(("flags", "expected"), [((), 1.25), (("--guidance", "2"), 2.)])
-def test_guidance_belongs_to_the_base_unless_asked_for(tmp_path, monkeypatch, plain, flags, expected):
+def test_guidance_belongs_to_the_base_unless_asked_for(monkeypatch, plain):
     """A base says in its UNet's config.json which guidance it was made for; training, evaluation and the record follow it."""
-    folder = tmp_path / "base"
-    shutil.copytree(TINY, folder)
-    (folder / "manifest.json").unlink()
-    config = json.loads((folder / "unet/config.json").read_text())
-    (folder / "unet/config.json").write_text(json.dumps(config | {"guidance": 1.25}))
+    shutil.copytree(TINY, "base")
+    Path("base/manifest.json").unlink()
+    settings_of_unet = json.loads(Path("base/unet/config.json").read_text())
     seen, guided = set(), sampler.guided_eps
     monkeypatch.setattr(sampler, "guided_eps", lambda *args: seen.add(args[-1]) or guided(*args))
     Path("prompts.txt").write_text("a red circle moving left\n")
     write_list()
-    assert run(*REAL, "--base", folder, "--prompts", "a=prompts.txt", "--workers", 0, *flags, "--out", "run") == 0
-    assert seen == {expected} and json.loads(Path("run/config.json").read_text())["guidance"] == expected
-
-
-def test_a_guidance_that_is_no_number_is_refused(tmp_path):
-    folder = tmp_path / "base"
-    shutil.copytree(TINY, folder)
-    (folder / "manifest.json").unlink()
-    config = json.loads((folder / "unet/config.json").read_text())
-    (folder / "unet/config.json").write_text(json.dumps(config | {"guidance": "strong"}))
-    with pytest.raises(ValueError, match="expected a number as guidance, found 'strong'"):
-        load_base(str(folder))
+    for guidance, flags, expected in ((1.25, (), 1.25), (1.25, ("--guidance", "2"), 2.), ("strong", (), None)):
+        Path("base/unet/config.json").write_text(json.dumps(settings_of_unet | {"guidance": guidance}))
+        command = ["tiny", *REAL, "--base", "base", "--prompts", "a=prompts.txt", "--workers", 0, *flags, "--out", f"{expected}"]
+        seen.clear()
+        if expected is None:
+            with pytest.raises(ValueError, match="expected a number as guidance, found 'strong'"):
+                run(*command)
+        else:
+            assert run(*command) == 0 and seen == {expected}
+            assert json.loads(Path(f"{expected}/config.json").read_text())["guidance"] == expected

@@ -125,7 +125,7 @@ def fit(cfg, name, module, loss_of, steps, lr, ema_decay=0.):
         for part, state in zip(parts, states):
             part.load_state_dict(state)
 
-    bar = progress(range(first_step, steps), name, steps, unit="step", initial=first_step)
+    bar = progress(range(first_step, steps), name, steps, initial=first_step)
     for step in bar:
         # Linear warm-up, then a cosine to zero.
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * .5 * (1 + math.cos(math.pi * step / steps))
@@ -158,7 +158,7 @@ def render(scenes, seed, count=None, rates=world.FLAWS, trails=None):
     """`count` clips of the scenes in turn, by default one of each -> clips, their scenes, their flaws. Clip i has seed + i."""
     scenes = list(islice(cycle(scenes), count or len(scenes)))
     made = [world.make_clip(scene, seed + i, trail=trails and trails[i], rates=rates)
-            for i, scene in enumerate(progress(scenes, desc="drawing clips"))]
+            for i, scene in enumerate(progress(scenes, desc="drawing clips", unit="clips"))]
     return torch.stack([clip for clip, _ in made]).half(), scenes, [flaws for _, flaws in made]
 
 

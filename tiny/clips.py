@@ -19,7 +19,7 @@ def clips(base, frames, pixels, count=None):
     every, dtype = world.scenes("in_domain"), base.vae.quant_conv.weight.dtype
     chosen = [every[i % len(every)] for i in range(count or COUNT)]
     moments = []
-    for i, scene in enumerate(progress(chosen, "encoding clips")):
+    for i, scene in enumerate(progress(chosen, "encoding clips", unit="clips")):
         clip, _ = world.make_clip(scene, CLIP_SEED + i)                                   # (F, 3, H, W) in [0, 1]
         encoded = base.vae.encode(clip.to(base.device, dtype) * 2 - 1)                    # (F, 2C, h, w)
         moments.append(encoded.float().transpose(0, 1).cpu()[None])                       # (1, 2C, F, h, w)
