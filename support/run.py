@@ -50,7 +50,8 @@ class Run:
 
     def open(self, resumed):
         """Take up what the folder holds, if the run is resumed, else remove an earlier run; then write what this one is."""
-        record = {"data": self.method.data, "watched": self.evaluations.watched, "prompts": self.evaluations.prompts}
+        record = {"data": self.method.data, "watched": self.evaluations.watched, "prompts": self.evaluations.prompts,
+                  "reward": self.evaluations.reward_name}
         if rank_and_size()[1] > 1:
             check_alike(self.method.data)
         if resumed:  # rank 0 alone reads: on other nodes, with disks of their own, there is no such folder
