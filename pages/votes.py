@@ -116,9 +116,9 @@ def reward_choices(key):
     """The reward as a rater: its choice of each pair, None where the key does not know the scores."""
     choices = []
     for pair in key["pairs"]:
-        scores = pair["reward"] or {None: 0.}
-        best = [side for side, score in scores.items() if score == max(scores.values())]
-        choices.append(best[0] if len(best) == 1 else "tie")
+        scores = pair["reward"]
+        equal = scores and scores["a"] == scores["b"]
+        choices.append(None if not scores else "tie" if equal else max(scores, key=scores.get))
     return choices
 
 
