@@ -2,17 +2,16 @@
 One training step in pictures: what train.py does to a clip, taken apart on a page.
 
     python explain.py                                  # the tiny world
-    python explain.py --step 7 --tau 0.3 --lora out/tiny/lora.safetensors
+    python explain.py --step 3 --tau 0.3 --lora out/tiny/lora.safetensors
     python explain.py modelscope --data clips.txt      # any base and clip, with train.py's own flags
 
 Writes explain.html, which opens from disk, and explain.png, its main strip. Every number comes from the functions that train;
 train.train itself takes the step.
-
-Letters: F frames, S segments, H and W pixels.
 """
 import support.threads  # noqa: F401  before torch is loaded
 import inspect
 import sys
+import textwrap
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,13 +24,12 @@ from tyro.conf import Fixed, Suppress
 import lora
 import train
 from model import decode_frames, load_base
-from pages.html import Clips, heat, picture_uri, write_page
-from pages.step import draw_step, gradient_shares
-from reward import Rewards, aggregate, load_rewards, segment_edges, tar_weights
-from sampler import add_noise, alpha_bars, ddim_step, edit, edit_steps, guided_eps, noise_step
+from pages.html import heat, picture_uri, pixels_uri, write_page
+from pages.step import draw_step
+from reward import aggregate, as_rewards, load_rewards, segment_edges, tar_weights
+from sampler import add_noise, alpha_bars, chain, ddim_step, edit, edit_steps, guided_eps, noise_step
 from support import settings
 from support.files import check_folder
-from support.pictures import versions
 from support.ranks import pick_device, pick_dtype, run_script, sample_generator
 from support.videos import to_pixels
 
@@ -40,22 +38,28 @@ TAUS = (.1, .3, .6, 1.)
 GRAD_STEPS = (1, 2, 4, 8)
 LAMBDAS = (0., .5, 1., 2.)
 SEGMENTS = (1, 2, 4, 8, 16)
-PANELS = {  # a fragment of the step's source: the panel that shows it
-    "draw(step)": "clip", "= edit(": "chain", "score_frames(": "reward", "tar_weights(": "reward", "aggregate(": "reward",
-    "loss = ": "reward", ".backward()": "pixels", "clip_grad_norm_": "unet", "optimizer.step()": "after"}
+CODE = (  # what the page shows of the step's source, in the order in which it runs: function, first words, words after the end
+    (train.train, "# 1. The gradient", "loss = "), (edit, "# 1. Noise", None), (chain, "for i in", "return z"),
+    (train.edit_rewards, "# Noise", None), (train.video_rewards, "parts,", None), (train.train, "loss = ", "# 4. Log"))
+REPEATS = 20  # how often the step is taken in the last but one panel, until its effect can be seen
+PANELS = {  # words of the step's source: the panel that shows what the line does
+    "draw(step)": "clip", "t_noi = ": "noise", "z_noi = ": "noise", "z = ddim_step(": "chain", "z_0 = edit(": "edit",
+    "score_frames(base": "reward", "tar_weights(": "reward", "aggregate(": "reward", "loss = ": "reward",
+    ".backward()": "pixels", "clip_grad_norm_": "adapters", "optimizer.step()": "after"}
 
 
 @dataclass(frozen=True)
 class Config(train.Config):
     """Take one training step apart, on one clip. Flags of train.py mean the same; those that concern a whole run (its length,
     evaluation, saving) change nothing here."""
-    step: int = 0
-    """with the seed it decides clip, noise, frames and warm-up; a run takes more clips a step, so its step so numbered differs"""
+    step: int = 5
+    """with the seed it decides clip, noise, frames and warm-up: 5 is a pale, noisy clip, whose edit looks different; a run takes
+    more clips a step, so its step of this number has others"""
     lora: Path | None = None
     """adapters to start from; default fresh ones, as a run starts"""
     cache_interval: Suppress[Fixed[int]] = 1
-    max_mb: float = 8.
-    """largest size of the page; clips of large videos are compressed until it fits"""
+    max_mb: float = 20.
+    """largest size of the page; mail takes hardly more"""
 
 
 PRESETS = {name: Config(**vars(preset)) for name, preset in train.PRESETS.items()}
@@ -68,15 +72,14 @@ def guess_clips(denoiser, z, eps, text, uncond, cfg):
     alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bars()])
     guesses = []
 
-    def listening(z_t, t, texts):
-        both = denoiser(z_t, t, texts)
-        z_t = z_t.chunk(2)[0]
-        step = int(t[0])
-        noise = guided_eps(lambda *_: both, z_t, step, text, uncond, cfg.guidance)
-        guesses.append((step, ddim_step(z_t, noise, step + 1, 0, alpha_bar)))
-        return both
+    def guess(z_t, t, texts):
+        eps_of_both = denoiser(z_t, t, texts)
+        z_t, t = z_t.chunk(2)[0], int(t[0])
+        noise = guided_eps(lambda *_: eps_of_both, z_t, t, text, uncond, cfg.guidance)
+        guesses.append((t, ddim_step(z_t, noise, t + 1, 0, alpha_bar)))
+        return eps_of_both
 
-    edit(listening, z, eps, text, uncond, cfg.tau, cfg.num_steps, cfg.guidance)
+    edit(guess, z, eps, text, uncond, cfg.tau, cfg.num_steps, cfg.guidance)
     return guesses
 
 
@@ -87,15 +90,17 @@ class Setup:
         device = pick_device(cfg.device)
         dtype = pick_dtype(cfg.dtype, device)
         self.base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype, device, cfg.seed)
+        self.rewards = as_rewards(load_rewards(cfg, self.base.folder, dtype, device))
+        for _, reward in self.rewards.parts:
+            if reward.num_frames:
+                raise ValueError(f"reward {reward.name}: sees a clip as a whole; the page shows rewards of single frames")
+
         self.cfg = cfg if cfg.guidance is not None else replace(cfg, guidance=self.base.guidance)
         if cfg.lora:
             self.parameters = lora.load(self.base.unet, cfg.lora)
         else:
-            self.parameters = lora.load_beside(self.base.unet, self.base.unet_file, cfg.rank) or lora.inject(
-                self.base.unet, cfg.rank, generator=sample_generator(cfg.seed, "lora"))
-        self.reward = load_rewards(cfg, self.base.folder, dtype, device)
-        if isinstance(self.reward, Rewards) or self.reward.num_frames:
-            raise ValueError(f"reward {self.reward.name}: the page needs a single reward, of frames")
+            found = lora.load_beside(self.base.unet, self.base.unet_file, cfg.rank)
+            self.parameters = found or lora.inject(self.base.unet, cfg.rank, None, sample_generator(cfg.seed, "lora"))
         if cfg.data:
             self.dataset = train.read_clips(cfg, self.base)
         else:
@@ -103,7 +108,6 @@ class Setup:
         self.uncond = self.base.encode_text([""])
         self.batch = self.draw(cfg.segments)
         self.z, self.eps, self.text, self.g, self.captions = self.batch
-        self.clips = Clips()
 
     def draw(self, segments):
         """The step's batch; with other segments the same clip and noise, and other frames of it."""
@@ -116,121 +120,128 @@ class Setup:
         return to_pixels(decode_frames(self.base.vae, z)[0])
 
     def show(self, z):
-        """The number of a clip on the page."""
-        return self.clips.add(self.pixels(z))
+        """The clip of latents, as the page has it."""
+        return pixels_uri(self.pixels(z), self.cfg.fps)
 
     @torch.no_grad()
     def edit(self, tau):
         """The clip noised to t_noi, its edit, and numbers of them, R of Eq. (8) among these."""
-        cfg = self.cfg
-        t_noi = noise_step(tau, cfg.num_steps)
+        num_steps = self.cfg.num_steps
+        t_noi = noise_step(tau, num_steps)
         noised = add_noise(self.z, self.eps, t_noi, alpha_bars())
-        z_0 = edit(self.base.denoiser, self.z, self.eps, self.text, self.uncond, tau, cfg.num_steps, cfg.guidance)
-        R, logged = train.video_rewards(self.base, self.reward, z_0, self.g, self.captions, cfg)
-        steps = edit_steps(tau, cfg.num_steps)
-        return noised, z_0, {"tau": tau, "t": t_noi, "steps": steps, "R": R.item(), "reward": logged["reward"].item()}
+        z_0 = edit(self.base.denoiser, self.z, self.eps, self.text, self.uncond, tau, num_steps, self.cfg.guidance)
+        R, logged = train.video_rewards(self.base, self.rewards, z_0, self.g, self.captions, self.cfg)
+        return noised, z_0, {"tau": tau, "t": t_noi, "steps": edit_steps(tau, num_steps), "R": R.item(),
+                             "reward": logged["reward"].item()}
 
-    def train_one_step(self):
-        """train.train itself, for one step, which moves the adapters: the numbers that it logs."""
+    def reward_of_edit(self, cfg):
+        """R of the step's edit, with gradient, and what is logged of it."""
+        return train.edit_rewards(self.base, self.rewards, self.uncond, self.batch, cfg)
+
+    def train(self, repeats):
+        """train.train itself, which moves the adapters, takes this one step so often: the numbers that it logs of each."""
         logged = []
-        run = SimpleNamespace(steps=lambda optimizer: [self.cfg.step], stop=lambda: False,
-                              finish_step=lambda step, numbers, finite, stopping: logged.append(numbers))
-        method = train.Method(lambda step: self.batch, lambda part: train.edit_rewards(
-            self.base, self.reward, self.uncond, self.batch, self.cfg))
+
+        def finish_step(step, numbers, finite, stopping):
+            logged.append(numbers)
+            return True
+
+        run = SimpleNamespace(steps=lambda optimizer: [self.cfg.step] * repeats, stop=lambda: False, finish_step=finish_step)
+        method = train.Method(lambda step: self.batch, lambda batch: self.reward_of_edit(self.cfg))
         train.train(self.cfg, self.parameters, method, run)
-        return logged[0]
+        return logged
 
     def gradient(self, grad_steps):
-        """For this K: the adapters' gradient, and what the page says of it but for the cosine."""
+        """For this K: the adapters' gradient, and how many seconds it took."""
         self.base.unet.zero_grad()
         started = time.perf_counter()
-        cfg = replace(self.cfg, grad_steps=grad_steps)
-        R, _ = train.edit_rewards(self.base, self.reward, self.uncond, self.batch, cfg)
+        R, _ = self.reward_of_edit(replace(self.cfg, grad_steps=grad_steps))
         (-R.mean()).backward()                                                # Eq. (9)
-        seconds = time.perf_counter() - started
-        squares = {}
-        for path, layer in lora.layers(self.base.unet).items():
-            squares[path] = sum(p.grad.square().sum().item() for p in (layer.lora_A, layer.lora_B))
-        gradient = torch.cat([p.grad.flatten() for p in self.parameters])
-        blocks, projections = gradient_shares(squares)
-        norm = gradient.norm().item()
-        return gradient, {"norm": norm, "seconds": seconds, "blocks": blocks, "projections": projections}
+        return torch.cat([p.grad.flatten() for p in self.parameters]), time.perf_counter() - started
 
     def scored(self, z_0, segments):
-        """Frames of an edit drawn with S segments, their rewards, and for each lambda f, R and the length of R's gradient on each
-        frame's pixels; and that gradient as pictures (S, H, W, 3)."""
+        """For this S: the frames drawn of an edit, their rewards, for each lambda f, R and the length of R's gradient on them, and
+        that gradient as pictures; the pictures (S, H, W, 3) again, for the strip."""
         g = self.draw(segments)[3]
         with torch.no_grad():
             frames = decode_frames(self.base.vae, z_0, g)                     # (1, S, 3, H, W)
-        r = self.reward(frames.requires_grad_(), self.captions)               # Eq. (6)
+        frames.requires_grad_()
+        r = 0.
+        for weight, reward in self.rewards.parts:
+            r = r + weight * reward(frames, self.captions)                    # Eq. (6): (1, S)
         [gradient] = torch.autograd.grad(r.sum(), frames)
         lengths = gradient[0].flatten(1).norm(dim=1).cpu()
         lambdas = {}
         for lambda_tar in sorted({*LAMBDAS, self.cfg.lambda_tar}):
             f = tar_weights(g, self.cfg.frames, lambda_tar).cpu()             # Eq. (7)
-            R = aggregate(r, f)                                               # Eq. (8)
+            R = aggregate(r.cpu(), f)                                         # Eq. (8)
             # R is a sum of f r / S, so weights make a frame's gradient longer or shorter, and that is all.
             norms = f[0] * lengths / segments
             lambdas[f"{lambda_tar:g}"] = {"f": f[0].tolist(), "R": R.item(), "norms": norms.tolist()}
-        heats = np.stack([heat(part.norm(dim=0).cpu().numpy()) for part in gradient[0]])
-        return {"edges": segment_edges(self.cfg.frames, segments), "g": g[0].tolist(), "r": r[0].tolist(),
-                "heats": [picture_uri(picture) for picture in heats], "lambdas": lambdas}, heats
+        heats = np.stack([heat(frame.norm(dim=0).cpu().numpy()) for frame in gradient[0]])
+        pictures = [picture_uri(picture) for picture in heats]
+        edges = segment_edges(self.cfg.frames, segments)
+        return {"edges": edges, "g": g[0].tolist(), "r": r[0].tolist(), "heats": pictures, "lambdas": lambdas}, heats
 
 
-def source_lines():
-    """The step's source as it stands in train.py: [(line, the panel that shows it, or "")]."""
-    loop = inspect.getsource(train.train)
-    parts = [loop[loop.index("        # 1. The gradient"):loop.index("        # 4. Log")].rstrip(),
-             inspect.getsource(train.edit_rewards), inspect.getsource(train.video_rewards)]
-    lines = []
-    for line in "\n\n".join(parts).splitlines():
-        lines.append((line, next((panel for words, panel in PANELS.items() if words in line), "")))
-    return lines
+def source_parts():
+    """The step's code in the order in which it runs: [(function, [(line, the panel that shows what it does, or "")])]."""
+    parts = []
+    for function, start, end in CODE:
+        source = inspect.getsource(function)
+        first = source.rindex("\n", 0, source.index(start)) + 1
+        last = source.rindex("\n", 0, source.index(end)) if end else len(source)
+        lines = []
+        for line in textwrap.dedent(source[first:last]).rstrip().splitlines():
+            lines.append((line, next((panel for words, panel in PANELS.items() if words in line), "")))
+        parts.append((f"{function.__module__}.{function.__name__}", lines))
+    return parts
 
 
 def explain(setup):
     """Everything that pages/templates/explain.html shows, and what the strip shows."""
-    started = time.perf_counter()
     cfg = setup.cfg
 
     # What the step would be with other tau, K, S and lambda; nothing here changes the adapters.
     taus = []
-    for tau in sorted({t for t in TAUS if round(t * cfg.num_steps)} | {cfg.tau}):
-        noised, z_0, found = setup.edit(tau)
-        taus.append(found | {"noised": setup.show(noised), "edit": setup.show(z_0)})
-        if tau == cfg.tau:
-            z_noi, edited = noised, z_0
-            here = taus[-1]
-    first = here["steps"]
+    for tau in sorted({*TAUS, cfg.tau}):
+        if tau == cfg.tau or round(tau * cfg.num_steps):
+            noised, z_0, numbers = setup.edit(tau)
+            taus.append(numbers | {"noised": setup.show(noised), "edit": setup.show(z_0)})
+            if tau == cfg.tau:
+                z_noi, edited, here = noised, z_0, taus[-1]
     sweep = {}
-    for K in sorted({k for k in GRAD_STEPS if k <= first} | {cfg.grad_steps}):
-        gradient, found = setup.gradient(K)
-        if not sweep:
-            smallest = gradient
-        sweep[K] = found | {"cosine": torch.cosine_similarity(gradient, smallest, dim=0).item()}
+    for grad_steps in sorted({*GRAD_STEPS, cfg.grad_steps}):
+        if grad_steps <= here["steps"]:
+            gradient, seconds = setup.gradient(grad_steps)
+            smallest = smallest if sweep else gradient
+            cosine = torch.cosine_similarity(gradient, smallest, dim=0).item()
+            sweep[grad_steps] = {"norm": gradient.norm().item(), "seconds": seconds, "cosine": cosine}
     states = {}
-    for segments in sorted({S for S in SEGMENTS if S <= cfg.frames} | {cfg.segments}):
-        states[segments], pictures = setup.scored(edited, segments)
-        if segments == cfg.segments:
-            heats = pictures
+    for segments in sorted({*SEGMENTS, cfg.segments}):
+        if segments <= cfg.frames:
+            states[segments], pictures = setup.scored(edited, segments)
+            if segments == cfg.segments:
+                heats = pictures
     guesses = guess_clips(setup.base.denoiser, setup.z, setup.eps, setup.text, setup.uncond, cfg)
+    steps = [{"i": here["steps"] - n, "t": t, "clip": setup.show(z)} for n, (t, z) in enumerate(guesses)]
 
-    # The step itself, which moves the adapters.
-    numbers = setup.train_one_step()
-    page = {"cfg": cfg, "caption": setup.captions[0], "reward": setup.reward.name, "versions": versions(), "numbers": numbers,
-            "abar": alpha_bars()[here["t"]].item(), "real": setup.show(setup.z), "source": source_lines(),
-            "guesses": [{"i": first - n, "t": t, "clip": setup.show(z)} for n, (t, z) in enumerate(guesses)],
+    # The step itself, which moves the adapters; and again, until its effect can be seen.
+    logged = setup.train(REPEATS)
+    _, last_edit, last = setup.edit(cfg.tau)
+    page = {"cfg": cfg, "caption": setup.captions[0], "reward": setup.rewards.name, "numbers": logged[0], "after": logged[1],
+            "abar": alpha_bars()[here["t"]].item(), "real": setup.show(setup.z), "source": source_parts(), "guesses": steps,
             "pictures": [picture_uri(picture) for picture in setup.pixels(edited)], "here": here, "taus": taus, "sweep": sweep,
-            "states": states, "after": setup.edit(cfg.tau)[2], "seconds": time.perf_counter() - started}
+            "states": states, "last": last | {"edit": setup.show(last_edit)}, "repeats": REPEATS}
 
-    # The strip: the frames that were drawn, from the real clip to the gradient.
-    latents = [("real clip", "z", setup.z), ("noised", f"t = {here['t']}, Eq. 5", z_noi)]
-    for n in sorted({0, first // 3, 2 * first // 3}):
-        latents.append((f"guess, step {first - n}", f"t = {guesses[n][0]}", guesses[n][1]))
-    latents.append(("the edit", "$z_0$", edited))
+    # The strip: the frames that were drawn, from the real clip to what the step leads to.
     mine = states[cfg.segments]
-    columns = [(title, below, setup.pixels(z)[mine["g"]]) for title, below, z in latents]
-    columns.append(("gradient of R", "on these pixels", heats))
+    columns = []
+    for title, below, z in (("real clip", "z", setup.z), ("noised", f"t = {here['t']}, Eq. 5", z_noi),
+                            ("first guess", f"of {here['steps']} steps", guesses[0][1]), ("the edit", "$z_0$", edited),
+                            ("the edit, after", f"{REPEATS} such steps", last_edit)):
+        columns.append((title, below, setup.pixels(z)[mine["g"]]))
+    columns.insert(4, ("gradient of R", "on these pixels", heats))
     weighted = mine["lambdas"][f"{cfg.lambda_tar:g}"]
     return page, {"columns": columns, "g": mine["g"], "r": mine["r"], "f": weighted["f"], "R": weighted["R"],
                   "caption": page["caption"], "reward": page["reward"]}
@@ -246,10 +257,9 @@ def main(cfg):
     check_folder(out)
     setup = Setup(cfg)
     page, strip = explain(setup)
-    size = write_page(out / "explain.html", "explain.html", cfg.max_mb, fps=cfg.fps,
-                      title="One training step, taken apart", clips=setup.clips.pack(cfg.max_mb * .8), **page)
+    size = write_page(out / "explain.html", "explain.html", cfg.max_mb, title="One training step, taken apart", **page)
     draw_step(out / "explain.png", **strip)
-    print(f"written: {out}/explain.html ({size:.1f} MB), explain.png; computed in {page['seconds']:.0f} s")
+    print(f"written: {out}/explain.html ({size:.1f} MB), explain.png")
 
 
 if __name__ == "__main__":

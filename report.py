@@ -9,8 +9,7 @@ Look at runs: one page of them, a blind comparison of two models, and what the v
 The pages open from disk and fetch nothing. A blind comparison is two files: blind.html for the voters, who export their votes
 from it, and key.json, which says whose clips are on which side, for whoever counts.
 
-Paper: InstructVideo (arXiv:2312.12490), Table 2 and Appendix D: two clips of the same prompt and noise, two questions, quality
-and alignment with the text; 100 prompts, 60 in-domain, 20 of new animals and 20 without.
+Paper: InstructVideo (arXiv:2312.12490), Table 2 and Appendix D: 100 prompts, 60 in-domain, 20 of new animals and 20 without.
 """
 import support.threads  # noqa: F401  before torch is loaded
 import json
@@ -21,11 +20,11 @@ from pathlib import Path
 import tyro
 
 from pages import runs as run_pages
-from pages.html import Clips, write_page
+from pages.html import clip_uri, write_page
 from pages.votes import QUESTIONS, draw_key, read_key, read_votes, tally, unblind
 from support.clips import read_prompt_sets
 from support.files import check_folder, write_text
-from support.pictures import markdown, versions
+from support.pictures import markdown
 from support.ranks import run_script
 from support.settings import check_positive
 
@@ -47,10 +46,8 @@ class Config:
     """folder of the page; default out/report or out/blind"""
     open: bool = False
     """show the page in the browser"""
-    fps: int = 8
-    """frames a second that clips play at"""
-    max_mb: float = 8.
-    """largest size of a page; clips are compressed until it fits"""
+    max_mb: float = 20.
+    """largest size of a page; mail takes hardly more"""
 
 
 def finish(cfg, path, size, words=""):
@@ -73,19 +70,10 @@ def report(cfg):
         else:
             folders.append(path)
     runs = [run_pages.RunFiles(folder) for folder in folders]
-    names = [run.name for run in runs]
-    for run in runs:
-        if names.count(run.name) > 1:
-            run.name = str(run.folder)
-
-    title = "Report: " + ", ".join([run.name for run in runs] + [study["name"] for study in studies])
-    clips = Clips()
-    parts = run_pages.clip_rows(runs, clips)
-    packed = clips.pack(cfg.max_mb * .9)
     path = (cfg.out or Path("out/report")) / "report.html"
-    size = write_page(path, "report.html", cfg.max_mb, title=title[:120], fps=cfg.fps, runs=runs, studies=studies, parts=parts,
-                      changed=run_pages.changed_settings(runs), charts=run_pages.curves(runs), gains=run_pages.gain_rows(runs),
-                      versions=versions(), clips=packed, quality=clips.quality, shrink=clips.shrink)
+    size = write_page(path, "report.html", cfg.max_mb, title="Report", runs=runs, studies=studies,
+                      parts=run_pages.clip_rows(runs), changed=run_pages.changed_settings(runs),
+                      charts=run_pages.curves(runs), gains=run_pages.gains(runs))
     finish(cfg, path, size)
 
 
@@ -96,30 +84,25 @@ def blind(cfg):
         raise ValueError(f"out {out}: holds the key of an earlier comparison, which its votes need; choose another folder")
     prompts = read_prompt_sets(cfg.prompts, "tiny")  # may be none, as for the tiny world
     key = draw_key(cfg.blind, run_pages.pair_up(*cfg.blind, prompts))
-    clips = Clips()
     shown = []
     for pair in key["pairs"]:
-        pixels = run_pages.read_pair(pair["files"])
-        sides = {side: clips.add(pixels[unblind(pair, side)]) for side in ("left", "right")}
+        run_pages.check_sizes(pair["files"])
+        sides = {side: clip_uri(pair["files"][unblind(pair, side)]) for side in ("left", "right")}
         shown.append({"caption": pair["caption"]} | sides)
-
-    packed = clips.pack(cfg.max_mb * .95)
-    size = write_page(out / "blind.html", "blind.html", cfg.max_mb, title="Which of the two?", fps=cfg.fps, clips=packed,
-                      comparison=key["comparison"], pairs=shown, questions=QUESTIONS)
+    size = write_page(out / "blind.html", "blind.html", cfg.max_mb, title="Which of the two?", comparison=key["comparison"],
+                      pairs=shown, questions=QUESTIONS)
     write_text(out / "key.json", json.dumps(key, indent=1) + "\n")
-    words = f", {len(shown)} prompts; {out / 'key.json'} says whose clips are where: keep it from the voters"
-    if clips.quality < 80 or clips.shrink > 1:
-        words += f"; clips are compressed to WebP quality {clips.quality}, --max-mb allows more"
-    finish(cfg, out / "blind.html", size, words)
+    finish(cfg, out / "blind.html", size,
+           f", {len(shown)} prompts; {out / 'key.json'} says whose clips are where: keep it from the voters")
 
 
 def count_votes(cfg):
     """The table of the votes."""
-    places = [cfg.key] if cfg.key else [cfg.tally[0].parent / "key.json", Path("out/blind/key.json")]
-    found = next((path for path in places if path.is_file()), None)
-    if found is None:
-        raise ValueError(f"no key: looked for {' and '.join(map(str, places))}; --key must name the comparison's key.json")
-    key = read_key(found)
+    beside = cfg.tally[0].parent / "key.json"
+    file = cfg.key or (beside if beside.is_file() else Path("out/blind/key.json"))
+    if not file.is_file():
+        raise ValueError(f"no key: {file} is no file; --key must name the comparison's key.json")
+    key = read_key(file)
     votes = {}
     for path in cfg.tally:
         rater, ballot = read_votes(path, key)
@@ -129,14 +112,14 @@ def count_votes(cfg):
     result = tally(key, votes)
     rows = [["who", "question", "set", "prompts", "votes", "A better", "tie", "B better"]]
     for row in result["rows"]:
-        cells = [f"{share:.0%} ({low:.0%} to {high:.0%})" for share, low, high in row["shares"].values()]
-        rows.append([row["who"], row["question"], row["set"], row["prompts"], row["votes"], *cells])
+        rows.append([row["who"], row["question"], row["set"], row["prompts"], row["votes"]])
+        for share, low, high in row["shares"].values():
+            rows[-1].append(f"{share:.0%} ({low:.0%} to {high:.0%})")
     text = f"A is {key['a']}, B is {key['b']}. Raters: {len(votes)}. In parentheses 95% intervals over prompts.\n\n"
     text += markdown(rows)
-    for found in result["agreement"]:
-        kappa = "not defined (all the same)" if found["kappa"] is None else f"{found['kappa']:.2f}"
-        text += f"\nAgreement on {found['question']}, {found['between']}: {found['measure']} {kappa}"
-        text += f" ({found['prompts']} prompts)."
+    for row in result["agreement"]:
+        kappa = "not defined (all the same)" if row["kappa"] is None else f"{row['kappa']:.2f}"
+        text += f"\nAgreement on {row['question']}, {row['between']}: {row['measure']} {kappa} ({row['prompts']} prompts)."
     print(text)
     if cfg.out:
         write_text(cfg.out / "tally.md", text + "\n")
@@ -151,7 +134,7 @@ def main(cfg):
     if len(chosen) != 1:
         raise ValueError("give either run folders, or --blind A B, or --tally FILE...; "
                          f"found {' and '.join(chosen) or 'none of them'}")
-    check_positive(cfg, "fps", "max_mb")
+    check_positive(cfg, "max_mb")
     if cfg.out:
         check_folder(cfg.out)
     actions[chosen[0]](cfg)

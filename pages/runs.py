@@ -1,52 +1,68 @@
-"""What report.py shows of run folders, read from their files: settings, curves, tables, clips of the same prompt and noise."""
+"""What report.py shows of run folders, read from their files: settings, curves, gains, clips of the same prompt and noise."""
 import math
 import re
 from pathlib import Path
 
-from pages.html import line_chart
+from pages.html import clip_uri, line_chart
 from support.files import first_names, read_json, read_text
 from support.run import SHOWN, mean_rewards, read_evaluations, sample_file
 from support.tables import best_step, find_turn, paired
 from support.videos import read_video, video_name
 
 COLUMNS = 5  # evaluations whose clips are shown: the first, the last, and some between
+NOT_COMPARED = {"out", "resume", "overwrite"}  # settings that say nothing about what a run did
 
 
 class RunFiles:
-    """A run folder's files. tables: {step: {set: {measure: (n,)}}} of its evaluations; prompts: {set: captions} of the videos."""
+    """
+    A run folder's files, for the page: config, prompts {set: captions}, and the tables {step: {set: {measure: (n,)}}} of its
+    evaluations. reward: what it maximised, by name, so that different rewards are never taken together.
+    """
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        self.name = self.folder.name or str(folder)
+        self.name = str(folder)
         for file in ("config.json", "run.json"):
             if not (self.folder / file).is_file():
                 raise ValueError(f"{folder}: holds no run (no {file})")
         self.config = read_json(self.folder / "config.json")
         self.record = read_json(self.folder / "run.json")
         self.prompts = self.record.get("prompts")
-        if self.prompts is None:
+        if not isinstance(self.prompts, dict):
             raise ValueError(f"{folder}: run.json has no prompts, as early versions wrote it; the run's command with "
                              f"--resume {folder} adds them")
+        asked = self.config.get("reward") or "hpsv2"  # the default of --reward; run.json of earlier versions does not say more
+        asked = " + ".join(asked) if isinstance(asked, list) else asked
+        self.reward = self.config["reward"] = self.record.get("reward", asked)
         self.lines, self.tables = read_evaluations(self.folder)
 
     def clips(self, step):
         """The clips of an evaluation, the first few of each set: {name: {file, set, caption, score}}."""
-        shown = []
+        clips = {}
+        number = 0  # of the video among those shown, as in its file's name
         for set_name, captions in self.prompts.items():
             scores = self.tables[step][set_name]["reward"].tolist()
-            shown += [(set_name, caption, score) for caption, score in zip(captions[:SHOWN], scores)]
-        found = {}
-        for i, (set_name, caption, score) in enumerate(shown):
-            name = video_name(i, caption)
-            file = sample_file(self.folder, step, f"_{name}.mp4")
-            if file.is_file():
-                found[name] = {"file": file, "set": set_name, "caption": caption, "score": score}
-        return found
+            for caption, score in zip(captions[:SHOWN], scores):
+                name = video_name(number, caption)
+                number += 1
+                file = sample_file(self.folder, step, f"_{name}.mp4")
+                if file.is_file():
+                    clips[name] = {"file": file, "set": set_name, "caption": caption, "score": score}
+        return clips
 
-    def difference(self, set_name, measure, step):
-        """Of a measure from the first evaluation to this one, and its standard error over prompts."""
-        first = next(iter(self.tables.values()))
-        return paired(first[set_name], self.tables[step][set_name], measure, self.prompts[set_name])
+    def changes(self):
+        """Each measure of each evaluation, against the first: [{step, set, measure, before, after, gain, error}], paired."""
+        changes = []
+        first = self.tables.get(min(self.tables, default=None))
+        for step, tables in self.tables.items():
+            for set_name, table in tables.items():
+                for measure, after in table.items():
+                    before = first[set_name][measure].nanmean().item()
+                    gain, error = paired(first[set_name], table, measure, self.prompts[set_name])
+                    name = self.reward if measure == "reward" else measure
+                    changes.append({"step": step, "set": set_name, "measure": name, "before": before,
+                                    "after": after.nanmean().item(), "gain": gain, "error": error})
+        return changes
 
     def guard_says(self):
         """What the run said of what it watches, found anew; None where nothing is watched."""
@@ -54,14 +70,17 @@ class RunFiles:
         if not (watched and self.tables):
             return None
         turn = find_turn(self.tables, self.prompts, watched)
-        said = turn.words("the reward") if turn else f"none of {', '.join(watched)} has turned"
-        return f"{said}; best.safetensors is step {best_step(mean_rewards(self.lines), turn)}"
+        verdict = turn.words("the reward") if turn else f"none of {', '.join(watched)} has turned"
+        return f"{verdict}; best.safetensors is step {best_step(mean_rewards(self.lines), turn)}"
 
 
 def changed_settings(runs):
-    """[(setting, [value in each run])] of those that differ; folders and the continuing of a run aside."""
+    """[(setting, [value in each run])] of those that differ."""
+    names = set()
+    for run in runs:
+        names |= run.config.keys() - NOT_COMPARED
     changed = []
-    for name in sorted(set().union(*(run.config for run in runs)) - {"out", "resume", "overwrite"}):
+    for name in sorted(names):
         values = [run.config.get(name, "not there") for run in runs]
         if values != values[:1] * len(runs):
             changed.append((name, values))
@@ -69,78 +88,55 @@ def changed_settings(runs):
 
 
 def curves(runs):
-    """Charts of the reward and all else that evaluations measured, with a line for each set of a single run, or for each run."""
-    training, sets, measures = {}, {}, {}
+    """Charts: of one run all that changed, a line for each set; of several the rewards, a chart for each set, a line a run."""
+    charts = {}  # {title: {line: [(step, y, error)]}}
     for run in runs:
-        training[run.name] = [(line["step"], line["reward"], 0.) for line in run.lines if line.get("reward") is not None]
-        for tables in run.tables.values():
-            sets |= tables
-            for table in tables.values():
-                measures |= table
-
-    charts = [("reward in training", training)]
-    for measure in measures:
-        title = "reward of videos from pure noise" if measure == "reward" else measure
+        points = [(line["step"], line["reward"], 0.) for line in run.lines if line.get("reward") is not None]
+        if points:
+            charts.setdefault(f"{run.reward}, videos of the training steps", {})[run.name] = points
+    shown = {run.reward for run in runs}
+    for run in runs:
+        changes = run.changes()
         if len(runs) == 1:
-            charts.append((title, {name: curve(runs[0], [name], measure) for name in sets}))
-        elif measure == "reward":
-            for name in sets:
-                charts.append((f"{title}, {name}", {run.name: curve(run, [name], measure) for run in runs}))
-        else:
-            charts.append((f"{title}, mean over the sets", {run.name: curve(run, sets, measure) for run in runs}))
-    return [line_chart(title, lines) for title, lines in charts if any(lines.values())]
+            shown = {change["measure"] for change in changes if change["gain"]}
+        for change in changes:
+            title, line = f"{change['measure']}, videos from pure noise", change["set"]
+            if len(runs) > 1:
+                title, line = f"{title}, {change['set']}", run.name
+            if change["measure"] in shown and math.isfinite(change["after"]):
+                point = (change["step"], change["after"], change["error"])
+                charts.setdefault(title, {}).setdefault(line, []).append(point)
+    return [line_chart(title, lines) for title, lines in charts.items()]
 
 
-def curve(run, sets, measure):
-    """[(step, y, error)]: a measure's mean over these sets where an evaluation knows it; of the reward with its gain's error."""
-    points = []
-    for step, tables in run.tables.items():
-        means = [tables[name][measure].nanmean().item() for name in sets if measure in tables.get(name, {})]
-        known = [mean for mean in means if math.isfinite(mean)]
-        if known:
-            error = run.difference(*sets, measure, step)[1] if measure == "reward" else 0.
-            points.append((step, sum(known) / len(known), error))
-    return points
-
-
-def gain_rows(runs):
-    """Rows of a run and set: each measure's first and last mean and paired difference. A set's runs stand below each other."""
-    rows = {}
+def gains(runs):
+    """The last evaluation against the first, rewards before other measures: {measure: {run's name: {set: its change}}}."""
+    by_measure = {run.reward: {} for run in runs}
     for run in runs:
-        if len(run.tables) < 2:
-            continue
-        last = max(run.tables)
-        for set_name, before in run.tables[min(run.tables)].items():
-            measures = {}
-            for name, values in before.items():
-                gain, error = run.difference(set_name, name, last)
-                after = run.tables[last][set_name][name].mean().item()
-                measures[name] = {"before": values.mean().item(), "after": after, "gain": gain, "error": error}
-            n = len(before["reward"])
-            std = before["reward"].std(correction=n > 1).item()
-            row = {"run": run.name, "set": set_name, "n": n, "steps": last, "measures": measures, "std": std}
-            rows.setdefault(set_name, []).append(row)
-    return sum(rows.values(), [])
+        last = max(run.tables, default=0)
+        for change in run.changes():
+            if change["step"] == last > min(run.tables):
+                by_measure.setdefault(change["measure"], {}).setdefault(run.name, {})[change["set"]] = change
+    return {measure: by_run for measure, by_run in by_measure.items() if by_run}
 
 
-def clip_rows(runs, clips):
+def clip_rows(runs):
     """
-    The clips of a few evaluations, largest and smallest gains first, as {title: [{caption, set, gain, runs: {run's name: {gain,
-    shown: [{step, clip: its number in clips, a pages.html.Clips, score}]}}}]}.
+    The clips of a few evaluations, largest and smallest gains of the first run first: {title: [{caption, set, gain, runs: {run's
+    name: [{step, src, score}]}}]}. Gains of several runs are not averaged: their rewards may differ.
     """
     rows = {}
     for run in runs:
         steps = list(run.tables)
         chosen = {round(i * (len(steps) - 1) / (COLUMNS - 1)) for i in range(COLUMNS if steps else 0)}
-        for step in [steps[i] for i in sorted(chosen)]:
-            for name, clip in run.clips(step).items():
-                row = rows.setdefault((clip["set"], name), clip | {"runs": {}})
-                mine = row["runs"].setdefault(run.name, {"shown": []})
-                number = clips.add(read_video(clip["file"]))
-                mine["shown"].append({"step": step, "clip": number, "score": clip["score"]})
-                mine["gain"] = clip["score"] - mine["shown"][0]["score"]
-    for row in rows.values():
-        row["gain"] = sum(mine["gain"] for mine in row["runs"].values()) / len(row["runs"])
+        for i in sorted(chosen):
+            for name, clip in run.clips(steps[i]).items():
+                new_row = {"caption": clip["caption"], "set": clip["set"], "gain": math.nan, "runs": {}}
+                row = rows.setdefault((clip["set"], name), new_row)
+                shown = row["runs"].setdefault(run.name, [])
+                shown.append({"step": steps[i], "src": clip_uri(clip["file"]), "score": clip["score"]})
+                if run is runs[0]:
+                    row["gain"] = clip["score"] - shown[0]["score"]
     ordered = sorted(rows.values(), key=lambda row: (math.isnan(row["gain"]), -row["gain"]))
     few = min(3, len(ordered) // 2)
     parts = {"Largest gains": ordered[:few], "Smallest gains": ordered[len(ordered) - few:][::-1],
@@ -175,20 +171,21 @@ def read_side(argument, prompts):
         chosen = int(step) if step else max(run.tables, default=None)
         if chosen not in run.tables:
             raise ValueError(f"{argument}: no evaluation at that step; there are {', '.join(map(str, run.tables)) or 'none'}")
-        return run.clips(chosen), run.config.get("reward")
+        return run.clips(chosen), run.reward
 
-    sets = []
+    set_of_video = {}
     for set_name, texts in prompts.items():
-        sets += [set_name] * len(texts)
-    found = {}
-    for file in sorted([*path.glob("*.gif"), *path.glob("*.mp4")]):  # of both the second, .mp4, is kept
+        for _ in texts:
+            set_of_video[len(set_of_video)] = set_name
+    clips = {}
+    for file in sorted(path.glob("*.mp4")):
         number = re.match(r"\d{4,}(?=-|$)", file.stem)  # support.videos.video_name puts it there
         if number:
-            words = file.with_suffix(".txt")  # generate.py writes the prompt there
-            caption = read_text(words).strip() if words.is_file() else file.stem
-            set_name = sets[int(number[0])] if int(number[0]) < len(sets) else "all"
-            found[file.stem] = {"file": file, "set": set_name, "caption": caption, "score": None}
-    return found, None
+            beside = file.with_suffix(".txt")  # generate.py writes the prompt there
+            caption = read_text(beside).strip() if beside.is_file() else file.stem
+            set_name = set_of_video.get(int(number[0]), "all")
+            clips[file.stem] = {"file": file, "set": set_name, "caption": caption, "score": None}
+    return clips, None
 
 
 def pair_up(first, second, prompts):
@@ -204,19 +201,16 @@ def pair_up(first, second, prompts):
         raise ValueError(f"{first} and {second}: must have clips of the same prompts and seeds; not in both: {different}")
     pairs = []
     for name, clip in a.items():
-        sides = {"a": clip, "b": b[name]}
-        files = {side: str(shown["file"]) for side, shown in sides.items()}
-        scores = {side: shown["score"] for side, shown in sides.items()}
+        files = {"a": str(clip["file"]), "b": str(b[name]["file"])}
+        scores = {"a": clip["score"], "b": b[name]["score"]}
         reward = scores if reward_a is not None and reward_a == reward_b else None
         pairs.append({"name": name, "caption": clip["caption"], "set": clip["set"], "files": files, "reward": reward})
     return pairs
 
 
-def read_pair(files):
-    """The pixels of both clips, {"a", "b"}; ValueError if size or length would tell them apart."""
-    pixels = {side: read_video(file) for side, file in files.items()}
-    if pixels["a"].shape != pixels["b"].shape:
-        shapes = f"{pixels['a'].shape[:3]} and {pixels['b'].shape[:3]}"
-        raise ValueError(f"{files['a']} and {files['b']}: frames, rows and columns are {shapes}; both must be alike, or the "
-                         "page would tell the models apart")
-    return pixels
+def check_sizes(files):
+    """ValueError if size or length would tell the two clips of a pair {"a", "b"} apart."""
+    a, b = read_video(files["a"]).shape, read_video(files["b"]).shape
+    if a != b:
+        raise ValueError(f"{files['a']} and {files['b']}: frames, rows and columns are {a[:3]} and {b[:3]}; both must be alike, "
+                         "or the page would tell the models apart")

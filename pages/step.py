@@ -1,31 +1,5 @@
-"""The picture of one training step that explain.py writes, and where in the network its gradient is large."""
-import re
-
+"""The picture of one training step that explain.py writes."""
 from support.pictures import write_figure
-
-KINDS = ("within a frame", "to the caption", "across frames")
-
-
-def block_and_kind(path):
-    """Where a projection stands, in words: (block of the UNet, kind of attention)."""
-    side, level = re.match(r"(transformer_in|mid|down|up)(?:_blocks?)?\.?(\d+)?", path).groups()
-    block = "entrance" if side == "transformer_in" else "middle" if side == "mid" else f"{side} {level}"
-    if "temp_attentions" in path or side == "transformer_in":
-        return block, KINDS[2]  # there both attentions run over the frames
-    return block, KINDS[0] if "attn1" in path else KINDS[1]
-
-
-def gradient_shares(squares):
-    """Shares of the squared gradient norm: {block: {kind: share}}, and {q, k, v, out: share}."""
-    total = sum(squares.values()) or 1.
-    blocks, projections = {}, {}
-    for path, square in squares.items():
-        block, kind = block_and_kind(path)
-        row = blocks.setdefault(block, dict.fromkeys(KINDS, 0.))
-        row[kind] += square / total
-        name = path.split("to_")[1].split(".")[0]
-        projections[name] = projections.get(name, 0.) + square / total
-    return blocks, projections
 
 
 def draw_step(path, columns, g, r, f, R, caption, reward):

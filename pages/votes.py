@@ -25,11 +25,12 @@ def draw_key(names, pairs):
     randomness: with a seed, whoever knows the default could work out the sides.
     """
     system = random.SystemRandom()
-    lefts = ["a", "b"] * ((len(pairs) + 1) // 2)  # of an odd number of pairs the last one here is dropped
+    lefts = ["a", "b"] * ((len(pairs) + 1) // 2)
     system.shuffle(lefts)
-    shuffled = system.sample(pairs, len(pairs))
-    return {"comparison": secrets.token_hex(6), "a": names[0], "b": names[1],
-            "pairs": [pair | {"left": left} for pair, left in zip(shuffled, lefts)]}
+    drawn = []
+    for pair, left in zip(system.sample(pairs, len(pairs)), lefts):  # of an odd number of pairs one left stays over
+        drawn.append(pair | {"left": left})
+    return {"comparison": secrets.token_hex(6), "a": names[0], "b": names[1], "pairs": drawn}
 
 
 def read_key(path):
@@ -82,11 +83,11 @@ def shares(choices):
     Each prompt counts once, however many voted on it: votes on one depend on each other, so a prompt is a trial of the interval.
     """
     voted = [row for row in choices if row]
-    found = {}
+    intervals = {}
     for choice in ("a", "tie", "b"):
         share = sum(row.count(choice) / len(row) for row in voted) / max(len(voted), 1)
-        found[choice] = (share, *wilson(share, len(voted)))
-    return {"prompts": len(voted), "votes": sum(map(len, choices)), "shares": found}
+        intervals[choice] = (share, *wilson(share, len(voted)))
+    return {"prompts": len(voted), "votes": sum(map(len, choices)), "shares": intervals}
 
 
 def kappa(rows):
@@ -116,8 +117,8 @@ def reward_choices(key):
     choices = []
     for pair in key["pairs"]:
         scores = pair["reward"]
-        same = scores and scores["a"] == scores["b"]
-        choices.append(None if not scores else "tie" if same else max(scores, key=scores.get))
+        equal = scores and scores["a"] == scores["b"]
+        choices.append(None if not scores else "tie" if equal else max(scores, key=scores.get))
     return choices
 
 
@@ -133,18 +134,17 @@ def tally(key, votes):
 
     votes: {rater: {(pair, question): choice}} -> {"rows": [{who, question, set, ...shares}], "agreement": [agreement()], ...}.
     """
-    sets = {}
-    for i, pair in enumerate(key["pairs"]):
-        sets.setdefault(pair["set"], []).append(i)
-    every = {"all": range(len(key["pairs"]))}
-    sets = every | sets if len(sets) > 1 else every
+    sets = {"all": range(len(key["pairs"]))}
+    if len({pair["set"] for pair in key["pairs"]}) > 1:
+        for i, pair in enumerate(key["pairs"]):
+            sets.setdefault(pair["set"], []).append(i)
 
     reward = reward_choices(key)
     agreements = []
     tables = []
     for question in QUESTIONS:
         choices = []
-        for i in range(len(key["pairs"])):
+        for i in sets["all"]:
             choices.append([ballot[i, question] for ballot in votes.values() if (i, question) in ballot])
         tables.append(("people", question, choices))
         if len(votes) > 1:

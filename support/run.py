@@ -62,7 +62,7 @@ class Run:
     def open(self, resumed):
         """Take up what the folder holds, if the run is resumed, else remove an earlier run; then write what this one is."""
         record = {"data": self.method.data, "watched": self.evaluations.watched, "prompts": self.evaluations.prompts,
-                  "versions": versions()}
+                  "reward": self.evaluations.reward_name, "versions": versions()}
         check_alike(self.method.data)
         if resumed:  # rank 0 alone reads: on other nodes, with disks of their own, there is no such folder
             state, self.lines, tables = on_rank_0(lambda: read_run(self.folder, self.adapters, record["data"]))

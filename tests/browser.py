@@ -1,10 +1,8 @@
 """
 A real browser for tests: chromium without a window, driven over two pipes by its own DevTools protocol.
 
-No package is needed. Messages are JSON, each ended by a zero byte, on file descriptors 3 and 4 of the
-browser.
+No package is needed. Messages are JSON, each ended by a zero byte, on file descriptors 3 and 4 of the browser.
 """
-import base64
 import fcntl
 import json
 import os
@@ -16,6 +14,8 @@ import time
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PROGRAM = next((path for path in map(shutil.which, NAMES) if path), None)
+FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--disable-background-networking",
+         "--no-first-run", "--disable-component-update", "--hide-scrollbars", "--disable-dev-shm-usage"]
 # The pipes are moved to the numbers that the browser reads and writes.
 START = """import os, sys
 os.dup2(int(sys.argv[1]), 3), os.dup2(int(sys.argv[2]), 4)
@@ -24,21 +24,17 @@ WAIT = 60  # seconds, on a busy machine
 
 
 class Browser:
-    """One browser process with one page. `problems` collects console errors, `requests` every address that
-    the page asked for."""
+    """One browser process with one page. `problems` are console errors, `requests` the addresses that the page asked for."""
 
     def __init__(self, profile):
         theirs_in, self.out = (fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in os.pipe())
         self.inp, theirs_out = (fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in os.pipe())
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
-                 f"--user-data-dir={profile}", "--disable-background-networking", "--no-first-run",
-                 "--disable-component-update", "--hide-scrollbars", "--disable-dev-shm-usage"]
-        command = [sys.executable, "-c", START, str(theirs_in), str(theirs_out), PROGRAM, *flags]
+        command = [sys.executable, "-c", START, str(theirs_in), str(theirs_out), PROGRAM, *FLAGS, f"--user-data-dir={profile}"]
         self.process = subprocess.Popen(command, pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL,
                                         stdout=subprocess.DEVNULL)
         os.close(theirs_in), os.close(theirs_out)
-        self.buffer, self.number, self.session, self.events = b"", 0, None, []
-        self.problems, self.requests = [], []
+        self.buffer, self.number, self.session = b"", 0, None
+        self.problems, self.requests, self.events = [], [], []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -72,44 +68,27 @@ class Browser:
             self.buffer += os.read(self.inp, 1 << 20)
         text, _, self.buffer = self.buffer.partition(b"\0")
         message = json.loads(text)
-        params = message.get("params", {})
-        event = message.get("method")
-        if event == "Runtime.exceptionThrown":
-            self.problems.append(str(params["exceptionDetails"]))
-        if event == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
-            self.problems.append(str(params["args"]))
-        if event == "Log.entryAdded" and params["entry"]["level"] == "error":
-            self.problems.append(params["entry"]["text"])
+        event, params = message.get("method"), message.get("params", {})
+        if (event == "Runtime.exceptionThrown" or event == "Log.entryAdded" and params["entry"]["level"] == "error"
+                or event == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert")):
+            self.problems.append(str(params))
         if event == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
         self.events.append(event)
         return message
 
-    def wait_for(self, what):
-        """Until an event of this name, or a JavaScript expression, is there."""
-        deadline = time.monotonic() + WAIT
-        if what.startswith("Page."):
-            while what not in self.events:
-                self.read(deadline)
-            return
-        while not self.js(what):
-            if time.monotonic() > deadline:
-                raise TimeoutError(what)
-            time.sleep(.05)
+    def load(self, method, **params):
+        """Send a command that loads a page, and wait until it is there."""
+        self.problems, self.requests, self.events = [], [], []
+        self.call(method, **params)
+        while "Page.loadEventFired" not in self.events:
+            self.read(time.monotonic() + WAIT)
 
-    def open(self, path, width=1200, height=900, dark=False):
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
-                  mobile=width < 500)
+    def open(self, path, width, height, dark=False):
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.problems, self.requests, self.events = [], [], []
-        self.call("Page.navigate", url=path.resolve().as_uri())
-        self.wait_for("Page.loadEventFired")
-
-    def reload(self):
-        self.events = []
-        self.call("Page.reload")
-        self.wait_for("Page.loadEventFired")
+        self.load("Page.navigate", url=path.resolve().as_uri())
 
     def js(self, expression):
         """The value of a JavaScript expression."""
@@ -118,23 +97,18 @@ class Browser:
             raise RuntimeError(result["exceptionDetails"]["exception"].get("description"))
         return result["result"].get("value")
 
+    def wait_for(self, expression):
+        wait_until(lambda: self.js(expression), expression)
+
     def press(self, key):
         for kind in ("keyDown", "keyUp"):
-            text = {"text": key} if len(key) == 1 and kind == "keyDown" else {}
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, **text)
-
-    def screenshot(self, path, whole=True):
-        """What the window shows, or the whole page, as a PNG, to be looked at."""
-        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        area = {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], 8000), "scale": 1}
-        part = {"clip": area, "captureBeyondViewport": True} if whole else {}
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", **part)["data"]))
+            self.call("Input.dispatchKeyEvent", type=kind, key=key)
 
 
-def wait_until(true):
+def wait_until(true, what="what was waited for"):
     """Until a function of ours says so."""
     deadline = time.monotonic() + WAIT
     while not true():
         if time.monotonic() > deadline:
-            raise TimeoutError("what was waited for did not come")
+            raise TimeoutError(f"{what} did not come")
         time.sleep(.05)
