@@ -18,7 +18,7 @@ from support.clips import read_list
 from support.tables import over_seeds
 from tiny import judge, study, world
 
-SHORT = "--steps 2 --batch-size 1 --num-steps 2 --tau 1 --save-every 1"
+IN_DOMAIN = f"--prompts in_domain={study.WORK}/in_domain.txt"
 
 
 @pytest.fixture
@@ -26,8 +26,7 @@ def pages(tmp_path, monkeypatch):
     """Copies of the pages and of the studies' files, to write to."""
     shutil.copytree(study.ROOT / "docs", tmp_path / "docs")
     shutil.copytree(study.RESULTS, tmp_path / "tiny" / "studies")
-    for page in ("README.md", "tiny/README.md"):
-        shutil.copy(study.ROOT / page, tmp_path / page)
+    shutil.copy(study.ROOT / "README.md", tmp_path)
     monkeypatch.setattr(study, "ROOT", tmp_path)
     monkeypatch.setattr(study, "RESULTS", tmp_path / "tiny" / "studies")
     return sorted(tmp_path.glob("**/*.md"))
@@ -36,38 +35,46 @@ def pages(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", study.STUDIES)
 def test_every_command_line_is_one_of_its_module(name, aside, tmp_path):
     (tmp_path / "tiny").symlink_to(study.ROOT / "tiny")
-    study.write_inputs(study.IN_DOMAIN)
-    evaluate.check(tyro.cli(evaluate.Config, args=shlex.split(study.MEASURED.get(name, study.IN_DOMAIN))))
-    for module_name, flags, seeds in study.STUDIES[name].values():
-        module = importlib.import_module(module_name)
-        cfg = tyro.cli(type(module.PRESETS["tiny"]), args=shlex.split(flags), default=module.PRESETS["tiny"])
+    for planned in study.STUDIES[name]:
+        study.write_inputs(IN_DOMAIN)
+        evaluate.check(tyro.cli(evaluate.Config, args=shlex.split(planned["flags of evaluate.py"])))
+        module = importlib.import_module(planned["module"])
+        cfg = tyro.cli(type(module.PRESETS["tiny"]), args=shlex.split(planned["flags"]), default=module.PRESETS["tiny"])
         module.check(replace(cfg, data=None))
+        seeds = planned["seeds"].split()
         assert len(set(seeds)) == len(seeds) > 0 and (cfg.data is None or cfg.data.parent == study.WORK)
         assert name not in ("methods", "guard") or cfg.steps % cfg.eval_every == 0  # else nothing chooses the best checkpoint
 
 
 def test_a_study_that_is_stopped_goes_on_and_repeats_nothing(few_clips, aside, tmp_path, monkeypatch):
     """Two runs of two steps; the second is stopped after its first step."""
-    monkeypatch.setattr(study, "RESULTS", tmp_path)
-    monkeypatch.setitem(study.STUDIES, "short", {"two seeds": ("train", SHORT, (0, 1)), "one": ("train", SHORT, (1,))})
-    monkeypatch.setitem(study.MEASURED, "short", f"{study.IN_DOMAIN} --count 2 --num-steps 2")
-    steps = []
+    def planned(label, seeds):
+        return {"label": label, "module": "train", "seeds": seeds, "flags of evaluate.py": f"{IN_DOMAIN} --count 2 --num-steps 2",
+                "flags": "--steps 2 --batch-size 1 --num-steps 2 --tau 1 --save-every 1"}
 
-    def stop_at_the_last_step(*args, edit_rewards=train.edit_rewards):
-        steps.append(args)
-        if len(steps) == 4:
+    def times():
+        return {path: path.stat().st_mtime_ns for path in study.WORK.rglob("*") if path.is_file()}
+
+    def stop_in_the_last_step(*args, edit_rewards=train.edit_rewards):
+        if len(list(study.WORK.glob("train*/state.pt"))) == 2:  # the second run has saved its first step
             raise KeyboardInterrupt
         return edit_rewards(*args)
 
-    monkeypatch.setattr(train, "edit_rewards", stop_at_the_last_step)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    monkeypatch.setitem(study.STUDIES, "short", [planned("two seeds", "0 1"), planned("one", "1")])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "edit_rewards", stop_in_the_last_step)
         study.run_study("short")
+    before = times()
     study.run_study("short")
-    _, second = sorted(study.WORK.glob("train*"))
-    assert len(steps) == 5 and len((second / "metrics.jsonl").read_text().splitlines()) == 2
-    written = {path: path.stat().st_mtime_ns for path in study.WORK.rglob("*")}
+    first, second = sorted(study.WORK.glob("train*"))
+    after = times()
+    assert all(after[path] == time for path, time in before.items() if first in path.parents)
+    steps = [json.loads(line)["step"] for line in (second / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2] and after != before
     study.run_study("short")
-    assert len(steps) == 5 and {path: path.stat().st_mtime_ns for path in study.WORK.rglob("*")} == written
+    assert times() == after
+
     report = json.loads((tmp_path / "short.json").read_text())
     base, tuned, alone = report["rows"]
     assert [row["label"] for row in report["rows"]] == ["base", "two seeds", "one"] and report["reward"] == "HPStiny"
@@ -83,10 +90,16 @@ def test_seeds_are_pooled_with_their_spread_and_the_wider_error_is_shown():
     assert pooled["differences"]["reward"] == pytest.approx((0.35, 0.05)) and pooled["label"] == "both"
     assert pooled["measures"] == pytest.approx({"reward_mean": 0.85, "n": 4}) and pooled["seeds"] == 2
     assert pooled["spread"]["reward"] == pytest.approx(0.3 / 2 ** 0.5)
-    shown, = study.read_rows({"rows": [pooled | {"base_std": 0.7}]})
+    shown, = study.read_rows({"rows": [pooled]})
     assert study.filled(study.SUMMARY["HPStiny"], shown) == "0.50 → 0.85 (+0.350 ± 0.150)"  # over seeds it is wider than 0.05
-    assert study.filled(study.SUMMARY["gain in base std"], shown) == "0.50"
     assert study.filled("{measures[n]:.0f} ± {spread[n]:.2f}", shown) == "4" and study.filled("{turned:d}", shown) == ""
+
+
+def test_what_all_rows_have_is_said_above_the_table():
+    rows = [{"label": label, "set": "new", "measures": {"n": 3, "reward_mean": mean}} for label, mean in (("a", .5), ("b", .25))]
+    table = study.study_table("some", {"rows": rows}, study.EVERY_ROW)
+    assert table.splitlines() == ["`python -m tiny.study some`: 3 videos a row, set new:", "",
+                                  "|  | HPStiny |", "| --- | --- |", "| a | 0.5000 |", "| b | 0.2500 |"]
 
 
 def test_the_pages_have_the_tables_that_the_files_give(pages):

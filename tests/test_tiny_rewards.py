@@ -4,8 +4,7 @@ import torch
 
 from formats.weights import TINY
 from reward import load_reward
-from rewards import action, removal
-from tiny import build, judge, world
+from tiny import build, world
 
 
 def clips(rows, flaws=None):
@@ -58,8 +57,3 @@ def test_the_gradient_is_as_large_where_the_reward_is_lowest(kind):
     assert low < high
     low.backward(), high.backward()
     assert wrong.grad.norm() > 10 * right.grad.norm() > 0
-
-
-def test_classes_are_in_the_order_of_the_worlds_and_the_judges():
-    assert action.DIRECTIONS == tuple(world.DIRECTIONS) and judge.DIRECTIONS == (*action.DIRECTIONS, "")
-    assert (action.SIZE, action.FRAMES, removal.SIZE) == (world.SIZE, world.FRAMES, world.SIZE)
