@@ -24,8 +24,6 @@ def test_the_stages_build_a_world_that_loads(short_clips, tmp_path, monkeypatch)
     with pytest.raises(SystemExit, match="gates missed: fresh clips: action "):  # after two steps of everything
         run(tmp_path / "a", tuple(build.STAGES))
     whole = json.loads((tmp_path / "a/manifest.json").read_text())
-    assert {name.split("/")[0] for name in whole} == {"vae", "unet", "text_encoder", "reward", "judge.safetensors", "gates.json",
-                                                      "action", "removal"}
     judged = {f"{of}, {name}" for of in ("through the autoencoder", "base") for name in world.PROMPT_SETS}
     assert json.loads((tmp_path / "a/gates.json").read_text()).keys() == judged | {"fresh clips", "still clips"}
     assert json.loads((tmp_path / "a/unet/config.json").read_text())["guidance"] == build.GUIDANCE
@@ -44,8 +42,7 @@ def test_the_stages_build_a_world_that_loads(short_clips, tmp_path, monkeypatch)
 
 
 def test_a_base_below_a_gate_is_named_with_the_measure_and_the_prompt_set():
-    good = build.GATES | {k: 1. for k in build.GATES_OF_COPIES}
-    good |= {"removal": .95}
+    good = build.GATES | dict.fromkeys(build.GATES_OF_COPIES, 1.) | {"removal": .95}
     found = {f"{of}, {name}": dict(good) for of in ("through the autoencoder", "base") for name in world.PROMPT_SETS}
     found["fresh clips"] = {"action": .97}
     assert build.missed_gates(found) == []

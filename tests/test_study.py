@@ -21,17 +21,6 @@ from tiny import judge, study, world
 IN_DOMAIN = f"--prompts in_domain={study.WORK}/in_domain.txt"
 
 
-@pytest.fixture
-def pages(tmp_path, monkeypatch):
-    """Copies of the pages and of the studies' files, to write to."""
-    shutil.copytree(study.ROOT / "docs", tmp_path / "docs")
-    shutil.copytree(study.RESULTS, tmp_path / "tiny" / "studies")
-    shutil.copy(study.ROOT / "README.md", tmp_path)
-    monkeypatch.setattr(study, "ROOT", tmp_path)
-    monkeypatch.setattr(study, "RESULTS", tmp_path / "tiny" / "studies")
-    return sorted(tmp_path.glob("**/*.md"))
-
-
 @pytest.mark.parametrize("name", study.STUDIES)
 def test_every_command_line_is_one_of_its_module(name, aside, tmp_path):
     (tmp_path / "tiny").symlink_to(study.ROOT / "tiny")
@@ -70,10 +59,9 @@ def test_a_study_that_is_stopped_goes_on_and_repeats_nothing(few_clips, aside, t
     first, second = sorted(study.WORK.glob("train*"))
     after = times()
     assert all(after[path] == time for path, time in before.items() if first in path.parents)
-    steps = [json.loads(line)["step"] for line in (second / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2] and after != before
+    assert [json.loads(line)["step"] for line in (second / "metrics.jsonl").read_text().splitlines()] == [1, 2]
     study.run_study("short")
-    assert times() == after
+    assert times() == after != before
 
     report = json.loads((tmp_path / "short.json").read_text())
     base, tuned, alone = report["rows"]
@@ -83,10 +71,9 @@ def test_a_study_that_is_stopped_goes_on_and_repeats_nothing(few_clips, aside, t
 
 
 def test_seeds_are_pooled_with_their_spread_and_the_wider_error_is_shown():
-    def row(gain, error):
-        return {"set": "a", "measures": {"reward_mean": 0.5 + gain, "n": 4}, "differences": {"reward": (gain, error)}}
-
-    pooled = over_seeds("both", [row(0.2, 0.04), row(0.5, 0.06)])
+    rows = [{"set": "a", "measures": {"reward_mean": 0.5 + gain, "n": 4}, "differences": {"reward": (gain, error)}}
+            for gain, error in ((0.2, 0.04), (0.5, 0.06))]
+    pooled = over_seeds("both", rows)
     assert pooled["differences"]["reward"] == pytest.approx((0.35, 0.05)) and pooled["label"] == "both"
     assert pooled["measures"] == pytest.approx({"reward_mean": 0.85, "n": 4}) and pooled["seeds"] == 2
     assert pooled["spread"]["reward"] == pytest.approx(0.3 / 2 ** 0.5)
@@ -97,15 +84,20 @@ def test_seeds_are_pooled_with_their_spread_and_the_wider_error_is_shown():
 
 def test_what_all_rows_have_is_said_above_the_table():
     rows = [{"label": label, "set": "new", "measures": {"n": 3, "reward_mean": mean}} for label, mean in (("a", .5), ("b", .25))]
-    table = study.study_table("some", {"rows": rows}, study.EVERY_ROW)
-    assert table.splitlines() == ["`python -m tiny.study some`: 3 videos a row, set new:", "",
-                                  "|  | HPStiny |", "| --- | --- |", "| a | 0.5000 |", "| b | 0.2500 |"]
+    assert study.study_table("some", {"rows": rows}, study.EVERY_ROW).splitlines() == [
+        "`python -m tiny.study some`, 3 videos a row, set new:", "",
+        "|   | HPStiny |", "| - | ------- |", "| a | 0.5000  |", "| b | 0.2500  |"]
 
 
-def test_the_pages_have_the_tables_that_the_files_give(pages):
-    before = [page.read_text() for page in pages]
+def test_the_pages_have_the_tables_that_the_files_give(tmp_path, monkeypatch):
+    shutil.copytree(study.ROOT / "docs", tmp_path / "docs")
+    shutil.copytree(study.RESULTS, tmp_path / "studies")
+    shutil.copy(study.ROOT / "README.md", tmp_path)
+    before = {page: page.read_text() for page in tmp_path.glob("**/*.md")}
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "studies")
     study.write_report()
-    assert [page.read_text() for page in pages] == before
+    assert {page: page.read_text() for page in before} == before
     assert all(iio.imread(study.ROOT / "docs" / f"{name}.png").ndim == 3 for name in study.PICTURES)
     shutil.copy(study.RESULTS / "rank.json", study.RESULTS / "nowhere.json")
     with pytest.raises(ValueError, match="no page has the marker <!-- study nowhere -->"):

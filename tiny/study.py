@@ -33,7 +33,7 @@ import train
 from generate import generate
 from model import decode_frames, load_base
 from support.files import read_json, write_text, write_whole
-from support.pictures import draw_gains, write_png
+from support.pictures import draw_gains, markdown, write_png
 from support.ranks import run_script
 from support.run import read_metrics
 from support.tables import json_numbers, over_seeds
@@ -62,15 +62,19 @@ def run_study(name):
     adapter = "best.safetensors" if name in ("methods", "guard") else "lora.safetensors"  # the best checkpoint, or the last
     rows = []
     for planned in STUDIES[name]:
-        runs = [trained(planned["module"], f"{planned['flags']} --seed {seed}") for seed in planned["seeds"].split()]
-        reports = [evaluated(run, adapter, planned["flags of evaluate.py"]) for run in runs]
-        seconds = sum(line.get("seconds", 0) for line in read_metrics(runs[0] / "metrics.jsonl"))
+        reports = []
+        seconds = []
+        for seed in planned["seeds"].split():
+            run = trained(planned["module"], f"{planned['flags']} --seed {seed}")
+            reports.append(evaluated(run, adapter, planned["flags of evaluate.py"]))
+            seconds.append(sum(line.get("seconds", 0) for line in read_metrics(run / "metrics.jsonl")))
         first_label = not rows
-        for results in zip(*[report["results"] for report in reports]):  # the seeds' rows of one prompt set, D and guidance
-            if results[0]["model"] != "base":
-                rows.append(over_seeds(planned["label"], results) | {"flags": planned["flags"], "seconds": [seconds]})
+        for i, result in enumerate(reports[0]["results"]):  # of a prompt set, D and guidance
+            if result["model"] != "base":
+                pooled = over_seeds(planned["label"], [report["results"][i] for report in reports])
+                rows.append(pooled | {"flags": planned["flags"], "seconds": seconds})
             elif first_label:  # the base is the same for all labels
-                rows.append(results[0] | {"label": "base"})
+                rows.append(result | {"label": "base"})
     report = {"command": f"python -m tiny.study {name}", "reward": reports[0]["reward"], "evaluation_seed": reports[0]["seed"],
               "versions": reports[0]["versions"], "rows": rows}
     write_text(RESULTS / f"{name}.json", json.dumps(json_numbers(report), indent=1) + "\n")
@@ -158,7 +162,7 @@ EVERY_ROW = {
     **for_each(("action:left", "removal:watermark", "left", "watermark", "motion", "fidelity", "colour", "direction"),
                "{measures[KEY]:.3f} ± {spread[KEY]:.3f}"), "no motion": "{measures[static]:.3f} ± {spread[static]:.3f}"}
 TABLES = {"summary": ("headline", SUMMARY), "methods summary": ("methods", GAINS), "headline": ("headline", GAINS_AND_COSTS),
-          "methods": ("methods", GAINS_AND_COSTS)}  # {marker: (study, columns)}; of another study, its name and EVERY_ROW
+          "methods": ("methods", GAINS_AND_COSTS)}  # {marker: (study, columns)}; every other marker is a study's name
 PICTURES = {  # {file in docs: the (study, measure, words below) of each panel}
     "studies": [("headline", "reward", "what HPStiny gains, with its error over prompts")],
     "methods": [("methods", "reward", "what HPStiny gains, with the wider of its errors over prompts and over seeds")],
@@ -192,7 +196,7 @@ def filled(template, row):
 def study_table(name, report, columns):
     """Markdown: the command and what it measured on, then the rows. A column with one value has no place among them."""
     rows = read_rows(report)
-    told = f"`python -m tiny.study {name}`: {rows[0]['measures']['n']:.0f} videos a row"
+    told = f"`python -m tiny.study {name}`, {rows[0]['measures']['n']:.0f} videos a row"
     if columns in (SUMMARY, GAINS):
         rows = [row for row in rows if row.get("seeds", 1) > 1]
     if "gain of HPStiny" in columns:
@@ -207,25 +211,26 @@ def study_table(name, report, columns):
             shown[head] = cells
         elif cells[0] and head in ("set", "D", "guidance"):
             told += f", {head} {cells[0]}"
-    table = [f"| {' | '.join(cells)} |" for cells in (shown, ["---"] * len(shown), *zip(*shown.values()))]
-    return "\n".join([f"{told}:", "", *table])
+    return f"{told}:\n\n{markdown([list(shown), *zip(*shown.values())])}"
 
 
 def write_report():
     """Replace what stands between the markers <!-- study NAME --> and <!-- end --> in the pages, and draw the pictures."""
     reports = {file.stem: read_json(file) for file in sorted(RESULTS.glob("*.json"))}
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    tables = {name: (name, EVERY_ROW) for name in reports} | TABLES
-    for marker, (name, columns) in tables.items():
+    for marker in [*reports, "summary", "methods summary"]:
+        name, columns = TABLES.get(marker, (marker, EVERY_ROW))
         start = f"<!-- study {marker} -->\n"
-        with_marker = [page for page in pages if start in page.read_text()]
-        if not with_marker:
+        for page in pages:
+            before, found, rest = page.read_text().partition(start)
+            if found:
+                after = rest.partition("<!-- end -->")[2]
+                write_text(page, f"{before}{start}{study_table(name, reports[name], columns)}<!-- end -->{after}")
+                break
+        else:
             raise ValueError(f"no page has the marker {start.strip()}")
-        before, _, rest = with_marker[0].read_text().partition(start)
-        after = rest.partition("<!-- end -->")[2]
-        write_text(with_marker[0], f"{before}{start}{study_table(name, reports[name], columns)}\n<!-- end -->{after}")
     for picture, panels in PICTURES.items():
-        drawn = [(read_rows(reports[name]), measure, words) for name, measure, words in panels]
+        drawn = [(read_rows(reports[name]), measure, below) for name, measure, below in panels]
         draw_gains(drawn, ROOT / "docs" / f"{picture}.png")
 
 
