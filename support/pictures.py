@@ -131,7 +131,6 @@ def draw_curves(lines, reward_name, path, watched=(), turn=None):
 def draw_gains(panels, path):
     """
     Panels (rows, measure, words below it), side by side: how much each row changed the measure, with the error of that.
-
     rows: {label, set, differences {measure: (change, its error over prompts)}, error {measure: the one to draw}}. Colours tell
     prompt sets apart. Rows without an error, and those of all sets together, are left out. All panels have the same labels.
     """
@@ -152,6 +151,7 @@ def draw_gains(panels, path):
         axis.axvline(0, color="k", lw=0.8)
         axis.set(xlabel=below, yticks=range(len(labels)), yticklabels=labels if axis is axes[0] else [])
         axis.set_ylim(len(labels) - 0.5, -0.5)
+        axis.locator_params("x", nbins=6)
         axis.grid(axis="x", lw=0.4)
         if len(by_set) > 1:
             axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)

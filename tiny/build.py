@@ -18,9 +18,9 @@ import copy
 import hashlib
 import json
 import math
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import open_clip
 import torch
@@ -561,7 +561,7 @@ STAGES = {"vae": (build_vae, 0), "clip": (build_clip, 1), "unet": (build_unet, 2
 @dataclass
 class Config:
     """Rebuild the tiny world's weights."""
-    stages: tuple[str, ...] = tuple(STAGES)
+    stages: tuple[Literal[(*STAGES,)], ...] = tuple(STAGES)
     out: Path = Path(__file__).resolve().parent / "weights"
     seed: int = 0
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -576,12 +576,11 @@ def main(cfg):
     cfg.out.mkdir(parents=True, exist_ok=True)
     for stage, (build_stage, seed) in STAGES.items():
         if stage in cfg.stages:
+            write_manifest(cfg.out)  # of what earlier stages wrote, since loading the base checks it
             torch.set_num_threads(cfg.threads if stage == "unet" else 1)
             torch.manual_seed(cfg.seed + seed)
-            began = time.time()
             build_stage(cfg)
-            write_manifest(cfg.out)  # now, since the next stage's load_base checks it
-            print(f"{stage}: {time.time() - began:.0f} s", flush=True)
+    write_manifest(cfg.out)
     if "gates" in cfg.stages:
         missed = missed_gates(json.loads((cfg.out / "gates.json").read_text()))
         if missed:

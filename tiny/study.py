@@ -211,7 +211,8 @@ def study_table(name, report, columns):
             shown[head] = cells
         elif cells[0] and head in ("set", "D", "guidance"):
             told += f", {head} {cells[0]}"
-    return f"{told}:\n\n{markdown([list(shown), *zip(*shown.values())])}"
+    table = markdown([list(shown), *zip(*shown.values())])
+    return table if columns is GAINS else f"{told}:\n\n{table}"  # the README tells it in its own words
 
 
 def write_report():
