@@ -43,16 +43,16 @@ def test_the_stages_build_a_world_that_loads(short_clips, tmp_path, monkeypatch)
 
 def test_a_base_below_a_gate_is_named_with_the_measure_and_the_prompt_set():
     good = build.GATES | dict.fromkeys(build.GATES_OF_COPIES, 1.) | {"removal": .95}
-    found = {f"{of}, {name}": dict(good) for of in ("through the autoencoder", "base") for name in world.PROMPT_SETS}
-    found["fresh clips"] = {"action": .97}
-    assert build.missed_gates(found) == []
-    found["base, new"]["shape"], found["base, other"]["fidelity"] = .94, .89
-    assert build.missed_gates(found) == ["base, new: shape 0.940 < 0.950", "base, other: fidelity 0.890 < 0.900"]
-    found["through the autoencoder, other"]["fidelity"] = .98  # the copies set the scale
-    assert build.missed_gates(found) == ["base, new: shape 0.940 < 0.950"]
-    found["fresh clips"]["action"], found["through the autoencoder, new"]["removal"] = .96, .94
-    assert build.missed_gates(found) == ["fresh clips: action 0.960 < 0.970",
-                                         "through the autoencoder, new: removal 0.940 < 0.950", "base, new: shape 0.940 < 0.950"]
+    means = {f"{of}, {name}": dict(good) for of in ("through the autoencoder", "base") for name in world.PROMPT_SETS}
+    means["fresh clips"] = {"action": .97}
+    assert build.missed_gates(means) == []
+    means["base, new"]["shape"], means["base, other"]["fidelity"] = .94, .89
+    assert build.missed_gates(means) == ["base, new: shape 0.940 < 0.950", "base, other: fidelity 0.890 < 0.900"]
+    means["through the autoencoder, other"]["fidelity"] = .98  # the copies set the scale
+    assert build.missed_gates(means) == ["base, new: shape 0.940 < 0.950"]
+    means["fresh clips"]["action"], means["through the autoencoder, new"]["removal"] = .96, .94
+    worse = ["fresh clips: action 0.960 < 0.970", "through the autoencoder, new: removal 0.940 < 0.950"]
+    assert build.missed_gates(means) == [*worse, "base, new: shape 0.940 < 0.950"]
 
 
 def test_the_untrained_unet_returns_its_input_at_high_noise_to_a_hundredth():

@@ -9,14 +9,13 @@ from dataclasses import replace
 
 import imageio.v3 as iio
 import pytest
-import torch
 import tyro
 
 import evaluate
 import train
 from support.clips import read_list
 from support.tables import over_seeds
-from tiny import judge, study, world
+from tiny import study, world
 
 IN_DOMAIN = f"--prompts in_domain={study.WORK}/in_domain.txt"
 
@@ -36,7 +35,6 @@ def test_every_command_line_is_one_of_its_module(name, aside, tmp_path):
 
 
 def test_a_study_that_is_stopped_goes_on_and_repeats_nothing(few_clips, aside, tmp_path, monkeypatch):
-    """Two runs of two steps; the second is stopped after its first step."""
     def planned(label, seeds):
         return {"label": label, "module": "train", "seeds": seeds, "flags of evaluate.py": f"{IN_DOMAIN} --count 2 --num-steps 2",
                 "flags": "--steps 2 --batch-size 1 --num-steps 2 --tau 1 --save-every 1"}
@@ -111,11 +109,6 @@ def test_the_clips_that_studies_read_are_written_once(aside, monkeypatch):
         study.write_inputs(f"--data {study.WORK}/{name} --steps 3")
         assert [clip.caption for clip in read_list(study.WORK / name)] == [scene.caption] * 2
     assert len({path.read_bytes() for path in study.WORK.glob("*/*.mp4")}) == 5  # one of the flawed has none, by chance
-
-
-def test_the_share_of_left_is_the_judges_own_word():
-    moving = torch.stack([world.make_clip(world.Scene("red", "square", way), 5, {})[0] for way in ("left", "right", "up")])
-    assert judge.left(moving, ["a red square moving right"] * 3).tolist() == [[1], [0], [0]]
 
 
 @pytest.mark.parametrize("name", ["study", "build"])

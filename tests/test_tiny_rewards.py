@@ -4,7 +4,7 @@ import torch
 
 from formats.weights import TINY
 from reward import load_reward
-from tiny import build, world
+from tiny import build, judge, world
 
 
 def clips(rows, flaws=None):
@@ -33,6 +33,7 @@ def test_an_action_is_told_by_motion_and_not_by_the_trail():
     found = directions(frames)
     assert found.shape == (48, 4) and (found.sum(dim=1) < 1 + 1e-5).all()
     assert (found.argmax(dim=1) == truth).float().mean() > .95
+    assert (judge.left(frames, [""] * 48)[:, 0] == (truth == 0)).float().mean() > .95
     backwards = directions(frames.flip(1))
     assert (backwards.argmax(dim=1) == (truth ^ 1)).float().mean() > .9  # left for right, up for down
     for pace in (0., .2, .4):  # a shape that hardly moves must not satisfy the reward

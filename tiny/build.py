@@ -118,7 +118,7 @@ def render(scenes, seed, rates=world.FLAWS, trails=None):
     rates: how often each flaw is drawn. trails: a trail for each clip, as in world.draw."""
     clips = []
     flaws = []
-    for i, scene in enumerate(progress(scenes, desc="drawing clips")):
+    for i, scene in enumerate(progress(scenes, desc="drawing clips", unit="clips")):
         clip, strengths = world.make_clip(scene, seed + i, trail=trails[i] if trails else None, rates=rates)
         clips.append(clip)
         flaws.append(strengths)

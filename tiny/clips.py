@@ -18,7 +18,7 @@ def clips(base, frames, pixels, count=None):
                          f"{world.SIZE} pixels; --data is needed for others")
     scenes = world.repeat(world.scenes("in_domain"), count or COUNT)
     moments = []
-    for i, scene in enumerate(progress(scenes, "encoding clips")):
+    for i, scene in enumerate(progress(scenes, "encoding clips", unit="clips")):
         clip, _ = world.make_clip(scene, CLIP_SEED + i)                                   # (F, 3, H, W) in [0, 1]
         encoded = base.encode(clip * 2 - 1)                                               # (F, 2C, h, w)
         moments.append(encoded.float().transpose(0, 1).cpu()[None])                       # (1, 2C, F, h, w)

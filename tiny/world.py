@@ -66,11 +66,10 @@ def scenes(name):
     if name == "other":
         return [Scene(colour, "stripes", direction) for direction in DIRECTIONS for colour in COLOURS]
     wanted = []
-    for direction in DIRECTIONS:
-        for (i, colour), (j, shape) in product(enumerate(COLOURS), enumerate(SHAPES)):
-            held_out = (i + j) % len(SHAPES) == 0
-            if held_out == (name == "new"):
-                wanted.append(Scene(colour, shape, direction))
+    for direction, (i, colour), (j, shape) in product(DIRECTIONS, enumerate(COLOURS), enumerate(SHAPES)):
+        held_out = (i + j) % len(SHAPES) == 0
+        if held_out == (name == "new"):
+            wanted.append(Scene(colour, shape, direction))
     return wanted
 
 
