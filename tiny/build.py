@@ -532,11 +532,11 @@ def build_gates(cfg):
         clips = clips.to(cfg.device).float()
         measures = judge_clips(judge, clips, captions_of(scenes))                        # {measure: (B,)}
         measures["action"] = classifier(clips).argmax(1).cpu() == labels(scenes)[2]
-        measures["watermarked"] = measures["watermark"] > .1
         if flaws:
             marked = torch.tensor(["watermark" in strengths for strengths in flaws])     # (B,)
             seen = torch.stack([detector(clip) for clip in clips]).cpu() > 0             # (B, F)
             measures["removal"] = (seen == marked[:, None]).float().mean(dim=1)
+        measures["watermarked"] = measures["watermark"] > .1
         return {name: round(values.float().mean().item(), 4) for name, values in measures.items()}
 
     scenes = all_scenes()
