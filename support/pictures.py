@@ -134,29 +134,31 @@ def draw_curves(lines, reward_name, path, watched=(), turn=None):
 
 def draw_gains(panels, path):
     """
-    Panels (title, rows, measure), three side by side: how much each row changed the measure, with the error of that.
-
-    rows: {label, set, num_steps, differences {measure: (change, its error over prompts)}, error {measure: the one to draw}}.
-    Colours tell prompt sets and D apart. Rows without an error of the measure are left out.
+    Panels (rows, measure, words below it), side by side: how much each row changed the measure, with the error of that.
+    rows: {label, set, differences {measure: (change, its error over prompts)}, error {measure: the one to draw}}. Colours tell
+    prompt sets apart. Rows without an error, and those of all sets together, are left out. All panels have the same labels.
     """
-    figure, axes = new_figure(len(panels), 3, (5.3, 4))
-    for axis, (title, rows, measure) in zip(axes, panels):
-        rows = [row for row in rows if measure in row["error"]]
-        labels = list(dict.fromkeys(row["label"] for row in rows))
-        kinds = {}
+    figure, axes = new_figure(len(panels), 2, (4.6, 2.6) if len(panels) > 1 else (8, 4.8))
+    for axis, (rows, measure, below) in zip(axes, panels):
+        by_set = {}
+        labels = []
         for row in rows:
-            kinds.setdefault(f"{row['set']}, D = {row['num_steps']}", []).append(row)
-        for i, (kind, alike) in enumerate(kinds.items()):
-            heights = [labels.index(row["label"]) + 0.6 * ((i + 0.5) / len(kinds) - 0.5) for row in alike]
-            gains = [row["differences"][measure][0] for row in alike]
-            errors = [row["error"][measure] for row in alike]
-            axis.errorbar(gains, heights, xerr=errors, fmt="o", ms=4, capsize=2, label=kind)
+            if measure in row["error"] and row["set"] != "all":
+                by_set.setdefault(row["set"], []).append(row)
+                if row["label"] not in labels:
+                    labels.append(row["label"])
+        for i, (set_name, drawn) in enumerate(by_set.items()):
+            heights = [labels.index(row["label"]) + 0.5 * ((i + 0.5) / len(by_set) - 0.5) for row in drawn]
+            gains = [row["differences"][measure][0] for row in drawn]
+            errors = [row["error"][measure] for row in drawn]
+            axis.errorbar(gains, heights, xerr=errors, fmt="o", ms=4, capsize=2, label=set_name)
         axis.axvline(0, color="k", lw=0.8)
-        axis.set(title=title, xlabel=f"change of {measure}", yticks=range(len(labels)), yticklabels=labels)
+        axis.set(xlabel=below, yticks=range(len(labels)), yticklabels=labels if axis is axes[0] else [])
         axis.set_ylim(len(labels) - 0.5, -0.5)
-        axis.margins(x=0.08)
+        axis.locator_params("x", nbins=6)
         axis.grid(axis="x", lw=0.4)
-        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+        if len(by_set) > 1:
+            axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     write_figure(path, figure)
 
 

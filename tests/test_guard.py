@@ -14,10 +14,12 @@ import train
 from formats.reward_names import requested_rewards
 from support import run as run_folder, tables as guard, tables as watch
 from support.tables import paired, summary
-from tiny import judge, study
+from tiny import judge
 
 SHORT = ["--device", "cpu", "--frames", "4", "--segments", "2", "--batch-size", "1", "--num-steps", "2", "--tau", "1",
          "--lr", ".01", "--eval-every", "1"]
+JUDGED = {"watermark", "sharpness", "saturation", "noise", "motion", "fidelity", "steadiness", "colour", "shape", "direction",
+          "static"}
 pytestmark = pytest.mark.usefixtures("aside", "short_clips")
 
 
@@ -149,7 +151,7 @@ def test_everything_watched_is_measured(monkeypatch):
     for line in lines:
         if "eval" in line:
             # The tiny world's judge takes all prompts that are of its world.
-            assert line["eval"]["a"].keys() == {"reward_mean", "reward_std", "n", *names, *study.MEASURES}
+            assert line["eval"]["a"].keys() == {"reward_mean", "reward_std", "n", *names, *JUDGED}
             assert all(0 < line["eval"]["a"][name] < 1 for name in names)
     assert lines[1].keys() == {"step", "reward", "loss", "grad_norm", "seconds"}  # a step measures none of them
     table = json.loads(Path("run/samples/step_000001.json").read_text())["a"]

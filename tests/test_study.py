@@ -9,65 +9,58 @@ from dataclasses import replace
 
 import imageio.v3 as iio
 import pytest
-import torch
 import tyro
 
 import evaluate
 import train
 from support.clips import read_list
 from support.tables import over_seeds
-from tiny import judge, study, world
+from tiny import study, world
 
-SHORT = "--steps 2 --batch-size 1 --num-steps 2 --tau 1 --save-every 1"
-
-
-@pytest.fixture
-def pages(tmp_path, monkeypatch):
-    """Copies of the pages and of the studies' files, to write to."""
-    shutil.copytree(study.ROOT / "docs", tmp_path / "docs")
-    shutil.copytree(study.RESULTS, tmp_path / "tiny" / "studies")
-    for page in ("README.md", "tiny/README.md"):
-        shutil.copy(study.ROOT / page, tmp_path / page)
-    monkeypatch.setattr(study, "ROOT", tmp_path)
-    monkeypatch.setattr(study, "RESULTS", tmp_path / "tiny" / "studies")
-    return sorted(tmp_path.glob("**/*.md"))
+IN_DOMAIN = f"--prompts in_domain={study.WORK}/in_domain.txt"
 
 
 @pytest.mark.parametrize("name", study.STUDIES)
 def test_every_command_line_is_one_of_its_module(name, aside, tmp_path):
     (tmp_path / "tiny").symlink_to(study.ROOT / "tiny")
-    study.write_inputs(study.IN_DOMAIN)
-    evaluate.check(tyro.cli(evaluate.Config, args=shlex.split(study.MEASURED.get(name, study.IN_DOMAIN))))
-    for module_name, flags, seeds in study.STUDIES[name].values():
-        module = importlib.import_module(module_name)
-        cfg = tyro.cli(type(module.PRESETS["tiny"]), args=shlex.split(flags), default=module.PRESETS["tiny"])
+    for planned in study.STUDIES[name]:
+        study.write_inputs(IN_DOMAIN)
+        evaluate.check(tyro.cli(evaluate.Config, args=shlex.split(planned["flags of evaluate.py"])))
+        module = importlib.import_module(planned["module"])
+        cfg = tyro.cli(type(module.PRESETS["tiny"]), args=shlex.split(planned["flags"]), default=module.PRESETS["tiny"])
         module.check(replace(cfg, data=None))
+        seeds = planned["seeds"].split()
         assert len(set(seeds)) == len(seeds) > 0 and (cfg.data is None or cfg.data.parent == study.WORK)
         assert name not in ("methods", "guard") or cfg.steps % cfg.eval_every == 0  # else nothing chooses the best checkpoint
 
 
 def test_a_study_that_is_stopped_goes_on_and_repeats_nothing(few_clips, aside, tmp_path, monkeypatch):
-    """Two runs of two steps; the second is stopped after its first step."""
-    monkeypatch.setattr(study, "RESULTS", tmp_path)
-    monkeypatch.setitem(study.STUDIES, "short", {"two seeds": ("train", SHORT, (0, 1)), "one": ("train", SHORT, (1,))})
-    monkeypatch.setitem(study.MEASURED, "short", f"{study.IN_DOMAIN} --count 2 --num-steps 2")
-    steps = []
+    def planned(label, seeds):
+        return {"label": label, "module": "train", "seeds": seeds, "flags of evaluate.py": f"{IN_DOMAIN} --count 2 --num-steps 2",
+                "flags": "--steps 2 --batch-size 1 --num-steps 2 --tau 1 --save-every 1"}
 
-    def stop_at_the_last_step(*args, edit_rewards=train.edit_rewards):
-        steps.append(args)
-        if len(steps) == 4:
+    def times():
+        return {path: path.stat().st_mtime_ns for path in study.WORK.rglob("*") if path.is_file()}
+
+    def stop_in_the_last_step(*args, edit_rewards=train.edit_rewards):
+        if len(list(study.WORK.glob("train*/state.pt"))) == 2:  # the second run has saved its first step
             raise KeyboardInterrupt
         return edit_rewards(*args)
 
-    monkeypatch.setattr(train, "edit_rewards", stop_at_the_last_step)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    monkeypatch.setitem(study.STUDIES, "short", [planned("two seeds", "0 1"), planned("one", "1")])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "edit_rewards", stop_in_the_last_step)
         study.run_study("short")
+    before = times()
     study.run_study("short")
-    _, second = sorted(study.WORK.glob("train*"))
-    assert len(steps) == 5 and len((second / "metrics.jsonl").read_text().splitlines()) == 2
-    written = {path: path.stat().st_mtime_ns for path in study.WORK.rglob("*")}
+    first, second = sorted(study.WORK.glob("train*"))
+    after = times()
+    assert all(after[path] == time for path, time in before.items() if first in path.parents)
+    assert [json.loads(line)["step"] for line in (second / "metrics.jsonl").read_text().splitlines()] == [1, 2]
     study.run_study("short")
-    assert len(steps) == 5 and {path: path.stat().st_mtime_ns for path in study.WORK.rglob("*")} == written
+    assert times() == after != before
+
     report = json.loads((tmp_path / "short.json").read_text())
     base, tuned, alone = report["rows"]
     assert [row["label"] for row in report["rows"]] == ["base", "two seeds", "one"] and report["reward"] == "HPStiny"
@@ -76,23 +69,33 @@ def test_a_study_that_is_stopped_goes_on_and_repeats_nothing(few_clips, aside, t
 
 
 def test_seeds_are_pooled_with_their_spread_and_the_wider_error_is_shown():
-    def row(gain, error):
-        return {"set": "a", "measures": {"reward_mean": 0.5 + gain, "n": 4}, "differences": {"reward": (gain, error)}}
-
-    pooled = over_seeds("both", [row(0.2, 0.04), row(0.5, 0.06)])
+    rows = [{"set": "a", "measures": {"reward_mean": 0.5 + gain, "n": 4}, "differences": {"reward": (gain, error)}}
+            for gain, error in ((0.2, 0.04), (0.5, 0.06))]
+    pooled = over_seeds("both", rows)
     assert pooled["differences"]["reward"] == pytest.approx((0.35, 0.05)) and pooled["label"] == "both"
     assert pooled["measures"] == pytest.approx({"reward_mean": 0.85, "n": 4}) and pooled["seeds"] == 2
     assert pooled["spread"]["reward"] == pytest.approx(0.3 / 2 ** 0.5)
-    shown, = study.read_rows({"rows": [pooled | {"base_std": 0.7}]})
+    shown, = study.read_rows({"rows": [pooled]})
     assert study.filled(study.SUMMARY["HPStiny"], shown) == "0.50 → 0.85 (+0.350 ± 0.150)"  # over seeds it is wider than 0.05
-    assert study.filled(study.SUMMARY["gain in base std"], shown) == "0.50"
     assert study.filled("{measures[n]:.0f} ± {spread[n]:.2f}", shown) == "4" and study.filled("{turned:d}", shown) == ""
 
 
-def test_the_pages_have_the_tables_that_the_files_give(pages):
-    before = [page.read_text() for page in pages]
+def test_what_all_rows_have_is_said_above_the_table():
+    rows = [{"label": label, "set": "new", "measures": {"n": 3, "reward_mean": mean}} for label, mean in (("a", .5), ("b", .25))]
+    assert study.study_table("some", {"rows": rows}, study.EVERY_ROW).splitlines() == [
+        "`python -m tiny.study some`, 3 videos a row, set new:", "",
+        "|   | HPStiny |", "| - | ------- |", "| a | 0.5000  |", "| b | 0.2500  |"]
+
+
+def test_the_pages_have_the_tables_that_the_files_give(tmp_path, monkeypatch):
+    shutil.copytree(study.ROOT / "docs", tmp_path / "docs")
+    shutil.copytree(study.RESULTS, tmp_path / "studies")
+    shutil.copy(study.ROOT / "README.md", tmp_path)
+    before = {page: page.read_text() for page in tmp_path.glob("**/*.md")}
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "studies")
     study.write_report()
-    assert [page.read_text() for page in pages] == before
+    assert {page: page.read_text() for page in before} == before
     assert all(iio.imread(study.ROOT / "docs" / f"{name}.png").ndim == 3 for name in study.PICTURES)
     shutil.copy(study.RESULTS / "rank.json", study.RESULTS / "nowhere.json")
     with pytest.raises(ValueError, match="no page has the marker <!-- study nowhere -->"):
@@ -106,11 +109,6 @@ def test_the_clips_that_studies_read_are_written_once(aside, monkeypatch):
         study.write_inputs(f"--data {study.WORK}/{name} --steps 3")
         assert [clip.caption for clip in read_list(study.WORK / name)] == [scene.caption] * 2
     assert len({path.read_bytes() for path in study.WORK.glob("*/*.mp4")}) == 5  # one of the flawed has none, by chance
-
-
-def test_the_share_of_left_is_the_judges_own_word():
-    moving = torch.stack([world.make_clip(world.Scene("red", "square", way), 5, {})[0] for way in ("left", "right", "up")])
-    assert judge.left(moving, ["a red square moving right"] * 3).tolist() == [[1], [0], [0]]
 
 
 @pytest.mark.parametrize("name", ["study", "build"])

@@ -4,7 +4,6 @@ import torch
 
 from formats.weights import TINY
 from reward import load_reward
-from rewards import action, removal
 from tiny import build, judge, world
 
 
@@ -34,6 +33,7 @@ def test_an_action_is_told_by_motion_and_not_by_the_trail():
     found = directions(frames)
     assert found.shape == (48, 4) and (found.sum(dim=1) < 1 + 1e-5).all()
     assert (found.argmax(dim=1) == truth).float().mean() > .95
+    assert (judge.left(frames, [""] * 48)[:, 0] == (truth == 0)).float().mean() > .95
     backwards = directions(frames.flip(1))
     assert (backwards.argmax(dim=1) == (truth ^ 1)).float().mean() > .9  # left for right, up for down
     for pace in (0., .2, .4):  # a shape that hardly moves must not satisfy the reward
@@ -58,8 +58,3 @@ def test_the_gradient_is_as_large_where_the_reward_is_lowest(kind):
     assert low < high
     low.backward(), high.backward()
     assert wrong.grad.norm() > 10 * right.grad.norm() > 0
-
-
-def test_classes_are_in_the_order_of_the_worlds_and_the_judges():
-    assert action.DIRECTIONS == tuple(world.DIRECTIONS) and judge.DIRECTIONS == (*action.DIRECTIONS, "")
-    assert (action.SIZE, action.FRAMES, removal.SIZE) == (world.SIZE, world.FRAMES, world.SIZE)

@@ -4,8 +4,7 @@ Rebuild every weight that ships in tiny/weights, from seeds alone.
     python -m tiny.build                      # all stages, in order
     python -m tiny.build --stages judge       # one stage; it reads what earlier stages wrote
 
-Stages: autoencoder, CLIP (its text tower conditions the UNet), text-to-video UNet, preference model (the CLIP fine-tuned the way
-HPSv2 was), judge, the small rewards action and removal, and gates, which measure what these have learned. See tiny/README.md.
+tiny/README.md says what the parts are.
 
 Letters: B clips or pictures, F frames, C channels, H and W pixel rows and columns, h and w latent ones.
 """
@@ -19,10 +18,9 @@ import copy
 import hashlib
 import json
 import math
-import time
 from dataclasses import dataclass, replace
-from itertools import cycle, islice
 from pathlib import Path
+from typing import Literal
 
 import open_clip
 import torch
@@ -37,98 +35,38 @@ from formats.names import unet_to_diffusers, vae_to_diffusers
 from formats.reward_model import clip_normalize
 from rewards import action, removal
 from sampler import add_noise, alpha_bars, edit, guided_eps, sample
-from support.files import write_whole
 from support.ranks import progress
 from tiny import world
 from tiny.judge import DIRECTIONS, Judge, judge_clips, labels, load_judge
-
-WEIGHTS = Path(__file__).resolve().parent / "weights"
-STAGES = {"vae": 0, "clip": 1, "unet": 2, "preference": 3, "judge": 4, "action": 6, "removal": 7, "gates": 5}  # and their seeds
-STATE_EVERY = 250  # steps between two saved states of a training, if they are asked for
 
 VAE = model.VAEConfig(channels=(24, 48, 96), blocks_per_level=1, norm_groups=8)
 UNET = model.UNetConfig(channels=(32, 64), blocks_per_level=1, attention_levels=(False, True), context_dim=64, head_dim=32,
                         stem_heads=1, norm_groups=8, sample_size=8)
 CLIP = dict(embed_dim=64, vision_cfg=dict(image_size=world.SIZE, patch_size=8, width=64, layers=3, head_width=32),
-            text_cfg=dict(context_length=world.CONTEXT_LENGTH, vocab_size=len(world.WORDS) + 4, width=64, heads=1, layers=3))
+            text_cfg=dict(context_length=world.CONTEXT_LENGTH, vocab_size=world.TOKENIZER.vocab_size, width=64, heads=1,
+                          layers=3))
 LATENT_STD = 0.5  # see tiny/README.md: with unit variance, noise at t = 951 still shows the layout, and words go unread
 MAX_WEIGHT = 100.  # of a noise level in Eq. (1), 1 / abar_t up to this: only at high noise do the words matter
 GUIDANCE = 1.5  # written into the base's config; eps_c - eps_u points to what other shapes lack: at 3 squares become bow ties
 ATTACK = 5.  # on the action classifier: the L2 norm of a clip's change, a root mean square of 0.02
+# What the simulated annotator takes off an image's worth: for a flaw, times its strength, and for each wrong word.
+WORTH = {"watermark": -5., "blur": -4., "washout": -4., "noise": -4.}
+WRONG_WORD = -5.
+FLAWS_TO_TELL = {"watermark": .55, "blur": .35, "washout": .35, "noise": .20}  # world.FLAWS has too few to learn what they cost
+PREFERENCE_SCALE = 10.  # worth in units of cosine; with HPSv2's 100, what flaws cost would drown in what captions differ by
+# Least shares of the base's videos, and least parts of what the autoencoder's copies of drawn clips reach on the same scenes.
+GATES = {"colour": .95, "shape": .95, "direction": .80, "watermarked": .25, "action": .95}
+GATES_OF_COPIES = {"fidelity": .90, "steadiness": .90, "sharpness": .75, "saturation": .80}
 
 
-@dataclass
-class Config:
-    """Rebuild the tiny world's weights."""
-    stages: tuple[str, ...] = tuple(STAGES)
-    out: Path = WEIGHTS
-    seed: int = 0
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    threads: int = 2  # for the UNet; the other stages have too little to do for more than one
-    vae_steps: int = 3000
-    clip_steps: int = 2500
-    image_steps: int = 3000
-    unet_steps: int = 1900
-    preference_steps: int = 2000
-    judge_steps: int = 1200
-    action_steps: int = 2600
-    removal_steps: int = 1000
-    gate_count: int = 96  # videos of each prompt set that the base is judged by at the end
-    clips: int = 6000  # training clips of the UNet; the other stages draw as many or fewer
-    states: Path | None = None  # a folder of states, from which the same command goes on after a stop; for another, empty it
-
-
-def main(cfg):
-    """Build the chosen stages. Each has a seed of its own, so that it can be rebuilt alone."""
-    cfg.out.mkdir(parents=True, exist_ok=True)
-    for stage, number in STAGES.items():
-        if stage in cfg.stages:
-            write_manifest(cfg.out)  # of what earlier stages wrote, since loading the base checks it
-            torch.set_num_threads(cfg.threads if stage == "unet" else 1)
-            torch.manual_seed(cfg.seed + number)
-            began = time.time()
-            globals()[f"build_{stage}"](cfg)
-            print(f"{stage}: {time.time() - began:.0f} s", flush=True)
-    write_manifest(cfg.out)
-    missed = missed_gates(json.loads((cfg.out / "gates.json").read_text())) if "gates" in cfg.stages else []
-    if missed:
-        sys.exit("build.py: gates missed: " + "; ".join(missed))
-
-
-def write_manifest(folder):
-    """manifest.json: the SHA-256 of every file, which loading checks."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.json"]
-    digests = {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    (folder / "manifest.json").write_text(json.dumps(digests, indent=1) + "\n")
-
-
-def save(path, module, config=None):
-    """Weights in fp16, with their config beside them unless the module's own file says its size."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.detach().half().cpu().contiguous() for name, tensor in module.state_dict().items()}, path)
-    if config:
-        (path.parent / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    if config is CLIP:  # what its tokenizer needs: the context length, then the vocabulary
-        (path.parent / "words.txt").write_text("\n".join([str(world.CONTEXT_LENGTH), *world.WORDS]) + "\n")
-
-
-def fit(cfg, name, module, loss_of, steps, lr, ema_decay=0.):
-    """The loop of every stage: AdamW, clipped gradients. Returns the module, or with ema_decay its average over the steps."""
+def fit(name, module, loss_of, steps, lr, ema_decay=0.):
+    """Train a module on loss_of(step): AdamW, clipped gradients. Returns it, or with ema_decay its average over the steps."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0)
     average = copy.deepcopy(module) if ema_decay else module
-    parts = [module, optimizer, average]
-    state_file = cfg.states and cfg.states / f"{name} {steps}.pt"
-    first_step = 0
-    if state_file and state_file.exists():
-        first_step, random_state, *states = torch.load(state_file, weights_only=True, map_location="cpu")
-        torch.set_rng_state(random_state)
-        for part, state in zip(parts, states):
-            part.load_state_dict(state)
-
-    bar = progress(range(first_step, steps), name, steps, initial=first_step)
+    bar = progress(range(steps), name)
     for step in bar:
-        # Linear warm-up, then a cosine to zero.
-        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * .5 * (1 + math.cos(math.pi * step / steps))
+        warm_up = min(1, (step + 1) / 100)  # linear, then a cosine to zero
+        optimizer.param_groups[0]["lr"] = lr * warm_up * .5 * (1 + math.cos(math.pi * step / steps))
         loss = loss_of(step)
         optimizer.zero_grad()
         loss.backward()
@@ -141,25 +79,50 @@ def fit(cfg, name, module, loss_of, steps, lr, ema_decay=0.):
                     averaged.lerp_(parameter, 1 - decay)
         if step % 50 == 0:
             bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-        if state_file and ((step + 1) % STATE_EVERY == 0 or step + 1 == steps):
-            with write_whole(state_file) as hidden:
-                torch.save([step + 1, torch.get_rng_state(), *[part.state_dict() for part in parts]], hidden)
     return average.eval()
 
 
-# Clips to learn from are (n, F, 3, H, W) in [0, 1], float16, on the CPU. render's rates say how often each flaw is drawn.
+def save(path, module, config=None):
+    """Weights in fp16, with their config beside them unless the module's own file says its size."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, tensor in module.state_dict().items():
+        tensors[name] = tensor.detach().half().cpu().contiguous()
+    save_file(tensors, path)
+    if config:
+        (path.parent / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    if isinstance(module, open_clip.CLIP):  # what its tokenizer reads: the context length, then the vocabulary
+        (path.parent / "words.txt").write_text("\n".join([str(world.CONTEXT_LENGTH), *world.WORDS]) + "\n")
+
+
+def write_manifest(folder):
+    """manifest.json: the SHA-256 of every file, which loading checks."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "manifest.json":
+            digests[path.relative_to(folder).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(digests, indent=1) + "\n")
+
 
 def all_scenes():
     """What the base learns: the scenes of every prompt set."""
     return world.scenes("in_domain") + world.scenes("new") + world.scenes("other")
 
 
-def render(scenes, seed, count=None, rates=world.FLAWS, trails=None):
-    """`count` clips of the scenes in turn, by default one of each -> clips, their scenes, their flaws. Clip i has seed + i."""
-    scenes = list(islice(cycle(scenes), count or len(scenes)))
-    made = [world.make_clip(scene, seed + i, trail=trails and trails[i], rates=rates)
-            for i, scene in enumerate(progress(scenes, desc="drawing clips", unit="clips"))]
-    return torch.stack([clip for clip, _ in made]).half(), scenes, [flaws for _, flaws in made]
+def captions_of(scenes):
+    return [scene.caption for scene in scenes]
+
+
+def render(scenes, seed, rates=world.FLAWS, trails=None):
+    """Draw a clip of each scene -> clips (n, F, 3, H, W) in [0, 1], float16, on the CPU, and their flaws. Clip i has seed + i.
+    rates: how often each flaw is drawn. trails: a trail for each clip, as in world.draw."""
+    clips = []
+    flaws = []
+    for i, scene in enumerate(progress(scenes, desc="drawing clips", unit="clips")):
+        clip, strengths = world.make_clip(scene, seed + i, trail=trails[i] if trails else None, rates=rates)
+        clips.append(clip)
+        flaws.append(strengths)
+    return torch.stack(clips).half(), flaws
 
 
 def encode(base, clips):
@@ -183,7 +146,8 @@ def through_autoencoder(base, clips):
     """Clips encoded and decoded, since a reward only ever sees what the autoencoder decodes."""
     copies = []
     for batch in progress(clips.split(8), desc="through the autoencoder"):
-        copies.append(decode(base, base.vae.config.scale * encode(base, batch).chunk(2, dim=1)[0]))
+        z = sample_posterior(encode(base, batch), 0., base.vae.config.scale)             # without noise: the mean
+        copies.append(decode(base, z))
     return torch.cat(copies)
 
 
@@ -194,7 +158,7 @@ def base_clips(base, captions, clips=None):
     videos = []
     for start in progress(range(0, len(captions), 12), desc="clips by the base"):
         text = base.encode_text(captions[start:start + 12])
-        noise = torch.randn(len(text), 4, world.FRAMES, UNET.sample_size, UNET.sample_size).to(base.device)
+        noise = torch.randn(len(text), UNET.in_channels, world.FRAMES, UNET.sample_size, UNET.sample_size).to(base.device)
         if clips is None:
             z_0 = sample(base.denoiser, noise, text, uncond, guidance=GUIDANCE)
         else:
@@ -221,22 +185,23 @@ def guessed_clips(base, captions, clips):
 
 
 def build_vae(cfg):
-    """
-    The autoencoder. Its loss has squared and absolute errors, the error of steps between neighbouring pixels (the others hardly
-    see whether an edge is straight), and a KL term that is small enough to leave the latents sharp.
-    """
-    frames = render(all_scenes(), cfg.seed + 1_000_000, min(2500, cfg.clips))[0].flatten(0, 1)       # (n, 3, H, W)
+    """The autoencoder. Its loss has squared and absolute errors, the error of steps between neighbouring pixels (the others
+    hardly see whether an edge is straight), and a KL term that is small enough to leave the latents sharp."""
+    clips, _ = render(world.repeat(all_scenes(), min(2500, cfg.clips)), cfg.seed + 1_000_000)
+    frames = clips.flatten(0, 1)                                                         # (n, 3, H, W)
     vae = model.Autoencoder(VAE).to(cfg.device)
 
     def loss_of(step):
         x = frames[torch.randint(len(frames), (16,))].to(cfg.device).float() * 2 - 1
-        mean, logvar = vae.encode(x).chunk(2, dim=1)
-        y = vae.decode(mean + torch.randn_like(mean) * (logvar / 2).exp())
+        moments = vae.encode(x)
+        mean, logvar = moments.chunk(2, dim=1)
+        noise = torch.randn_like(mean)
+        y = vae.decode(sample_posterior(moments[:, :, None], noise[:, :, None], scale=1.)[:, :, 0])
         edges = F_.l1_loss(y.diff(dim=-1), x.diff(dim=-1)) + F_.l1_loss(y.diff(dim=-2), x.diff(dim=-2))
         kl = .5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         return F_.mse_loss(y, x) + .2 * F_.l1_loss(y, x) + .2 * edges + 1e-4 * kl
 
-    vae = fit(cfg, "autoencoder", vae, loss_of, cfg.vae_steps, lr=2e-3, ema_decay=.998)
+    vae = fit("autoencoder", vae, loss_of, min(3000, cfg.max_steps), lr=2e-3, ema_decay=.998)
 
     with torch.no_grad():
         mean, _ = vae.encode(frames[:8000:8].to(cfg.device).float() * 2 - 1).chunk(2, dim=1)
@@ -246,10 +211,9 @@ def build_vae(cfg):
 
 def build_clip(cfg):
     """A CLIP of open_clip's own class, trained contrastively on single frames and their captions."""
-    captions = [scene.caption for scene in all_scenes()]
-    n = len(captions)
-    clips, _, _ = render(all_scenes(), cfg.seed + 2_000_000, min(4320, cfg.clips))
-    tokens = world.tokenizer()(captions).to(cfg.device)
+    clips, _ = render(world.repeat(all_scenes(), min(4320, cfg.clips)), cfg.seed + 2_000_000)
+    tokens = world.TOKENIZER(captions_of(all_scenes())).to(cfg.device)                 # (n, N)
+    n = len(tokens)
     clip_model = open_clip.CLIP(**CLIP).to(cfg.device)
     target = torch.arange(n, device=cfg.device)
 
@@ -261,34 +225,35 @@ def build_clip(cfg):
         logits = logit_scale.clamp(max=100) * image @ text.T                             # (n, n)
         return (F_.cross_entropy(logits, target) + F_.cross_entropy(logits.T, target)) / 2
 
-    trained = fit(cfg, "CLIP", clip_model, loss_of, cfg.clip_steps, lr=1e-3)
+    trained = fit("CLIP", clip_model, loss_of, min(2500, cfg.max_steps), lr=1e-3)
     save(cfg.out / "text_encoder/open_clip_model.safetensors", trained, CLIP)
 
 
 def build_unet(cfg):
-    """
-    The text-to-video UNet, on Eq. (1) with captions dropped in a tenth of the clips: the spatial layers on single frames first,
-    which shows many captions and places for the price of one clip; then everything on clips, as ModelScopeT2V (arXiv:2308.06571).
-    """
+    """The text-to-video UNet, on Eq. (1) with captions dropped in a tenth of the clips: the spatial layers on single frames
+    first, which shows many captions for the price of one clip; then everything on clips, as ModelScopeT2V (arXiv:2308.06571)."""
     unet = model.UNet3D(UNET).to(cfg.device)
     start_as_identity(unet)
     text_encoder = model.load_text_encoder(cfg.out / "text_encoder").to(cfg.device)
     base = model.Base(unet, model.load_vae(cfg.out / "vae").to(cfg.device), text_encoder, "tiny")
     scenes = all_scenes()
-    clips, _, _ = render(scenes, cfg.seed + 3_000_000, cfg.clips)
-    moments = torch.cat([encode(base, batch).half().cpu() for batch in progress(clips.split(8), desc="encoding clips")])
-    text = base.encode_text([scene.caption for scene in scenes] + [""])                  # (captions, N, E)
+    clips, _ = render(world.repeat(scenes, cfg.clips), cfg.seed + 3_000_000)
+    batches = progress(clips.split(8), desc="encoding clips")
+    moments = torch.cat([encode(base, batch).half().cpu() for batch in batches])         # (n, 2C, F, h, w)
+    text = base.encode_text(captions_of(scenes) + [""])                                  # (captions, N, E)
     alpha_bar = alpha_bars()
 
     def loss_of(rows, batch):
         """Eq. (1), weighted by noise level, on a batch of moments (B, 2C, F, h, w) of the clips `rows`."""
         B = len(rows)
         z = draw_latents(base, batch)
-        t = (len(alpha_bar) * (torch.randperm(B) + torch.rand(B)) / B).long()            # one in each B-th of all steps
+        share = (torch.randperm(B) + torch.rand(B)) / B                                  # one in each B-th of 0..1
+        t = (len(alpha_bar) * share).long()
         caption = torch.where(torch.rand(B) < .1, len(scenes), rows % len(scenes))       # the last one is empty
         eps = torch.randn_like(z)
         z_t = add_noise(z, eps, t, alpha_bar)
-        error = (unet(z_t, t.to(cfg.device), text[caption.to(cfg.device)]) - eps).square().mean(dim=(1, 2, 3, 4))
+        guess = unet(z_t, t.to(cfg.device), text[caption.to(cfg.device)])
+        error = (guess - eps).square().mean(dim=(1, 2, 3, 4))                            # (B,)
         weight = (1 / alpha_bar[t]).clamp(max=MAX_WEIGHT).to(z)                          # (B,)
         return (weight * error).mean()
 
@@ -303,10 +268,10 @@ def build_unet(cfg):
     # An attribute of the layer itself hides its class's forward: single frames skip the layers that look along time.
     for layer in temporal_layers(unet):
         layer.forward = lambda x, num_frames: x
-    unet = fit(cfg, "UNet, frames", unet, frames_loss, cfg.image_steps, lr=2e-3, ema_decay=.999)
+    unet = fit("UNet, frames", unet, frames_loss, min(3000, cfg.max_steps), lr=2e-3, ema_decay=.999)
     for layer in temporal_layers(unet):
         del layer.forward
-    unet = fit(cfg, "UNet, clips", unet, clips_loss, cfg.unet_steps, lr=1e-3, ema_decay=.999)
+    unet = fit("UNet, clips", unet, clips_loss, min(1900, cfg.max_steps), lr=1e-3, ema_decay=.999)
     save(cfg.out / "unet/diffusion_pytorch_model.safetensors", unet, unet_to_diffusers(UNET) | {"guidance": GUIDANCE})
 
 
@@ -316,13 +281,10 @@ def temporal_layers(unet):
 
 
 def start_as_identity(unet, constant=6.):
-    """
-    Weights with which the untrained UNet returns its input. At high noise eps is z_t but for a few hundredths, and only in those
-    can the words tell anything; otherwise thousands of steps go into merely passing z_t on exactly enough.
-
+    """Weights with which the untrained UNet returns its input. At high noise eps is z_t but for a few hundredths, and only in
+    those can the words tell anything; otherwise thousands of steps go into merely passing z_t on exactly enough.
     Each latent channel a travels over the last skip connection as a group of four, (a, -a, constant, -constant). The last
-    GroupNorm subtracts a mean of 0 from it and divides it by nearly a constant, and silu(x) - silu(-x) = x.
-    """
+    GroupNorm subtracts a mean of 0 from it and divides it by nearly a constant, and silu(x) - silu(-x) = x."""
     last_block = unet.up_blocks[-1].resnets[-1]
     shortcut = last_block.conv_shortcut
     projections = [layer.proj_out for layer in temporal_layers(unet) if hasattr(layer, "proj_out")]
@@ -343,57 +305,56 @@ def start_as_identity(unet, constant=6.):
                 shortcut.weight[channel, channel - unet.config.channels[0]] = 1
 
 
-# What the simulated annotator takes off an image's worth: for a flaw, times its strength, and for a wrong word.
-WORTH = {"watermark": -5., "blur": -4., "washout": -4., "noise": -4.}
-WRONG_WORD = -5.
-# How often a clip has each flaw in what the preference model, the judge and the small rewards learn from. The base's own clips
-# (world.FLAWS) show blur and wash-out too seldom to learn what they cost.
-FLAWS_TO_TELL = {"watermark": .55, "blur": .35, "washout": .35, "noise": .20}
-PREFERENCE_SCALE = 10.  # worth in units of cosine; with HPSv2's 100, what flaws cost would drown in what captions differ by
-
-
 def wrong_words(a, b):
     """In how many of colour, shape and direction two scenes differ."""
     return (a.colour != b.colour) + (a.shape != b.shape) + (a.direction != b.direction)
 
 
-def build_preference(cfg):
-    """
-    HPSv2's recipe (arXiv:2306.09341, Sec. 4): a CLIP, a softmax over a pair of images, cross-entropy with the choice.
+def worth(flaws):
+    """What flaws {flaw: strength} take off an image's worth, a number below 0."""
+    return sum(WORTH[name] * strength for name, strength in flaws.items())
 
+
+def pick(options):
+    """One of the options, at random."""
+    return options[torch.randint(len(options), ()).item()]
+
+
+def build_preference(cfg):
+    """HPSv2's recipe (arXiv:2306.09341, Sec. 4): a CLIP, a softmax over a pair of images, cross-entropy with the choice.
     A simulated annotator chooses: the worth of an image falls with each flaw, by its strength, and with each word of the caption
-    that it gets wrong, and the second image is chosen with probability sigmoid(its worth - the worth of the first).
-    """
+    that it gets wrong, and the second image is chosen with probability sigmoid(its worth - the worth of the first)."""
     base = model.load_base(str(cfg.out), device=cfg.device)
     scenes = all_scenes()
-    captions = [scene.caption for scene in scenes]
-    clips, _, flaws = render(scenes, cfg.seed + 4_000_000, 24 * len(scenes), FLAWS_TO_TELL)
+    captions = captions_of(scenes)
+    clips, flaws = render(24 * scenes, cfg.seed + 4_000_000, FLAWS_TO_TELL)
     pictures = clips[torch.arange(len(clips)), torch.randint(world.FRAMES, (len(clips),))]      # (n, 3, H, W)
     pictures = torch.cat([pictures, through_autoencoder(base, pictures[:, None])[:, 0]])
     samples = base_clips(base, captions)                                                 # (captions, F, 3, H, W)
-    one_of = lambda options: options[torch.randint(len(options), ()).item()]
-    worth = lambda flaws: sum(WORTH[name] * strength for name, strength in flaws.items())
 
     def pair():
         """Number of the caption, two images (2, 3, H, W), the annotator's choice (0 or 1)."""
-        asked = one_of(range(len(scenes)))
+        asked = pick(range(len(scenes)))
         other = asked
         if torch.rand(()) < .4:  # another scene, which differs in one word, so that every word of a caption comes to matter
-            other = one_of([i for i, scene in enumerate(scenes) if wrong_words(scene, scenes[asked]) == 1])
+            other = pick([i for i, scene in enumerate(scenes) if wrong_words(scene, scenes[asked]) == 1])
         if torch.rand(()) < .7:  # pictures of drawn clips, where all scenes come in turn
-            picked = [one_of(range(number, len(pictures), len(scenes))) for number in (asked, other)]
-            images = pictures[picked]
-            first_flaws, second_flaws = [flaws[i % len(flaws)] for i in picked]
+            first = pick(range(asked, len(pictures), len(scenes)))
+            second = pick(range(other, len(pictures), len(scenes)))
+            images = pictures[[first, second]]
+            first_flaws = flaws[first % len(flaws)]
+            second_flaws = flaws[second % len(flaws)]
         else:  # samples of the base; if it is twice the same one, the second is spoilt further
-            images = samples[[asked, other], one_of(range(world.FRAMES))]
+            images = samples[[asked, other], pick(range(world.FRAMES))]
             first_flaws, second_flaws = {}, {}
             if other == asked:
-                second_flaws = {one_of(list(world.FLAWS)): .3 + .7 * torch.rand(()).item()}
+                flaw = pick(list(world.FLAWS))
+                second_flaws[flaw] = .3 + .7 * torch.rand(()).item()
                 images[1] = world.add_flaws(images[1:].float(), second_flaws, None)[0]
         gain = worth(second_flaws) + WRONG_WORD * wrong_words(scenes[other], scenes[asked]) - worth(first_flaws)
         return asked, images, int(torch.rand(()) < 1 / (1 + math.exp(-gain)))
 
-    tokens = world.tokenizer()(captions).to(cfg.device)
+    tokens = world.TOKENIZER(captions).to(cfg.device)
     clip_model = open_clip.CLIP(**CLIP).to(cfg.device)
     clip_model.load_state_dict(load_file(cfg.out / "text_encoder/open_clip_model.safetensors"))
     clip_model.logit_scale.requires_grad_(False).fill_(math.log(PREFERENCE_SCALE))
@@ -405,20 +366,24 @@ def build_preference(cfg):
         logits = logit_scale * (image.unflatten(0, (-1, 2)) * text[:, None]).sum(-1)     # (B, 2)
         return F_.cross_entropy(logits, torch.tensor(choices, device=cfg.device))
 
-    trained = fit(cfg, "preference model", clip_model, loss_of, cfg.preference_steps, lr=3e-4)
+    trained = fit("preference model", clip_model, loss_of, min(2000, cfg.max_steps), lr=3e-4)
     save(cfg.out / "reward/open_clip_model.safetensors", trained, CLIP)
 
 
+def take_moving(scenes, clips, count):
+    """The first `count` scenes that move, and their clips; the clips are of the scenes in order, and more may follow."""
+    numbers = [i for i, scene in enumerate(scenes) if scene.direction][:count]
+    return [scenes[i] for i in numbers], clips[numbers]
+
+
 def clips_in_motion(cfg, base, count, seed, crossed=True):
-    """
-    What to learn motion from -> clips, scenes: drawn clips, the same through the autoencoder, and the base's edits of a tenth.
-    A quarter of the drawn clips do not move, and the trail of many points elsewhere or is missing, so the shape must be watched.
-    crossed: whether stripes may have a trail across their way; they then move along the trail, and not as their scene says.
-    """
+    """What to learn motion from -> clips, scenes: drawn clips, the same through the autoencoder, and the base's edits of a tenth.
+    A quarter of the drawn clips do not move, and many a trail points elsewhere or is missing, so the shape must be watched.
+    crossed: whether stripes may have a trail across their way; they then move along the trail, and not as their scene says."""
     generator = torch.Generator().manual_seed(cfg.seed + seed)
     scenes = []
     trails = []
-    for scene in islice(cycle(all_scenes()), min(count, cfg.clips)):
+    for scene in world.repeat(all_scenes(), min(count, cfg.clips)):
         if torch.rand((), generator=generator) < .25:
             scene = replace(scene, direction="")
         trail = None
@@ -430,10 +395,10 @@ def clips_in_motion(cfg, base, count, seed, crossed=True):
         scenes.append(scene)
         trails.append(trail)
 
-    clips, _, _ = render(scenes, cfg.seed + seed * 1_000_000, rates=FLAWS_TO_TELL, trails=trails)
-    moving = [i for i, scene in enumerate(scenes) if scene.direction][:count // 10]
-    edits = base_clips(base, [scenes[i].caption for i in moving], clips[moving])
-    return torch.cat([clips, through_autoencoder(base, clips), edits]), scenes * 2 + [scenes[i] for i in moving]
+    clips, _ = render(scenes, cfg.seed + seed * 1_000_000, FLAWS_TO_TELL, trails)
+    edited_scenes, edited_clips = take_moving(scenes, clips, count // 10)
+    edits = base_clips(base, captions_of(edited_scenes), edited_clips)
+    return torch.cat([clips, through_autoencoder(base, clips), edits]), scenes + scenes + edited_scenes
 
 
 def build_judge(cfg):
@@ -444,32 +409,30 @@ def build_judge(cfg):
 
     def loss_of(step):
         rows = torch.randint(len(clips), (24,))
-        logits = judge(clips[rows].to(cfg.device).float())
-        return sum(F_.cross_entropy(logits[i], targets[i, rows]) for i in range(3))
+        colour, shape, direction = judge(clips[rows].to(cfg.device).float())
+        target = targets[:, rows]                                                        # (3, B)
+        return F_.cross_entropy(colour, target[0]) + F_.cross_entropy(shape, target[1]) + F_.cross_entropy(direction, target[2])
 
-    save(cfg.out / "judge.safetensors", fit(cfg, "judge", judge, loss_of, cfg.judge_steps, lr=2e-3))
+    save(cfg.out / "judge.safetensors", fit("judge", judge, loss_of, min(1200, cfg.max_steps), lr=2e-3))
 
 
 def build_action(cfg):
-    """
-    The classifier of rewards/action.py: clips in motion, videos that the base makes of captions, which it follows, and guesses.
-
-    Half of them are played backwards, or it would read the trail of stripes, whose motion is small from frame to frame; stripes
-    come three times as often as other shapes. A fifth are slowed to below .6 of their pace and count as not moving, or a shape
-    that hardly moves would satisfy the reward. More and more, five of eight clips are changed against it (adversarial training,
-    arXiv:1706.06083), or the reward's gradient would lead to a pattern, not to motion.
-    """
+    """The classifier of rewards/action.py: clips in motion, videos by the base, which follow their captions, and guesses.
+    Half are played backwards, or it would read the trail of stripes, which come three times as often, as their motion is small.
+    A fifth are slowed and count as not moving, or a shape that hardly moves would satisfy the reward. Five of eight are changed
+    against it, ever more (adversarial training, arXiv:1706.06083), or its gradient would lead to a pattern, not to motion."""
     base = model.load_base(str(cfg.out), device=cfg.device)
     clips, scenes = clips_in_motion(cfg, base, 1008, seed=9, crossed=False)
-    moving = [i for i, scene in enumerate(scenes[:min(1008, cfg.clips)]) if scene.direction][:480]
-    guesses = guessed_clips(base, [scenes[i].caption for i in moving], clips[moving])
-    twice = all_scenes() * 2
-    clips = torch.cat([clips, base_clips(base, [scene.caption for scene in twice]), guesses])
-    scenes = scenes + twice + [scenes[i] for i in moving]
+    noised_scenes, noised_clips = take_moving(scenes[:min(1008, cfg.clips)], clips, 480)
+    guesses = guessed_clips(base, captions_of(noised_scenes), noised_clips)
+    twice = all_scenes() + all_scenes()
+    clips = torch.cat([clips, base_clips(base, captions_of(twice)), guesses])
+    scenes = scenes + twice + noised_scenes
     how_often = torch.tensor([3. if scene.shape == "stripes" else 1. for scene in scenes])
     direction = labels(scenes)[2]
     turned = torch.tensor([1, 0, 3, 2, 4])  # right for left, down for up
     classifier = action.Classifier().to(cfg.device)
+    steps = min(2600, cfg.max_steps)
 
     def loss_of(step):
         rows = torch.multinomial(how_often, 32)
@@ -482,12 +445,12 @@ def build_action(cfg):
         target = target.masked_fill(slow, DIRECTIONS.index("")).to(cfg.device)
 
         # None is attacked in the first fifth of the steps; the attack then grows and is whole after seven tenths.
-        strength = ATTACK * min(1., max(0., step / cfg.action_steps - .2) / .5)
+        strength = ATTACK * min(1., max(0., step / steps - .2) / .5)
         if strength:
             x = torch.cat([x[:12], attacked(classifier, x[12:], target[12:], strength)])
         return F_.cross_entropy(classifier(x), target)
 
-    save(cfg.out / "action/model.safetensors", fit(cfg, "action", classifier, loss_of, cfg.action_steps, 1e-3, ema_decay=.99))
+    save(cfg.out / "action/model.safetensors", fit("action", classifier, loss_of, steps, 1e-3, ema_decay=.99))
 
 
 def slowed(clips, pace):
@@ -499,30 +462,34 @@ def slowed(clips, pace):
     return (1 - share) * clips[:, before] + share * clips[:, before + 1]
 
 
+def norm_of(change):
+    """The L2 norm over all pixels of each clip, (B, 1, 1, 1, 1)."""
+    return change.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1, 1)
+
+
 def attacked(classifier, clips, target, strength, steps=3):
-    """Clips changed by at most `strength` (the L2 norm over all pixels of a clip) so that the classifier errs."""
-    size = lambda change: change.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1, 1)
+    """Clips changed by at most `strength`, an L2 norm, so that the classifier errs."""
     change = torch.randn_like(clips)
-    change = change / size(change) * strength * torch.rand(len(clips), 1, 1, 1, 1, device=clips.device)
+    change = change / norm_of(change) * strength * torch.rand(len(clips), 1, 1, 1, 1, device=clips.device)
     for _ in range(steps):
         change.requires_grad_()
-        grad, = torch.autograd.grad(F_.cross_entropy(classifier((clips + change).clamp(0, 1)), target), change)
-        change = change.detach() + grad / size(grad) * strength / 2
-        change = change * (strength / size(change)).clamp(max=1)
+        loss = F_.cross_entropy(classifier((clips + change).clamp(0, 1)), target)
+        grad, = torch.autograd.grad(loss, change)
+        change = change.detach() + grad / norm_of(grad) * strength / 2
+        change = change * (strength / norm_of(change)).clamp(max=1)
     return (clips + change).clamp(0, 1).detach()
 
 
 def build_removal(cfg):
-    """
-    The detector of rewards/removal.py: frames with a watermark and without one, drawn and through the autoencoder.
-
-    Some bands are fainter than in any clip: otherwise the reward would be content with one that is half gone.
-    """
-    clips, _, _ = render(all_scenes(), cfg.seed + 10_000_000, min(2880, cfg.clips), FLAWS_TO_TELL | {"watermark": 0.})
+    """The detector of rewards/removal.py: frames with a watermark and without one, drawn and through the autoencoder.
+    Some bands are fainter than in any clip: otherwise the reward would be content with one that is half gone."""
+    scenes = world.repeat(all_scenes(), min(2880, cfg.clips))
+    clips, _ = render(scenes, cfg.seed + 10_000_000, FLAWS_TO_TELL | {"watermark": 0.})
     n = len(clips)
     plain = clips[torch.arange(n), torch.randint(world.FRAMES, (n,))].float()            # (n, 3, H, W)
     frames = torch.cat([plain, world.add_watermark(plain, .05 + .65 * torch.rand(n, 1, 1, 1))]).half()
-    frames = torch.cat([frames, through_autoencoder(model.load_base(str(cfg.out), device=cfg.device), frames[:, None])[:, 0]])
+    base = model.load_base(str(cfg.out), device=cfg.device)
+    frames = torch.cat([frames, through_autoencoder(base, frames[:, None])[:, 0]])
     marked = torch.tensor([0., 1., 0., 1.]).repeat_interleave(n)
     detector = removal.Detector().to(cfg.device)
 
@@ -531,63 +498,93 @@ def build_removal(cfg):
         logits = detector(frames[rows].to(cfg.device).float())
         return F_.binary_cross_entropy_with_logits(logits, marked[rows].to(cfg.device))
 
-    save(cfg.out / "removal/model.safetensors", fit(cfg, "removal", detector, loss_of, cfg.removal_steps, 2e-3, ema_decay=.99))
-
-
-# Least shares of the base's videos, and least parts of what the autoencoder's copies of drawn clips reach on the same scenes.
-GATES = {"colour": .95, "shape": .95, "direction": .80, "watermarked": .25, "action": .95}
-GATES_OF_COPIES = {"fidelity": .90, "steadiness": .90, "sharpness": .75, "saturation": .80}
+    save(cfg.out / "removal/model.safetensors", fit("removal", detector, loss_of, min(1000, cfg.max_steps), 2e-3, ema_decay=.99))
 
 
 def missed_gates(found):
     """What the measures of build_gates say against the base and the small rewards, one line per gate that is missed."""
-    gates = {"fresh clips": {"action": .97}}
+    least = {"fresh clips": {"action": .97}}  # {what was measured: {measure: the least value}}
     for name in world.PROMPT_SETS:
         copies = f"through the autoencoder, {name}"
-        gates[copies] = {"removal": .95}
-        gates[f"base, {name}"] = GATES | {measure: part * found[copies][measure] for measure, part in GATES_OF_COPIES.items()}
+        least[copies] = {"removal": .95}
+        least[f"base, {name}"] = dict(GATES)
+        for measure, part in GATES_OF_COPIES.items():
+            least[f"base, {name}"][measure] = part * found[copies][measure]
     missed = []
-    for what, least in gates.items():
-        missed += [f"{what}: {measure} {found[what][measure]:.3f} < {value:.3f}"
-                   for measure, value in least.items() if found[what][measure] < value]
+    for what, gates in least.items():
+        for measure, value in gates.items():
+            if found[what][measure] < value:
+                missed.append(f"{what}: {measure} {found[what][measure]:.3f} < {value:.3f}")
     return missed
 
 
 def build_gates(cfg):
-    """
-    gates.json: the mean of each measure, over clips that no training has seen and over the base's videos.
-
+    """gates.json: the mean of each measure, over clips that no training has seen and over the base's videos.
     Beside the judge's own: watermarked, the share of clips with a clear band; action, of clips whose direction the reward's
-    classifier names; removal, where flaws are known, of frames for which its detector is right.
-    """
+    classifier names; removal, where flaws are known, of frames for which its detector is right."""
     base = model.load_base(str(cfg.out), device=cfg.device)
     judge = load_judge(cfg.out / "judge.safetensors").to(cfg.device)
     classifier = action.load(cfg.out / "action", "left", torch.float32, cfg.device).classifier
     detector = removal.load(cfg.out / "removal", "watermark", torch.float32, cfg.device).detector
 
     @torch.no_grad()
-    def measures(clips, scenes, flaws=None):
+    def means(clips, scenes, flaws=None):
         clips = clips.to(cfg.device).float()
-        found = judge_clips(judge, clips, [scene.caption for scene in scenes])           # {measure: (B,)}
-        found["action"] = classifier(clips).argmax(1).cpu() == labels(scenes)[2]
+        measures = judge_clips(judge, clips, captions_of(scenes))                        # {measure: (B,)}
+        measures["action"] = classifier(clips).argmax(1).cpu() == labels(scenes)[2]
         if flaws:
-            marked = torch.tensor([["watermark" in strengths] for strengths in flaws])   # (B, 1)
+            marked = torch.tensor(["watermark" in strengths for strengths in flaws])     # (B,)
             seen = torch.stack([detector(clip) for clip in clips]).cpu() > 0             # (B, F)
-            found["removal"] = (seen == marked).float().mean(dim=1)
-        found["watermarked"] = found["watermark"] > .1
-        return {measure: round(values.float().mean().item(), 4) for measure, values in found.items()}
+            measures["removal"] = (seen == marked[:, None]).float().mean(dim=1)
+        measures["watermarked"] = measures["watermark"] > .1
+        return {name: round(values.float().mean().item(), 4) for name, values in measures.items()}
 
     scenes = all_scenes()
-    fresh = render(scenes, cfg.seed + 6_000_000, 3 * len(scenes))
-    still, _, _ = render([replace(scene, direction="") for scene in scenes], cfg.seed + 7_000_000,
-                         trails=[scene.direction for scene in scenes])  # which say that they move
-    found = {"fresh clips": measures(*fresh), "still clips": {"static": measures(still, scenes)["static"]}}
+    clips, flaws = render(3 * scenes, cfg.seed + 6_000_000)
+    found = {"fresh clips": means(clips, 3 * scenes, flaws)}
+    trails = [scene.direction for scene in scenes]  # which say that the still clips move
+    clips, _ = render([replace(scene, direction="") for scene in scenes], cfg.seed + 7_000_000, trails=trails)
+    found["still clips"] = {"static": means(clips, scenes)["static"]}
     for name in world.PROMPT_SETS:
-        clips, scenes, flaws = render(world.scenes(name), cfg.seed + 8_000_000, cfg.gate_count)
-        found[f"through the autoencoder, {name}"] = measures(through_autoencoder(base, clips), scenes, flaws)
-        found[f"base, {name}"] = measures(base_clips(base, [scene.caption for scene in scenes]), scenes)
+        scenes = world.repeat(world.scenes(name), cfg.gate_count)
+        clips, flaws = render(scenes, cfg.seed + 8_000_000)
+        found[f"through the autoencoder, {name}"] = means(through_autoencoder(base, clips), scenes, flaws)
+        found[f"base, {name}"] = means(base_clips(base, captions_of(scenes)), scenes)
     (cfg.out / "gates.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1), flush=True)
+
+
+STAGES = {"vae": (build_vae, 0), "clip": (build_clip, 1), "unet": (build_unet, 2), "preference": (build_preference, 3),
+          "judge": (build_judge, 4), "action": (build_action, 6), "removal": (build_removal, 7), "gates": (build_gates, 5)}
+
+
+@dataclass
+class Config:
+    """Rebuild the tiny world's weights."""
+    stages: tuple[Literal[(*STAGES,)], ...] = tuple(STAGES)
+    out: Path = Path(__file__).resolve().parent / "weights"
+    seed: int = 0
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    threads: int = 2  # for the UNet; the other stages have too little to do for more than one
+    max_steps: int = 3000  # at most so many of each training; fewer are for a trial
+    gate_count: int = 96  # videos of each prompt set that the base is judged by at the end
+    clips: int = 6000  # training clips of the UNet; the other stages draw as many or fewer
+
+
+def main(cfg):
+    """Build the chosen stages."""
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    for stage, (build_stage, seed) in STAGES.items():
+        if stage in cfg.stages:
+            write_manifest(cfg.out)  # of what earlier stages wrote, since loading the base checks it
+            torch.set_num_threads(cfg.threads if stage == "unet" else 1)
+            torch.manual_seed(cfg.seed + seed)
+            build_stage(cfg)
+    write_manifest(cfg.out)
+    if "gates" in cfg.stages:
+        missed = missed_gates(json.loads((cfg.out / "gates.json").read_text()))
+        if missed:
+            sys.exit("build.py: gates missed: " + "; ".join(missed))
 
 
 if __name__ == "__main__":

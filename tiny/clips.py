@@ -16,14 +16,13 @@ def clips(base, frames, pixels, count=None):
     if (frames, pixels) != (world.FRAMES, world.SIZE):
         raise ValueError(f"frames = {frames}, size = {pixels}: the tiny world draws {world.FRAMES} frames of {world.SIZE} x "
                          f"{world.SIZE} pixels; --data is needed for others")
-    every, dtype = world.scenes("in_domain"), base.vae.quant_conv.weight.dtype
-    chosen = [every[i % len(every)] for i in range(count or COUNT)]
+    scenes = world.repeat(world.scenes("in_domain"), count or COUNT)
     moments = []
-    for i, scene in enumerate(progress(chosen, "encoding clips", unit="clips")):
+    for i, scene in enumerate(progress(scenes, "encoding clips", unit="clips")):
         clip, _ = world.make_clip(scene, CLIP_SEED + i)                                   # (F, 3, H, W) in [0, 1]
-        encoded = base.vae.encode(clip.to(base.device, dtype) * 2 - 1)                    # (F, 2C, h, w)
+        encoded = base.encode(clip * 2 - 1)                                               # (F, 2C, h, w)
         moments.append(encoded.float().transpose(0, 1).cpu()[None])                       # (1, 2C, F, h, w)
-    captions = [scene.caption for scene in chosen]
+    captions = [scene.caption for scene in scenes]
     return LatentDataset(moments, list(base.encode_text(captions).cpu()), captions)
 
 

@@ -1,10 +1,7 @@
 """
 An independent judge of tiny clips, which nothing ever optimises: measures of pixels, of how well the shape is drawn and of how
-steadily it moves, and a classifier.
-
-It shows what a rising reward hides: a colour that floods the picture, a shape that melts, a clip that stops moving.
-The classifier learns motion from clips whose trail may point elsewhere or be missing, so it must watch the shape move. It only
-has to tell five shapes apart, and calls a square with hollow sides a square; fidelity compares it with a drawn one instead.
+steadily it moves, and a classifier. It shows what a rising reward hides: a colour that floods the picture, a shape that melts,
+a clip that stops moving. tiny/README.md says how it learned, and why a classifier of shapes is not enough.
 
 Letters: B clips, F frames, H and W pixel rows and columns, N masks, K candidates.
 """
@@ -31,7 +28,7 @@ class Judge(nn.Module):
         def conv(c_in, c_out, stride):
             return nn.Sequential(nn.Conv3d(c_in, c_out, 3, stride, 1), nn.GroupNorm(8, c_out), nn.SiLU())
         self.body = nn.Sequential(conv(3, 16, (1, 2, 2)), conv(16, 32, 2), conv(32, 64, 2), conv(64, 64, 1))
-        self.heads = nn.ModuleList([nn.Linear(64, len(names)) for names in CLASSES.values()])
+        self.heads = nn.ModuleList(nn.Linear(64, len(names)) for names in CLASSES.values())
 
     def forward(self, clips):
         features = self.body(clips.transpose(1, 2) * 2 - 1).amax(dim=(2, 3, 4))           # (B, 64): wherever it is
@@ -70,14 +67,12 @@ def watermark_contrast(clips):
 
 
 def pixel_measures(clips):
-    """
-    Clips (B, F, 3, H, W) in [0, 1] -> {measure: (B,)}.
+    """Clips (B, F, 3, H, W) in [0, 1] -> {measure: (B,)}.
 
     watermark   contrast of the band's dashes in the time average of the clip; 0.00 without a band, 0.25 to 0.4 with one
     sharpness   support.tables.sharpness, off the band; blur and wash-out both lower it
     noise       quartile of changes of a pixel between frames: the background's, where only the light changes, slowly
-    motion      change of saturation over four frames, relative to all saturation; near 0 when nothing moves
-    """
+    motion      change of saturation over four frames, relative to all saturation; near 0 when nothing moves"""
     off_band = torch.cat([clips[..., :13, :], clips[..., 20:, :]], dim=-2)
     colourful = clips.amax(dim=2) - clips.amin(dim=2)                                     # (B, F, H, W)
     moved = (colourful[:, 4:] - colourful[:, :-4]).abs().mean(dim=(1, 2, 3))
@@ -87,20 +82,16 @@ def pixel_measures(clips):
 
 
 def ramp(cover):
-    """
-    Coverage (or saturation relative to its peak) to a mask: 0 up to .45, 1 from .85. A trail covers at most .38 and disappears;
-    the inside of a shape counts in full though it is not quite even; a soft edge tells half a pixel of place or size.
-    """
+    """Coverage (or saturation relative to its peak) to a mask: 0 up to .45, 1 from .85. A trail covers at most .38 and
+    disappears; the inside of a shape counts in full though it is not even; a soft edge tells half a pixel of place or size."""
     return ((cover - .45) / .4).clamp(0, 1)
 
 
 def shape_mask(clips):
-    """
-    Where the shape is, by saturation, because all else in a clip is nearly grey: (B, F, 3, H, W) in [0, 1] -> (B, F, H, W).
+    """Where the shape is, by saturation, because all else in a clip is nearly grey: (B, F, 3, H, W) in [0, 1] -> (B, F, H, W).
 
     Saturation counts relative to the frame's own peak, so pale shapes have the same mask as vivid ones. A watermark is grey and
-    lowers the saturation beneath it by its opacity, which its contrast tells; this is undone, or each band would cut the shape.
-    """
+    lowers the saturation beneath it by its opacity, which its contrast tells; this is undone, or a band would cut the shape."""
     colourful = clips.amax(dim=2) - clips.amin(dim=2)                                     # (B, F, H, W)
     beside = clips[..., [12, 13, 19, 20], :].mean(dim=(1, 2, 3, 4))                       # (B,): grey under the band
     opacity = (watermark_contrast(clips) / (world.WATERMARK_GREY - beside).clamp(min=.2)).clamp(max=.7)
@@ -121,8 +112,9 @@ def best_shape(masks, shape):
     x = torch.arange(world.SIZE, device=masks.device) + .5                                # (W,): pixels' centres
     y = x[:, None]                                                                        # (H, 1)
     weight = masks.sum(dim=(1, 2)).clamp(min=1e-6)
-    centre = [(masks * place).sum(dim=(1, 2)) / weight for place in (x, y)]
-    best = torch.stack([*centre, torch.full_like(weight, 6.75)], dim=1)                   # (N, 3): place and radius
+    centre_x = (masks * x).sum(dim=(1, 2)) / weight                                       # (N,)
+    centre_y = (masks * y).sum(dim=(1, 2)) / weight
+    best = torch.stack([centre_x, centre_y, torch.full_like(weight, 6.75)], dim=1)        # (N, 3): place and radius
 
     # From the centre of mass and the middle radius outwards, first in coarse steps, then in finer ones around the best.
     coarse = torch.cartesian_prod(torch.arange(-2., 2.5), torch.arange(-2., 2.5), torch.arange(-2., 2.5, .5))    # (K, 3)
@@ -151,15 +143,13 @@ def fidelity(masks, scene):
 
 
 def steadiness(masks):
-    """
-    How steady the shape is: the mean overlap of each frame's mask with the frame before, moved on at one speed for the whole
+    """How steady the shape is: the mean overlap of each frame's mask with the frame before, moved on at one speed for the whole
     clip, the best of all that a clip may have and none. masks (B, F, H, W) -> (B,).
-    It falls if the shape jumps, swells or flickers, and does not depend on where the shape goes, or whether at all.
-    """
-    speeds = torch.arange(.75, 1.4, .1, dtype=torch.float64).tolist()
+    It falls if the shape jumps, swells or flickers, and does not depend on where the shape goes, or whether at all."""
+    speeds = torch.arange(.75, 1.4, .1, dtype=torch.float64)
     found = []
     for axis in (-1, -2):
-        for speed in (0., *speeds, *[-speed for speed in speeds]):                        # pixels a frame
+        for speed in [0., *speeds.tolist(), *(-speeds).tolist()]:                         # pixels a frame
             whole = math.floor(speed)
             part = speed - whole
             before = masks[:, :-1]
@@ -170,18 +160,18 @@ def steadiness(masks):
 
 @torch.no_grad()
 def judge_clips(judge, clips, captions):
-    """
-    Every measure of every clip: clips (B, F, 3, H, W) in [0, 1], captions [B] -> {measure: (B,)}.
+    """Every measure of every clip: clips (B, F, 3, H, W) in [0, 1], captions [B] -> {measure: (B,)}.
     Beside pixel_measures: colour, shape, direction (1 where the classifier says what the caption says), static (1 where it
-    sees no motion), fidelity and steadiness. Raises ValueError for a caption that is not of the tiny world.
-    """
+    sees no motion), fidelity and steadiness. Raises ValueError for a caption that is not of the tiny world."""
     scenes = [world.parse(caption) for caption in captions]
-    measures = {name: values.float().cpu() for name, values in pixel_measures(clips).items()}
+    measures = {}
+    for name, values in pixel_measures(clips).items():
+        measures[name] = values.float().cpu()
     for name, truth, logits in zip(CLASSES, labels(scenes), judge(clips)):
         said = logits.argmax(dim=1).cpu()
         measures[name] = (said == truth).float()
     measures["static"] = (said == DIRECTIONS.index("")).float()  # the last one is the direction
-    masks = shape_mask(clips.float())
+    masks = shape_mask(clips.float())                                                     # (B, F, H, W)
     measures["fidelity"] = torch.stack([fidelity(mask, scene) for mask, scene in zip(masks, scenes)]).cpu()
     measures["steadiness"] = steadiness(masks).cpu()
     return measures

@@ -1,9 +1,7 @@
 """
 The tiny world: captioned clips of coloured shapes that move as the caption says, in the varied quality of web video.
 
-Each shape drags a fading trail, so that a single frame shows where it is going: an image reward can then see the whole caption,
-and a text tower trained on frames learns the direction words. Some clips are blurred, washed out, noisy, or carry a watermark,
-and captions never mention it: a model that imitates them imitates the flaws too.
+tiny/README.md says why shapes have trails, which flaws there are, and how they were chosen.
 
 Letters: F frames, H and W pixel rows and columns.
 """
@@ -14,12 +12,16 @@ import torch
 import torch.nn.functional as F_
 
 from formats.words import WordTokenizer
+from rewards import action
 
-SIZE, FRAMES, FPS = 32, 16, 8
+# The action reward needs the size and the names of the directions too, and may not import the world: they are defined there.
+SIZE = action.SIZE
+FRAMES = action.FRAMES
+FPS = 8
 COLOURS = {"red": (.90, .12, .12), "green": (.10, .72, .18), "blue": (.16, .28, .95),
            "yellow": (.95, .85, .10), "cyan": (.08, .80, .86), "purple": (.66, .16, .84)}
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
-DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y grows downwards
+DIRECTIONS = dict(zip(action.DIRECTIONS, ((-1, 0), (1, 0), (0, -1), (0, 1))))  # {"left": (x, y), ...}, y grows downwards
 PROMPT_SETS = ("in_domain", "new", "other")
 WORDS = ("a", *COLOURS, *SHAPES, "stripes", "moving", "drifting", *DIRECTIONS)
 CONTEXT_LENGTH = 8
@@ -27,11 +29,7 @@ CONTEXT_LENGTH = 8
 # seen many draws many, unless strong guidance brings colour and edges back, and that pulls squares into bow ties.
 FLAWS = {"watermark": .55, "blur": .15, "washout": .12, "noise": .15}
 WATERMARK_GREY = .92
-
-
-def tokenizer():
-    """The tiny world's tokenizer, the same for its text encoder and its preference model."""
-    return WordTokenizer(WORDS, CONTEXT_LENGTH)
+TOKENIZER = WordTokenizer(WORDS, CONTEXT_LENGTH)  # of the text encoder and of the preference model
 
 
 @dataclass(frozen=True)
@@ -61,20 +59,23 @@ def parse(caption):
 
 
 def scenes(name):
-    """
-    The scenes of a prompt set. "in_domain" and "new" split the shapes by colour and shape: fine-tuning sees four fifths of
-    the pairs, "new" holds the rest; "other" is a category of its own, stripes. The base model has seen all three.
-    """
+    """The scenes of a prompt set. "in_domain" and "new" split the shapes by colour and shape: fine-tuning sees four fifths of
+    the pairs, "new" holds the rest; "other" is a category of its own, stripes. The base model has seen all three."""
     if name not in PROMPT_SETS:
         raise ValueError(f"prompt set {name!r}: must be in_domain, new or other")
     if name == "other":
         return [Scene(colour, "stripes", direction) for direction in DIRECTIONS for colour in COLOURS]
     wanted = []
-    for direction in DIRECTIONS:
-        for (i, colour), (j, shape) in product(enumerate(COLOURS), enumerate(SHAPES)):
-            if ((i + j) % len(SHAPES) == 0) == (name == "new"):  # which are held out
-                wanted.append(Scene(colour, shape, direction))
+    for direction, (i, colour), (j, shape) in product(DIRECTIONS, enumerate(COLOURS), enumerate(SHAPES)):
+        held_out = (i + j) % len(SHAPES) == 0
+        if held_out == (name == "new"):
+            wanted.append(Scene(colour, shape, direction))
     return wanted
+
+
+def repeat(scenes, count):
+    """So many scenes, the given ones in turn."""
+    return [scenes[i % len(scenes)] for i in range(count)]
 
 
 def mask(shape, x, y, r):
@@ -88,16 +89,15 @@ def mask(shape, x, y, r):
     elif shape == "triangle":  # apex up
         outside = torch.maximum(y - .75 * r, x.abs() * .87 - (y + 1.15 * r) * .5)
     else:  # cross: the nearer of two bars
-        bars = [torch.maximum(a.abs() - 1.05 * r, b.abs() - .36 * r) for a, b in ((x, y), (y, x))]
-        outside = torch.minimum(*bars)
+        level_bar = torch.maximum(x.abs() - 1.05 * r, y.abs() - .36 * r)
+        upright_bar = torch.maximum(y.abs() - 1.05 * r, x.abs() - .36 * r)
+        outside = torch.minimum(level_bar, upright_bar)
     return (.5 - outside).clamp(0, 1)
 
 
 def stripes(position, period, ahead):
-    """
-    Coverage of each pixel by stripes, one to a period, antialiased; position (F, H, W) pixels along their way.
-    ahead: 1 or -1 where they drift to greater or smaller positions: a sharp front with a fading trail behind. 0: no trail.
-    """
+    """Coverage of each pixel by stripes, one to a period, antialiased; position (F, H, W) pixels along their way.
+    ahead: 1 or -1 where they drift to greater or smaller positions: a sharp front with a fading trail behind. 0: no trail."""
     since_front = (position * (ahead or 1)) % period                                    # pixels
     if ahead:
         return torch.minimum(1.2 * since_front / period, period - since_front).clamp(0, 1)
@@ -105,10 +105,8 @@ def stripes(position, period, ahead):
 
 
 def draw(scene, g, trail=None):
-    """
-    A clean clip of the scene: (F, 3, H, W) in [0, 1]. Place, size, speed and background come from the generator g.
-    trail: a direction whose trail is drawn instead of the scene's own, or "" for none (the judge's training needs them).
-    """
+    """A clean clip of the scene: (F, 3, H, W) in [0, 1]. Place, size, speed and background come from the generator g.
+    trail: a direction whose trail is drawn instead of the scene's own, or "" for none (the judge's training needs them)."""
     uniform = lambda low, high: low + (high - low) * torch.rand((), generator=g).item()
     x = torch.arange(SIZE)[None, None, :] + .5                                          # (1, 1, W)
     y = x.mT                                                                            # (1, H, 1)
@@ -155,11 +153,9 @@ def add_watermark(clip, opacity):
 
 
 def add_flaws(clip, strengths, g):
-    """
-    Spoil a clip (F, 3, H, W) the way web video is spoilt. strengths: {flaw: 0..1}, absent ones are 0.
+    """Spoil a clip (F, 3, H, W) the way web video is spoilt. strengths: {flaw: 0..1}, absent ones are 0.
     blur: Gaussian of up to 1.6 pixels; washout: contrast down to a third; noise: blotches of 4 pixels, new in every frame
-    (finer noise would not survive the autoencoder); watermark: the band, up to 70% opaque.
-    """
+    (finer noise would not survive the autoencoder); watermark: the band, up to 70% opaque."""
     if blur := strengths.get("blur", 0):
         kernel = torch.exp(-torch.arange(-4., 5.) ** 2 / (2 * (.6 + blur)**2))
         kernel = (kernel / kernel.sum()).expand(3, 1, 1, 9)
@@ -176,15 +172,15 @@ def add_flaws(clip, strengths, g):
 
 
 def make_clip(scene, seed, flaws=None, trail=None, rates=FLAWS):
-    """
-    One clip and its flaws from a seed: (F, 3, H, W) in [0, 1], {flaw: strength}.
-    flaws: the strengths, if they are not to be drawn. rates: how often each flaw is drawn. trail: as in draw.
-    """
+    """One clip and its flaws from a seed: (F, 3, H, W) in [0, 1], {flaw: strength}.
+    flaws: the strengths, if they are not to be drawn. rates: how often each flaw is drawn. trail: as in draw."""
     g = torch.Generator().manual_seed(seed)
     clip = draw(scene, g, trail)
     chances = torch.rand(len(rates), generator=g).tolist()
     strengths = torch.rand(len(rates), generator=g).tolist()
     if flaws is None:
-        drawn = zip(rates, chances, strengths)
-        flaws = {name: .2 + .8 * strength for name, chance, strength in drawn if chance < rates[name]}
+        flaws = {}
+        for name, chance, strength in zip(rates, chances, strengths):
+            if chance < rates[name]:
+                flaws[name] = .2 + .8 * strength
     return add_flaws(clip, flaws, g), flaws
