@@ -3,69 +3,113 @@ import json
 import platform
 import shlex
 import sys
-from textwrap import wrap
+import textwrap
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from support.files import write_text, write_whole
 from support.ranks import progress, rank_and_size
-from support.tables import json_numbers, number, with_error
+from support.tables import json_numbers, or_nan, with_error
 from support.videos import to_pixels
 
+INK, RISES, FALLS = "#222222", "#0a7d33", "#c0262d"  # colours of words, and of rewards that rise or fall
 
-def strip(video):
-    """The middle frame of each quarter of a video side by side, enlarged if small: (F, 3, H, W) -> (H', W', 3) uint8."""
-    F = len(video)
-    frames = to_pixels(video[[F // 8, 3 * F // 8, 5 * F // 8, 7 * F // 8]])
-    zoom = max(1, 96 // frames.shape[2])
+
+def strip(pixels):
+    """The middle frame of each quarter of a video side by side, enlarged if small: (F, H, W, 3) -> (H', W', 3) uint8."""
+    F = len(pixels)
+    frames = pixels[[F // 8, 3 * F // 8, 5 * F // 8, 7 * F // 8]]
+    zoom = max(1, 96 // frames.shape[1])
     frames = frames.repeat(zoom, 1).repeat(zoom, 2)
     frames = np.pad(frames, ((0, 0), (0, 2), (0, 2), (0, 0)), constant_values=255)  # a white line between frames
-    return np.pad(np.hstack(frames), ((0, 0), (0, 14), (0, 0)), constant_values=255)
+    return np.hstack(frames)
 
 
-def words(text, width, height=22, font_size=15):
+def text_line(text, width, height=22, font_size=15):
     """Text on white, as a picture (height, width, 3) uint8."""
     from PIL import Image, ImageDraw, ImageFont
     picture = Image.new("RGB", (width, height), "white")
-    font = ImageFont.load_default(font_size)
-    ImageDraw.Draw(picture).text((2, height // 2 - 2), text, fill="#222222", font=font, anchor="lm", spacing=1)
+    ImageDraw.Draw(picture).text((2, height // 2 - 2), text, INK, ImageFont.load_default(font_size), anchor="lm")
     return np.asarray(picture)
 
 
 def contact_sheet(columns, captions, titles):
     """Strips in a grid with words on it: columns [k] of videos (n, F, 3, H, W), captions [n], titles [k] -> uint8 (H', W', 3)."""
-    rows = []
+    lines = []
     for videos, caption in zip(zip(*columns), captions):
-        strips = [strip(video) for video in videos]
-        rows.append(np.hstack(strips))
-        rows.append(words(caption, rows[0].shape[1]))
-    return np.vstack([np.hstack([words(title, strips[0].shape[1]) for title in titles]), *rows])
+        strips = [np.pad(strip(to_pixels(video)), ((0, 0), (0, 14), (0, 0)), constant_values=255) for video in videos]
+        lines.append(np.hstack(strips))
+        lines.append(text_line(caption, lines[-1].shape[1]))
+    head = [text_line(title, strips[0].shape[1]) for title in titles]
+    return np.vstack([np.hstack(head), *lines])
 
 
 def write_png(path, pixels):
     """Save (H, W, 3) uint8, whole or not at all."""
     from PIL import Image  # not imageio, which on a full disk prints a second error when it is collected
     with write_whole(path) as hidden:
-        Image.fromarray(pixels).save(hidden, format="PNG")
+        Image.fromarray(np.asarray(pixels)).save(hidden, format="PNG")
 
 
-def write_comparison_gif(path, rows, captions, titles, fps, tile=112):
-    """Videos that play side by side: rows [k] of videos [n], each (F, H, W, 3) uint8, captions [n] below, titles [k] beside."""
+@dataclass(frozen=True)
+class Comparison:
+    """What a picture shows of a prompt: its videos (F, H, W, 3) uint8 before and after training, and their rewards."""
+    label: str
+    prompt: str
+    videos: list
+    rewards: tuple
+
+
+def draw_pair(pair, images):
+    """Before and after side by side, with the gain, the prompt and the rewards, and a frame round the higher one; (H, W, 3)."""
+    from PIL import Image, ImageDraw, ImageFont
+    width, height = images[0].size
+    gain = round(pair.rewards[1] - pair.rewards[0], 4) + 0.  # never -0
+    colour = RISES if gain > 0 else FALLS if gain < 0 else INK
+    picture = Image.new("RGB", (2 * width + 32, height + 76), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((2, 0), f"{pair.label} gain {gain:+.4f}", colour, ImageFont.load_default(15))
+    draw.text((2, 19), textwrap.shorten(pair.prompt, width // 3, placeholder="..."), INK, ImageFont.load_default(14))
+    for i, image in enumerate(images):
+        left = i * (width + 12)
+        is_higher = gain > 0 if i else gain < 0
+        draw.rectangle((left, 39, left + width + 5, 44 + height), colour if is_higher else "white")
+        picture.paste(image, (left + 3, 42))
+        draw.text((left + 2, 46 + height), f"{('before', 'after')[i]} {pair.rewards[i]:.4f}", INK, ImageFont.load_default(14))
+    return np.asarray(picture)
+
+
+def draw_comparisons(chosen, title, per_line, look):
+    """Pairs in lines of `per_line` under the name of their set, as a PIL picture; look(pixels) -> what is shown of a video."""
     from PIL import Image
-    below = [words("", 54, 36), *(words("\n".join(wrap(caption, 17)[:2]), tile + 4, 36, 13) for caption in captions)]
+    lines = []
+    for name, pairs in chosen.items():
+        cells = []
+        for pair in pairs:
+            images = [Image.fromarray(look(pixels)) for pixels in pair.videos]
+            size = round(images[0].width * 96 / images[0].height), 96
+            cells.append(draw_pair(pair, [image.resize(size, Image.Resampling.BOX) for image in images]))
+        width = per_line * cells[0].shape[1]
+        lines.append(text_line(name, width, 30, 17))
+        for i in range(0, len(cells), per_line):
+            line = np.hstack(cells[i:i + per_line])
+            lines.append(np.pad(line, ((0, 0), (0, width - line.shape[1]), (0, 0)), constant_values=255))
+    return Image.fromarray(np.vstack([text_line(title, width, 30), *lines]))
+
+
+def write_comparisons(path, chosen, title, fps):
+    """A .png with a few frames of each pair, and beside it a .gif in which they move. chosen: {name of a set: [Comparison]}."""
+    from PIL import Image
+    write_png(path, draw_comparisons(chosen, title, 1, strip))
     frames = []
-    for f in range(len(rows[0][0])):
-        lines = []
-        for title, row in zip(titles, rows):
-            line = [words(title, 54, tile + 4, 13)]
-            for video in row:
-                small = Image.fromarray(video[f]).resize((tile, tile), Image.Resampling.NEAREST)
-                line.append(np.pad(small, ((0, 4), (0, 4), (0, 0)), constant_values=255))
-            lines.append(np.hstack(line))
-        picture = Image.fromarray(np.vstack([*lines, np.hstack(below)]))
-        frames.append(picture.quantize(128, dither=Image.Dither.NONE))  # which keeps the file small
-    with write_whole(path) as hidden:
+    for f in range(len(next(iter(chosen.values()))[0].videos[0])):
+        frames.append(draw_comparisons(chosen, title, 3, lambda pixels, f=f: pixels[f]))
+    # With one palette for all frames what does not change costs nothing, and the file is a third smaller.
+    palette = Image.fromarray(np.vstack(frames)).quantize(96, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    with write_whole(path.with_suffix(".gif")) as hidden:
         frames[0].save(hidden, format="GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
 
 
@@ -97,35 +141,53 @@ def write_figure(path, figure):
 
 def draw_curves(lines, reward_name, path, watched=(), turn=None):
     """
-    curves.png from the lines of metrics.jsonl: the reward of the training videos, step by step, and of videos from pure noise,
-    with the judge's measures if there are any, and what is watched. turn: the step at which that turned, or None.
+    curves.png from the lines of metrics.jsonl: whether the reward rises in training and on held-out prompts, and what the judge
+    and what is watched say to that. Series that never change are left out. turn: the step at which what is watched turned.
     """
-    training = [line for line in lines if line.get("reward") is not None]
-    evals = [line for line in lines if "eval" in line]
+    evaluations = [line for line in lines if "eval" in line]
     curves = {}  # {measure: {set: its mean at each evaluation}}
-    for set_name, measures in evals[0]["eval"].items():
+    for set_name, measures in evaluations[0]["eval"].items():
         for measure in measures:
-            curves.setdefault(measure, {})[set_name] = [number(line["eval"][set_name].get(measure)) for line in evals]
+            curves.setdefault(measure, {})[set_name] = [or_nan(line["eval"][set_name].get(measure)) for line in evaluations]
 
-    panels = [("videos of the training steps", reward_name, {"each step": [line["reward"] for line in training]}),
-              ("videos from pure noise", reward_name, curves["reward_mean"])]
-    judged = [k for k in ("watermark", "colour", "shape", "direction", "fidelity") if k in curves]
-    if judged:
-        means = {k: np.mean(list(curves[k].values()), axis=0) for k in judged}
-        panels.append(("the same videos, by the judge", "mean over the sets", means))
-    panels += [("watched, videos from pure noise", k, curves[k]) for k in watched]
+    panels = [(f"{reward_name} on held-out prompts", f"mean {reward_name}", curves["reward_mean"])]
+    judged = {}
+    for measure in ("watermark", "colour", "shape", "direction", "fidelity"):
+        if measure in curves:
+            judged[measure] = np.mean(list(curves[measure].values()), axis=0)
+    panels.append(("the judge on held-out prompts", "mean over the sets", judged))
+    panels += [(f"{name} (watched) on held-out prompts", f"mean {name}", curves[name]) for name in watched]
 
-    figure, axes = new_figure(len(panels), 4, (5, 3.6))
-    for axis, (title, ylabel, shown) in zip(axes, panels):
-        steps = [line["step"] for line in (training if axis is axes[0] else evals)]
-        for label, values in shown.items():
-            axis.plot(steps, values, marker=".", label=label)
-        if turn is not None and axis is not axes[0]:
-            axis.axvline(turn, color="#c00000", lw=1, ls=":", label="turned")
-        axis.set(title=title, xlabel="step", ylabel=ylabel)
+    drawn = []
+    for title, label, series in panels:
+        changing = {name: values for name, values in series.items() if len(values) == 1 or np.ptp(values) != 0}
+        if changing:
+            drawn.append((title, label, changing))
+    figure, axes = new_figure(1 + len(drawn), 2, (5, 3.6))
+    draw_steps(axes[0], [line for line in lines if line.get("reward") is not None], reward_name)
+    for axis, (title, label, series) in zip(axes[1:], drawn):
+        for name, values in series.items():
+            axis.plot([line["step"] for line in evaluations], values, marker=".", label=name)
+        if turn is not None:
+            axis.axvline(turn, color=FALLS, lw=1, ls=":", label="turned")
+        axis.set(title=title, ylabel=label)
+    for axis in axes:
+        axis.set_xlabel("step")
         axis.locator_params("x", integer=True)
-        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, .5))  # beside, where it hides nothing
+        axis.grid(lw=.3)
+        axis.legend(loc="upper center", bbox_to_anchor=(.5, -.16), ncols=3, frameon=False)  # below, where it hides nothing
     write_figure(path, figure)
+
+
+def draw_steps(axis, training, reward_name):
+    """The reward of each training step as dots, and its running mean, since single steps differ by their clips."""
+    window = max(1, min(50, len(training) // 4))
+    steps = [line["step"] for line in training]
+    rewards = [line["reward"] for line in training]
+    axis.plot(steps, rewards, ".", color="#9bb8d3", label="each step")
+    means = np.convolve(rewards, np.full(window, 1 / window), "valid")
+    axis.plot(steps[window - 1:], means, color="#1f4e79", label=f"mean of {window} steps")
+    axis.set(title=f"{reward_name} in training", ylabel=f"mean {reward_name} of a step's videos")
 
 
 def draw_gains(panels, path):
@@ -182,36 +244,55 @@ def evaluation_bar(sets, settings, models):
     return progress(None, "evaluating", mine * steps, unit="step")
 
 
-def as_markdown(results, reward_name):
-    """The rows of table.json as a table: one line a set, D, guidance and model, differences against the base of that line."""
-    measures = [k for k in results[0]["measures"] if k not in ("reward_mean", "reward_std", "n")]
-    rows = [["set", "D", "guidance", "model", "n", f"{reward_name} mean ± std over videos", "difference ± error over prompts",
-             *measures]]
-    for row in results:
-        m = row["measures"]
-        difference = with_error(*row["differences"]["reward"], sign="+") if "differences" in row else ""
-        rows.append([row["set"], row["num_steps"], f"{row['guidance']:g}", row["model"], m["n"],
-                     with_error(m["reward_mean"], m["reward_std"]), difference, *(f"{m[k]:.3f}" for k in measures)])
-    return markdown(rows)
-
-
-def save_evaluation(cfg, results, sheets, sets, models, reward_name, apart):
+def evaluation_text(results, reward_name):
     """
-    Write the report into cfg.out and print its table. results: rows of set, num_steps, guidance, model, measures, differences.
+    The rows of table.json as Markdown tables that fit a terminal of 100 columns, as many as that takes.
 
-    sheets: {set: [videos (k, F, 3, H, W) of each model]}. apart: distances from the hpsv2 package's own scores, if it was asked.
+    A line is a set, D, guidance and model; a gain is over the base of the same set, D and guidance.
+    """
+    keys = [["set"], ["D"], ["guidance"], ["model"]]
+    columns = {"n": [], f"{reward_name} ± std": [], "gain ± error": []}
+    for row in results:
+        for key, cell in zip(keys, (row["set"], row["num_steps"], f"{row['guidance']:g}", row["model"])):
+            key.append(cell)
+        measures = dict(row["measures"])
+        columns["n"].append(measures.pop("n"))
+        columns[f"{reward_name} ± std"].append(with_error(measures.pop("reward_mean"), measures.pop("reward_std")))
+        columns["gain ± error"].append(with_error(*row["differences"]["reward"], "+") if "differences" in row else "")
+        for name, value in measures.items():
+            columns.setdefault(name, []).append(f"{value:.3f}")
+
+    text = ""
+    shown = list(keys)
+    for name, cells in columns.items():
+        column = [name, *cells]
+        wider = markdown(zip(*shown, column))
+        if len(shown) > len(keys) and wider.index("\n") > 100:
+            text += markdown(zip(*shown)) + "\n"
+            shown = list(keys)
+        shown.append(column)
+    return text + markdown(zip(*shown))
+
+
+def save_evaluation(cfg, results, sheets, sets, models, reward_name, official_gaps):
+    """
+    Write the report into cfg.out and print its tables. results: rows of set, num_steps, guidance, model, measures, differences.
+
+    sheets: {set: [videos (k, F, 3, H, W) of each model]}. official_gaps: distances from the hpsv2 package's own scores, if asked.
     """
     report = {"command": shlex.join(["python", "evaluate.py", *sys.argv[1:]]), "reward": reward_name, "seed": cfg.seed,
               "versions": versions(), "results": results}
-    table = as_markdown(results, reward_name)
-    if apart:
-        report["official_hps_distance"] = max(apart)
-        table += f"\nThe hpsv2 package's own scores differ by at most {max(apart):.1e} on {len(apart)} videos.\n"
+    text = evaluation_text(results, reward_name)
+    if official_gaps:
+        report["official_hps_distance"] = max(official_gaps)
+        text += f"\nThe hpsv2 package's own scores differ by at most {max(official_gaps):.1e} on {len(official_gaps)} videos.\n"
     write_text(cfg.out / "table.json", json.dumps(json_numbers(report), indent=1) + "\n")
-    write_text(cfg.out / "table.md", table)
+    write_text(cfg.out / "table.md", text)
     if cfg.sheet:
         columns = [torch.cat(of_sets) for of_sets in zip(*sheets.values())]
-        captions = [caption for name in sheets for caption in sets[name][:cfg.sheet]]
+        captions = []
+        for name in sheets:
+            captions += sets[name][:cfg.sheet]
         write_png(cfg.out / "sheet.png", contact_sheet(columns, captions, models))
-    print(table)
+    print(text)
     print(f"written: {cfg.out}/table.md, table.json{', sheet.png' if cfg.sheet else ''}")

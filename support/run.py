@@ -17,15 +17,15 @@ import torch
 from tqdm import tqdm
 
 from support.files import check_folder, first_line, read_json, write_text, write_whole
-from support.pictures import contact_sheet, draw_curves, write_comparison_gif, write_png
+from support.pictures import Comparison, contact_sheet, draw_curves, write_comparisons, write_png
 from support.ranks import check_alike, on_rank_0, progress, rank_and_size, signalled
 from support.settings import tensorboard_writer, to_record
-from support.tables import add_judge, best_step, column, find_turn, json_numbers, number, paired, summary, with_error
+from support.tables import add_judge, best_middle_worst, best_step, column, find_turn, json_numbers, or_nan, paired, summary, with_error
 from support.videos import read_video, to_pixels, video_name, write_video
 
 VERSION = 1  # of the run folder's files
 EVAL_SEED = 1_000_000  # of the noise of evaluations, by which the best one is chosen
-SHOWN, MOVING = 4, 2  # videos of each prompt set on the strips, and in before_after.gif
+SHOWN = 4  # videos of each prompt set on the strips
 
 
 class Stopped(Exception):
@@ -128,7 +128,7 @@ class Run:
             for set_name, measures in line.get("eval", {}).items():
                 scalars |= {f"eval/{set_name}/{name}": value for name, value in measures.items()}
             for name, value in scalars.items():
-                self.board.add_scalar(name, number(value), line["step"])
+                self.board.add_scalar(name, or_nan(value), line["step"])
 
     def log_step(self, step, numbers, seconds, finite):
         """A training line; numbers that are not finite become null, since JSON cannot hold them."""
@@ -211,7 +211,9 @@ class Evaluations:
                 if signalled() and world_size == 1:  # with more ranks, leaving alone would keep the others waiting
                     raise Stopped
             for name, prompts in self.prompts.items():
-                found = self.evaluate(prompts, seed=EVAL_SEED + first, keep=SHOWN, move_on=move_on)
+                # The tiny world's videos are small, so all are kept; before_after.png then chooses among all.
+                keep = len(prompts) if self.cfg.base == "tiny" else SHOWN
+                found = self.evaluate(prompts, seed=EVAL_SEED + first, keep=keep, move_on=move_on)
                 tables[name], videos[name] = found
                 before = next(iter(self.tables.values()), tables)
                 add_judge(self.watched, tables[name], before[name])
@@ -234,14 +236,14 @@ class Evaluations:
 
     def show(self, step, tables, videos):
         """samples/step_000100.png with its clips as mp4, and .json with every video's numbers, for paired comparisons."""
+        shown = torch.cat([of_set[:SHOWN] for of_set in videos.values()])
         captions = []
-        for name in videos:
-            captions += self.prompts[name][:SHOWN]
-        shown = torch.cat(list(videos.values()))
+        for set_name in videos:
+            captions += self.prompts[set_name][:SHOWN]
         write_png(sample_file(self.folder, step, ".png"), contact_sheet([shown], captions, [f"step {step}"]))
-        for i, (video, caption) in enumerate(zip(shown, captions)):
-            file = sample_file(self.folder, step, f"_{video_name(i, caption)}.mp4")
-            write_video(file, to_pixels(video), self.cfg.fps)
+        for set_name, names in clip_names(self.prompts).items():
+            for name, video in zip(names, videos[set_name]):
+                write_video(sample_file(self.folder, step, f"_{name}.mp4"), to_pixels(video), self.cfg.fps)
         numbers = {}
         for name, table in tables.items():
             numbers[name] = {measure: values.tolist() for measure, values in table.items()}
@@ -271,22 +273,36 @@ class Evaluations:
                   f"best.safetensors is step {best_step(self.rewards, turn)}")
 
     def draw_comparison(self, first, last):
-        """The strips of two evaluations side by side, and a few of their videos as one moving picture."""
-        import imageio.v3 as iio
-        strips = [torch.from_numpy(iio.imread(sample_file(self.folder, step, ".png"))) for step in (first, last)]
-        write_png(self.folder / "before_after.png", torch.cat(strips, dim=1).numpy())
+        """Of each prompt set the best, the middle and the worst gain, as a picture and moving."""
+        chosen = {}
+        for set_name, names in clip_names(self.prompts).items():
+            before, after = (self.tables[step][set_name]["reward"].tolist() for step in (first, last))
+            gains = {}
+            for i, name in enumerate(names):
+                if all(sample_file(self.folder, step, f"_{name}.mp4").is_file() for step in (first, last)):
+                    gains[i] = after[i] - before[i]
+            for label, i in best_middle_worst(gains).items():
+                videos = [read_video(sample_file(self.folder, step, f"_{names[i]}.mp4")) for step in (first, last)]
+                chosen.setdefault(f"{set_name}: best, middle and worst of {len(gains)}", []).append(
+                    Comparison(label, self.prompts[set_name][i], videos, (before[i], after[i])))
+        title = f"{self.reward_name} of the same prompts and noise, before and after {last} steps; a frame marks the higher one"
+        write_comparisons(self.folder / "before_after.png", chosen, title, self.cfg.fps)
 
-        chosen, place = {}, 0  # {place of the video among those shown: caption}
-        for prompts in self.prompts.values():
-            for i, caption in enumerate(prompts[:SHOWN]):
-                if i < MOVING:
-                    chosen[place] = caption
-                place += 1
-        rows = []
-        for step in (first, last):
-            files = [sample_file(self.folder, step, f"_{video_name(i, caption)}.mp4") for i, caption in chosen.items()]
-            rows.append([read_video(file) for file in files])
-        write_comparison_gif(self.folder / "before_after.gif", rows, list(chosen.values()), ["before", "after"], self.cfg.fps)
+
+def clip_names(prompts):
+    """
+    {set: the name of each video's clip}, with a number that tells videos of the same prompt apart. prompts: {set: captions}.
+
+    The first SHOWN of each set have the first numbers, so that these do not depend on how many more are kept.
+    """
+    names = {set_name: [] for set_name in prompts}
+    number = 0
+    for part in (slice(SHOWN), slice(SHOWN, None)):
+        for set_name, captions in prompts.items():
+            for caption in captions[part]:
+                names[set_name].append(video_name(number, caption))
+                number += 1
+    return names
 
 
 def train_and_report(run, train):
@@ -408,7 +424,7 @@ def mean_rewards(lines):
 
 def mean_reward(measures):
     """Mean reward over the prompt sets of an evaluation, by which the best is chosen: never one that is not finite."""
-    mean = sum(number(m["reward_mean"]) for m in measures.values()) / len(measures)
+    mean = sum(or_nan(m["reward_mean"]) for m in measures.values()) / len(measures)
     return mean if math.isfinite(mean) else -math.inf
 
 

@@ -20,7 +20,7 @@ def json_numbers(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def number(value):
+def or_nan(value):
     """A number as JSON has it, None being nan."""
     return math.nan if value is None else value
 
@@ -56,6 +56,14 @@ def paired(before, after, measure="reward", clusters=None):
     return mean.item(), error
 
 
+def best_middle_worst(gains):
+    """{name: key} of the best, the middle and the worst of gains {key: number}, fewer of fewer; equal ones in their order."""
+    order = sorted(gains, key=lambda key: gains[key] if math.isfinite(gains[key]) else -math.inf, reverse=True)
+    if len(order) < 3:
+        return dict(zip(("best", "worst"), order))
+    return {"best": order[0], "middle": order[len(order) // 2], "worst": order[-1]}
+
+
 def over_seeds(label, rows):
     """
     Rows {measures, differences, ...} of several training seeds as one: means of measures, of gains and of the gains' errors.
@@ -78,7 +86,7 @@ def over_seeds(label, rows):
 
 def column(values):
     """Numbers as JSON has them -> (n,) float64."""
-    return torch.tensor([number(value) for value in values], dtype=torch.float64)
+    return torch.tensor([or_nan(value) for value in values], dtype=torch.float64)
 
 
 def with_error(value, error, sign=""):

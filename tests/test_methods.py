@@ -788,7 +788,7 @@ def test_rwr_weights_real_clips_by_their_own_reward(parts, monkeypatch):
 
 
 def test_an_evaluation_before_and_after(monkeypatch, capsys):
-    for writer in ("draw_curves", "write_video", "write_comparison_gif"):
+    for writer in ("draw_curves", "write_video", "write_comparisons"):
         monkeypatch.setattr(run_folder, writer, lambda *args: Path(next(a for a in args if isinstance(a, Path))).touch())
     monkeypatch.setattr(run_folder, "read_video", lambda path: path.stat())
     flags = [*SHORT, "--eval-every", 1, "--eval-count", 1, "--steps", 1]

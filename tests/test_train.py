@@ -497,7 +497,7 @@ def plain(monkeypatch):
     monkeypatch.setattr(run_folder, "draw_curves", lambda lines, name, path, *watched: path.touch())
     monkeypatch.setattr(run_folder, "write_video", lambda path, video, fps: path.touch())
     monkeypatch.setattr(run_folder, "read_video", lambda path: path.stat())  # must be there
-    monkeypatch.setattr(run_folder, "write_comparison_gif", lambda path, *args: path.touch())
+    monkeypatch.setattr(run_folder, "write_comparisons", lambda path, *args: path.touch())
 
 
 def stop_after(monkeypatch, step, number):
