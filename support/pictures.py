@@ -11,8 +11,8 @@ import torch
 
 from support.files import write_text, write_whole
 from support.ranks import progress, rank_and_size
-from support.tables import json_numbers, or_nan, with_error
-from support.videos import to_pixels
+from support.tables import best_middle_worst, json_numbers, or_nan, with_error
+from support.videos import read_video, to_pixels
 
 INK, RISES, FALLS = "#222222", "#0a7d33", "#c0262d"  # colours of words, and of rewards that rise or fall
 
@@ -55,22 +55,35 @@ def write_png(path, pixels):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a picture shows of a prompt: its videos (F, H, W, 3) uint8 before and after training, and their rewards."""
+    """A prompt's videos before and after training, (F, H, W, 3) uint8 each, with their rewards."""
     label: str
     prompt: str
-    videos: list
     rewards: tuple
+    videos: list
 
 
-def draw_pair(pair, images):
-    """Before and after side by side, with the gain, the prompt and the rewards, and a frame round the higher one; (H, W, 3)."""
+def choose_comparisons(prompts, rewards, files):
+    """The best, the middle and the worst gain among the videos on disk: prompts [n], rewards and files [n] of (before, after)."""
+    gains = {}
+    for i, (before, after) in enumerate(files):
+        if before.is_file() and after.is_file():
+            gains[i] = rewards[i][1] - rewards[i][0]
+    chosen = []
+    for label, i in best_middle_worst(gains).items():
+        videos = [read_video(file) for file in files[i]]
+        chosen.append(Comparison(f"{label} of {len(gains)}", prompts[i], rewards[i], videos))
+    return chosen
+
+
+def draw_comparison(pair, images):
+    """Both images with gain, prompt and rewards, and a coloured frame round the one with the higher reward; (H, W, 3) uint8."""
     from PIL import Image, ImageDraw, ImageFont
     width, height = images[0].size
     gain = round(pair.rewards[1] - pair.rewards[0], 4) + 0.  # never -0
     colour = RISES if gain > 0 else FALLS if gain < 0 else INK
     picture = Image.new("RGB", (2 * width + 32, height + 76), "white")
     draw = ImageDraw.Draw(picture)
-    draw.text((2, 0), f"{pair.label} gain {gain:+.4f}", colour, ImageFont.load_default(15))
+    draw.text((2, 0), f"{pair.label}: {gain:+.4f}", colour, ImageFont.load_default(15))
     draw.text((2, 19), textwrap.shorten(pair.prompt, width // 3, placeholder="..."), INK, ImageFont.load_default(14))
     for i, image in enumerate(images):
         left = i * (width + 12)
@@ -90,7 +103,7 @@ def draw_comparisons(chosen, title, per_line, look):
         for pair in pairs:
             images = [Image.fromarray(look(pixels)) for pixels in pair.videos]
             size = round(images[0].width * 96 / images[0].height), 96
-            cells.append(draw_pair(pair, [image.resize(size, Image.Resampling.BOX) for image in images]))
+            cells.append(draw_comparison(pair, [image.resize(size, Image.Resampling.BOX) for image in images]))
         width = per_line * cells[0].shape[1]
         lines.append(text_line(name, width, 30, 17))
         for i in range(0, len(cells), per_line):
@@ -144,50 +157,44 @@ def draw_curves(lines, reward_name, path, watched=(), turn=None):
     curves.png from the lines of metrics.jsonl: whether the reward rises in training and on held-out prompts, and what the judge
     and what is watched say to that. Series that never change are left out. turn: the step at which what is watched turned.
     """
+    training = [line for line in lines if line.get("reward") is not None]
+    rewards = [line["reward"] for line in training]
+    window = max(1, min(50, len(training) // 4))  # single steps differ by their clips; their running mean shows the trend
+    sums = np.cumsum([0, *rewards])
+    running_mean = (sums[window:] - sums[:-window]) / window
+
     evaluations = [line for line in lines if "eval" in line]
     curves = {}  # {measure: {set: its mean at each evaluation}}
     for set_name, measures in evaluations[0]["eval"].items():
         for measure in measures:
             curves.setdefault(measure, {})[set_name] = [or_nan(line["eval"][set_name].get(measure)) for line in evaluations]
-
-    panels = [(f"{reward_name} on held-out prompts", f"mean {reward_name}", curves["reward_mean"])]
     judged = {}
     for measure in ("watermark", "colour", "shape", "direction", "fidelity"):
         if measure in curves:
             judged[measure] = np.mean(list(curves[measure].values()), axis=0)
-    panels.append(("the judge on held-out prompts", "mean over the sets", judged))
-    panels += [(f"{name} (watched) on held-out prompts", f"mean {name}", curves[name]) for name in watched]
 
+    panels = [(f"{reward_name} in training", training, {"each step": rewards, f"mean of {window} steps": running_mean}),
+              (f"{reward_name} of held-out prompts", evaluations, curves["reward_mean"]),
+              ("the judge on held-out prompts, mean of all sets", evaluations, judged)]
+    panels += [(f"{name} of held-out prompts (watched)", evaluations, curves[name]) for name in watched]
     drawn = []
-    for title, label, series in panels:
-        changing = {name: values for name, values in series.items() if len(values) == 1 or np.ptp(values) != 0}
+    for title, of_panel, series in panels:
+        changing = {label: values for label, values in series.items() if len(values) == 1 or np.unique(values).size > 1}
         if changing:
-            drawn.append((title, label, changing))
-    figure, axes = new_figure(1 + len(drawn), 2, (5, 3.6))
-    draw_steps(axes[0], [line for line in lines if line.get("reward") is not None], reward_name)
-    for axis, (title, label, series) in zip(axes[1:], drawn):
-        for name, values in series.items():
-            axis.plot([line["step"] for line in evaluations], values, marker=".", label=name)
-        if turn is not None:
+            drawn.append((title, of_panel, changing))
+
+    figure, axes = new_figure(len(drawn), 2, (5, 3.6))
+    for axis, (title, of_panel, series) in zip(axes, drawn):
+        steps = [line["step"] for line in of_panel]
+        for label, values in series.items():
+            axis.plot(steps[-len(values):], values, "." if label == "each step" else ".-", label=label)
+        if turn is not None and of_panel is evaluations:
             axis.axvline(turn, color=FALLS, lw=1, ls=":", label="turned")
-        axis.set(title=title, ylabel=label)
-    for axis in axes:
-        axis.set_xlabel("step")
+        axis.set(title=title, xlabel="step")
         axis.locator_params("x", integer=True)
         axis.grid(lw=.3)
         axis.legend(loc="upper center", bbox_to_anchor=(.5, -.16), ncols=3, frameon=False)  # below, where it hides nothing
     write_figure(path, figure)
-
-
-def draw_steps(axis, training, reward_name):
-    """The reward of each training step as dots, and its running mean, since single steps differ by their clips."""
-    window = max(1, min(50, len(training) // 4))
-    steps = [line["step"] for line in training]
-    rewards = [line["reward"] for line in training]
-    axis.plot(steps, rewards, ".", color="#9bb8d3", label="each step")
-    means = np.convolve(rewards, np.full(window, 1 / window), "valid")
-    axis.plot(steps[window - 1:], means, color="#1f4e79", label=f"mean of {window} steps")
-    axis.set(title=f"{reward_name} in training", ylabel=f"mean {reward_name} of a step's videos")
 
 
 def draw_gains(panels, path):

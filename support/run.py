@@ -17,11 +17,11 @@ import torch
 from tqdm import tqdm
 
 from support.files import check_folder, first_line, read_json, write_text, write_whole
-from support.pictures import Comparison, contact_sheet, draw_curves, write_comparisons, write_png
+from support.pictures import choose_comparisons, contact_sheet, draw_curves, write_comparisons, write_png
 from support.ranks import check_alike, on_rank_0, progress, rank_and_size, signalled
 from support.settings import tensorboard_writer, to_record
-from support.tables import add_judge, best_middle_worst, best_step, column, find_turn, json_numbers, or_nan, paired, summary, with_error
-from support.videos import read_video, to_pixels, video_name, write_video
+from support.tables import add_judge, best_step, column, find_turn, json_numbers, or_nan, paired, summary, with_error
+from support.videos import to_pixels, video_name, write_video
 
 VERSION = 1  # of the run folder's files
 EVAL_SEED = 1_000_000  # of the noise of evaluations, by which the best one is chosen
@@ -276,15 +276,10 @@ class Evaluations:
         """Of each prompt set the best, the middle and the worst gain, as a picture and moving."""
         chosen = {}
         for set_name, names in clip_names(self.prompts).items():
-            before, after = (self.tables[step][set_name]["reward"].tolist() for step in (first, last))
-            gains = {}
-            for i, name in enumerate(names):
-                if all(sample_file(self.folder, step, f"_{name}.mp4").is_file() for step in (first, last)):
-                    gains[i] = after[i] - before[i]
-            for label, i in best_middle_worst(gains).items():
-                videos = [read_video(sample_file(self.folder, step, f"_{names[i]}.mp4")) for step in (first, last)]
-                chosen.setdefault(f"{set_name}: best, middle and worst of {len(gains)}", []).append(
-                    Comparison(label, self.prompts[set_name][i], videos, (before[i], after[i])))
+            rewards = [self.tables[step][set_name]["reward"].tolist() for step in (first, last)]
+            before = [sample_file(self.folder, first, f"_{name}.mp4") for name in names]
+            after = [sample_file(self.folder, last, f"_{name}.mp4") for name in names]
+            chosen[set_name] = choose_comparisons(self.prompts[set_name], list(zip(*rewards)), list(zip(before, after)))
         title = f"{self.reward_name} of the same prompts and noise, before and after {last} steps; a frame marks the higher one"
         write_comparisons(self.folder / "before_after.png", chosen, title, self.cfg.fps)
 
