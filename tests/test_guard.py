@@ -1,4 +1,4 @@
-"""What is watched: measures of pixels and the judge's score; the guard's verdict; and what a run makes of it."""
+"""What may be watched, the guard's verdict on it, and what a run makes of that."""
 import json
 import re
 from pathlib import Path
@@ -11,71 +11,10 @@ import evaluate
 import train
 from formats.weights import named_rewards
 from support import run as run_folder, tables
-from tiny import judge
 
 SHORT = ["--device", "cpu", "--frames", "4", "--segments", "2", "--batch-size", "1", "--num-steps", "2", "--tau", "1",
          "--lr", ".01", "--eval-every", "1"]
 pytestmark = pytest.mark.usefixtures("aside", "short_clips")
-
-
-# ------------------------------------------------- measures of pixels ----------------------------------------------
-
-def measures(*frames):
-    """Of one clip of these frames, each (3, H, W) or a grey value."""
-    frames = [f if torch.is_tensor(f) else torch.full((3, 8, 8), f) for f in frames]
-    of_clip = tables.pixel_measures(torch.stack(frames)[None], tables.PIXELS[:5])
-    return {name.removeprefix("pixel_"): value.item() for name, value in of_clip.items()}
-
-
-def test_measures_of_known_clips():
-    board = (torch.arange(8)[:, None] + torch.arange(8)).remainder(2).float().expand(3, 8, 8)
-    still = measures(board, board, board)
-    assert (still["motion"], still["flicker"]) == (0, 0) and still["consistency"] == pytest.approx(1)
-    there_and_back = measures(board, 1 - board, board)
-    assert (there_and_back["motion"], there_and_back["flicker"]) == (1, 2)
-    assert there_and_back["consistency"] == pytest.approx(-1, abs=.01)
-    fade = measures(0., .25, .5)  # changes, but steadily
-    assert fade["motion"] == pytest.approx(.25) and fade["flicker"] == 0 and fade["consistency"] == 1
-    assert measures(board, .5 + .5 * (board - .5))["consistency"] == pytest.approx(.8, abs=.01)  # paler: 2 c / (1 + c^2)
-    edge = torch.zeros(3, 8, 8)
-    edge[:, :, 4:] = .6
-    red = torch.full((3, 8, 8), .1)
-    red[0, :2] = .8
-    assert measures(edge, edge)["sharpness"] == pytest.approx(.6) and measures(edge, edge)["saturation"] == 0
-    assert measures(red, red)["saturation"] == pytest.approx(.7) and measures(red, red)["sharpness"] == 0
-
-
-def test_the_judge_has_the_same_sharpness_and_saturation():
-    """Sharpness off the watermark's band; and of any size, which torch.quantile refuses."""
-    clip = torch.rand(2, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    judged = judge.pixel_measures(clip)
-    off_band = torch.cat([clip[..., :13, :], clip[..., 20:, :]], dim=-2)
-    steepest = off_band.diff(dim=-1).abs().amax(dim=2).flatten(1)
-    vivid = (clip.amax(dim=2) - clip.amin(dim=2)).flatten(1)
-    for name, pixels, values, q in (("sharpness", off_band, steepest, .99), ("saturation", clip, vivid, .9)):
-        assert torch.equal(judged[name], getattr(tables, name)(pixels))
-        torch.testing.assert_close(judged[name], values.quantile(q, dim=1))
-
-
-def test_diversity_is_among_the_videos_of_a_prompt():
-    base = torch.rand(1, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0)) / 2
-    clips = torch.cat([base, base + .25, base, base + .5])
-    rows = [tables.pixel_measures(clip[None], ["diversity"]) for clip in clips]
-    for captions, expected in (("abab", [0, .25, 0, .25]), ("aaba", [.375, .25, torch.nan, .375])):
-        values = tables.table_of(rows, list(captions))["pixel_diversity"]
-        torch.testing.assert_close(values, torch.tensor(expected, dtype=torch.float64), equal_nan=True)
-    assert tables.summary({"reward": values, "pixel_diversity": values})["pixel_diversity"] == pytest.approx(1 / 3)
-
-
-def test_the_judges_score_is_the_mean_of_six():
-    base = {"motion": torch.tensor([.2, .6])}
-    table = {"colour": [1., 0.], "shape": [1., 1.], "direction": [0., 1.], "fidelity": [.9, .5], "watermark": [.1, .3],
-             "motion": [.1, .8]}  # motion kept: a quarter, and all of it
-    table = {name: torch.tensor(values) for name, values in table.items()}
-    tables.add_judge(("hpsv2",), table, base)
-    assert "judge" not in table
-    tables.add_judge(("judge",), table, base)
-    torch.testing.assert_close(table["judge"], torch.tensor([(1 + 1 + 0 + .9 + .9 + .25) / 6, (0 + 1 + 1 + .5 + .7 + 1) / 6]))
 
 
 # ------------------------------------------------- what may be watched ---------------------------------------------
