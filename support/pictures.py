@@ -50,7 +50,7 @@ def write_png(path, pixels):
     """Save (H, W, 3) uint8, whole or not at all."""
     from PIL import Image  # not imageio, which on a full disk prints a second error when it is collected
     with write_whole(path) as hidden:
-        Image.fromarray(np.asarray(pixels)).save(hidden, format="PNG")
+        Image.fromarray(pixels).save(hidden, format="PNG")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def draw_comparison(pair, images):
 
 
 def draw_comparisons(chosen, title, per_line, look):
-    """Pairs in lines of `per_line` under the name of their set, as a PIL picture; look(pixels) -> what is shown of a video."""
+    """Pairs in lines of `per_line` under the name of their set, as (H, W, 3) uint8; look(pixels) -> what is shown of a video."""
     from PIL import Image
     lines = []
     for name, pairs in chosen.items():
@@ -109,7 +109,7 @@ def draw_comparisons(chosen, title, per_line, look):
         for i in range(0, len(cells), per_line):
             line = np.hstack(cells[i:i + per_line])
             lines.append(np.pad(line, ((0, 0), (0, width - line.shape[1]), (0, 0)), constant_values=255))
-    return Image.fromarray(np.vstack([text_line(title, width, 30), *lines]))
+    return np.vstack([text_line(title, width, 30, 14), *lines])
 
 
 def write_comparisons(path, chosen, title, fps):
@@ -121,7 +121,7 @@ def write_comparisons(path, chosen, title, fps):
         frames.append(draw_comparisons(chosen, title, 3, lambda pixels, f=f: pixels[f]))
     # With one palette for all frames what does not change costs nothing, and the file is a third smaller.
     palette = Image.fromarray(np.vstack(frames)).quantize(96, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    frames = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     with write_whole(path.with_suffix(".gif")) as hidden:
         frames[0].save(hidden, format="GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
 
@@ -257,24 +257,21 @@ def evaluation_text(results, reward_name):
 
     A line is a set, D, guidance and model; a gain is over the base of the same set, D and guidance.
     """
-    keys = [["set"], ["D"], ["guidance"], ["model"]]
-    columns = {"n": [], f"{reward_name} ± std": [], "gain ± error": []}
+    columns = {}
     for row in results:
-        for key, cell in zip(keys, (row["set"], row["num_steps"], f"{row['guidance']:g}", row["model"])):
-            key.append(cell)
         measures = dict(row["measures"])
-        columns["n"].append(measures.pop("n"))
-        columns[f"{reward_name} ± std"].append(with_error(measures.pop("reward_mean"), measures.pop("reward_std")))
-        columns["gain ± error"].append(with_error(*row["differences"]["reward"], "+") if "differences" in row else "")
-        for name, value in measures.items():
-            columns.setdefault(name, []).append(f"{value:.3f}")
+        reward = with_error(measures.pop("reward_mean"), measures.pop("reward_std"))
+        gain = with_error(*row["differences"]["reward"], "+") if "differences" in row else ""
+        cells = {"set": row["set"], "D": row["num_steps"], "guidance": f"{row['guidance']:g}", "model": row["model"],
+                 "n": measures.pop("n"), f"{reward_name} ± std": reward, "gain ± error": gain} | measures
+        for name, cell in cells.items():
+            columns.setdefault(name, [name]).append(f"{cell:.3f}" if name in measures else cell)
 
     text = ""
+    keys, others = list(columns.values())[:4], list(columns.values())[4:]
     shown = list(keys)
-    for name, cells in columns.items():
-        column = [name, *cells]
-        wider = markdown(zip(*shown, column))
-        if len(shown) > len(keys) and wider.index("\n") > 100:
+    for column in others:
+        if len(shown) > len(keys) and markdown(zip(*shown, column)).index("\n") > 100:
             text += markdown(zip(*shown)) + "\n"
             shown = list(keys)
         shown.append(column)
