@@ -39,9 +39,10 @@ def contact_sheet(columns, captions, titles):
     """Strips in a grid with words on it: columns [k] of videos (n, F, 3, H, W), captions [n], titles [k] -> uint8 (H', W', 3)."""
     lines = []
     for videos, caption in zip(zip(*columns), captions):
-        strips = [np.pad(strip(to_pixels(video)), ((0, 0), (0, 14), (0, 0)), constant_values=255) for video in videos]
-        lines.append(np.hstack(strips))
-        lines.append(text_line(caption, lines[-1].shape[1]))
+        strips = []
+        for video in videos:
+            strips.append(np.pad(strip(to_pixels(video)), ((0, 0), (0, 14), (0, 0)), constant_values=255))
+        lines += [np.hstack(strips), text_line(caption, sum(picture.shape[1] for picture in strips))]
     head = [text_line(title, strips[0].shape[1]) for title in titles]
     return np.vstack([np.hstack(head), *lines])
 
@@ -70,40 +71,40 @@ def choose_comparisons(prompts, rewards, files):
             gains[i] = rewards[i][1] - rewards[i][0]
     chosen = []
     for label, i in best_middle_worst(gains).items():
-        videos = [read_video(file) for file in files[i]]
-        chosen.append(Comparison(f"{label} of {len(gains)}", prompts[i], rewards[i], videos))
+        chosen.append(Comparison(f"{label} of {len(gains)}", prompts[i], rewards[i], list(map(read_video, files[i]))))
     return chosen
 
 
-def draw_comparison(pair, images):
-    """Both images with gain, prompt and rewards, and a coloured frame round the one with the higher reward; (H, W, 3) uint8."""
+def draw_comparison(pair, look):
+    """
+    Before and after with gain, prompt and rewards, and a coloured frame round the one with the higher reward: (H, W, 3) uint8.
+
+    look(pixels of a video) -> the picture that is shown of it.
+    """
     from PIL import Image, ImageDraw, ImageFont
-    width, height = images[0].size
+    height, width, _ = look(pair.videos[0]).shape
+    width = round(width * 96 / height)
+    height = 96
     gain = round(pair.rewards[1] - pair.rewards[0], 4) + 0.  # never -0
     colour = RISES if gain > 0 else FALLS if gain < 0 else INK
     picture = Image.new("RGB", (2 * width + 32, height + 76), "white")
     draw = ImageDraw.Draw(picture)
     draw.text((2, 0), f"{pair.label}: {gain:+.4f}", colour, ImageFont.load_default(15))
     draw.text((2, 19), textwrap.shorten(pair.prompt, width // 3, placeholder="..."), INK, ImageFont.load_default(14))
-    for i, image in enumerate(images):
+    for i, pixels in enumerate(pair.videos):
         left = i * (width + 12)
         is_higher = gain > 0 if i else gain < 0
         draw.rectangle((left, 39, left + width + 5, 44 + height), colour if is_higher else "white")
-        picture.paste(image, (left + 3, 42))
+        picture.paste(Image.fromarray(look(pixels)).resize((width, height), Image.Resampling.BOX), (left + 3, 42))
         draw.text((left + 2, 46 + height), f"{('before', 'after')[i]} {pair.rewards[i]:.4f}", INK, ImageFont.load_default(14))
     return np.asarray(picture)
 
 
 def draw_comparisons(chosen, title, per_line, look):
-    """Pairs in lines of `per_line` under the name of their set, as (H, W, 3) uint8; look(pixels) -> what is shown of a video."""
-    from PIL import Image
+    """{name of a set: [Comparison]} in lines of `per_line`, as (H, W, 3) uint8; look as draw_comparison has it."""
     lines = []
     for name, pairs in chosen.items():
-        cells = []
-        for pair in pairs:
-            images = [Image.fromarray(look(pixels)) for pixels in pair.videos]
-            size = round(images[0].width * 96 / images[0].height), 96
-            cells.append(draw_comparison(pair, [image.resize(size, Image.Resampling.BOX) for image in images]))
+        cells = [draw_comparison(pair, look) for pair in pairs]
         width = per_line * cells[0].shape[1]
         lines.append(text_line(name, width, 30, 17))
         for i in range(0, len(cells), per_line):
@@ -130,7 +131,7 @@ def markdown(rows):
     """A table whose first row is its head, with columns aligned, as it is read on a terminal too."""
     columns = []
     for column in zip(*rows):
-        cells = [str(cell) for cell in column]
+        cells = list(map(str, column))
         width = max(map(len, cells))
         cells.insert(1, "-" * width)
         columns.append([cell.ljust(width) for cell in cells])
@@ -157,38 +158,43 @@ def draw_curves(lines, reward_name, path, watched=(), turn=None):
     curves.png from the lines of metrics.jsonl: whether the reward rises in training and on held-out prompts, and what the judge
     and what is watched say to that. Series that never change are left out. turn: the step at which what is watched turned.
     """
-    training = [line for line in lines if line.get("reward") is not None]
-    rewards = [line["reward"] for line in training]
-    window = max(1, min(50, len(training) // 4))  # single steps differ by their clips; their running mean shows the trend
+    trained, rewards = [], []  # steps and their rewards
+    evaluated, curves = [], {}  # steps with an evaluation, and {measure: {set: its mean at each}}
+    for line in lines:
+        if line.get("reward") is not None:
+            trained.append(line["step"])
+            rewards.append(line["reward"])
+        if "eval" in line:
+            evaluated.append(line["step"])
+            for set_name, means in line["eval"].items():
+                for measure, mean in means.items():
+                    curves.setdefault(measure, {}).setdefault(set_name, []).append(or_nan(mean))
+
+    window = max(1, min(50, len(rewards) // 4))  # single steps differ by their clips; their running mean shows the trend
     sums = np.cumsum([0, *rewards])
     running_mean = (sums[window:] - sums[:-window]) / window
-
-    evaluations = [line for line in lines if "eval" in line]
-    curves = {}  # {measure: {set: its mean at each evaluation}}
-    for set_name, measures in evaluations[0]["eval"].items():
-        for measure in measures:
-            curves.setdefault(measure, {})[set_name] = [or_nan(line["eval"][set_name].get(measure)) for line in evaluations]
     judged = {}
     for measure in ("watermark", "colour", "shape", "direction", "fidelity"):
         if measure in curves:
             judged[measure] = np.mean(list(curves[measure].values()), axis=0)
+    panels = {f"{reward_name} in training": {"each step": rewards, f"mean of {window} steps": running_mean},
+              f"{reward_name} of held-out prompts": curves["reward_mean"],
+              "the judge on held-out prompts, mean of all sets": judged}
+    for name in watched:
+        panels[f"{name} of held-out prompts (watched)"] = curves[name]
+    for title, series in list(panels.items()):
+        for label, values in list(series.items()):
+            if len(values) != 1 and np.unique(values).size < 2:
+                del series[label]
+        if not series:
+            del panels[title]
 
-    panels = [(f"{reward_name} in training", training, {"each step": rewards, f"mean of {window} steps": running_mean}),
-              (f"{reward_name} of held-out prompts", evaluations, curves["reward_mean"]),
-              ("the judge on held-out prompts, mean of all sets", evaluations, judged)]
-    panels += [(f"{name} of held-out prompts (watched)", evaluations, curves[name]) for name in watched]
-    drawn = []
-    for title, of_panel, series in panels:
-        changing = {label: values for label, values in series.items() if len(values) == 1 or np.unique(values).size > 1}
-        if changing:
-            drawn.append((title, of_panel, changing))
-
-    figure, axes = new_figure(len(drawn), 2, (5, 3.6))
-    for axis, (title, of_panel, series) in zip(axes, drawn):
-        steps = [line["step"] for line in of_panel]
+    figure, axes = new_figure(len(panels), 2, (5, 3.6))
+    for axis, (title, series) in zip(axes, panels.items()):
+        steps = trained if "each step" in series else evaluated
         for label, values in series.items():
             axis.plot(steps[-len(values):], values, "." if label == "each step" else ".-", label=label)
-        if turn is not None and of_panel is evaluations:
+        if turn is not None and steps is evaluated:
             axis.axvline(turn, color=FALLS, lw=1, ls=":", label="turned")
         axis.set(title=title, xlabel="step")
         axis.locator_params("x", integer=True)

@@ -87,7 +87,7 @@ def over_seeds(label, rows):
 
 def column(values):
     """Numbers as JSON has them -> (n,) float64."""
-    return torch.tensor([or_nan(value) for value in values], dtype=torch.float64)
+    return torch.tensor(list(map(or_nan, values)), dtype=torch.float64)
 
 
 def with_error(value, error, sign=""):
@@ -113,7 +113,8 @@ def pixel_names(watched):
 
 def watched_names(watched, rewards=()):
     """The names under which logs have what is watched: rewards, measures of pixels, the judge's score."""
-    names = [reward.name for reward in rewards] + [f"pixel_{name}" for name in pixel_names(watched)]
+    names = [reward.name for reward in rewards]
+    names += map("pixel_{}".format, pixel_names(watched))
     return names + [JUDGE] * (JUDGE in watched)
 
 
@@ -177,7 +178,7 @@ def diversity(copies, captions):
     """(n,): mean absolute difference of each small copy (n, ...) from the others of its caption, 0 to 1; nan without others."""
     copies = copies.flatten(1).double()                                                   # (n, pixels)
     distances = torch.cdist(copies, copies, p=1) / copies.shape[1]                        # (n, n)
-    numbers = torch.tensor([captions.index(caption) for caption in captions])             # (n,), equal for equal captions
+    numbers = torch.tensor(list(map(captions.index, captions)))                           # (n,), equal for equal captions
     same = numbers[:, None] == numbers                                                    # (n, n), each with itself too
     others = same.sum(dim=1) - 1
     return distances.where(same, 0.).sum(dim=1) / others.where(others > 0, torch.nan)

@@ -19,8 +19,8 @@ def test_the_best_the_middle_and_the_worst_gain_are_shown():
 @pytest.mark.parametrize(("rewards", "before", "after"), [
     ((.1, .3), "white", pictures.RISES), ((.3, .1), pictures.FALLS, "white"), ((.3, .30001), "white", "white")])
 def test_a_frame_marks_the_higher_reward(rewards, before, after):
-    grey = Image.new("RGB", (96, 60), "grey")
-    picture = pictures.draw_comparison(pictures.Comparison("best of 2", "a red circle", rewards, []), [grey, grey])
+    videos = [np.full((1, 48, 48, 3), 128, np.uint8)] * 2
+    picture = pictures.draw_comparison(pictures.Comparison("best of 2", "a red circle", rewards, videos), lambda video: video[0])
     colours = [picture[39, 50].tolist(), picture[39, 108 + 50].tolist()]
     assert colours == [list(Image.new("RGB", (1, 1), name).getpixel((0, 0))) for name in (before, after)]
     assert picture[70, [50, 158]].tolist() == [[128] * 3] * 2  # within the frames
