@@ -36,7 +36,7 @@ from support.pictures import evaluation_bar, save_evaluation
 from support.ranks import all_gather, join_ranks, rank_and_size, run_script
 from support.run import EVAL_SEED
 from support.settings import RewardSettings, check_at_least
-from support.tables import add_judge, as_table, check_watched, paired, pixel_measures, summary
+from support.tables import add_judge, check_watched, paired, pixel_measures, summary, table_of
 
 REPORT_SEED = 2_000_000  # not EVAL_SEED: what was chosen by some noise is measured on other
 
@@ -94,7 +94,7 @@ def evaluate(base, rewards, prompts, *, seed=EVAL_SEED, num_steps=20, guidance=N
     for other_rows, other_videos in all_gather((rows, videos)):
         rows |= other_rows
         videos |= other_videos
-    table = as_table([rows[i] for i in range(len(prompts))], prompts)
+    table = table_of([rows[i] for i in range(len(prompts))], prompts)
     kept = [videos[i] for i in range(min(keep, len(prompts)))]
     return table, torch.stack(kept) if kept else None  # (n,) each; (keep, F, 3, H, W)
 

@@ -160,8 +160,8 @@ class Setup:
         return torch.cat([p.grad.flatten() for p in self.parameters]), time.perf_counter() - started
 
     def scored(self, z_0, segments):
-        """For this S: the frames drawn of an edit, their rewards, for each lambda f, R and the length of R's gradient on them, and
-        that gradient as pictures; the pictures (S, H, W, 3) again, for the strip."""
+        """For this S: the frames drawn of an edit, their rewards; for each lambda f, R and the length of R's gradient on them,
+        and that gradient as pictures; the pictures (S, H, W, 3) again, for the strip."""
         g = self.draw(segments)[3]
         with torch.no_grad():
             frames = decode_frames(self.base.vae, z_0, g)                     # (1, S, 3, H, W)

@@ -4,47 +4,51 @@ import platform
 import shlex
 import subprocess
 import sys
+import textwrap
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from textwrap import wrap
 
 import numpy as np
 import torch
 
 from support.files import write_text, write_whole
 from support.ranks import is_main_process, progress
-from support.tables import json_numbers, number, with_error
-from support.videos import to_pixels
+from support.tables import best_middle_worst, json_numbers, or_nan, with_error
+from support.videos import read_video, to_pixels
+
+INK, RISES, FALLS = "#222222", "#0a7d33", "#c0262d"  # colours of words, and of rewards that rise or fall
 
 
-def strip(video):
-    """The middle frame of each quarter of a video side by side, enlarged if small: (F, 3, H, W) -> (H', W', 3) uint8."""
-    F = len(video)
-    frames = to_pixels(video[[F // 8, 3 * F // 8, 5 * F // 8, 7 * F // 8]])
-    zoom = max(1, 96 // frames.shape[2])
+def strip(pixels):
+    """The middle frame of each quarter of a video side by side, enlarged if small: (F, H, W, 3) -> (H', W', 3) uint8."""
+    F = len(pixels)
+    frames = pixels[[F // 8, 3 * F // 8, 5 * F // 8, 7 * F // 8]]
+    zoom = max(1, 96 // frames.shape[1])
     frames = frames.repeat(zoom, 1).repeat(zoom, 2)
     frames = np.pad(frames, ((0, 0), (0, 2), (0, 2), (0, 0)), constant_values=255)  # a white line between frames
-    return np.pad(np.hstack(frames), ((0, 0), (0, 14), (0, 0)), constant_values=255)
+    return np.hstack(frames)
 
 
-def words(text, width, height=22, font_size=15):
+def text_line(text, width, height=22, font_size=15):
     """Text on white, as a picture (height, width, 3) uint8."""
     from PIL import Image, ImageDraw, ImageFont
     picture = Image.new("RGB", (width, height), "white")
-    font = ImageFont.load_default(font_size)
-    ImageDraw.Draw(picture).text((2, height // 2 - 2), text, fill="#222222", font=font, anchor="lm", spacing=1)
+    ImageDraw.Draw(picture).text((2, height // 2 - 2), text, INK, ImageFont.load_default(font_size), anchor="lm")
     return np.asarray(picture)
 
 
 def contact_sheet(columns, captions, titles):
     """Strips in a grid with words on it: columns [k] of videos (n, F, 3, H, W), captions [n], titles [k] -> uint8 (H', W', 3)."""
-    rows = []
+    lines = []
     for videos, caption in zip(zip(*columns), captions):
-        strips = [strip(video) for video in videos]
-        rows.append(np.hstack(strips))
-        rows.append(words(caption, rows[0].shape[1]))
-    return np.vstack([np.hstack([words(title, strips[0].shape[1]) for title in titles]), *rows])
+        strips = []
+        for video in videos:
+            strips.append(np.pad(strip(to_pixels(video)), ((0, 0), (0, 14), (0, 0)), constant_values=255))
+        lines += [np.hstack(strips), text_line(caption, sum(picture.shape[1] for picture in strips))]
+    head = [text_line(title, strips[0].shape[1]) for title in titles]
+    return np.vstack([np.hstack(head), *lines])
 
 
 def write_png(path, pixels):
@@ -54,22 +58,76 @@ def write_png(path, pixels):
         Image.fromarray(pixels).save(hidden, format="PNG")
 
 
-def write_comparison_gif(path, rows, captions, titles, fps, tile=112):
-    """Videos that play side by side: rows [k] of videos [n], each (F, H, W, 3) uint8, captions [n] below, titles [k] beside."""
+@dataclass(frozen=True)
+class Comparison:
+    """A prompt's videos before and after training, (F, H, W, 3) uint8 each, with their rewards."""
+    label: str
+    prompt: str
+    rewards: tuple
+    videos: list
+
+
+def choose_comparisons(prompts, rewards, files):
+    """The best, the middle and the worst gain among the videos on disk: prompts [n], rewards and files [n] of (before, after)."""
+    gains = {}
+    for i, (before, after) in enumerate(files):
+        if before.is_file() and after.is_file():
+            gains[i] = rewards[i][1] - rewards[i][0]
+    chosen = []
+    for label, i in best_middle_worst(gains).items():
+        chosen.append(Comparison(f"{label} of {len(gains)}", prompts[i], rewards[i], list(map(read_video, files[i]))))
+    return chosen
+
+
+def draw_comparison(pair, look):
+    """
+    Before and after with gain, prompt and rewards, and a coloured frame round the one with the higher reward: (H, W, 3) uint8.
+
+    look(pixels of a video) -> the picture that is shown of it.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+    height, width, _ = look(pair.videos[0]).shape
+    width = round(width * 96 / height)
+    height = 96
+    gain = round(pair.rewards[1] - pair.rewards[0], 4) + 0.  # never -0
+    colour = RISES if gain > 0 else FALLS if gain < 0 else INK
+    picture = Image.new("RGB", (2 * width + 32, height + 76), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((2, 0), f"{pair.label}: {gain:+.4f}", colour, ImageFont.load_default(15))
+    draw.text((2, 19), textwrap.shorten(pair.prompt, width // 3, placeholder="..."), INK, ImageFont.load_default(14))
+    for i, pixels in enumerate(pair.videos):
+        left = i * (width + 12)
+        is_higher = gain > 0 if i else gain < 0
+        draw.rectangle((left, 39, left + width + 5, 44 + height), colour if is_higher else "white")
+        picture.paste(Image.fromarray(look(pixels)).resize((width, height), Image.Resampling.BOX), (left + 3, 42))
+        draw.text((left + 2, 46 + height), f"{('before', 'after')[i]} {pair.rewards[i]:.4f}", INK, ImageFont.load_default(14))
+    return np.asarray(picture)
+
+
+def draw_comparisons(chosen, title, per_line, look):
+    """{name of a set: [Comparison]} in lines of `per_line`, as (H, W, 3) uint8; look as draw_comparison has it."""
+    lines = []
+    for name, pairs in chosen.items():
+        cells = [draw_comparison(pair, look) for pair in pairs]
+        width = per_line * cells[0].shape[1]
+        lines.append(text_line(name, width, 30, 17))
+        for i in range(0, len(cells), per_line):
+            line = np.hstack(cells[i:i + per_line])
+            lines.append(np.pad(line, ((0, 0), (0, width - line.shape[1]), (0, 0)), constant_values=255))
+    return np.vstack([text_line(title, width, 30, 14), *lines])
+
+
+def write_comparisons(path, chosen, title, fps):
+    """A .png with a few frames of each pair, and beside it a .gif in which they move. chosen: {name of a set: [Comparison]}."""
     from PIL import Image
-    below = [words("", 54, 36), *(words("\n".join(wrap(caption, 17)[:2]), tile + 4, 36, 13) for caption in captions)]
+    write_png(path, draw_comparisons(chosen, title, 1, strip))
     frames = []
-    for f in range(len(rows[0][0])):
-        lines = []
-        for title, row in zip(titles, rows):
-            line = [words(title, 54, tile + 4, 13)]
-            for video in row:
-                small = Image.fromarray(video[f]).resize((tile, tile), Image.Resampling.NEAREST)
-                line.append(np.pad(small, ((0, 4), (0, 4), (0, 0)), constant_values=255))
-            lines.append(np.hstack(line))
-        picture = Image.fromarray(np.vstack([*lines, np.hstack(below)]))
-        frames.append(picture.quantize(128, dither=Image.Dither.NONE))  # which keeps the file small
-    with write_whole(path) as hidden:
+    for f in range(len(next(iter(chosen.values()))[0].videos[0])):
+        frames.append(draw_comparisons(chosen, title, 3, lambda pixels, f=f: pixels[f]))
+    # With one palette for all frames what does not change costs nothing, and the file is a third smaller.
+    palette = Image.fromarray(np.vstack(frames)).quantize(96, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    frames = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    with write_whole(path.with_suffix(".gif")) as hidden:
         frames[0].save(hidden, format="GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
 
 
@@ -77,7 +135,7 @@ def markdown(rows):
     """A table whose first row is its head, with columns aligned, as it is read on a terminal too."""
     columns = []
     for column in zip(*rows):
-        cells = [str(cell) for cell in column]
+        cells = list(map(str, column))
         width = max(map(len, cells))
         cells.insert(1, "-" * width)
         columns.append([cell.ljust(width) for cell in cells])
@@ -101,34 +159,51 @@ def write_figure(path, figure):
 
 def draw_curves(lines, reward_name, path, watched=(), turn=None):
     """
-    curves.png from the lines of metrics.jsonl: the reward of the training videos, step by step, and of videos from pure noise,
-    with the judge's measures if there are any, and what is watched. turn: the step at which that turned, or None.
+    curves.png from the lines of metrics.jsonl: whether the reward rises in training and on held-out prompts, and what the judge
+    and what is watched say to that. Series that never change are left out. turn: the step at which what is watched turned.
     """
-    training = [line for line in lines if line.get("reward") is not None]
-    evals = [line for line in lines if "eval" in line]
-    curves = {}  # {measure: {set: its mean at each evaluation}}
-    for set_name, measures in evals[0]["eval"].items():
-        for measure in measures:
-            curves.setdefault(measure, {})[set_name] = [number(line["eval"][set_name].get(measure)) for line in evals]
+    trained, rewards = [], []  # steps and their rewards
+    evaluated, curves = [], {}  # steps with an evaluation, and {measure: {set: its mean at each}}
+    for line in lines:
+        if line.get("reward") is not None:
+            trained.append(line["step"])
+            rewards.append(line["reward"])
+        if "eval" in line:
+            evaluated.append(line["step"])
+            for set_name, means in line["eval"].items():
+                for measure, mean in means.items():
+                    curves.setdefault(measure, {}).setdefault(set_name, []).append(or_nan(mean))
 
-    panels = [("videos of the training steps", reward_name, {"each step": [line["reward"] for line in training]}),
-              ("videos from pure noise", reward_name, curves["reward_mean"])]
-    judged = [k for k in ("watermark", "colour", "shape", "direction", "fidelity") if k in curves]
-    if judged:
-        means = {k: np.mean(list(curves[k].values()), axis=0) for k in judged}
-        panels.append(("the same videos, by the judge", "mean over the sets", means))
-    panels += [("watched, videos from pure noise", k, curves[k]) for k in watched]
+    window = max(1, min(50, len(rewards) // 4))  # single steps differ by their clips; their running mean shows the trend
+    sums = np.cumsum([0, *rewards])
+    running_mean = (sums[window:] - sums[:-window]) / window
+    judged = {}
+    for measure in ("watermark", "colour", "shape", "direction", "fidelity"):
+        if measure in curves:
+            judged[measure] = np.mean(list(curves[measure].values()), axis=0)
+    panels = {f"{reward_name} in training": {"each step": rewards, f"mean of {window} steps": running_mean},
+              f"{reward_name} of held-out prompts": curves["reward_mean"],
+              "the judge on held-out prompts, mean of all sets": judged}
+    for name in watched:
+        panels[f"{name} of held-out prompts (watched)"] = curves[name]
+    for title, series in list(panels.items()):
+        for label, values in list(series.items()):
+            if len(values) != 1 and np.unique(values).size < 2:
+                del series[label]
+        if not series:
+            del panels[title]
 
-    figure, axes = new_figure(len(panels), 4, (5, 3.6))
-    for axis, (title, ylabel, shown) in zip(axes, panels):
-        steps = [line["step"] for line in (training if axis is axes[0] else evals)]
-        for label, values in shown.items():
-            axis.plot(steps, values, marker=".", label=label)
-        if turn is not None and axis is not axes[0]:
-            axis.axvline(turn, color="#c00000", lw=1, ls=":", label="turned")
-        axis.set(title=title, xlabel="step", ylabel=ylabel)
+    figure, axes = new_figure(len(panels), 2, (5, 3.6))
+    for axis, (title, series) in zip(axes, panels.items()):
+        steps = trained if "each step" in series else evaluated
+        for label, values in series.items():
+            axis.plot(steps[-len(values):], values, "." if label == "each step" else ".-", label=label)
+        if turn is not None and steps is evaluated:
+            axis.axvline(turn, color=FALLS, lw=1, ls=":", label="turned")
+        axis.set(title=title, xlabel="step")
         axis.locator_params("x", integer=True)
-        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, .5))  # beside, where it hides nothing
+        axis.grid(lw=.3)
+        axis.legend(loc="upper center", bbox_to_anchor=(.5, -.16), ncols=3, frameon=False)  # below, where it hides nothing
     write_figure(path, figure)
 
 
@@ -194,36 +269,52 @@ def evaluation_bar(sets, settings, models):
     return progress(None, "evaluating", videos * steps, shared=True)
 
 
-def as_markdown(results, reward_name):
-    """The rows of table.json as a table: one line a set, D, guidance and model, differences against the base of that line."""
-    measures = [k for k in results[0]["measures"] if k not in ("reward_mean", "reward_std", "n")]
-    rows = [["set", "D", "guidance", "model", "n", f"{reward_name} mean ± std over videos", "difference ± error over prompts",
-             *measures]]
-    for row in results:
-        m = row["measures"]
-        difference = with_error(*row["differences"]["reward"], sign="+") if "differences" in row else ""
-        rows.append([row["set"], row["num_steps"], f"{row['guidance']:g}", row["model"], m["n"],
-                     with_error(m["reward_mean"], m["reward_std"]), difference, *(f"{m[k]:.3f}" for k in measures)])
-    return markdown(rows)
-
-
-def save_evaluation(cfg, results, sheets, sets, models, reward_name, apart):
+def evaluation_text(results, reward_name):
     """
-    Write the report into cfg.out and print its table. results: rows of set, num_steps, guidance, model, measures, differences.
+    The rows of table.json as Markdown tables that fit a terminal of 100 columns, as many as that takes.
 
-    sheets: {set: [videos (k, F, 3, H, W) of each model]}. apart: distances from the hpsv2 package's own scores, if it was asked.
+    A line is a set, D, guidance and model; a gain is over the base of the same set, D and guidance.
+    """
+    columns = {}
+    for row in results:
+        measures = dict(row["measures"])
+        reward = with_error(measures.pop("reward_mean"), measures.pop("reward_std"))
+        gain = with_error(*row["differences"]["reward"], "+") if "differences" in row else ""
+        cells = {"set": row["set"], "D": row["num_steps"], "guidance": f"{row['guidance']:g}", "model": row["model"],
+                 "n": measures.pop("n"), f"{reward_name} ± std": reward, "gain ± error": gain} | measures
+        for name, cell in cells.items():
+            columns.setdefault(name, [name]).append(f"{cell:.3f}" if name in measures else cell)
+
+    text = ""
+    keys, others = list(columns.values())[:4], list(columns.values())[4:]
+    shown = list(keys)
+    for column in others:
+        if len(shown) > len(keys) and markdown(zip(*shown, column)).index("\n") > 100:
+            text += markdown(zip(*shown)) + "\n"
+            shown = list(keys)
+        shown.append(column)
+    return text + markdown(zip(*shown))
+
+
+def save_evaluation(cfg, results, sheets, sets, models, reward_name, official_gaps):
+    """
+    Write the report into cfg.out and print its tables. results: rows of set, num_steps, guidance, model, measures, differences.
+
+    sheets: {set: [videos (k, F, 3, H, W) of each model]}. official_gaps: distances from the hpsv2 package's own scores, if asked.
     """
     report = {"command": shlex.join(["python", "evaluate.py", *sys.argv[1:]]), "reward": reward_name, "seed": cfg.seed,
               "versions": versions(), "results": results}
-    table = as_markdown(results, reward_name)
-    if apart:
-        report["official_hps_distance"] = max(apart)
-        table += f"\nThe hpsv2 package's own scores differ by at most {max(apart):.1e} on {len(apart)} videos.\n"
+    text = evaluation_text(results, reward_name)
+    if official_gaps:
+        report["official_hps_distance"] = max(official_gaps)
+        text += f"\nThe hpsv2 package's own scores differ by at most {max(official_gaps):.1e} on {len(official_gaps)} videos.\n"
     write_text(cfg.out / "table.json", json.dumps(json_numbers(report), indent=1) + "\n")
-    write_text(cfg.out / "table.md", table)
+    write_text(cfg.out / "table.md", text)
     if cfg.sheet:
         columns = [torch.cat(of_sets) for of_sets in zip(*sheets.values())]
-        captions = [caption for name in sheets for caption in sets[name][:cfg.sheet]]
+        captions = []
+        for name in sheets:
+            captions += sets[name][:cfg.sheet]
         write_png(cfg.out / "sheet.png", contact_sheet(columns, captions, models))
-    print(table)
+    print(text)
     print(f"written: {cfg.out}/table.md, table.json{', sheet.png' if cfg.sheet else ''}")

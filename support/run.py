@@ -22,16 +22,15 @@ import torch
 from tqdm import tqdm
 
 from support.files import check_folder, first_line, read_json, write_text, write_whole
-from support.pictures import contact_sheet, draw_curves, versions, write_comparison_gif, write_png
+from support.pictures import choose_comparisons, contact_sheet, draw_curves, versions, write_comparisons, write_png
 from support.ranks import check_alike, is_main_process, on_rank_0, progress, rank_and_size, signalled
 from support.settings import tensorboard_writer, to_record
-from support.tables import add_judge, best_step, column, find_turn, json_numbers, number, paired, summary, with_error
-from support.videos import read_video, to_pixels, video_name, write_video
+from support.tables import add_judge, best_step, column, find_turn, json_numbers, or_nan, paired, summary, with_error
+from support.videos import to_pixels, video_name, write_video
 
 VERSION = 1  # of the run folder's files
 EVAL_SEED = 1_000_000  # of the noise of evaluations, by which the best one is chosen
 SHOWN = 4  # videos of each prompt set on the strips
-MOVING = 2  # and in before_after.gif
 
 
 class Stopped(Exception):
@@ -134,10 +133,11 @@ class Run:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         if self.board:
-            named = {"": line} | {f"eval/{set_name}/": measures for set_name, measures in line.get("eval", {}).items()}
-            for prefix, scalars in named.items():
-                for name in scalars.keys() - {"step", "eval"}:
-                    self.board.add_scalar(prefix + name, number(scalars[name]), line["step"])
+            scalars = {name: value for name, value in line.items() if name not in ("step", "eval")}
+            for set_name, measures in line.get("eval", {}).items():
+                scalars |= {f"eval/{set_name}/{name}": value for name, value in measures.items()}
+            for name, value in scalars.items():
+                self.board.add_scalar(name, or_nan(value), line["step"])
 
     def log_step(self, step, numbers, seconds, finite):
         """A training line; numbers that are not finite become null, since JSON cannot hold them."""
@@ -216,7 +216,9 @@ class Evaluations:
                 if signalled() and rank_and_size()[1] == 1:  # with more ranks, leaving alone would keep the others waiting
                     raise Stopped
             for name, prompts in self.prompts.items():
-                tables[name], videos[name] = self.evaluate(prompts, seed=seed, keep=SHOWN, move_on=move_on)
+                # The tiny world's videos are small, so all are kept; before_after.png then chooses among all.
+                keep = len(prompts) if self.cfg.base == "tiny" else SHOWN
+                tables[name], videos[name] = self.evaluate(prompts, seed=seed, keep=keep, move_on=move_on)
                 first_tables = next(iter(self.tables.values()), tables)
                 add_judge(self.watched, tables[name], first_tables[name])
                 seed += len(prompts)
@@ -233,14 +235,14 @@ class Evaluations:
 
     def show(self, step, tables, videos):
         """samples/step_000100.png with its clips as mp4, and .json with every video's numbers, for paired comparisons."""
+        shown = torch.cat([of_set[:SHOWN] for of_set in videos.values()])
         captions = []
-        for name in videos:
-            captions += self.prompts[name][:SHOWN]
-        shown = torch.cat(list(videos.values()))
+        for set_name in videos:
+            captions += self.prompts[set_name][:SHOWN]
         write_png(sample_file(self.folder, step, ".png"), contact_sheet([shown], captions, [f"step {step}"]))
-        for i, (video, caption) in enumerate(zip(shown, captions)):
-            file = sample_file(self.folder, step, f"_{video_name(i, caption)}.mp4")
-            write_video(file, to_pixels(video), self.cfg.fps)
+        for set_name, names in clip_names(self.prompts).items():
+            for name, video in zip(names, videos[set_name]):
+                write_video(sample_file(self.folder, step, f"_{name}.mp4"), to_pixels(video), self.cfg.fps)
         numbers = {}
         for name, table in tables.items():
             numbers[name] = {measure: values.tolist() for measure, values in table.items()}
@@ -269,23 +271,31 @@ class Evaluations:
                   f"best.safetensors is step {best_step(self.rewards, turn)}")
 
     def draw_comparison(self, first, last):
-        """The strips of two evaluations side by side, and a few of their videos as one moving picture."""
-        import imageio.v3 as iio
-        strips = [torch.from_numpy(iio.imread(sample_file(self.folder, step, ".png"))) for step in (first, last)]
-        write_png(self.folder / "before_after.png", torch.cat(strips, dim=1).numpy())
+        """Of each prompt set the best, the middle and the worst gain, as a picture and moving."""
+        chosen = {}
+        for set_name, names in clip_names(self.prompts).items():
+            rewards = [self.tables[step][set_name]["reward"].tolist() for step in (first, last)]
+            before = [sample_file(self.folder, first, f"_{name}.mp4") for name in names]
+            after = [sample_file(self.folder, last, f"_{name}.mp4") for name in names]
+            chosen[set_name] = choose_comparisons(self.prompts[set_name], list(zip(*rewards)), list(zip(before, after)))
+        title = f"{self.reward_name} of the same prompts and noise, before and after {last} steps; a frame marks the higher one"
+        write_comparisons(self.folder / "before_after.png", chosen, title, self.cfg.fps)
 
-        chosen = {}  # {index of the video among those shown: caption}
-        index = 0
-        for prompts in self.prompts.values():
-            for i, caption in enumerate(prompts[:SHOWN]):
-                if i < MOVING:
-                    chosen[index] = caption
-                index += 1
-        rows = []
-        for step in (first, last):
-            files = [sample_file(self.folder, step, f"_{video_name(i, caption)}.mp4") for i, caption in chosen.items()]
-            rows.append([read_video(file) for file in files])
-        write_comparison_gif(self.folder / "before_after.gif", rows, list(chosen.values()), ["before", "after"], self.cfg.fps)
+
+def clip_names(prompts):
+    """
+    {set: the name of each video's clip}, with a number that tells videos of the same prompt apart. prompts: {set: captions}.
+
+    The first SHOWN of each set have the first numbers, so that these do not depend on how many more are kept.
+    """
+    names = {set_name: [] for set_name in prompts}
+    number = 0
+    for part in (slice(SHOWN), slice(SHOWN, None)):
+        for set_name, captions in prompts.items():
+            for caption in captions[part]:
+                names[set_name].append(video_name(number, caption))
+                number += 1
+    return names
 
 
 def train_and_report(run, train):
@@ -412,7 +422,7 @@ def mean_rewards(lines):
 
 def mean_reward(measures):
     """Mean reward over the prompt sets of an evaluation, by which the best is chosen: never one that is not finite."""
-    mean = sum(number(m["reward_mean"]) for m in measures.values()) / len(measures)
+    mean = sum(or_nan(m["reward_mean"]) for m in measures.values()) / len(measures)
     return mean if math.isfinite(mean) else -math.inf
 
 

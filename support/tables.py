@@ -20,7 +20,7 @@ def json_numbers(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def number(value):
+def or_nan(value):
     """A number as JSON has it, None being nan."""
     return math.nan if value is None else value
 
@@ -29,8 +29,8 @@ def summary(table):
     """What metrics.jsonl keeps of a table: reward_mean, reward_std, n, and every other measure's mean where it is known."""
     reward = table["reward"]
     std = reward.std().item() if len(reward) > 1 else math.nan
-    kept = {"reward_mean": reward.mean().item(), "reward_std": std, "n": len(reward)}
-    return kept | {k: v.nanmean().item() for k, v in table.items() if k != "reward"}
+    means = {name: values.nanmean().item() for name, values in table.items() if name != "reward"}
+    return {"reward_mean": reward.mean().item(), "reward_std": std, "n": len(reward)} | means
 
 
 def add_means(totals, logged, batch_size):
@@ -52,8 +52,17 @@ def paired(before, after, measure="reward", clusters=None):
     for label, deviation in zip(clusters or range(len(d)), (d - mean).tolist()):
         sums[label] = sums.get(label, 0.) + deviation
     m = len(sums)
-    error = (m / (m - 1) * sum(s * s for s in sums.values())) ** .5 / len(d) if m > 1 else math.nan
-    return mean.item(), error
+    if m < 2:
+        return mean.item(), math.nan
+    return mean.item(), (m / (m - 1) * sum(s * s for s in sums.values())) ** .5 / len(d)
+
+
+def best_middle_worst(gains):
+    """{name: key} of the best, the middle and the worst of gains {key: number}, fewer of fewer; equal ones in their order."""
+    order = sorted(gains, key=lambda key: (math.isfinite(gains[key]), gains[key]), reverse=True)
+    if len(order) < 3:
+        return dict(zip(("best", "worst"), order))
+    return {"best": order[0], "middle": order[len(order) // 2], "worst": order[-1]}
 
 
 def over_seeds(label, rows):
@@ -78,7 +87,7 @@ def over_seeds(label, rows):
 
 def column(values):
     """Numbers as JSON has them -> (n,) float64."""
-    return torch.tensor([number(value) for value in values], dtype=torch.float64)
+    return torch.tensor(list(map(or_nan, values)), dtype=torch.float64)
 
 
 def with_error(value, error, sign=""):
@@ -104,7 +113,8 @@ def pixel_names(watched):
 
 def watched_names(watched, rewards=()):
     """The names under which logs have what is watched: rewards, measures of pixels, the judge's score."""
-    names = [reward.name for reward in rewards] + [f"pixel_{name}" for name in pixel_names(watched)]
+    names = [reward.name for reward in rewards]
+    names += map("pixel_{}".format, pixel_names(watched))
     return names + [JUDGE] * (JUDGE in watched)
 
 
@@ -156,34 +166,34 @@ def pixel_measures(clips, names):
     if not names:
         return {}
     clips = clips.float()
-    found = {
+    values = {
         "motion": clips.diff(dim=1).abs().mean(dim=(1, 2, 3, 4)),         # from frame to frame, 0 to 1
         "flicker": clips.diff(n=2, dim=1).abs().mean(dim=(1, 2, 3, 4)),   # over three, 0 to 2: what changes there and back
         "consistency": consistency(clips), "sharpness": sharpness(clips), "saturation": saturation(clips),
         "diversity": F_.adaptive_avg_pool3d(clips.transpose(1, 2), SMALL)}
-    return {f"pixel_{name}": found[name].cpu() for name in names}
+    return {f"pixel_{name}": values[name].cpu() for name in names}
 
 
 def diversity(copies, captions):
     """(n,): mean absolute difference of each small copy (n, ...) from the others of its caption, 0 to 1; nan without others."""
-    found = torch.full((len(captions),), torch.nan, dtype=torch.float64)
-    for caption in set(captions):
-        same = [i for i, other in enumerate(captions) if other == caption]
-        if len(same) > 1:
-            group = copies[same].flatten(1).double()                                      # (m, pixels)
-            found[same] = torch.cdist(group, group, p=1).sum(dim=1) / (len(same) - 1) / group.shape[1]
-    return found
+    copies = copies.flatten(1).double()                                                   # (n, pixels)
+    distances = torch.cdist(copies, copies, p=1) / copies.shape[1]                        # (n, n)
+    numbers = torch.tensor(list(map(captions.index, captions)))                           # (n,), equal for equal captions
+    same = numbers[:, None] == numbers                                                    # (n, n), each with itself too
+    others = same.sum(dim=1) - 1
+    return distances.where(same, 0.).sum(dim=1) / others.where(others > 0, torch.nan)
 
 
-def as_table(rows, captions):
+def table_of(rows, captions):
     """{measure: (n,) float64} of a row {measure: a number or (1,)} for each video; captions [n]. Under "pixel_diversity", which
     is known only once all videos are there, a row has a small copy of its own."""
     table = {}
     for name in rows[0]:
+        values = [row[name] for row in rows]
         if name == "pixel_diversity":
-            table[name] = diversity(torch.cat([row[name] for row in rows]), captions)
+            table[name] = diversity(torch.cat(values), captions)
         else:
-            table[name] = torch.tensor([float(row[name]) for row in rows], dtype=torch.float64)
+            table[name] = torch.tensor(list(map(float, values)), dtype=torch.float64)
     return table
 
 
@@ -230,66 +240,64 @@ class Turn:
 
     def words(self, reward_name):
         """One line for a person."""
-        found = [f"{name} {with_error(*change, sign='+')} since step {since}" for name, since, change in self.measures]
-        return f"turned at step {self.step}: {', '.join(found)}, while {reward_name} was {with_error(*self.reward, sign='+')}"
+        changes = [f"{name} {with_error(*difference, '+')} since step {since}" for name, since, difference in self.measures]
+        return f"turned at step {self.step}: {', '.join(changes)}, while {reward_name} was {with_error(*self.reward, '+')}"
 
 
-def pool(table, prompts):
-    """The videos of all sets as one table {measure: (n,)}, and their captions."""
-    pooled = {}
-    for name in next(iter(table.values())):
-        pooled[name] = torch.cat([measures[name] for measures in table.values()])
-    return pooled, list(itertools.chain(*(prompts[set_name] for set_name in table)))
+def find_turn(tables, prompts, watched):
+    """The Turn of the first evaluation at which one of `watched` has turned, or None. prompts: {set: the videos' captions}."""
+    pooled = {}  # {step: {measure: (n,)}}, the videos of all sets together
+    for step in sorted(tables) if watched else ():
+        captions = list(itertools.chain(*(prompts[set_name] for set_name in tables[step])))
+        pooled[step] = {}
+        for name in next(iter(tables[step].values())):
+            pooled[step][name] = torch.cat([table[name] for table in tables[step].values()])
+        first = min(pooled)
+        reward = known_difference(pooled[first], pooled[step], "reward", captions)
+        if reward[0] <= 0 or not exceeds_noise(*reward):
+            continue
+
+        worse = []
+        for name in watched:
+            means = {earlier: mean_of_known(pooled[earlier][name]) for earlier in list(pooled)[:-1]}  # not of this evaluation
+            since = first if name in LIMITS else step_of_highest(means)
+            if since is not None:
+                difference = known_difference(pooled[since], pooled[step], name, captions)
+                if is_worse(name, *difference, means[since]):
+                    worse.append((name, since, difference))
+        if worse:
+            return Turn(step, worse, reward)
+    return None
 
 
-def change(before, after, measure, captions):
+def known_difference(before, after, measure, captions):
     """Paired difference of a measure and its error, over the videos of which both are known: diversity needs another one."""
     known = (before[measure].isfinite() & after[measure].isfinite()).nonzero().flatten().tolist()
     return paired({measure: before[measure][known]}, {measure: after[measure][known]}, measure, [captions[i] for i in known])
 
 
-def counts(difference, error):
-    """Whether a difference is beyond its noise; never where its error is not known."""
+def exceeds_noise(difference, error):
+    """Whether a difference is more than chance explains; never where its error is not known."""
     return math.isfinite(error) and abs(difference) > ERRORS * error
 
 
-def find_turn(tables, prompts, watched):
-    """The Turn of the first evaluation at which one of `watched` has turned, or None. prompts: {set: the videos' captions}."""
-    pooled = {}
-    for step in sorted(tables) if watched else ():
-        pooled[step], captions = pool(tables[step], prompts)
-        first = min(pooled)
-        reward = change(pooled[first], pooled[step], "reward", captions)
-        if reward[0] > 0 and counts(*reward):
-            found = []
-            for name in watched:
-                means = {earlier: mean(pooled[earlier][name]) for earlier in list(pooled)[:-1]}  # not of this evaluation
-                since = first if name in LIMITS else highest(means)
-                if since is not None:
-                    difference = change(pooled[since], pooled[step], name, captions)
-                    if is_worse(name, *difference, means[since]):
-                        found.append((name, since, difference))
-            if found:
-                return Turn(step, found, reward)
-    return None
+def is_worse(name, difference, error, value):
+    """Whether a difference exceeds its noise, in the direction that is worse, by more than LIMITS allows from this value."""
+    direction, share = LIMITS.get(name, (-1, 0.))
+    in_direction = direction == 0 or difference * direction > 0
+    return exceeds_noise(difference, error) and in_direction and abs(difference) > share * abs(value)
 
 
-def mean(values):
-    """Of those that are known (n,); nan if none is."""
+def mean_of_known(values):
+    """Of (n,) those that are finite; nan if none is."""
     return values[values.isfinite()].mean().item()
 
 
-def highest(means):
+def step_of_highest(means):
     """The step of the highest of {step: mean}, the first of equal ones; None if none is finite."""
     return max((step for step in means if math.isfinite(means[step])), key=means.get, default=None)
 
 
-def is_worse(name, difference, error, first):
-    """Whether a difference counts, is in the direction that is worse, and beyond what LIMITS allows of the `first` value."""
-    direction, share = LIMITS.get(name, (-1, 0.))
-    return counts(difference, error) and difference * (direction or difference) > 0 and abs(difference) > share * abs(first)
-
-
 def best_step(rewards, turn):
     """The step whose adapter is best.safetensors: the highest of rewards {step: mean reward} before the turn; None for none."""
-    return highest({step: reward for step, reward in rewards.items() if turn is None or step < turn.step})
+    return step_of_highest({step: reward for step, reward in rewards.items() if turn is None or step < turn.step})

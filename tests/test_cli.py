@@ -216,8 +216,9 @@ def test_base_and_fine_tuned_on_two_sets_at_several_d_and_guidance(adapter, capf
     assert [(r["set"], r["num_steps"], r["guidance"], r["model"]) for r in rows] == [
         (s, d, g, m) for s in ("shapes", "stripes") for d in (2, 3) for g in (1., 3.) for m in ("base", "fine-tuned")]
     head, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
-    assert head == ["set", "D", "guidance", "model", "n", "HPStiny mean ± std over videos", "difference ± error over prompts"]
-    assert len(lines) == 16 and len({len(line) for line in table.splitlines()}) == 1  # aligned
+    assert head == ["set", "D", "guidance", "model", "n", "HPStiny ± std", "gain ± error"]
+    assert len(lines) == 16
+    assert len({len(line) for line in table.splitlines()}) == 1  # aligned
 
     # One row again, video by video.
     base, score = load_base("tiny"), reward.load_reward(base_folder=TINY)
@@ -241,8 +242,8 @@ def test_base_and_fine_tuned_on_two_sets_at_several_d_and_guidance(adapter, capf
 
     # One strip of two frames for each set and model, so that rows are sets and columns models.
     sheet = iio.imread("report/sheet.png")
-    strip = pictures.strip(torch.rand(8, 3, 32, 32))
-    assert sheet.shape == (22 + 2 * (strip.shape[0] + 22), 2 * strip.shape[1], 3)
+    height, width, _ = pictures.strip(np.zeros((8, 32, 32, 3), np.uint8)).shape
+    assert sheet.shape == (22 + 2 * (height + 22), 2 * (width + 14), 3)
 
 
 def test_several_strengths_show_what_the_reward_gains_and_what_is_lost(adapter, monkeypatch, capfd):

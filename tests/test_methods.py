@@ -788,9 +788,9 @@ def test_rwr_weights_real_clips_by_their_own_reward(parts, monkeypatch):
 
 
 def test_an_evaluation_before_and_after(monkeypatch, capsys):
-    for writer in ("draw_curves", "write_video", "write_comparison_gif"):
+    for writer in ("draw_curves", "write_video"):
         monkeypatch.setattr(run_folder, writer, lambda *args: Path(next(a for a in args if isinstance(a, Path))).touch())
-    monkeypatch.setattr(run_folder, "read_video", lambda path: path.stat())
+    monkeypatch.setattr(run_folder.Evaluations, "draw_comparison", lambda *args: None)
     flags = [*SHORT, "--eval-every", 1, "--eval-count", 1, "--steps", 1]
     assert run("vader", *flags, "--out", "run") == 0
     assert [("eval" in line, line["step"]) for line in metrics("run")] == [(True, 0), (False, 1), (True, 1)]

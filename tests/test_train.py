@@ -368,10 +368,10 @@ def test_the_run_folder_holds_what_the_readme_lists(whole):
     video, about = iio.imread(folder / clips[0]), iio.immeta(folder / clips[0], plugin="pyav")
     assert video.shape == (4, 256, 256, 3) and about["fps"] == 8
     assert len(files) == 9 + 3 * 5
-    strips, pair = iio.imread(folder / "samples/step_000004.png"), iio.imread(folder / "before_after.png")
-    assert pair.shape == (strips.shape[0], 2 * strips.shape[1], 3)
-    moving = iio.imread(folder / "before_after.gif")
-    assert moving.shape[0] == 4 and moving.shape[1] > 2 * 112 and moving.shape[2] > 3 * 112  # three videos, before and after
+    # A title, and of each set its name and one prompt: four frames of each video, and all of them moving.
+    height = 30 + 3 * (30 + 96 + 76)
+    assert iio.imread(folder / "before_after.png").shape == (height, 2 * 4 * 96 + 32, 3)
+    assert iio.imread(folder / "before_after.gif").shape == (4, height, 3 * (2 * 96 + 32), 3)
 
     lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], "eval" in line) for line in lines] == [
@@ -451,8 +451,7 @@ def plain(monkeypatch):
     """Without curves and clips, which take half of a short run's time."""
     monkeypatch.setattr(run_folder, "draw_curves", lambda lines, name, path, *watched: path.touch())
     monkeypatch.setattr(run_folder, "write_video", lambda path, video, fps: path.touch())
-    monkeypatch.setattr(run_folder, "read_video", lambda path: path.stat())  # must be there
-    monkeypatch.setattr(run_folder, "write_comparison_gif", lambda path, *args: path.touch())
+    monkeypatch.setattr(run_folder.Evaluations, "draw_comparison", lambda *args: None)
 
 
 def stop_after(monkeypatch, step, number):

@@ -1,0 +1,113 @@
+"""Numbers of videos and what people look at: measures of pixels, which videos are shown and how, curves, tables."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from support import pictures, tables
+from support.tables import best_middle_worst
+from tiny import judge
+
+
+def test_the_best_the_middle_and_the_worst_gain_are_shown():
+    assert best_middle_worst({0: .1, 1: .4, 2: .3, 3: -.2, 4: .4}) == {"best": 1, "middle": 2, "worst": 3}
+    assert best_middle_worst({0: np.nan, 1: -1., 2: 0.}) == {"best": 2, "middle": 1, "worst": 0}
+    assert best_middle_worst({3: .1, 7: .2}) == {"best": 7, "worst": 3}
+    assert best_middle_worst({3: .1}) == {"best": 3} and best_middle_worst({}) == {}
+
+
+@pytest.mark.parametrize(("rewards", "before", "after"), [
+    ((.1, .3), "white", pictures.RISES), ((.3, .1), pictures.FALLS, "white"), ((.3, .30001), "white", "white")])
+def test_a_frame_marks_the_higher_reward(rewards, before, after):
+    videos = [np.full((1, 48, 48, 3), 128, np.uint8)] * 2
+    picture = pictures.draw_comparison(pictures.Comparison("best of 2", "a red circle", rewards, videos), lambda video: video[0])
+    colours = [picture[39, 50].tolist(), picture[39, 108 + 50].tolist()]
+    assert colours == [list(Image.new("RGB", (1, 1), name).getpixel((0, 0))) for name in (before, after)]
+    assert picture[70, [50, 158]].tolist() == [[128] * 3] * 2  # within the frames
+
+
+def test_curves_have_a_running_mean_and_no_constant_lines(monkeypatch):
+    figures = []
+    monkeypatch.setattr(pictures, "write_figure", lambda path, figure: figures.append(figure))
+    lines = [{"step": step, "reward": step % 4} for step in range(1, 9)]
+    for step in (0, 8):
+        judged = {"reward_mean": .5 + step, "watermark": .5 - step / 20, "colour": 1., "judge": None if step else .5}
+        lines.append({"step": step, "eval": {"set": judged}})
+    pictures.draw_curves(lines, "HPStiny", None, ["judge"], 8)
+    training, held_out, judge, watched = figures[0].axes
+    dots, mean = training.lines
+    assert dots.get_ydata().tolist() == [1, 2, 3, 0, 1, 2, 3, 0] and mean.get_label() == "mean of 2 steps"
+    assert mean.get_xdata()[0] == 2 and mean.get_ydata().tolist() == [1.5, 2.5, 1.5, .5, 1.5, 2.5, 1.5]
+    assert [line.get_label() for line in judge.lines] == ["watermark", "turned"]  # and not colour
+    assert "HPStiny" in training.get_title() and "HPStiny" in held_out.get_title() and "judge" in watched.get_title()
+    pictures.draw_curves(lines[8:9], "HPStiny", None)  # before the first step
+    assert len(figures[1].axes) == 2
+
+
+def test_tables_fit_a_terminal():
+    names = ["watermark", "sharpness", "saturation", "noise", "shape", "direction", "motion", "steadiness"]
+    row = {"set": "in_domain", "num_steps": 20, "guidance": 2., "model": "fine-tuned", "differences": {"reward": (.1, .01)},
+           "measures": {"reward_mean": .8, "reward_std": .1, "n": 64} | dict.fromkeys(names, .5)}
+    text = pictures.evaluation_text([row], "HPStiny")
+    assert max(map(len, text.splitlines())) <= 100
+    assert all(f" {name} " in text for name in [*names, "HPStiny ± std"]) and "+0.1000 ± 0.0100" in text
+
+
+# ------------------------------------------------- measures of pixels ----------------------------------------------
+
+def measures(*frames):
+    """Of one clip of these frames, each (3, H, W) or a grey value."""
+    frames = [f if torch.is_tensor(f) else torch.full((3, 8, 8), f) for f in frames]
+    of_clip = tables.pixel_measures(torch.stack(frames)[None], tables.PIXELS[:5])
+    return {name.removeprefix("pixel_"): value.item() for name, value in of_clip.items()}
+
+
+def test_measures_of_known_clips():
+    board = (torch.arange(8)[:, None] + torch.arange(8)).remainder(2).float().expand(3, 8, 8)
+    still = measures(board, board, board)
+    assert (still["motion"], still["flicker"]) == (0, 0) and still["consistency"] == pytest.approx(1)
+    there_and_back = measures(board, 1 - board, board)
+    assert (there_and_back["motion"], there_and_back["flicker"]) == (1, 2)
+    assert there_and_back["consistency"] == pytest.approx(-1, abs=.01)
+    fade = measures(0., .25, .5)  # changes, but steadily
+    assert fade["motion"] == pytest.approx(.25) and fade["flicker"] == 0 and fade["consistency"] == 1
+    assert measures(board, .5 + .5 * (board - .5))["consistency"] == pytest.approx(.8, abs=.01)  # paler: 2 c / (1 + c^2)
+    edge = torch.zeros(3, 8, 8)
+    edge[:, :, 4:] = .6
+    red = torch.full((3, 8, 8), .1)
+    red[0, :2] = .8
+    assert measures(edge, edge)["sharpness"] == pytest.approx(.6) and measures(edge, edge)["saturation"] == 0
+    assert measures(red, red)["saturation"] == pytest.approx(.7) and measures(red, red)["sharpness"] == 0
+
+
+def test_the_judge_has_the_same_sharpness_and_saturation():
+    """Sharpness off the watermark's band; and of any size, which torch.quantile refuses."""
+    clip = torch.rand(2, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    judged = judge.pixel_measures(clip)
+    off_band = torch.cat([clip[..., :13, :], clip[..., 20:, :]], dim=-2)
+    steepest = off_band.diff(dim=-1).abs().amax(dim=2).flatten(1)
+    vivid = (clip.amax(dim=2) - clip.amin(dim=2)).flatten(1)
+    for name, pixels, values, q in (("sharpness", off_band, steepest, .99), ("saturation", clip, vivid, .9)):
+        assert torch.equal(judged[name], getattr(tables, name)(pixels))
+        torch.testing.assert_close(judged[name], values.quantile(q, dim=1))
+
+
+def test_diversity_is_among_the_videos_of_a_prompt():
+    base = torch.rand(1, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0)) / 2
+    clips = torch.cat([base, base + .25, base, base + .5])
+    rows = [tables.pixel_measures(clip[None], ["diversity"]) for clip in clips]
+    for captions, expected in (("abab", [0, .25, 0, .25]), ("aaba", [.375, .25, torch.nan, .375])):
+        values = tables.table_of(rows, list(captions))["pixel_diversity"]
+        torch.testing.assert_close(values, torch.tensor(expected, dtype=torch.float64), equal_nan=True)
+    assert tables.summary({"reward": values, "pixel_diversity": values})["pixel_diversity"] == pytest.approx(1 / 3)
+
+
+def test_the_judges_score_is_the_mean_of_six():
+    base = {"motion": torch.tensor([.2, .6])}
+    table = {"colour": [1., 0.], "shape": [1., 1.], "direction": [0., 1.], "fidelity": [.9, .5], "watermark": [.1, .3],
+             "motion": [.1, .8]}  # motion kept: a quarter, and all of it
+    table = {name: torch.tensor(values) for name, values in table.items()}
+    tables.add_judge(("hpsv2",), table, base)
+    assert "judge" not in table
+    tables.add_judge(("judge",), table, base)
+    torch.testing.assert_close(table["judge"], torch.tensor([(1 + 1 + 0 + .9 + .9 + .25) / 6, (0 + 1 + 1 + .5 + .7 + 1) / 6]))
