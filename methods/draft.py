@@ -26,7 +26,7 @@ import torch
 
 import train
 from methods.common import PromptConfig, check as check_common, presets, read_videos
-from sampler import alpha_bars, chain
+from sampler import chain
 from support.ranks import sample_generator
 
 
@@ -40,9 +40,9 @@ def draft_rewards(base, rewards, uncond, batch, cfg):
     noise, text, g, captions, grad_steps = batch
 
     # 1. The whole chain; only its last K steps build a graph. K is the same for a whole step.
-    D, K = cfg.num_steps, grad_steps[0]
-    z_0 = chain(base.chain_denoiser(cfg.cache_interval), noise, text, uncond, D, D, cfg.guidance,
-                alpha_bars(), K)                                              # (B, C, F, h, w)
+    levels = base.levels(cfg.num_steps)
+    z_0 = chain(base.chain_predict(cfg.cache_interval), levels.start * noise, text, uncond, levels,
+                cfg.num_steps, cfg.guidance, grad_steps[0])                   # (B, C, F, h, w)
 
     # 2. Score one frame of each segment (SegVR), weighted by the distance from the centre (TAR).
     return train.video_rewards(base, rewards, z_0, g, captions, cfg)

@@ -30,7 +30,7 @@ from tyro.conf import Fixed, Suppress
 
 import train
 from methods.common import PromptConfig, check as check_common, presets, read_videos
-from sampler import alpha_bars, ddim_step, ddpm_step, guided_eps
+from sampler import chain, guided
 from support.ranks import sample_generator
 
 
@@ -38,22 +38,14 @@ def predict(base, noise, text, uncond, m, cfg):
     """
     z_0 (B, C, F, h, w) as chain step m sees it. Steps D..m+1 build no graph, step m does.
 
-    Its noise is taken out at one go, z_0 = (z_t - sqrt(1 - abar_t) eps) / sqrt(abar_t): the
-    predicted z_0 in DDIM's Eq. (12).
+    All of its noise is taken out at one go: the predicted z_0 in DDIM's Eq. (12).
     """
-    alpha_bar = alpha_bars()
-    stride = len(alpha_bar) // cfg.num_steps
-    z, eps_model = noise, base.chain_denoiser(cfg.cache_interval)
+    predict, levels = base.chain_predict(cfg.cache_interval), base.levels(cfg.num_steps)
     with torch.no_grad():
-        for i in range(cfg.num_steps, m, -1):
-            t = ddpm_step(i, cfg.num_steps)
-            eps = guided_eps(eps_model, z, t, text, uncond, cfg.guidance)
-            z = ddim_step(z, eps, t, t - stride, alpha_bar)                   # (B, C, F, h, w)
-
-    t = ddpm_step(m, cfg.num_steps)
-    eps = guided_eps(eps_model, z, t, text, uncond, cfg.guidance)             # with gradient
-    a = float(alpha_bar[t])
-    return (z - (1 - a) ** 0.5 * eps) / a**0.5                                # (B, C, F, h, w)
+        z = chain(predict, levels.start * noise, text, uncond, levels, cfg.num_steps, cfg.guidance,
+                  0, last=m + 1)                                              # (B, C, F, h, w)
+    z_0, _ = guided(predict, z, levels, m, text, uncond, cfg.guidance)        # with gradient
+    return z_0                                                                # (B, C, F, h, w)
 
 
 @dataclass(frozen=True)

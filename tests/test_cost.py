@@ -45,11 +45,12 @@ def tflop(run, *shapes, dtype=torch.float32):
 
 def test_networks_at_full_size(full):
     base, reward = full
-    latents = (1, 4, 16, 32, 32), (1,), (1, 77, 1024)
+    latents, level = [(1, 4, 16, 32, 32), (1, 77, 1024)], (501, .5, .8)
     half = base.vae.post_quant_conv.weight.dtype
-    assert tflop(base.denoiser, *latents) == pytest.approx(UNET, rel=.02)
-    cached = base.chain_denoiser(2)  # DeepCache: every second step computes the outermost level alone
-    assert tflop(cached, *latents) == pytest.approx(UNET, rel=.02) and tflop(cached, *latents) == pytest.approx(1.66, rel=.01)
+    assert tflop(lambda z, text: base.predict(z, level, text), *latents) == pytest.approx(UNET, rel=.02)
+    cached = base.chain_predict(2)  # DeepCache: every second step computes the outermost level alone
+    for expected in (UNET, 1.66):
+        assert tflop(lambda z, text: cached(z, level, text), *latents) == pytest.approx(expected, rel=.02)
     assert tflop(base.vae.decode, (1, 4, 32, 32), dtype=half) == pytest.approx(DECODE, rel=.02)
     assert tflop(base.vae.encode, (1, 3, 256, 256)) == pytest.approx(ENCODE, rel=.02)
     assert tflop(reward.clip.encode_image, (1, 3, 224, 224), dtype=half) == pytest.approx(IMAGE, rel=.02)

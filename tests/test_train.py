@@ -878,8 +878,8 @@ def test_guidance_belongs_to_the_base_unless_asked_for(tmp_path, monkeypatch, pl
     (folder / "manifest.json").unlink()
     config = json.loads((folder / "unet/config.json").read_text())
     (folder / "unet/config.json").write_text(json.dumps(config | {"guidance": 1.25}))
-    seen, guided = set(), sampler.guided_eps
-    monkeypatch.setattr(sampler, "guided_eps", lambda *args: seen.add(args[-1]) or guided(*args))
+    seen, guided = set(), sampler.guided
+    monkeypatch.setattr(sampler, "guided", lambda *args: seen.add(args[-1]) or guided(*args))
     Path("prompts.txt").write_text("a red circle moving left\n")
     write_list()
     assert run(*REAL, "--base", folder, "--prompts", "a=prompts.txt", "--workers", 0, *flags, "--out", "run") == 0
