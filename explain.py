@@ -27,7 +27,7 @@ from model import decode_frames, load_base
 from pages.html import heat, picture_uri, pixels_uri, write_page
 from pages.step import draw_step
 from reward import aggregate, as_rewards, load_rewards, segment_edges, tar_weights
-from sampler import add_noise, alpha_bars, chain, ddim_step, edit, edit_steps, guided_eps, noise_step
+from sampler import add_noise, chain, edit, edit_steps, guided, step
 from support import settings
 from support.files import check_folder
 from support.ranks import pick_device, pick_dtype, run_script, sample_generator
@@ -66,20 +66,16 @@ PRESETS = {name: Config(**vars(preset)) for name, preset in train.PRESETS.items(
 
 
 @torch.no_grad()
-def guess_clips(denoiser, z, eps, text, uncond, cfg):
+def guess_clips(base, z, eps, text, uncond, cfg):
     """What the model thinks the clip is at each step of an edit, from the noise it sees there: [(t, z_0)]."""
-    # With abar = 1 in front of the schedule, ddim_step takes the noise out and puts none back.
-    alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bars()])
+    levels = base.levels(cfg.num_steps)
+    first = edit_steps(cfg.tau, cfg.num_steps)
+    z_t = add_noise(z, eps, levels, first)
     guesses = []
-
-    def guess(z_t, t, texts):
-        eps_of_both = denoiser(z_t, t, texts)
-        z_t, t = z_t.chunk(2)[0], int(t[0])
-        noise = guided_eps(lambda *_: eps_of_both, z_t, t, text, uncond, cfg.guidance)
-        guesses.append((t, ddim_step(z_t, noise, t + 1, 0, alpha_bar)))
-        return eps_of_both
-
-    edit(guess, z, eps, text, uncond, cfg.tau, cfg.num_steps, cfg.guidance)
+    for i in range(first, 0, -1):
+        z_0, noise = guided(base.predict, z_t, levels, i, text, uncond, cfg.guidance)
+        guesses.append((levels.t[i], z_0))
+        z_t, _ = step(z_0, noise, levels, i)
     return guesses
 
 
@@ -126,12 +122,12 @@ class Setup:
     @torch.no_grad()
     def edit(self, tau):
         """The clip noised to t_noi, its edit, and numbers of them, R of Eq. (8) among these."""
-        num_steps = self.cfg.num_steps
-        t_noi = noise_step(tau, num_steps)
-        noised = add_noise(self.z, self.eps, t_noi, alpha_bars())
-        z_0 = edit(self.base.denoiser, self.z, self.eps, self.text, self.uncond, tau, num_steps, self.cfg.guidance)
+        levels = self.base.levels(self.cfg.num_steps)
+        first = edit_steps(tau, levels.num_steps)
+        noised = add_noise(self.z, self.eps, levels, first)
+        z_0 = edit(self.base.predict, self.z, self.eps, self.text, self.uncond, levels, tau, self.cfg.guidance)
         R, logged = train.video_rewards(self.base, self.rewards, z_0, self.g, self.captions, self.cfg)
-        return noised, z_0, {"tau": tau, "t": t_noi, "steps": edit_steps(tau, num_steps), "R": R.item(),
+        return noised, z_0, {"tau": tau, "t": levels.t[first], "abar": levels.alpha[first] ** 2, "steps": first, "R": R.item(),
                              "reward": logged["reward"].item()}
 
     def reward_of_edit(self, cfg):
@@ -223,14 +219,14 @@ def explain(setup):
             states[segments], pictures = setup.scored(edited, segments)
             if segments == cfg.segments:
                 heats = pictures
-    guesses = guess_clips(setup.base.denoiser, setup.z, setup.eps, setup.text, setup.uncond, cfg)
+    guesses = guess_clips(setup.base, setup.z, setup.eps, setup.text, setup.uncond, cfg)
     steps = [{"i": here["steps"] - n, "t": t, "clip": setup.show(z)} for n, (t, z) in enumerate(guesses)]
 
     # The step itself, which moves the adapters; and again, until its effect can be seen.
     logged = setup.train(REPEATS)
     _, last_edit, last = setup.edit(cfg.tau)
     page = {"cfg": cfg, "caption": setup.captions[0], "reward": setup.rewards.name, "numbers": logged[0], "after": logged[1],
-            "abar": alpha_bars()[here["t"]].item(), "real": setup.show(setup.z), "source": source_parts(), "guesses": steps,
+            "abar": here["abar"], "real": setup.show(setup.z), "source": source_parts(), "guesses": steps,
             "pictures": [picture_uri(picture) for picture in setup.pixels(edited)], "here": here, "taus": taus, "sweep": sweep,
             "states": states, "last": last | {"edit": setup.show(last_edit)}, "repeats": REPEATS}
 

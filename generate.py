@@ -44,6 +44,7 @@ def generate(base: Base, prompts, seeds, num_steps=20, guidance=None, frames=16,
     shape = (base.vae.config.latent_channels, frames, h, w)                   # (C, F, h, w)
     uncond = base.encode_text([""])                                           # (1, N, E)
     guidance = base.guidance if guidance is None else guidance
+    levels = base.levels(num_steps)
 
     for start in range(0, len(prompts), batch_size):
         batch = range(start, min(start + batch_size, len(prompts)))
@@ -57,7 +58,7 @@ def generate(base: Base, prompts, seeds, num_steps=20, guidance=None, frames=16,
 
         # 2. The whole chain, for a batch at once.
         text = base.encode_text([prompts[i] for i in batch])                  # (B, N, E)
-        z_0 = sample(base.denoiser, noise, text, uncond, num_steps, guidance)  # (B, C, F, h, w)
+        z_0 = sample(base.predict, noise, text, uncond, levels, guidance)     # (B, C, F, h, w)
         if move_on:
             move_on(len(batch))
         yield from zip(batch, z_0)

@@ -604,14 +604,37 @@ class Base:
             raise ValueError(f"height {height} and width {width}: must be multiples of {f}")
         return height // f, width // f
 
-    def denoiser(self, z_t, t, text):
-        """eps(z_t, t, text) in z_t's dtype, whatever the UNet's: the schedule stays exact."""
-        return self.unet(z_t.to(self.dtype), t, text.to(self.dtype)).to(z_t.dtype)
+    def levels(self, num_steps):
+        """The noise levels of a chain of D steps: DDIM's (Eq. (3))."""
+        from sampler import alpha_bars, ddim_levels
+        return ddim_levels(num_steps, alpha_bars())
 
-    def chain_denoiser(self, interval):
-        """The denoiser of one chain; an interval N above 1 is DeepCache's."""
+    def level(self, u):
+        """What a network is trained at, of u (B,) in [0, 1): t (B,), alpha, sigma (B,1,1,1,1)."""
+        from sampler import alpha_bars
+        t = (1000 * u).long()
+        alpha_bar = alpha_bars()[t].view(-1, 1, 1, 1, 1).float()
+        return t, alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+    def predict(self, z_t, level, text):
+        """
+        z_0 and eps in z_t, clips at level (t, alpha, sigma): numbers, or as `level` gives them.
+
+        In z_t's dtype, whatever the UNet's: the schedule stays exact.
+        """
+        t, alpha, sigma = level
+        t = torch.as_tensor(t, device=z_t.device).expand(len(z_t))            # (B,)
+        eps = self.unet(z_t.to(self.dtype), t, text.to(self.dtype)).to(z_t.dtype)
+        return (z_t - sigma * eps) / alpha, eps                               # (B, C, F, h, w)
+
+    def error(self, z_0, eps, z, noise, level):
+        """The loss that the UNet was trained by, Eq. (1), (B,), of what `predict` says."""
+        return (eps - noise).square().flatten(1).mean(dim=1)                  # (B,)
+
+    def chain_predict(self, interval):
+        """`predict` for one chain; an interval N above 1 is DeepCache's."""
         if interval == 1 or len(self.unet.up_blocks) == 1:
-            return self.denoiser
+            return self.predict
         from bases.deep_cache import DeepCache
         return DeepCache(self, interval)
 

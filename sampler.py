@@ -8,6 +8,11 @@ them would take D times the memory. InstructVideo makes two cuts. It starts from
 noised to t_noi = d(tau D): only tau D steps are left, and the result is near real video from the
 start. And only the last K of these steps build a graph, so memory does not grow with D.
 
+One step serves every base. A noised clip is z_t = alpha z_0 + sigma eps, whatever a network was
+trained to say of it; said as a guess of z_0 and eps, the next cleaner level is mixed from the two,
+z_prev = alpha_prev z_0 + sigma_prev eps. That line is DDIM for alpha^2 + sigma^2 = 1, rectified
+flow's Euler step for alpha + sigma = 1, and EDM's for alpha = 1: bases differ in their Levels.
+
 The symbols of the whole repository:
 
 | symbol | in the code          | meaning                                            | paper      |
@@ -18,6 +23,7 @@ The symbols of the whole repository:
 | eps    | eps                  | Gaussian noise, or the network's guess of it       | Eq. (1)    |
 | T      | num_train_steps      | noise levels that the base knows, 1000             | Sec. 3.1   |
 | abar_t | alpha_bar[t]         | signal power left at level t = 0..T-1              | Eq. (5)    |
+| -      | alpha, sigma         | how much of a clip, and of noise, is in z_t        | Eq. (5)    |
 | D      | num_steps            | steps of the DDIM chain, 20                        | Sec. 3.3   |
 | d(i)   | ddpm_step            | noise level that chain step i = D..1 starts from   | Eq. (3)    |
 | tau    | tau                  | share of the chain that an edit runs through, 0.6  | Sec. 4.2   |
@@ -34,11 +40,12 @@ The symbols of the whole repository:
 
 Ours differs from the official code: (1) tau D is rounded, not truncated (0.57 x 100 is 56.99999 in
 floating point); (2) the steps before the last K build no graph; (3) nothing here turns dropout on,
-as the official chain does. Of the model this file knows eps_model(z_t, t, text) -> eps alone.
+as the official chain does. Of a model this file knows predict(z_t, level, text) -> z_0, eps alone.
 
 Letters: B clips, C latent channels, F frames, H and W latent rows and columns, N tokens of width E.
 """
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -49,12 +56,7 @@ GUIDANCE = 3.0  # what the official code trains and evaluates with (modules/conf
 # Which noise level is which
 
 def alpha_bars(num_train_steps=1000, beta_start=0.00085, beta_end=0.012):
-    """
-    The noise schedule that the base was trained with: abar (T,), float64, on the CPU.
-
-    "Scaled linear": the betas are squares of evenly spaced roots (diffusion_ddim.py, and the
-    published scheduler_config.json).
-    """
+    """ModelScopeT2V's noise schedule, "scaled linear" (scheduler_config.json): abar (T,), float64."""
     roots = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_steps, dtype=torch.float64)
     return torch.cumprod(1 - roots**2, dim=0)                                 # (T,)
 
@@ -64,8 +66,7 @@ def ddpm_step(i, num_steps, num_train_steps=1000):
     Eq. (3): d(i) = (T / D)(i - 1) + 1, the noise level of chain step i in 1..D.
 
     The network knows T = 1000 noise levels, the chain visits D of them, evenly spaced: 1, 51, ...,
-    951 for D = 20. Where D does not divide T the spacing is floor(T / D).
-    ValueError for i outside 1..D, and for D >= T, where all steps would be one.
+    951 for D = 20. The spacing is floor(T / D). ValueError for i outside 1..D, and for D >= T.
     """
     if not 1 <= num_steps < num_train_steps:
         raise ValueError(f"num_steps = {num_steps}: must be from 1 to {num_train_steps - 1}")
@@ -89,8 +90,8 @@ def noise_step(tau, num_steps, num_train_steps=1000):
     """
     Eq. (4): t_noi = d(tau D), where a real clip is noised to. 551 for tau = 0.6, D = 20.
 
-    A small tau leaves most of the clip, so there is little for the model to improve. A large one
-    makes the model invent most of it, which costs more steps. Errors as edit_steps and ddpm_step.
+    A small tau leaves the model little to improve. A large one makes it invent most of the clip,
+    which costs more steps. Errors as edit_steps and ddpm_step.
     """
     return ddpm_step(edit_steps(tau, num_steps), num_steps, num_train_steps)
 
@@ -104,103 +105,119 @@ def check_edit(tau, num_steps, grad_steps, num_train_steps=1000):
                          f"tau = {tau} leaves of {num_steps}")
 
 
+@dataclass
+class Levels:
+    """
+    What a chain passes through: chain step i = D..1 starts at entry i, and entry 0 is its end.
+
+    t: what the network is told. alpha, sigma: z_t = alpha z_0 + sigma eps. fresh: deviation of a
+    step's new noise at eta = 1, by default DDPM's. start: that of the noise a video is made from.
+    """
+    t: list
+    alpha: list
+    sigma: list
+    fresh: list | None = None
+    start: float = 1.
+
+    def __post_init__(self):
+        self.num_steps = len(self.t) - 1
+        if self.fresh is None:  # DDIM (arXiv:2010.02502), Eq. (16)
+            self.fresh = [0.]
+            for a, a_prev, s, s_prev in zip(self.alpha[1:], self.alpha, self.sigma[1:], self.sigma):
+                self.fresh.append(s_prev / s * (s**2 - (a / a_prev * s_prev) ** 2) ** 0.5)
+
+
+def ddim_levels(num_steps, alpha_bar):
+    """
+    DDIM's levels: d(i) of Eq. (3). The last step goes to abar[0], not to 1, in the official code
+    and in diffusers alike (diffusion_ddim.py:583). Floats keep float64 arithmetic on any device.
+    """
+    t = [max(ddpm_step(1, num_steps, len(alpha_bar)) - len(alpha_bar) // num_steps, 0)]
+    for i in range(1, num_steps + 1):
+        t.append(ddpm_step(i, num_steps, len(alpha_bar)))
+    return Levels(t, alpha_bar[t].sqrt().tolist(), (1 - alpha_bar[t]).sqrt().tolist())
+
+
 # ----------------------------------------------------------------------------------------------
 # One step there, one step back
 
-def add_noise(z, eps, t, alpha_bar):
-    """
-    Eq. (5): z_t = sqrt(abar_t) z + sqrt(1 - abar_t) eps, a clip as it looks at noise level t.
-
-    z and eps (B, ...), t an int or (B,). The result has z's dtype and device.
-    """
-    # The roots are taken in float64 on the CPU, since some devices have no float64.
-    a = alpha_bar[torch.as_tensor(t, device="cpu")]
-    a = a.reshape(-1, *[1] * (z.dim() - 1))                                   # (B or 1, 1, ..., 1)
-    return a.sqrt().to(z) * z + (1 - a).sqrt().to(z) * eps.to(z)              # (B, ...)
+def add_noise(z, eps, levels, i):
+    """Eq. (5): z_t = sqrt(abar_t) z + sqrt(1 - abar_t) eps, a clip at the level of chain step i."""
+    return levels.alpha[i] * z + levels.sigma[i] * eps.to(z)                  # (B, C, F, H, W)
 
 
-def guided_eps(eps_model, z_t, t, text, uncond, guidance):
+def guided(predict, z_t, levels, i, text, uncond, guidance):
     """
-    Classifier-free guidance (arXiv:2207.12598): eps_u + w (eps_c - eps_u), the noise in z_t.
+    z_0 and eps in z_t by classifier-free guidance (arXiv:2207.12598): eps_u + w (eps_c - eps_u).
 
     Both guesses come from the same weights, in one call on a doubled batch. Videos are sampled with
     guidance, so the gradient of a sampled video goes through both; with one branch detached it
     would be the gradient of something else.
 
-    z_t (B,C,F,H,W), t an int, text (B,N,E), uncond (1,N,E) or (B,N,E): the empty caption's.
+    z_t (B,C,F,H,W), text (B,N,E), uncond (1,N,E) or (B,N,E): the empty caption's.
     """
-    B = len(z_t)
-    t_batch = torch.full((2 * B,), t, device=z_t.device)                      # (2B,)
-    both = torch.cat([text, uncond.expand(B, -1, -1)])                        # (2B, N, E)
-    eps_c, eps_u = eps_model(torch.cat([z_t, z_t]), t_batch, both).chunk(2)
-    return eps_u + guidance * (eps_c - eps_u)                                 # (B, C, F, H, W)
+    both = torch.cat([text, uncond.expand(len(z_t), -1, -1)])                 # (2B, N, E)
+    level = levels.t[i], levels.alpha[i], levels.sigma[i]
+    z_0, eps = predict(torch.cat([z_t, z_t]), level, both)                    # (2B, C, F, H, W)
+    (z_0, z_0_u), (eps, eps_u) = z_0.chunk(2), eps.chunk(2)
+    return z_0_u + guidance * (z_0 - z_0_u), eps_u + guidance * (eps - eps_u)
 
 
-def ddim_mean_std(z_t, eps, t, t_prev, alpha_bar, eta):
+def step(z_0, eps, levels, i, eta=0.):
     """
-    One stochastic DDIM step: z_{t_prev} ~ N(mean, std^2) (arXiv:2010.02502, Eqs. (12) and (16)).
+    Chain step i, to level i - 1: z_prev ~ N(mean, std^2) (arXiv:2010.02502, Eq. (12)).
 
-    Take out the noise to see z_0, then put back as much as belongs to t_prev, a part std of it
-    fresh. eta = 0 has none (DDIM), eta = 1 as much as DDPM. The last step goes to abar[0], not to
-    1, in the official code and in diffusers alike (diffusion_ddim.py:583).
-
-    z_t, eps (B,C,F,H,W), t > t_prev ints -> mean (B,C,F,H,W), std a float.
+    As much noise as belongs to level i - 1, a part std of it fresh: with eta = 0 none (DDIM), with
+    eta = 1 as much as DDPM has. z_0, eps (B,C,F,H,W) -> mean (B,C,F,H,W), std a float.
     """
-    # Python floats keep float64 arithmetic on any device.
-    a, a_prev = float(alpha_bar[t]), float(alpha_bar[max(t_prev, 0)])
-    std = eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)) ** 0.5
-    z_0 = (z_t - (1 - a) ** 0.5 * eps) / a**0.5
-    return a_prev**0.5 * z_0 + (1 - a_prev - std**2) ** 0.5 * eps, std
-
-
-def ddim_step(z_t, eps, t, t_prev, alpha_bar):
-    """One deterministic DDIM step, z_t -> z_{t_prev}: the mean for eta = 0, which has std 0."""
-    return ddim_mean_std(z_t, eps, t, t_prev, alpha_bar, eta=0.)[0]           # (B, C, F, H, W)
+    std = eta * levels.fresh[i]
+    return levels.alpha[i - 1] * z_0 + (levels.sigma[i - 1] ** 2 - std**2) ** 0.5 * eps, std
 
 
 # ----------------------------------------------------------------------------------------------
 # The chain: from pure noise, or from a noised clip
 
-def chain(eps_model, z, text, uncond, first, num_steps, guidance, alpha_bar, grad_steps):
+def chain(predict, z, text, uncond, levels, first, guidance, grad_steps, eta=0., fresh=None,
+          last=1):
     """
-    Chain steps i = first..1, from z at noise level d(first) to z_0. Only i <= K carry gradient.
+    Chain steps i = first..last, from z at level first, to z_0 for last = 1. Those i <= K carry
+    gradient.
 
     Why truncate (Sec. 3.3)? Each step with gradient keeps all activations of a network call, and
     gradients through long chains explode (DRaFT, arXiv:2309.17400). The last step alone moves z_0
     little (dz_0 / deps is about -0.012 there), yet its gradient trains weights that all steps
     share, so what is learned there changes the earlier steps too.
-    """
-    stride = len(alpha_bar) // num_steps
-    with_grad = torch.is_grad_enabled()
 
-    for i in range(first, 0, -1):
-        t = ddpm_step(i, num_steps, len(alpha_bar))                           # Eq. (3)
+    fresh: with eta > 0, the steps' new noise, in their order: an iterable of (B,C,F,H,W).
+    """
+    with_grad = torch.is_grad_enabled()
+    fresh = iter(fresh if eta else ())
+
+    for i in range(first, last - 1, -1):
         with torch.set_grad_enabled(with_grad and i <= grad_steps):
-            eps = guided_eps(eps_model, z, t, text, uncond, guidance)
-            z = ddim_step(z, eps, t, t - stride, alpha_bar)                   # (B, C, F, H, W)
+            z_0, eps = guided(predict, z, levels, i, text, uncond, guidance)
+            z, std = step(z_0, eps, levels, i, eta)                           # (B, C, F, H, W)
+            if std:
+                z = z + std * next(fresh)
     return z
 
 
 @torch.no_grad()
-def sample(eps_model, noise, text, uncond, num_steps=20, guidance=GUIDANCE, alpha_bar=None):
+def sample(predict, noise, text, uncond, levels, guidance=GUIDANCE, eta=0., fresh=None):
     """
     Text to video: all D steps from pure noise, without gradient. This is how a model is used.
 
     noise (B,C,F,H,W), text (B,N,E), uncond (1,N,E) or (B,N,E) -> z_0 (B,C,F,H,W), scaled latents.
     """
-    alpha_bar = alpha_bars() if alpha_bar is None else alpha_bar
-    ddpm_step(num_steps, num_steps, len(alpha_bar))  # refuses a D that is too large before any work
-
-    return chain(eps_model, noise, text, uncond, num_steps, num_steps, guidance, alpha_bar, 0)
+    return chain(predict, levels.start * noise, text, uncond, levels, levels.num_steps, guidance,
+                 0, eta, fresh)
 
 
-def edit(eps_model, z, eps, text, uncond, tau=0.6, num_steps=20, guidance=GUIDANCE, grad_steps=1,
-         alpha_bar=None):
+def edit(predict, z, eps, text, uncond, levels, tau=0.6, guidance=GUIDANCE, grad_steps=1):
     """
     Reward fine-tuning as editing (Sec. 3.2.1): noise a real clip to t_noi, and denoise it.
 
-    Why edit? It takes tau D steps instead of D, and the result is near real video from the start,
-    also while the model is still poor. This is how a model is trained.
+    It takes tau D steps, and the result is near real video from the start. Training runs this.
 
     z (B,C,F,H,W) scaled latents of real clips, eps (B,C,F,H,W) noise, text (B,N,E), uncond (1,N,E)
     or (B,N,E) -> z_0 (B,C,F,H,W), with gradient through the last K = grad_steps steps.
@@ -208,13 +225,11 @@ def edit(eps_model, z, eps, text, uncond, tau=0.6, num_steps=20, guidance=GUIDAN
     """
     if eps.shape != z.shape:
         raise ValueError(f"eps has shape {list(eps.shape)}: must be {list(z.shape)}, that of z")
-    alpha_bar = alpha_bars() if alpha_bar is None else alpha_bar
-    check_edit(tau, num_steps, grad_steps, len(alpha_bar))
+    check_edit(tau, levels.num_steps, grad_steps)
 
-    # 1. Noise the clip part of the way.
-    t_noi = noise_step(tau, num_steps, len(alpha_bar))                        # Eq. (4)
-    z_noi = add_noise(z, eps, t_noi, alpha_bar)                               # Eq. (5)
+    # 1. Noise the clip part of the way, to level d(tau D).
+    first = edit_steps(tau, levels.num_steps)                                 # Eq. (4)
+    z_noi = add_noise(z, eps, levels, first)                                  # Eq. (5)
 
     # 2. Denoise it back, in the tau D steps that are left.
-    first = edit_steps(tau, num_steps)
-    return chain(eps_model, z_noi, text, uncond, first, num_steps, guidance, alpha_bar, grad_steps)
+    return chain(predict, z_noi, text, uncond, levels, first, guidance, grad_steps)

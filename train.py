@@ -54,8 +54,8 @@ def edit_rewards(base, rewards, uncond, batch, cfg):
     z, eps, text, g, captions = batch
 
     # Noise the real clip part of the way, and denoise it back (Eqs. 3-5). Score it (Eqs. 6-8).
-    z_0 = edit(base.chain_denoiser(cfg.cache_interval), z, eps, text, uncond, cfg.tau,
-               cfg.num_steps, cfg.guidance, cfg.grad_steps)                   # (B, C, F, h, w)
+    z_0 = edit(base.chain_predict(cfg.cache_interval), z, eps, text, uncond,
+               base.levels(cfg.num_steps), cfg.tau, cfg.guidance, cfg.grad_steps)
     return video_rewards(base, rewards, z_0, g, captions, cfg)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 class DeepCache:
     """
-    eps(z_t, t, text) of the calls of one chain, in order. Calls with gradient are exact, and of the others the first and every
+    A base's `predict` for the calls of one chain, in order. Calls with gradient are exact, and of the others the first and every
     `interval`-th after it; the rest take what the last exact one of these had made below the outermost level.
     """
 
@@ -19,15 +19,15 @@ class DeepCache:
         self.base, self.interval, self.calls, self.kept = base, interval, 0, Kept()
         self.shallow = replace(base, unet=outermost(base.unet, self.kept))
 
-    def __call__(self, z_t, t, text):
+    def __call__(self, z_t, level, text):
         if torch.is_grad_enabled():
-            return self.base.denoiser(z_t, t, text)
+            return self.base.predict(z_t, level, text)
         self.calls += 1
         if (self.calls - 1) % self.interval:
-            return self.shallow.denoiser(z_t, t, text)
+            return self.shallow.predict(z_t, level, text)
         hook = self.base.unet.up_blocks[-2].upsamplers[0].register_forward_hook(self.kept.keep)
         try:
-            return self.base.denoiser(z_t, t, text)
+            return self.base.predict(z_t, level, text)
         finally:
             hook.remove()
 

@@ -32,7 +32,7 @@ from tyro.conf import Fixed, Suppress
 import train
 from methods import common
 from reward import first_frames
-from sampler import alpha_bars, ddim_mean_std, ddpm_step, guided_eps
+from sampler import guided, step
 from support.ranks import progress, rank_and_size, sample_generator
 from support.settings import check_at_least, check_positive
 
@@ -74,10 +74,9 @@ def advantages(rewards, prompts, last=None, group=1):
 
 def policy(base, z_t, i, text, uncond, cfg):
     """Mean and std of chain step i, p(z_prev | z_t), with eta = 1 and guidance."""
-    t = ddpm_step(i, cfg.num_steps)
-    t_prev = t - len(alpha_bars()) // cfg.num_steps
-    eps = guided_eps(base.denoiser, z_t, t, text, uncond, cfg.guidance)
-    return ddim_mean_std(z_t, eps, t, t_prev, alpha_bars(), eta=1.)
+    levels = base.levels(cfg.num_steps)
+    z_0, eps = guided(base.predict, z_t, levels, i, text, uncond, cfg.guidance)
+    return step(z_0, eps, levels, i, eta=1.)
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ import train
 from data import batch_indices
 from methods import common
 from reward import first_frames
-from sampler import add_noise, alpha_bars, sample
+from sampler import sample
 from support.ranks import rank_and_size, sample_generator
 from support.settings import check_positive
 
@@ -46,19 +46,19 @@ def dpo_loss(error_w, error_l, ref_error_w, ref_error_l, beta=5000.):
     return -F_.logsigmoid(-beta / 2 * inside).mean()
 
 
-def pair_errors(eps_model, z_w, z_l, eps, t, text):
-    """Mean square errors (B,) of winners and losers, which share prompt, t and noise."""
-    z = torch.cat([z_w, z_l])                                                 # (2B, C, F, h, w)
-    eps, t, text = torch.cat([eps, eps]), torch.cat([t, t]), torch.cat([text, text])
-    z_t = add_noise(z, eps, t, alpha_bars())                                  # (2B, C, F, h, w)
-    errors = (eps_model(z_t, t, text) - eps).square().flatten(1).mean(dim=1)   # (2B,)
-    return errors.chunk(2)
+def pair_errors(base, z_w, z_l, eps, u, text):
+    """The base's own loss (B,) of winners and losers, which share prompt, noise level and noise."""
+    z, eps = torch.cat([z_w, z_l]), torch.cat([eps, eps])                     # (2B, C, F, h, w)
+    t, alpha, sigma = [v.to(z.device) for v in base.level(torch.cat([u, u]))]  # (2B,), ...
+    z_t = alpha * z + sigma * eps                                             # Eq. (5)
+    z_0, guess = base.predict(z_t, (t, alpha, sigma), torch.cat([text, text]))
+    return base.error(z_0, guess, z, eps, (t, alpha, sigma)).chunk(2)
 
 
 @torch.no_grad()
 def sample_pairs(base, rewards, videos, round_number, cfg):
     """This rank's pairs of a round, 4 at a time: {winner, loser, reward, prompt}."""
-    share = videos.share(round_number, cfg.pairs)
+    share, levels = videos.share(round_number, cfg.pairs), base.levels(cfg.num_steps)
     for start in range(0, len(share), 4):
         part = share[start:start + 4]
         z, R, mean_scores = [], [], []
@@ -67,7 +67,7 @@ def sample_pairs(base, rewards, videos, round_number, cfg):
             key = (cfg.seed, "round", round_number, which)
             noise, text, g, captions, _ = videos.start(part, *key)
             lora.set_scale(base.unet, 1. if round_number else 0.)
-            z.append(sample(base.denoiser, noise, text, videos.uncond, cfg.num_steps, cfg.guidance))
+            z.append(sample(base.predict, noise, text, videos.uncond, levels, cfg.guidance))
             lora.set_scale(base.unet, 1.)
 
             # 2. Their rewards, with SegVR and TAR as in train.py.
@@ -123,21 +123,21 @@ def method(cfg, base, rewards, folder):
         chosen = torch.tensor([index for _, index in share])                  # (B,)
         z_w, z_l = pairs["winner"][chosen], pairs["loser"][chosen]            # (B, C, F, h, w)
         text = base.encode_text([videos.prompts[i] for i in pairs["prompt"][chosen].tolist()])
-        eps, t = [], []
+        eps, u = [], []
         for position, _ in share:
             generator = sample_generator(cfg.seed, step, position)
             eps.append(torch.randn(z_w.shape[1:], generator=generator))       # (C, F, h, w)
-            t.append(torch.randint(len(alpha_bars()), (), generator=generator))
-        tensors = [v.to(base.device) for v in (z_w, z_l, torch.stack(eps), torch.stack(t))]
+            u.append(torch.rand((), generator=generator))
+        tensors = [v.to(base.device) for v in (z_w, z_l, torch.stack(eps), torch.stack(u))]
         return *tensors, text, pairs["reward"][chosen]
 
     def score(batch):
         *inputs, mean_scores = batch
         lora.set_scale(base.unet, 0.)  # the reference
         with torch.no_grad():
-            reference = pair_errors(base.denoiser, *inputs)                   # (B,), (B,)
+            reference = pair_errors(base, *inputs)                            # (B,), (B,)
         lora.set_scale(base.unet, 1.)
-        loss = dpo_loss(*pair_errors(base.denoiser, *inputs), *reference, cfg.beta)
+        loss = dpo_loss(*pair_errors(base, *inputs), *reference, cfg.beta)
         return -loss.expand(len(mean_scores)), {"reward": mean_scores}
 
     return train.Method(draw, score, videos.description)

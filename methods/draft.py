@@ -24,7 +24,7 @@ import torch
 
 import train
 from methods.common import PromptConfig, check as check_common, presets, read_videos
-from sampler import alpha_bars, chain
+from sampler import chain
 from support.ranks import sample_generator
 
 
@@ -32,11 +32,10 @@ def draft_rewards(base, rewards, uncond, batch, cfg):
     """Algorithm 1: noise (B, C, F, h, w), text (B, N, E), g (B, S), captions [B], K [B], which is
     the same for all; uncond (1, N, E). Returns as train.edit_rewards."""
     noise, text, g, captions, grad_steps = batch
-    D = cfg.num_steps
-    K = grad_steps[0]
+    levels = base.levels(cfg.num_steps)
     # The whole chain; only its last K steps build a graph.
-    z_0 = chain(base.chain_denoiser(cfg.cache_interval), noise, text, uncond, D, D, cfg.guidance,
-                alpha_bars(), K)                                              # (B, C, F, h, w)
+    z_0 = chain(base.chain_predict(cfg.cache_interval), levels.start * noise, text, uncond, levels,
+                cfg.num_steps, cfg.guidance, grad_steps[0])                   # (B, C, F, h, w)
     return train.video_rewards(base, rewards, z_0, g, captions, cfg)
 
 

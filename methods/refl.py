@@ -28,27 +28,19 @@ from tyro.conf import Fixed, Suppress
 
 import train
 from methods.common import PromptConfig, check as check_common, presets, read_videos
-from sampler import alpha_bars, ddim_step, ddpm_step, guided_eps
+from sampler import chain, guided
 from support.ranks import sample_generator
 
 
 def predict(base, noise, text, uncond, m, cfg):
-    """z_0 (B, C, F, h, w) as chain step m predicts it, DDIM's Eq. (12): the noise is taken out at
-    once, (z_t - sqrt(1 - abar_t) eps) / sqrt(abar_t). Steps D..m+1 build no graph, step m does."""
-    alpha_bar = alpha_bars()
-    stride = len(alpha_bar) // cfg.num_steps
-    eps_model = base.chain_denoiser(cfg.cache_interval)
-    z = noise
+    """z_0 (B, C, F, h, w) as chain step m predicts it: all of its noise is taken out at once (DDIM,
+    Eq. (12)). Steps D..m+1 build no graph, step m does."""
+    predict, levels = base.chain_predict(cfg.cache_interval), base.levels(cfg.num_steps)
     with torch.no_grad():
-        for i in range(cfg.num_steps, m, -1):
-            t = ddpm_step(i, cfg.num_steps)
-            eps = guided_eps(eps_model, z, t, text, uncond, cfg.guidance)
-            z = ddim_step(z, eps, t, t - stride, alpha_bar)                   # (B, C, F, h, w)
-
-    t = ddpm_step(m, cfg.num_steps)
-    eps = guided_eps(eps_model, z, t, text, uncond, cfg.guidance)             # with gradient
-    a = float(alpha_bar[t])
-    return (z - (1 - a) ** 0.5 * eps) / a**0.5                                # (B, C, F, h, w)
+        z = chain(predict, levels.start * noise, text, uncond, levels, cfg.num_steps, cfg.guidance,
+                  0, last=m + 1)                                              # (B, C, F, h, w)
+    z_0, _ = guided(predict, z, levels, m, text, uncond, cfg.guidance)        # with gradient
+    return z_0                                                                # (B, C, F, h, w)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ import train
 from data import batch_indices
 from methods import common
 from reward import first_frames
-from sampler import add_noise, alpha_bars, sample
+from sampler import sample
 from support.ranks import rank_and_size, sample_generator
 from support.settings import check_positive
 
@@ -46,20 +46,22 @@ def reward_weights(rewards, temperature):
     return len(rewards) * torch.softmax(standardised / temperature, dim=0)    # (B,)
 
 
-def denoising_errors(eps_model, z, eps, t, text):
+def denoising_errors(base, z, eps, u, text):
     """The base's own loss for each video (Eq. (1) of InstructVideo): z (B, C, F, h, w) -> (B,)."""
-    z_t = add_noise(z, eps, t, alpha_bars())                                  # (B, C, F, h, w)
-    return (eps_model(z_t, t, text) - eps).square().flatten(1).mean(dim=1)     # (B,)
+    t, alpha, sigma = [v.to(z.device) for v in base.level(u)]                 # (B,), ...
+    z_t = alpha * z + sigma * eps                                             # Eq. (5)
+    z_0, guess = base.predict(z_t, (t, alpha, sigma), text)                   # (B, C, F, h, w)
+    return base.error(z_0, guess, z, eps, (t, alpha, sigma))                  # (B,)
 
 
 @torch.no_grad()
 def sample_videos(base, rewards, videos, round_number, cfg):
     """This rank's videos of a round, scored, 8 at a time: {z, R, reward, prompt}."""
-    share = videos.share(round_number, cfg.videos)
+    share, levels = videos.share(round_number, cfg.videos), base.levels(cfg.num_steps)
     for start in range(0, len(share), 8):
         part = share[start:start + 8]
         noise, text, g, captions, _ = videos.start(part, cfg.seed, "round", round_number)
-        z = sample(base.denoiser, noise, text, videos.uncond, cfg.num_steps, cfg.guidance)
+        z = sample(base.predict, noise, text, videos.uncond, levels, cfg.guidance)
         R, logged = train.video_rewards(base, rewards, z, g, captions, cfg)
         indices = torch.tensor([index for _, index in part])                  # (B,)
         yield {"z": z, "R": R, "reward": logged["reward"], "prompt": indices}
@@ -102,15 +104,15 @@ def method(cfg, base, rewards, folder):
 
     def draw(step):
         share = batch_indices(step, cfg.batch_size, cfg.batch_size, cfg.seed, *rank_and_size())
-        t = []
+        u = []
         for position, _ in share:
             generator = sample_generator(cfg.seed, step, position, "t")
-            t.append(torch.randint(len(alpha_bars()), (), generator=generator))
-        return *draw_weighted(step), torch.stack(t).to(base.device)
+            u.append(torch.rand((), generator=generator))
+        return *draw_weighted(step), torch.stack(u)
 
     def score(batch):
-        z, eps, text, w, mean_scores, t = batch
-        error = denoising_errors(base.denoiser, z, eps, t, text)              # (B,)
+        z, eps, text, w, mean_scores, u = batch
+        error = denoising_errors(base, z, eps, u, text)                       # (B,)
         return -w.to(error) * error, {"reward": mean_scores}
 
     return train.Method(draw, score, source.description)

@@ -26,29 +26,24 @@ import torch
 
 import train
 from methods.common import PromptConfig, check as check_common, fresh_noise, presets, read_videos
-from sampler import alpha_bars, ddim_mean_std, ddpm_step, guided_eps
+from sampler import chain
 from support.ranks import sample_generator
 
 
 def vader_rewards(base, rewards, uncond, batch, cfg):
     """Algorithm 1: noise (B, C, F, h, w), text (B, N, E), g (B, n), captions and keys [B];
     uncond (1, N, E). Returns as train.edit_rewards."""
-    z, text, g, captions, keys = batch
+    noise, text, g, captions, keys = batch
+    levels = base.levels(cfg.num_steps)
     generators = [sample_generator(*key) for key in keys]
-    eps_model = base.chain_denoiser(cfg.cache_interval)
-    alpha_bar = alpha_bars()
-    stride = len(alpha_bar) // cfg.num_steps
+    fresh = (fresh_noise(noise, generators) for _ in range(cfg.num_steps))
 
     # 1. The whole chain; fresh noise comes in at every step, and the last K build a graph.
-    for i in range(cfg.num_steps, 0, -1):
-        t = ddpm_step(i, cfg.num_steps)
-        with torch.set_grad_enabled(i <= cfg.grad_steps):
-            eps = guided_eps(eps_model, z, t, text, uncond, cfg.guidance)
-            mean, std = ddim_mean_std(z, eps, t, t - stride, alpha_bar, cfg.eta)
-            z = mean + std * fresh_noise(mean, generators)                    # (B, C, F, h, w)
+    z_0 = chain(base.chain_predict(cfg.cache_interval), levels.start * noise, text, uncond, levels,
+                cfg.num_steps, cfg.guidance, cfg.grad_steps, cfg.eta, fresh)  # (B, C, F, h, w)
 
     # 2. Score the random frames; lambda 0 gives their plain mean. A video reward has its own.
-    return train.video_rewards(base, rewards, z, g, captions, cfg)
+    return train.video_rewards(base, rewards, z_0, g, captions, cfg)
 
 
 def random_frames(num_frames, n, generator):

@@ -118,7 +118,8 @@ def test_generating_is_the_whole_chain_from_the_videos_own_noise():
     [(i, z_0)] = generate.generate(base, [PROMPT], [9], num_steps=3, guidance=2., frames=4)
     noise = torch.randn(z_0.shape, generator=generate.ranks.sample_generator(9, "generate"))[None]
     assert i == 0
-    assert torch.equal(z_0, sample(base.denoiser, noise, base.encode_text([PROMPT]), base.encode_text([""]), 3, 2.)[0])
+    text, uncond = base.encode_text([PROMPT]), base.encode_text([""])
+    assert torch.equal(z_0, sample(base.predict, noise, text, uncond, base.levels(3), 2.)[0])
 
 
 def test_prompts_from_a_file_in_both_forms_and_seeds_in_order():

@@ -35,10 +35,10 @@ def inputs(base, seed=0):
 def test_every_nth_call_is_exact_and_the_others_see_the_new_z_in_the_outermost_level_alone(parts):
     base, seen = parts[0], []
     hook = base.unet.up_blocks[-1].resnets[0].register_forward_pre_hook(lambda _, x: seen.append(x[0]))
-    cached, t = base.chain_denoiser(2), torch.tensor([501, 501])
+    cached, level = base.chain_predict(2), (501, .5, .8)
     for i in range(4):
         z, text = inputs(base, seed=i)
-        same = torch.equal(cached(z, t, text), base.denoiser(z, t, text))
+        same = torch.equal(cached(z, level, text)[1], base.predict(z, level, text)[1])
         assert same == (i % 2 == 0), i
     hook.remove()
     # What reaches the way up's last level: from below, as it was; beside it, what the way down kept, new.
@@ -48,18 +48,18 @@ def test_every_nth_call_is_exact_and_the_others_see_the_new_z_in_the_outermost_l
 
 
 def test_with_gradient_it_is_exact_and_nothing_stays_behind(parts):
-    base, t = parts[0], torch.tensor([1, 1])
+    base, level = parts[0], (1, .9, .1)
     (z, text), cached, names = inputs(base), DeepCache(base, 2), [name for name, _ in base.unet.named_modules()]
     with torch.no_grad():
-        cached(inputs(base, seed=1)[0], t, text)
-        cached(z, t, text)
+        cached(inputs(base, seed=1)[0], level, text)
+        cached(z, level, text)
         with pytest.raises(RuntimeError):
-            cached(z, t, text[..., :-1])
-    torch.testing.assert_close(cached(z, t, text), base.denoiser(z, t, text), rtol=0, atol=0)
+            cached(z, level, text[..., :-1])
+    torch.testing.assert_close(cached(z, level, text)[1], base.predict(z, level, text)[1], rtol=0, atol=0)
     assert not cached.kept.output.requires_grad
     assert [name for name, _ in base.unet.named_modules()] == names
     assert not any(module._forward_hooks for module in base.unet.modules())
-    assert base.chain_denoiser(1) == base.denoiser
+    assert base.chain_predict(1) == base.predict
 
 
 KEYS = [(0, 0, 0, "chain"), (0, 0, 1, "chain")]

@@ -91,33 +91,22 @@ def test_the_stochastic_step_is_diffusers(eta):
     scheduler.alphas_cumprod = sampler.alpha_bars()  # its own is float32
     scheduler.final_alpha_cumprod = sampler.alpha_bars()[0]
     z_t, eps, fresh = torch.randn(3, 2, 4, 3, 5, 5, dtype=torch.float64)
+    levels = sampler.ddim_levels(20, sampler.alpha_bars())
     for i in range(20, 0, -1):
-        t = sampler.ddpm_step(i, 20)
-        mean, std = sampler.ddim_mean_std(z_t, eps, t, t - 50, sampler.alpha_bars(), eta)
-        theirs = scheduler.step(eps, t, z_t, eta=eta, variance_noise=fresh).prev_sample
+        z_0 = (z_t - levels.sigma[i] * eps) / levels.alpha[i]
+        mean, std = sampler.step(z_0, eps, levels, i, eta)
+        theirs = scheduler.step(eps, levels.t[i], z_t, eta=eta, variance_noise=fresh).prev_sample
         torch.testing.assert_close(mean + std * fresh, theirs, rtol=1e-6, atol=1e-6)
         assert std > 0
 
 
-def test_eta_0_is_the_deterministic_step_bit_for_bit():
-    z_t, eps = torch.randn(2, 2, 4, 3, 5, 5)
-    for t, t_prev in ((951, 901), (51, 1), (1, -49)):
-        mean, std = sampler.ddim_mean_std(z_t, eps, t, t_prev, sampler.alpha_bars(), 0.)
-        a, a_prev = (float(sampler.alpha_bars()[max(i, 0)]) for i in (t, t_prev))
-        plain = a_prev**.5 * ((z_t - (1 - a) ** .5 * eps) / a**.5) + (1 - a_prev) ** .5 * eps  # Eq. (12) with sigma = 0
-        assert std == 0 and torch.equal(mean, plain)
-        assert torch.equal(mean, sampler.ddim_step(z_t, eps, t, t_prev, sampler.alpha_bars()))
-
-
 def test_eta_1_leaves_the_noise_level_as_it_is():
-    """What is taken of eps and what is fresh add up to the variance 1 - abar of t_prev."""
-    abar = sampler.alpha_bars()
-    zero, one = torch.zeros(1, 1, 1, 1, 1, dtype=torch.float64), torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)
-    for t, t_prev in ((951, 901), (51, 1)):
-        # z_t = 0 leaves -sqrt(1 - abar_t) eps sqrt(abar_prev / abar_t) of z_0, so what is left of eps is:
-        mean, std = sampler.ddim_mean_std(zero, one, t, t_prev, abar, 1.)
-        of_z0 = -((1 - abar[t]) * abar[t_prev] / abar[t]).sqrt()
-        assert ((mean - of_z0) ** 2 + std**2).item() == pytest.approx(1 - abar[t_prev].item(), abs=1e-12)
+    """What is taken of eps and what is fresh add up to the noise of the next level."""
+    z_0, eps = torch.zeros(1, 1, 1, 1, 1, dtype=torch.float64), torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)
+    levels = sampler.ddim_levels(20, sampler.alpha_bars())
+    for i in (20, 2):
+        mean, std = sampler.step(z_0, eps, levels, i, 1.)
+        assert 0 < std and (mean**2 + std**2).item() == pytest.approx(levels.sigma[i - 1] ** 2, abs=1e-12)
 
 
 # ------------------------------------------------------ DRaFT-K ------------------------------------------------------
@@ -130,11 +119,10 @@ def test_drafts_gradient_is_that_of_the_chain_cut_by_hand(parts, K):
     R, logged = draft.draft_rewards(base, reward, uncond, (noise, text, g, captions, [K, K]), cfg)
 
     # Ordinary backpropagation through all four steps, cut before the last K: with K = D it is not cut at all.
-    z = noise
+    z, levels = noise, base.levels(4)
     for i in (4, 3, 2, 1):
         z = z.detach() if i == K else z
-        eps = sampler.guided_eps(base.denoiser, z, 250 * (i - 1) + 1, text, uncond, cfg.guidance)
-        z = sampler.ddim_step(z, eps, 250 * (i - 1) + 1, 250 * (i - 2) + 1, sampler.alpha_bars())
+        z, _ = sampler.step(*sampler.guided(base.predict, z, levels, i, text, uncond, cfg.guidance), levels, i)
     scores = train.score_frames(reward, train.decode_chosen(base.vae, z, g), captions)
     by_hand = (scores * torch.exp(-1. * (g - 2).abs())).mean(dim=1)
     torch.testing.assert_close(R, by_hand, rtol=0, atol=1e-5)
@@ -169,13 +157,13 @@ def test_refls_prediction_at_the_last_step_and_the_chains_end(parts):
     base, _, uncond = parts
     noise, text, *_ = inputs(base)
     cfg, seen = config(refl), []
-    denoise = base.denoiser
 
-    def spy(z, t, text):
-        seen.append(denoise(z, t, text))
-        return seen[-1]
-    z_0 = refl.predict(types.SimpleNamespace(chain_denoiser=lambda interval: spy), noise, text, uncond, 1, cfg)
-    end = sampler.sample(denoise, noise, text, uncond, 4, cfg.guidance)
+    def spy(z, level, text):
+        z_0, eps = base.predict(z, level, text)
+        seen.append(eps)
+        return z_0, eps
+    z_0 = refl.predict(types.SimpleNamespace(chain_predict=lambda interval: spy, levels=base.levels), noise, text, uncond, 1, cfg)
+    end = sampler.sample(base.predict, noise, text, uncond, base.levels(4), cfg.guidance)
     eps_c, eps_u = seen[-1].chunk(2)
     a = sampler.alpha_bars()[0].item()
     # The chain's eps of step 1 predicts z_0 from abar[1]; put back to abar[0] it gives the end of the chain.
@@ -356,7 +344,10 @@ def test_the_policys_gradient_is_that_of_the_expected_reward():
     """A million videos of one number, a model of one weight: log p leads where the gradient through the chain leads."""
     number, D, g = 1_000_000, 4, torch.Generator().manual_seed(0)
     theta, text, cfg = torch.tensor(.3, requires_grad=True), torch.zeros(number, 1, 1), ddpo.Config(num_steps=4, guidance=1.)
-    base = types.SimpleNamespace(denoiser=lambda z_t, t, text: theta * z_t + .1)
+    def predict(z_t, level, text):
+        eps = theta * z_t + .1
+        return (z_t - level[2] * eps) / level[1], eps
+    base = types.SimpleNamespace(predict=predict, levels=lambda D: sampler.ddim_levels(D, sampler.alpha_bars()))
     path = [torch.randn(number, 1, 1, 1, 1, generator=g)]
     for i in range(D, 0, -1):
         mean, std = ddpo.policy(base, path[-1], i, text, text[:1], cfg)
@@ -395,8 +386,8 @@ def test_a_group_shares_a_prompt_and_not_its_noise(parts):
 
 def test_a_round_is_sampled_in_the_parts_that_fit_into_memory(parts, monkeypatch):
     base, reward, _ = parts
-    rows, denoiser = [], base.denoiser
-    monkeypatch.setattr(base, "denoiser", lambda z_t, *more: rows.append(len(z_t)) or denoiser(z_t, *more), raising=False)
+    rows, predict = [], base.predict
+    monkeypatch.setattr(base, "predict", lambda z_t, *more: rows.append(len(z_t)) or predict(z_t, *more), raising=False)
 
     def sampled(clips_at_once):
         rows.clear()
@@ -427,14 +418,15 @@ def test_rwr_with_equal_rewards_is_the_plain_denoising_loss(parts):
     score = of(rwr, config(rwr), base, reward).score
     z, eps = inputs(base)[0], inputs(base, 1)[0]
     text, t = base.encode_text(CAPTIONS), torch.tensor([951, 51])
-    R, _ = score((z, eps, text, torch.ones(2), torch.zeros(2), t))
+    u = t / 1000 + .0005
+    R, _ = score((z, eps, text, torch.ones(2), torch.zeros(2), u))
     plain_loss = []
     for b in (0, 1):  # Eq. (1), one video at a time
         a = sampler.alpha_bars()[t[b]].item()
         z_t = a**.5 * z[b:b + 1] + (1 - a) ** .5 * eps[b:b + 1]
-        plain_loss.append((base.denoiser(z_t, t[b:b + 1], text[b:b + 1]) - eps[b:b + 1]).square().mean())
+        plain_loss.append((base.unet(z_t, t[b:b + 1], text[b:b + 1]) - eps[b:b + 1]).square().mean())
     torch.testing.assert_close(-R, torch.stack(plain_loss), rtol=1e-4, atol=1e-5)
-    weighted, _ = score((z, eps, text, torch.tensor([0., 2.]), torch.zeros(2), t))
+    weighted, _ = score((z, eps, text, torch.tensor([0., 2.]), torch.zeros(2), u))
     torch.testing.assert_close(weighted, R * torch.tensor([0., 2.]), rtol=1e-4, atol=1e-5)
 
 
@@ -469,11 +461,12 @@ def test_winner_and_loser_share_prompt_t_and_noise(parts):
     (z_w, text, *_), (z_l, *_), (eps, *_) = inputs(base), inputs(base, 1), inputs(base, 2)
     t, seen = torch.tensor([100, 700]), []
 
-    def denoiser(*args):
+    def predict(*args):
         seen.append(args)
-        return torch.zeros_like(args[0])
-    e_w, e_l = dpo.pair_errors(denoiser, z_w, z_l, eps, t, text)
-    z_t, both_t, both_text = seen[0]
+        return args[0], torch.zeros_like(args[0])
+    silent = types.SimpleNamespace(predict=predict, level=base.level, error=base.error)
+    e_w, e_l = dpo.pair_errors(silent, z_w, z_l, eps, t / 1000 + .0005, text)
+    z_t, (both_t, *_), both_text = seen[0]
     assert both_t.tolist() == [100, 700, 100, 700] and torch.equal(*both_text.chunk(2))
     a = sampler.alpha_bars()[t].float().view(2, 1, 1, 1, 1)
     for noised, z in zip(z_t.chunk(2), (z_w, z_l)):
@@ -605,7 +598,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(name, monkeypatch, capsys):
     lora.set_scale(bases[-1].unet, 0.)
     noise, text, *_ = inputs(fresh)
     with torch.no_grad():
-        assert torch.equal(*(base.denoiser(noise, torch.tensor([9, 9]), text) for base in (bases[-1], fresh)))
+        assert torch.equal(*(base.predict(noise, (9, .9, .4), text)[1] for base in (bases[-1], fresh)))
 
 
 @pytest.mark.parametrize("name", ["ddpo", "dpo", "rwr"])

@@ -308,8 +308,9 @@ def small_base(dtype=torch.float32):
 
 def test_the_chain_stays_float32_around_a_half_precision_unet():
     base, (z_t, t, text) = small_base(torch.bfloat16), unet_inputs(TWO_LEVELS, 2, 3, 4, 4)
-    eps = base.denoiser(z_t.float(), t, text.float())
+    z_0, eps = base.predict(z_t.float(), (t, .6, .8), text.float())
     assert eps.dtype == torch.float32 and torch.equal(eps, base.unet(z_t.bfloat16(), t, text.bfloat16()).float())
+    torch.testing.assert_close(.6 * z_0 + .8 * eps, z_t.float())
     assert base.device.type == "cpu" and base.default_size == 32 * 4
 
 

@@ -6,8 +6,9 @@ import torch
 from diffusers import DDIMScheduler
 from torch import nn
 
+import sampler
 from model import UNet3D, UNetConfig
-from sampler import add_noise, alpha_bars, check_edit, ddim_step, ddpm_step, edit, edit_steps, guided_eps, noise_step, sample
+from sampler import Levels, add_noise, alpha_bars, check_edit, ddim_levels, ddpm_step, edit_steps, guided, noise_step, step
 
 
 def seeded(seed=0):
@@ -33,6 +34,30 @@ class Denoiser(nn.Module):
         self.calls.append((z_t.shape, t.clone(), torch.is_grad_enabled()))
         h = self.read(text.tanh().mean(1)) * (t[:, None] / 1000).cos().to(text)                   # (2B, C)
         return (self.conv(z_t) + h[:, :, None, None, None]).tanh()                                # (2B, C, F, H, W)
+
+
+class Guess:
+    """predict(z_t, level, text) -> z_0, eps, as a base has it, of a network that guesses eps."""
+
+    def __init__(self, network):
+        self.network = network
+
+    def __call__(self, z_t, level, text):
+        t, alpha, sigma = level
+        eps = self.network(z_t, torch.full((len(z_t),), t), text)
+        return (z_t - sigma * eps) / alpha, eps
+
+
+def levels(D=20):
+    return ddim_levels(D, alpha_bars())
+
+
+def sample(network, z, text, uncond, num_steps=20, guidance=3.):
+    return sampler.sample(Guess(network), z, text, uncond, levels(num_steps), guidance)
+
+
+def edit(network, z, eps, text, uncond, tau=.6, num_steps=20, guidance=3., grad_steps=1):
+    return sampler.edit(Guess(network), z, eps, text, uncond, levels(num_steps), tau, guidance, grad_steps)
 
 
 def inputs(B=2, F=3, H=4, W=5, N=7, E=6):
@@ -91,7 +116,6 @@ def test_noise_step_by_hand(tau, D, n, t_noi):
     (math.nan, 20, "tau = nan"),
     (math.inf, 20, "tau = inf"),
     (0.02, 20, "rounds to no step"),                   # 0.4 of a step
-    (0.6, 0, "rounds to no step"),
     (0.6, 1000, "num_steps = 1000: must be from 1 to 999"),
     (0.6, 5000, "num_steps = 5000"),
 ])
@@ -101,6 +125,8 @@ def test_noise_step_out_of_range_is_refused(tau, D, what):
         with pytest.raises(ValueError, match=what) as error:
             call()
         assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="rounds to no step"):
+        noise_step(0.6, 0)
 
 
 @pytest.mark.parametrize("D", [0, 1000, 1001])
@@ -131,51 +157,86 @@ def test_alpha_bars_are_the_scaled_linear_schedule():
 
 def test_add_noise_is_eq_5():
     z, eps, _, _ = inputs()
-    abar = alpha_bars()
-    for t in (0, 1, 551, 999):
-        a = abar[t].item()
+    for i, t in ((0, 0), (1, 1), (12, 551), (20, 951)):
+        a = alpha_bars()[t].item()
         by_hand = math.sqrt(a) * z + math.sqrt(1 - a) * eps
-        torch.testing.assert_close(add_noise(z, eps, t, abar), by_hand, rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(add_noise(z, eps, levels(), i), by_hand, rtol=1e-14, atol=1e-14)
     theirs = scheduler().add_noise(z, eps, torch.tensor([551]))
-    torch.testing.assert_close(add_noise(z, eps, 551, abar), theirs, rtol=1e-5, atol=1e-5)
-
-
-def test_each_clip_may_have_its_own_step():
-    z, eps, _, _ = inputs(B=3)
-    t = torch.tensor([1, 551, 951])
-    together = add_noise(z, eps, t, alpha_bars())
-    for b in range(3):
-        assert torch.equal(together[b], add_noise(z[b:b + 1], eps[b:b + 1], int(t[b]), alpha_bars())[0])
+    torch.testing.assert_close(add_noise(z, eps, levels(), 12), theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("t", [551, torch.tensor([551, 1])])
-def test_add_noise_keeps_dtype_and_device(dtype, t):
+def test_add_noise_keeps_dtype_and_device(dtype):
     z, eps, _, _ = inputs()
-    out = add_noise(z.to(dtype), eps, t, alpha_bars())                                            # eps is float64 throughout
+    out = add_noise(z.to(dtype), eps, levels(), 12)                                               # eps is float64 throughout
     assert out.dtype == dtype and out.device == z.device and out.shape == z.shape
-    torch.testing.assert_close(out.double(), add_noise(z, eps, t, alpha_bars()), rtol=0, atol=0.05)
-    assert add_noise(z.to("meta", dtype), eps.to("meta"), t, alpha_bars()).device.type == "meta"
+    torch.testing.assert_close(out.double(), add_noise(z, eps, levels(), 12), rtol=0, atol=0.05)
+    assert add_noise(z.to("meta", dtype), eps.to("meta"), levels(), 12).device.type == "meta"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# DDIM
+# One step, which is DDIM's, Euler's of a rectified flow and Euler's of EDM
 
-def test_a_ddim_step_with_the_true_noise_stays_on_the_path():
-    # z_t made from (z, eps) by Eq. (5), denoised with that same eps, is what Eq. (5) gives for (z, eps) at t_prev.
+@pytest.mark.parametrize("D", [20, 50, 7, 1])
+def test_a_step_with_the_true_noise_stays_on_the_path(D):
+    # Of the true z_0 and eps, a step makes what Eq. (5) makes at the next level.
     z, eps, _, _ = inputs()
-    abar = alpha_bars()
-    for t, t_prev in ((951, 901), (51, 1), (1, 0)):
-        torch.testing.assert_close(ddim_step(add_noise(z, eps, t, abar), eps, t, t_prev, abar), add_noise(z, eps, t_prev, abar),
-                                   rtol=1e-12, atol=1e-12)
+    for i in range(D, 0, -1):
+        mean, std = step(z, eps, levels(D), i)
+        assert std == 0
+        torch.testing.assert_close(mean, add_noise(z, eps, levels(D), i - 1), rtol=1e-12, atol=1e-12)
 
 
-def test_the_last_step_goes_to_abar_0_not_to_1():
-    z, eps, _, _ = inputs()
-    abar = alpha_bars()
-    last = ddim_step(add_noise(z, eps, 1, abar), eps, 1, 1 - 50, abar)
-    torch.testing.assert_close(last, add_noise(z, eps, 0, abar), rtol=1e-12, atol=1e-12)
-    assert (last - z).abs().max() > 0.01  # some noise is left: abar[0] = 0.99915
+def test_levels_are_eq_3_and_end_at_abar_0_not_at_1():
+    L = levels(20)
+    assert L.t == [0, *(ddpm_step(i, 20) for i in range(1, 21))] and L.num_steps == 20 and L.start == 1
+    for t, alpha, sigma in zip(L.t, L.alpha, L.sigma):
+        assert alpha**2 == pytest.approx(alpha_bars()[t].item(), rel=1e-14) and alpha**2 + sigma**2 == pytest.approx(1, rel=1e-14)
+    assert L.sigma[0] == pytest.approx(math.sqrt(.00085))  # some noise is left
+    assert levels(7).t[:3] == [0, 1, 143] and levels(600).t[:3] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("eta", [0., .5, 1.])
+def test_the_new_noise_is_ddims(eta):
+    L, (z, eps, _, _) = levels(20), inputs()
+    for i in (1, 2, 12, 20):
+        a, a_prev = L.alpha[i] ** 2, L.alpha[i - 1] ** 2
+        mean, std = step(z, eps, L, i, eta)
+        by_hand = eta * math.sqrt((1 - a_prev) / (1 - a)) * math.sqrt(1 - a / a_prev)             # DDIM, Eq. (16)
+        assert std == pytest.approx(by_hand, rel=1e-9)
+        torch.testing.assert_close(mean, math.sqrt(a_prev) * z + math.sqrt(1 - a_prev - by_hand**2) * eps)
+
+
+def test_the_same_step_is_eulers_of_a_rectified_flow_and_of_edm():
+    z_t, v, _, _ = inputs()
+    flow = Levels([300, 700], [.7, .3], [.3, .7])                       # z_t = (1 - s) z_0 + s eps, and v = eps - z_0
+    mean, _ = step(z_t - .7 * v, z_t + .3 * v, flow, 1)
+    torch.testing.assert_close(mean, z_t + (.3 - .7) * v, rtol=1e-12, atol=1e-12)
+    edm, z_0 = Levels([0, 1], [1., 1.], [2., 5.]), v                    # z_t = z_0 + s eps, and dz / ds = (z_t - z_0) / s
+    mean, _ = step(z_0, (z_t - z_0) / 5, edm, 1)
+    torch.testing.assert_close(mean, z_t + (2 - 5) * (z_t - z_0) / 5, rtol=1e-12, atol=1e-12)
+    # A chain that ends without noise ends at z_0, with nothing new in its last step, from any signal, even none.
+    ending = Levels([0, 500, 1000], [1., .5, 0.], [0., .5, 1.])
+    assert ending.fresh == [0., 0., .5] and torch.equal(step(z_0, v, ending, 1, eta=1.)[0], z_0)
+
+
+def test_new_noise_comes_in_at_each_step():
+    L, (z, _, text, uncond) = levels(4), inputs()
+    noises, seen = [randn(*z.shape, seed=40 + k) for k in range(4)], []
+    ours = sampler.sample(Guess(Denoiser()), z, text, uncond, L, 2., eta=.7, fresh=noises)
+    for i, noise in zip((4, 3, 2, 1), noises):
+        mean, std = step(*guided(Guess(Denoiser()), z, L, i, text, uncond, 2.), L, i, .7)
+        z = mean + std * noise
+        seen.append(std)
+    assert torch.equal(ours, z) and min(seen) > 0
+
+
+def test_a_video_starts_as_loud_as_its_levels_say():
+    z, _, text, uncond = inputs()
+    loud = Levels([0, 1], [1., 1.], [0., 700.], start=700.)
+    seen = []
+    sampler.sample(lambda z_t, level, text: (seen.append((z_t, level)) or z_t, z_t), z, text, uncond, loud)
+    assert torch.equal(seen[0][0], torch.cat([700 * z, 700 * z])) and seen[0][1] == (1, 1., 700.)
 
 
 def diffusers_chain(model, z, text, uncond, D, guidance, first=None):
@@ -239,7 +300,9 @@ def test_guidance_extrapolates_from_unconditional_to_conditional():
     t = torch.full((2,), 551)
     eps_c, eps_u = model(z, t, text), model(z, t, uncond.expand(2, -1, -1))
     for w, expected in ((0.0, eps_u), (1.0, eps_c), (3.0, 3 * eps_c - 2 * eps_u)):
-        torch.testing.assert_close(guided_eps(model, z, 551, text, uncond, w), expected, rtol=1e-12, atol=1e-12)
+        z_0, eps = guided(Guess(model), z, levels(), 12, text, uncond, w)
+        torch.testing.assert_close(eps, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(add_noise(z_0, eps, levels(), 12), z, rtol=1e-12, atol=1e-12)  # both say the same
 
 
 def test_guidance_1_is_the_conditional_chain():
@@ -273,7 +336,7 @@ def test_a_clip_does_not_depend_on_its_neighbours(make):
 # The gradient of an edit: through the last K steps, and through no other (Sec. 3.3)
 
 def chain_by_hand(model, z, eps, text, uncond, tau, D, guidance, K):
-    """The same chain run entirely with gradient, and cut before its last K steps. The sums are in sampler.py's order."""
+    """The same chain run entirely with gradient, and cut before its last K steps, by noise alone."""
     abar, n = alpha_bars(), round(tau * D)
     a = abar[1000 // D * (n - 1) + 1]
     z_t = a.sqrt() * z + (1 - a).sqrt() * eps
@@ -300,9 +363,10 @@ def test_edit_is_the_full_chain_cut_by_hand(make, tau, D, K):
     model, data = make(), inputs()
     ours = edit(model, *data, tau=tau, num_steps=D, guidance=3.0, grad_steps=K)
     theirs = chain_by_hand(model, *data, tau, D, 3.0, K)
-    assert torch.equal(ours, theirs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
     for a, b in zip(gradients(model, ours), gradients(model, theirs)):
-        assert torch.equal(a, b) and a.abs().sum() > 0
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+        assert a.abs().sum() > 0
 
 
 def test_all_steps_with_gradient_is_the_full_gradient():
@@ -311,7 +375,7 @@ def test_all_steps_with_gradient_is_the_full_gradient():
     z_0 = edit(model, *data, tau=0.6, num_steps=5, grad_steps=3)
     full = chain_by_hand(model, *data, 0.6, 5, 3.0, K=None)
     for a, b in zip(gradients(model, z_0), gradients(model, full)):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
     # The whole way back to the clip is open, and closed with one step less.
     assert torch.autograd.grad(z_0.sum(), data[0])[0].abs().sum() > 0
     z_0 = edit(model, *data, tau=0.6, num_steps=5, grad_steps=2)
@@ -383,15 +447,12 @@ def test_sample_builds_no_graph():
     assert torch.is_grad_enabled()
 
 
-def test_the_schedule_is_an_argument():
+def test_the_levels_are_an_argument():
     z, eps, text, uncond = inputs()
-    other = alpha_bars(100, 0.001, 0.02)
-    model = Denoiser()
-    sample(model, z, text, uncond, num_steps=4, alpha_bar=other)
-    edit(model, z, eps, text, uncond, tau=0.5, num_steps=4, alpha_bar=other)
+    other, model = ddim_levels(4, alpha_bars(100, 0.001, 0.02)), Denoiser()
+    sampler.sample(Guess(model), z, text, uncond, other)
+    sampler.edit(Guess(model), z, eps, text, uncond, other, tau=0.5)
     assert [t[0].item() for _, t, _ in model.calls] == [76, 51, 26, 1, 26, 1]
-    default = [sample(Denoiser(), z, text, uncond, num_steps=4, alpha_bar=a) for a in (None, alpha_bars())]
-    assert torch.equal(*default)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -407,4 +468,4 @@ def test_noise_of_another_batch_size_is_refused_not_shared():
     z = torch.zeros(2, 1, 1, 2, 2)
     for shape in ((1, 1, 1, 2, 2), (3, 1, 1, 2, 2), (2, 1, 1, 2, 1)):
         with pytest.raises(ValueError, match=r"eps has shape \[.*\]: must be \[2, 1, 1, 2, 2\], that of z"):
-            edit(lambda z_t, t, text: z_t, z, torch.zeros(shape), torch.zeros(2, 1, 1), torch.zeros(1, 1, 1))
+            edit(None, z, torch.zeros(shape), torch.zeros(2, 1, 1), torch.zeros(1, 1, 1))

@@ -888,8 +888,8 @@ def test_guidance_belongs_to_the_base_unless_asked_for(monkeypatch, plain):
     shutil.copytree(TINY, "base")
     Path("base/manifest.json").unlink()
     settings_of_unet = json.loads(Path("base/unet/config.json").read_text())
-    seen, guided = set(), sampler.guided_eps
-    monkeypatch.setattr(sampler, "guided_eps", lambda *args: seen.add(args[-1]) or guided(*args))
+    seen, guided = set(), sampler.guided
+    monkeypatch.setattr(sampler, "guided", lambda *args: seen.add(args[-1]) or guided(*args))
     Path("prompts.txt").write_text("a red circle moving left\n")
     write_list()
     for guidance, flags, expected in ((1.25, (), 1.25), (1.25, ("--guidance", "2"), 2.), ("strong", (), None)):

@@ -34,7 +34,7 @@ from data import sample_posterior
 from formats.names import unet_to_diffusers, vae_to_diffusers
 from formats.reward_model import clip_normalize
 from rewards import action, removal
-from sampler import add_noise, alpha_bars, edit, guided_eps, sample
+from sampler import Levels, edit, guided, sample
 from support.ranks import progress
 from tiny import world
 from tiny.judge import DIRECTIONS, Judge, judge_clips, labels, load_judge
@@ -154,16 +154,16 @@ def through_autoencoder(base, clips):
 @torch.no_grad()
 def base_clips(base, captions, clips=None):
     """Videos by the base, from pure noise, or as edits of given clips (Eqs. 3-5), whose content is known."""
-    uncond = base.encode_text([""])
+    uncond, levels = base.encode_text([""]), base.levels(20)
     videos = []
     for start in progress(range(0, len(captions), 12), desc="clips by the base"):
         text = base.encode_text(captions[start:start + 12])
         noise = torch.randn(len(text), UNET.in_channels, world.FRAMES, UNET.sample_size, UNET.sample_size).to(base.device)
         if clips is None:
-            z_0 = sample(base.denoiser, noise, text, uncond, guidance=GUIDANCE)
+            z_0 = sample(base.predict, noise, text, uncond, levels, GUIDANCE)
         else:
             z = draw_latents(base, encode(base, clips[start:start + 12]).half())
-            z_0 = edit(base.denoiser, z, noise, text, uncond, tau=.3, guidance=GUIDANCE)
+            z_0 = edit(base.predict, z, noise, text, uncond, levels, .3, GUIDANCE)
         videos.append(decode(base, z_0))
     return torch.cat(videos)
 
@@ -171,16 +171,15 @@ def base_clips(base, captions, clips=None):
 @torch.no_grad()
 def guessed_clips(base, captions, clips):
     """The z_0 that the base predicts in one step from noised clips, at random t: the more noise, the more blurred."""
-    alpha_bar = alpha_bars()
     uncond = base.encode_text([""])
     guesses = []
     for start in progress(range(0, len(captions), 8), desc="guesses of the base"):
         z = draw_latents(base, encode(base, clips[start:start + 8]).half())
-        t = torch.randint(100, len(alpha_bar), ()).item()
-        z_t = add_noise(z, torch.randn_like(z), t, alpha_bar)
-        eps = guided_eps(base.denoiser, z_t, t, base.encode_text(captions[start:start + 8]), uncond, GUIDANCE)
-        a_t = float(alpha_bar[t])
-        guesses.append(decode(base, (z_t - (1 - a_t) ** .5 * eps) / a_t ** .5))
+        t, alpha, sigma = base.level(torch.rand(1) * .9 + .1)
+        z_t = alpha.to(z) * z + sigma.to(z) * torch.randn_like(z)
+        levels = Levels([t.item()] * 2, [1., alpha.item()], [0., sigma.item()])  # a chain of one step
+        text = base.encode_text(captions[start:start + 8])
+        guesses.append(decode(base, guided(base.predict, z_t, levels, 1, text, uncond, GUIDANCE)[0]))
     return torch.cat(guesses)
 
 
@@ -241,20 +240,18 @@ def build_unet(cfg):
     batches = progress(clips.split(8), desc="encoding clips")
     moments = torch.cat([encode(base, batch).half().cpu() for batch in batches])         # (n, 2C, F, h, w)
     text = base.encode_text(captions_of(scenes) + [""])                                  # (captions, N, E)
-    alpha_bar = alpha_bars()
 
     def loss_of(rows, batch):
         """Eq. (1), weighted by noise level, on a batch of moments (B, 2C, F, h, w) of the clips `rows`."""
         B = len(rows)
         z = draw_latents(base, batch)
         share = (torch.randperm(B) + torch.rand(B)) / B                                  # one in each B-th of 0..1
-        t = (len(alpha_bar) * share).long()
+        t, alpha, sigma = [v.to(cfg.device) for v in base.level(share)]
         caption = torch.where(torch.rand(B) < .1, len(scenes), rows % len(scenes))       # the last one is empty
         eps = torch.randn_like(z)
-        z_t = add_noise(z, eps, t, alpha_bar)
-        guess = unet(z_t, t.to(cfg.device), text[caption.to(cfg.device)])
+        guess = unet(alpha * z + sigma * eps, t, text[caption.to(cfg.device)])
         error = (guess - eps).square().mean(dim=(1, 2, 3, 4))                            # (B,)
-        weight = (1 / alpha_bar[t]).clamp(max=MAX_WEIGHT).to(z)                          # (B,)
+        weight = (1 / alpha.flatten() ** 2).clamp(max=MAX_WEIGHT)                        # (B,)
         return (weight * error).mean()
 
     def frames_loss(step):
