@@ -40,11 +40,11 @@ LAMBDAS = (0., .5, 1., 2.)
 SEGMENTS = (1, 2, 4, 8, 16)
 CODE = (  # what the page shows of the step's source, in the order in which it runs: function, first words, words after the end
     (train.train, "# 1. The gradient", "loss = "), (edit, "# 1. Noise", None), (chain, "for i in", "return z"),
-    (train.edit_rewards, "# Noise", None), (train.video_rewards, "parts,", None), (train.train, "loss = ", "# 4. Log"))
+    (train.edit_rewards, "# Noise", None), (train.video_rewards, "chunk = ", None), (train.train, "loss = ", "# 4. Log"))
 REPEATS = 20  # how often the step is taken in the last but one panel, until its effect can be seen
 PANELS = {  # words of the step's source: the panel that shows what the line does
-    "draw(step)": "clip", "t_noi = ": "noise", "z_noi = ": "noise", "z = ddim_step(": "chain", "z_0 = edit(": "edit",
-    "score_frames(base": "reward", "tar_weights(": "reward", "aggregate(": "reward", "loss = ": "reward",
+    "draw(step)": "clip", "z_noi = ": "noise", "z, std = step(": "chain", "z_0 = edit(": "edit",
+    "decode_chosen(": "reward", "score_frames(": "reward", "tar_weights(": "reward", "aggregate(": "reward", "loss = ": "reward",
     ".backward()": "pixels", "clip_grad_norm_": "adapters", "optimizer.step()": "after"}
 
 

@@ -511,8 +511,8 @@ def test_dpos_reference_is_the_base(parts):
     base, reward, _ = parts
     score = of(dpo, config(dpo), base, reward).score
     (z_w, text, *_), (z_l, *_), (eps, *_) = inputs(base), inputs(base, 1), inputs(base, 2)
-    t = torch.tensor([100, 700])
-    R, _ = score((z_w, z_l, eps, t, text, torch.zeros(2)))
+    u = torch.tensor([.1, .7])
+    R, _ = score((z_w, z_l, eps, u, text, torch.zeros(2)))
     assert abs(R.mean().item() + math.log(2)) > 1e-3 and strengths(base) == {1.}  # these adapters do something
     before = [layer.lora_B.detach().clone() for layer in lora.layers(base.unet).values()]
     with torch.no_grad():
