@@ -261,7 +261,6 @@ def as_rewards(reward):
 def load_rewards(cfg, base_folder, dtype=torch.float32, device="cpu"):
     """
     All that a script's settings name, as Rewards, or the reward itself where it is the only one.
-
     ValueError: fewer frames than one of them wants; two of one name, which logs would mix up.
     """
     optimised, watched, paths = requested_rewards(cfg)
@@ -272,6 +271,7 @@ def load_rewards(cfg, base_folder, dtype=torch.float32, device="cpu"):
         if reward.num_frames:
             spread_frames(cfg.frames, reward.num_frames)
         loaded.append(reward)
+
     names = [reward.name for reward in loaded]
     if len(set(names)) < len(names):
         raise ValueError(f"rewards {', '.join(names)}: must have names that differ")

@@ -97,6 +97,7 @@ def score_frames(reward, frames, captions, chunk=0):
     """r(x^g(i), c): frames (B, S, 3, H, W) -> (B, S); a video reward sees all at once -> (B, 1)."""
     if not chunk or getattr(reward, "num_frames", None):
         return reward(frames, captions)
+
     scores = []
     for part in frames.split(chunk, dim=1):
         scores.append(checkpoint(reward, part, captions, use_reentrant=False))

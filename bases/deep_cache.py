@@ -16,8 +16,11 @@ class DeepCache:
     """
 
     def __init__(self, base, interval):
-        self.base, self.interval, self.calls, self.kept = base, interval, 0, Kept()
-        self.shallow = replace(base, unet=outermost(base.unet, self.kept))
+        self.base = base
+        self.interval = interval
+        self.calls = 0  # those without gradient
+        self.middle = CachedMiddle()
+        self.shallow = replace(base, unet=outermost(base.unet, self.middle))
 
     def __call__(self, z_t, level, text):
         if torch.is_grad_enabled():
@@ -25,17 +28,17 @@ class DeepCache:
         self.calls += 1
         if (self.calls - 1) % self.interval:
             return self.shallow.predict(z_t, level, text)
-        hook = self.base.unet.up_blocks[-2].upsamplers[0].register_forward_hook(self.kept.keep)
+        hook = self.base.unet.up_blocks[-2].upsamplers[0].register_forward_hook(self.middle.store)
         try:
             return self.base.predict(z_t, level, text)
         finally:
             hook.remove()
 
 
-class Kept(nn.Module):
-    """Stands where a UNet has its middle, and gives what was kept."""
+class CachedMiddle(nn.Module):
+    """Stands where a UNet has its inner levels, and gives what these made in the last exact call."""
 
-    def keep(self, module, inputs, output):
+    def store(self, module, inputs, output):
         self.output = output                                                                  # (B*F, C, H, W)
 
     def block(self, j, x, emb, text, num_frames):

@@ -56,7 +56,7 @@ def test_with_gradient_it_is_exact_and_nothing_stays_behind(parts):
         with pytest.raises(RuntimeError):
             cached(z, level, text[..., :-1])
     torch.testing.assert_close(cached(z, level, text)[1], base.predict(z, level, text)[1], rtol=0, atol=0)
-    assert not cached.kept.output.requires_grad
+    assert not cached.middle.output.requires_grad
     assert [name for name, _ in base.unet.named_modules()] == names
     assert not any(module._forward_hooks for module in base.unet.modules())
     assert base.chain_predict(1) == base.predict

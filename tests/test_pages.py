@@ -12,12 +12,14 @@ import runpy
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import explain
+import sampler
 import train
 from pages import html as pages, runs as run_pages, votes
 from support.settings import to_record
@@ -177,7 +179,9 @@ def test_a_guess_takes_the_noise_out():
     z, eps = torch.randn(2, 1, 4, 3, 2, 2, generator=g)
     cfg = explain.Config(tau=1., num_steps=5, guidance=3.)
     text = torch.zeros(1, 1, 1)
-    guesses = explain.guess_clips(lambda z_t, t, texts: torch.cat([eps, eps]), z, eps, text, text, cfg)
+    knowing = SimpleNamespace(levels=lambda D: sampler.ddim_levels(D, sampler.alpha_bars()),
+                              predict=lambda z_t, level, text: ((z_t - level[2] * eps) / level[1], eps.expand(z_t.shape)))
+    guesses = explain.guess_clips(knowing, z, eps, text, text, cfg)
     assert [t for t, _ in guesses] == [801, 601, 401, 201, 1]
     for _, guess in guesses:
         torch.testing.assert_close(guess, z, atol=1e-4, rtol=0)
