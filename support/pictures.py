@@ -75,7 +75,7 @@ def choose_comparisons(prompts, rewards, files):
             gains[i] = rewards[i][1] - rewards[i][0]
     chosen = []
     for label, i in best_middle_worst(gains).items():
-        chosen.append(Comparison(f"{label} of {len(gains)}", prompts[i], rewards[i], list(map(read_video, files[i]))))
+        chosen.append(Comparison(f"{label} gain of {len(gains)}", prompts[i], rewards[i], list(map(read_video, files[i]))))
     return chosen
 
 

@@ -214,15 +214,12 @@ def add_judge(watched, table, base):
 # The guard against over-optimisation: when what is watched got worse while the reward was up, and which adapter to keep.
 #
 # It reads the tables of a run's evaluations, {step: {set: {measure: (n,)}}}, and stores nothing, so a continued run decides the
-# same. Each difference is paired, video by video, over all sets together, and its standard error is clustered by caption. There
-# is no verdict from a difference of less than ERRORS of them, nor where there is no error (a single caption).
+# same. Differences are paired, video by video, over all sets together; their standard errors are clustered by caption.
 #
-# The rule, for each watched measure at each evaluation:
-# - a score (a watched reward, the judge) has turned when it is lower than at its best evaluation so far;
-# - a measure of pixels, of which nobody knows the best value, when it is further from its first value, in the direction
-#   that LIMITS names, than the share of that value that stands there;
-# - and only where the reward is higher than at the first evaluation: the guard is about a reward that hides something. Of one
-#   that falls the highest is kept anyway.
+# At an evaluation whose reward is higher than that of the first, a watched measure has turned if it is worse by
+# more than its noise: a score (a watched reward, the judge) than at its best evaluation so far; a measure of pixels, of which
+# nobody knows the best value, than at the first evaluation, by more than LIMITS allows. Where the reward does not rise there is
+# nothing that it could hide, and the highest is kept anyway.
 
 ERRORS = 3.  # of which a difference must have more: several measures at many evaluations pass 2 by chance now and then
 LIMITS = {  # of pixels: the direction that is worse (0 is both), and the share of the first value that it may change by

@@ -6,6 +6,7 @@ from PIL import Image
 
 from support import pictures, tables
 from support.tables import best_middle_worst
+from support.videos import write_video
 from tiny import judge
 
 
@@ -14,6 +15,15 @@ def test_the_best_the_middle_and_the_worst_gain_are_shown():
     assert best_middle_worst({0: np.nan, 1: -1., 2: 0.}) == {"best": 2, "middle": 1, "worst": 0}
     assert best_middle_worst({3: .1, 7: .2}) == {"best": 7, "worst": 3}
     assert best_middle_worst({3: .1}) == {"best": 3} and best_middle_worst({}) == {}
+
+
+def test_videos_are_chosen_among_those_with_both_clips(tmp_path):
+    files = [(tmp_path / f"before{i}.mp4", tmp_path / f"after{i}.mp4") for i in range(3)]
+    for file in (*files[0], *files[1], files[2][0]):
+        write_video(file, np.zeros((2, 32, 32, 3), np.uint8), 8)
+    best, worst = pictures.choose_comparisons(["a", "b", "c"], [(.2, .1), (.2, .5), (.1, .9)], files)
+    assert (best.label, best.prompt, best.rewards) == ("best gain of 2", "b", (.2, .5))
+    assert (worst.label, worst.prompt, worst.videos[1].shape) == ("worst gain of 2", "a", (2, 256, 256, 3))
 
 
 @pytest.mark.parametrize(("rewards", "before", "after"), [

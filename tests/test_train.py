@@ -451,7 +451,12 @@ def plain(monkeypatch):
     """Without curves and clips, which take half of a short run's time."""
     monkeypatch.setattr(run_folder, "draw_curves", lambda lines, name, path, *watched: path.touch())
     monkeypatch.setattr(run_folder, "write_video", lambda path, video, fps: path.touch())
-    monkeypatch.setattr(run_folder.Evaluations, "draw_comparison", lambda *args: None)
+    monkeypatch.setattr(run_folder, "choose_comparisons", lambda prompts, rewards, files: [before.stat() for before, _ in files])
+
+    def write_comparisons(path, *args):
+        path.touch()
+        path.with_suffix(".gif").touch()
+    monkeypatch.setattr(run_folder, "write_comparisons", write_comparisons)
 
 
 def stop_after(monkeypatch, step, number):
