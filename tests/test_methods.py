@@ -293,11 +293,12 @@ def update(parts, path, old, A, **changes):
 
 
 @pytest.fixture(scope="module")
-def sampled(parts):
+def sampled(parts, tmp_path_factory):
     """The captions, chains and log p of DDPO's first batch of two videos."""
     base, reward, _ = parts
     cfg, seen = config(ddpo, updates=1), []
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("sampled"))  # for the rewards that a round leaves behind
         real = ddpo.sample_path
         patch.setattr(ddpo, "sample_path", lambda *args: seen.append((args[2], *real(*args))) or seen[-1][1:])
         of(ddpo, cfg, base, reward).draw(0)
@@ -518,7 +519,7 @@ def test_dpos_reference_is_the_base(parts):
     with torch.no_grad():
         for layer in lora.layers(base.unet).values():
             layer.lora_B.zero_()
-    R, _ = score((z_w, z_l, eps, t, text, torch.zeros(2)))
+    R, _ = score((z_w, z_l, eps, u, text, torch.zeros(2)))
     assert R.tolist() == pytest.approx([-math.log(2)] * 2, abs=1e-4) and gradient(base, R).abs().max() > 0
     with torch.no_grad():
         for layer, B in zip(lora.layers(base.unet).values(), before):
