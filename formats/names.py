@@ -1,8 +1,8 @@
 """
 What published files call the same tensors, and how they describe the same structure: tables and rules, no modules.
 
-Our names are those of the diffusers checkpoints. ModelScope's UNet, LDM's autoencoder and transformers' text tower have others.
-A structure (`config`) is anything with the fields of model.UNetConfig or model.VAEConfig.
+Our names are diffusers'; ModelScope's UNet, LDM's autoencoder and transformers' text tower have others. A structure (`config`)
+is anything with the fields of model.UNetConfig or model.VAEConfig.
 """
 import math
 import re

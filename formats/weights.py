@@ -44,7 +44,7 @@ def find_base(base):
 def find_parts(base, given):
     """
     (folder, {part: its file or folder}) of a base; a file is a UNet with its other parts beside it. given: {part: a path to take
-    instead, or None}. A base that does not predict noise is refused: it would be trained and sampled as if it did.
+    instead, or None}. A base that does not predict noise is refused, since it would be trained as if it did.
     """
     for path in given.values():  # before the base, which may be a download of gigabytes
         if path and not Path(path).exists():
@@ -124,8 +124,7 @@ def named_rewards(cfg):
             meant = kinds
             path = setting
         if not meant:
-            raise ValueError(f"reward_weights {setting!r}: must be NAME=PATH, with one of the rewards "
-                             f"{', '.join(names.values())} as NAME")
+            raise ValueError(f"reward_weights {setting!r}: must be NAME=PATH with NAME one of {', '.join(names.values())}")
         if not RANDOM.fullmatch(path) and not Path(path).exists():
             raise ValueError(f"reward {names[meant[0]]}: {path}: no such file or folder")
         paths |= dict.fromkeys(meant, path)
@@ -155,11 +154,10 @@ def find_reward(kind, weights=None, base_folder=None):
             return base_folder / kind
         raise ValueError(f"reward {kind}: is for the tiny world alone: must be --base tiny, or a folder as --reward-weights")
     if kind in REWARD_FILES:
-        names = REWARD_FILES[kind]
         if base_folder and (base_folder / "reward" / "words.txt").is_file():
             return base_folder / "reward"
-        beside = find_part(base_folder, names) if base_folder else None
-        return beside or hub_file(kind, REWARD_REPO, names[0], "give its path as --reward-weights")
+        beside = base_folder and find_part(base_folder, REWARD_FILES[kind])
+        return beside or hub_file(kind, REWARD_REPO, REWARD_FILES[kind][0], "give its path as --reward-weights")
     repo, *names = HUB_REWARDS[kind]
     of_folder = len(names) > 1
     advice = f"give {'its folder' if of_folder else 'its path'} as --reward-weights {kind}=PATH"
@@ -202,20 +200,14 @@ def from_hub(repo):
     except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.GatedRepoError):
         raise ValueError(f"base {repo!r}: no such hub repository, nor a file or folder of that name") from None
     except Exception as error:  # no network, by version httpx, OSError or a hub error; or no space for the files
-        cached = cached_from_hub(repo)
-        if cached is None:
-            raise ValueError(f"base {repo!r}: no file or folder of that name here, and the hub's cannot be downloaded "
-                             f"({first_line(error)}); put the folders unet, vae and text_encoder of that repository, with "
-                             "config.json and a .safetensors or .bin in each, into one folder and give that as --base") from None
-        return cached
-
-
-def cached_from_hub(repo):
-    """The folder that the hub's cache has of a repository, or None unless all parts are in it: a download may have been cut."""
-    import huggingface_hub
+        reason = first_line(error)
     try:
         folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns="*/config.json", local_files_only=True))
+        cached = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+        if all(hub_files(cached).values()):  # else a download was cut
+            return folder
     except Exception:  # not cached
-        return None
-    files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-    return folder if all(hub_files(files).values()) else None
+        pass
+    raise ValueError(f"base {repo!r}: no file or folder of that name here, and the hub's cannot be downloaded ({reason}); put "
+                     "the folders unet, vae and text_encoder of that repository, with config.json and a .safetensors or .bin in "
+                     "each, into one folder and give that as --base")
