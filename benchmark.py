@@ -13,6 +13,7 @@ captions and latents cached, guidance as one call on a doubled batch, no dropout
 
 Letters: B clips, F frames, S segments, C channels, h and w latent rows and columns, N text tokens, E their width.
 """
+import support.threads  # noqa: F401  before torch is loaded
 import copy
 import json
 import platform

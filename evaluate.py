@@ -14,6 +14,7 @@ nothing optimises, reports beside it.
 
 Letters: n videos of a prompt set, F frames, S segments, H and W pixels.
 """
+import support.threads  # noqa: F401  before torch is loaded
 import itertools
 import math
 from dataclasses import dataclass, field, replace

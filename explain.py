@@ -10,6 +10,7 @@ train.train itself takes the step.
 
 Letters: F frames, S segments, H and W pixels.
 """
+import support.threads  # noqa: F401  before torch is loaded
 import inspect
 import sys
 import time

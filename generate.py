@@ -10,6 +10,7 @@ any number of ranks, and two models can be compared on the same noise.
 
 Letters: B videos, C channels, F frames, h and w latent rows and columns, H and W pixels.
 """
+import support.threads  # noqa: F401  before torch is loaded
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field

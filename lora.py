@@ -20,6 +20,7 @@ base, where a step of 1e-5 would be rounded away.
 
 Letters: r rank of an adapter, C_in and C_out widths of a projection, n rows of an input.
 """
+import support.threads  # noqa: F401  before torch is loaded
 import math
 
 import torch

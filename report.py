@@ -12,6 +12,7 @@ from it, and key.json, which says whose clips are on which side, for whoever cou
 Paper: InstructVideo (arXiv:2312.12490), Table 2 and Appendix D: two clips of the same prompt and noise, two questions, quality
 and alignment with the text; 100 prompts, 60 in-domain, 20 of new animals and 20 without.
 """
+import support.threads  # noqa: F401  before torch is loaded
 import json
 import webbrowser
 from dataclasses import dataclass, field

@@ -5,9 +5,8 @@ Paper: InstructVideo (arXiv:2312.12490), Secs. 3.1 and 3.2.1, Eqs. (3)-(5).
 
 Sampling a video from pure noise takes D network calls, and a reward's gradient through all of
 them would take D times the memory. InstructVideo makes two cuts. It starts from a real clip that is
-noised to t_noi = d(tau D), so only tau D steps are left to run and the result is near real video
-from the start ("reward fine-tuning as editing"). And only the last K of these steps build a graph,
-so memory does not grow with D.
+noised to t_noi = d(tau D): only tau D steps are left, and the result is near real video from the
+start. And only the last K of these steps build a graph, so memory does not grow with D.
 
 The symbols of the whole repository:
 
@@ -34,12 +33,10 @@ The symbols of the whole repository:
 | R      | R                    | the video's reward; the loss is -R, Eq. (9)        | Eq. (8)    |
 
 Ours differs from the official code: (1) tau D is rounded, not truncated (0.57 x 100 is 56.99999 in
-floating point); (2) the steps before the last K build no graph; (3) nothing here switches a model
-to training mode: the official chain runs with dropout on. This file knows nothing of the model but
-eps_model(z_t, t, text) -> eps.
+floating point); (2) the steps before the last K build no graph; (3) nothing here turns dropout on,
+as the official chain does. Of the model this file knows eps_model(z_t, t, text) -> eps alone.
 
-Letters: B clips, C latent channels, F frames, H and W latent rows and columns, N text tokens, E
-their width.
+Letters: B clips, C latent channels, F frames, H and W latent rows and columns, N tokens of width E.
 """
 import math
 

@@ -18,6 +18,7 @@ finite are skipped; (5) no EMA; (6) a run can be interrupted and continued at an
 Letters: B clips, F frames, S segments, C channels, h and w latent rows and columns, N text tokens,
 E their width.
 """
+import support.threads  # noqa: F401  before torch is loaded
 import math
 import sys
 from collections.abc import Callable

@@ -5,6 +5,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import support.threads  # noqa: E402, F401, I001  as in every script
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 

@@ -114,6 +114,14 @@ def test_doors_are_opened_inside_functions(name):
     assert ours(imports(ast.Module(top, []))) <= MAY_IMPORT[name]
 
 
+@pytest.mark.parametrize("path", named([*(path for path in FILES if path.parent == ROOT and "__main__" in path.read_text()),
+                                        ROOT / "methods/__init__.py", ROOT / "tiny/__init__.py"]))
+def test_scripts_first_choose_how_threads_wait(path):
+    """Or torch would be loaded by then. A folder's __init__.py is imported before any script of it."""
+    first = next(node for node in parse(path).body if isinstance(node, ast.Import | ast.ImportFrom))
+    assert ast.unparse(first) == "import support.threads"
+
+
 def test_imports_go_round_in_no_circle():
     """Of files, by what they import when they are imported themselves."""
     known = {}

@@ -1,0 +1,1 @@
+import support.threads  # noqa: F401  before torch is loaded, by any script of this folder
