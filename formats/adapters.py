@@ -62,7 +62,8 @@ def read_adapter(path, config=None):
     """An Adapter from our file, PEFT's folder or official tensors, alone or in a .pth; config: as in export."""
     of_run = Path(path, "lora.safetensors")
     path = of_run if of_run.is_file() else Path(path)
-    recorded, weights = {}, {}
+    recorded = {}
+    weights = {}
     if path.is_dir():
         tensors, recorded = read_peft(path)
     else:
