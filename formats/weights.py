@@ -124,7 +124,8 @@ def named_rewards(cfg):
             meant = kinds
             path = setting
         if not meant:
-            raise ValueError(f"reward_weights {setting!r}: must be NAME=PATH with NAME one of {', '.join(names.values())}")
+            named = ", ".join(names.values())
+            raise ValueError(f"reward_weights {setting!r}: must be NAME=PATH, with one of the rewards {named} as NAME")
         if not RANDOM.fullmatch(path) and not Path(path).exists():
             raise ValueError(f"reward {names[meant[0]]}: {path}: no such file or folder")
         paths |= dict.fromkeys(meant, path)
