@@ -62,7 +62,8 @@ def read_adapter(path, config=None):
     """An Adapter from our file, PEFT's folder or official tensors, alone or in a .pth; config: as in export."""
     of_run = Path(path, "lora.safetensors")
     path = of_run if of_run.is_file() else Path(path)
-    recorded, weights = {}, {}
+    recorded = {}
+    weights = {}
     if path.is_dir():
         tensors, recorded = read_peft(path)
     else:
@@ -172,7 +173,12 @@ def export(adapter, to, out, base=None, config=None):
         raise ValueError(f"{adapter}: {trained_on}, an official file is for ModelScope's UNet: --base must name one")
 
     if to == "peft":
-        export_peft(trained, out, base)
+        if trained.base == "tiny":
+            print("note: the tiny base is no UNet that diffusers can build, so this adapter fits none of theirs")
+        settings = {"peft_type": "LORA", "r": trained.rank, "lora_alpha": trained.alpha, "lora_dropout": 0.0, "bias": "none",
+                    "target_modules": LAYERS, "inference_mode": True,
+                    "base_model_name_or_path": str(base) if base else trained.base}
+        write_folder(out, "adapter_config.json", settings, "adapter_model.safetensors", trained.tensors)
     elif to == "diffusers":
         export_diffusers(trained, weights, out, config, base or adapter)
     else:
@@ -192,15 +198,6 @@ def read_unet(base, config):
     described = read_config(path, lambda content: names.unet_from_diffusers(content, SimpleNamespace))
     config = described or config or names.MODELSCOPE
     return unet_from_official(split_lora(read_tensors(path))[0], config), config
-
-
-def export_peft(trained, out, base):
-    """An adapter folder that peft loads. Says so if no UNet of diffusers takes it."""
-    if trained.base == "tiny":
-        print("note: the tiny base is no UNet that diffusers can build, so this adapter fits none of theirs")
-    settings = {"peft_type": "LORA", "r": trained.rank, "lora_alpha": trained.alpha, "lora_dropout": 0.0, "bias": "none",
-                "target_modules": LAYERS, "inference_mode": True, "base_model_name_or_path": str(base) if base else trained.base}
-    write_folder(out, "adapter_config.json", settings, "adapter_model.safetensors", trained.tensors)
 
 
 def export_diffusers(trained, weights, out, config, source):

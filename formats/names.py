@@ -1,8 +1,8 @@
 """
 What published files call the same tensors, and how they describe the same structure: tables and rules, no modules.
 
-Our names are those of the diffusers checkpoints. ModelScope's UNet, LDM's autoencoder and transformers' text tower have others.
-A structure (`config`) is anything with the fields of model.UNetConfig or model.VAEConfig.
+Our names are diffusers'; ModelScope's UNet, LDM's autoencoder and transformers' text tower have others. A structure (`config`)
+is anything with the fields of model.UNetConfig or model.VAEConfig.
 """
 import math
 import re
@@ -188,13 +188,14 @@ def official_vae_names(config, names):
 def vae_from_official(tensors, config, names):
     """LDM's names, with or without first_stage_model., or diffusers' old ones -> ours (names), without what is no autoencoder."""
     prefix = "first_stage_model."
-    if any(k.startswith(prefix) for k in tensors):
-        tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    tensors = {k: v for k, v in tensors.items() if not k.startswith("loss.")}  # VQGAN_autoencoder.pth's training loss
+    of_whole_model = any(name.startswith(prefix) for name in tensors)
     ours_of = {theirs: ours for ours, theirs in official_vae_names(config, names).items()}
     renamed = {}
     for name, t in tensors.items():
-        ours = ours_of.get(name, name)
+        short = name.removeprefix(prefix)
+        if short.startswith("loss.") or of_whole_model and short == name:  # VQGAN_autoencoder.pth's training loss; another part
+            continue
+        ours = ours_of.get(short, short)
         ours = re.sub(r"(attentions\.0\.)(query|key|value|proj_attn)", lambda m: m[1] + OLD_VAE_ATTENTION[m[2]], ours)
         flat = ".attentions." in ours and t.dim() == 4 and t.shape[2:] == (1, 1)
         add_renamed(renamed, ours, t[:, :, 0, 0] if flat else t)

@@ -23,8 +23,11 @@ class RewardModel(nn.Module):
 
     def __init__(self, name, num_frames=None):
         super().__init__()
-        self.name, self.num_frames, self.training = name, num_frames, False
-        self._texts, self._texts_of = {}, None
+        self.name = name
+        self.num_frames = num_frames
+        self.training = False
+        self._texts = {}
+        self._texts_of = None  # what tells the weights that they were computed with
 
     def train(self, mode=True):
         """Stays in eval mode: a trainer's model.train() must not switch on the reward's dropout."""
@@ -44,7 +47,8 @@ class RewardModel(nn.Module):
         """[encode(caption)] without gradient, each computed once for the weights that `model` has now."""
         weights = [(p.data_ptr(), p._version) for p in model.parameters()]  # moving, casting or loading them changes one
         if weights != self._texts_of:
-            self._texts, self._texts_of = {}, weights
+            self._texts = {}
+            self._texts_of = weights
 
         # One at a time and outside autocast: not even the last bit may depend on the batch, as a resumed run has others.
         with torch.no_grad(), no_autocast(next(model.parameters())):

@@ -157,7 +157,7 @@ def load_strict(module, tensors, what, dtype=None):
     """The module, built on the meta device, with these tensors, frozen and in eval mode. dtype: default each tensor's own."""
     check_tensors(module.state_dict(), tensors, what)
     # Copies, because a memory-mapped tensor would change or crash when its file does.
-    module.load_state_dict({k: v.to(dtype or v.dtype, copy=True) for k, v in tensors.items()}, assign=True)
+    module.load_state_dict({name: t.to(dtype or t.dtype, copy=True) for name, t in tensors.items()}, assign=True)
     return module.eval().requires_grad_(False)
 
 

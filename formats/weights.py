@@ -30,7 +30,7 @@ def find_base(base):
 def find_parts(base, given):
     """
     (folder, {part: its file or folder}) of a base; a file is a UNet with its other parts beside it. given: {part: a path to take
-    instead, or None}. A base that does not predict noise is refused: it would be trained and sampled as if it did.
+    instead, or None}. A base that does not predict noise is refused, since it would be trained as if it did.
     """
     for path in given.values():  # before the base, which may be a download of gigabytes
         if path and not Path(path).exists():
@@ -86,20 +86,14 @@ def from_hub(repo):
     except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.GatedRepoError):
         raise ValueError(f"base {repo!r}: no such hub repository, nor a file or folder of that name") from None
     except Exception as error:  # no network, by version httpx, OSError or a hub error; or no space for the files
-        cached = cached_from_hub(repo)
-        if cached is None:
-            raise ValueError(f"base {repo!r}: no file or folder of that name here, and the hub's cannot be downloaded "
-                             f"({first_line(error)}); put the folders unet, vae and text_encoder of that repository, with "
-                             "config.json and a .safetensors or .bin in each, into one folder and give that as --base") from None
-        return cached
-
-
-def cached_from_hub(repo):
-    """The folder that the hub's cache has of a repository, or None unless all parts are in it: a download may have been cut."""
-    import huggingface_hub
+        reason = first_line(error)
     try:
         folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns="*/config.json", local_files_only=True))
+        cached = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+        if all(hub_files(cached).values()):  # else a download was cut
+            return folder
     except Exception:  # not cached
-        return None
-    files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-    return folder if all(hub_files(files).values()) else None
+        pass
+    raise ValueError(f"base {repo!r}: no file or folder of that name here, and the hub's cannot be downloaded ({reason}); put "
+                     "the folders unet, vae and text_encoder of that repository, with config.json and a .safetensors or .bin in "
+                     "each, into one folder and give that as --base")

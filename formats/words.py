@@ -14,7 +14,8 @@ class WordTokenizer:
     """Like open_clip's tokenizers: captions [B] -> (B, context_length) int64. CLIP pools at the largest number, the end's."""
 
     def __init__(self, words, context_length):
-        self.words, self.context_length = list(words), context_length
+        self.words = list(words)
+        self.context_length = context_length
         self.ids = {word: i + UNKNOWN + 1 for i, word in enumerate(self.words)}
         self.end = len(self.words) + UNKNOWN + 1
         self.vocab_size = self.end + 1

@@ -13,13 +13,14 @@ import types
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import open_clip
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet3DConditionModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import model
@@ -54,6 +55,7 @@ with torch.random.fork_rng():  # good tensors, drawn once: a UNet's and an autoe
     text_model = drawn(CLIPTextModel(CLIPTextConfig(
         vocab_size=40, hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=9, hidden_act="gelu", bos_token_id=1, eos_token_id=33))).eval()
+    text = {k.removeprefix("text_model."): v for k, v in text_model.state_dict().items()}
 
 
 def assert_holds(module, tensors, dtype=torch.float32):
@@ -175,43 +177,30 @@ def old_diffusers(tensors):
     return {re.sub(r"(attentions\.0\.)(to_[qkv]|to_out\.0)", lambda m: m[1] + old[m[2]], name): t for name, t in tensors.items()}
 
 
-@pytest.fixture
-def lightning(monkeypatch):
-    """A pytorch_lightning to pickle from, gone again when the file is read."""
+def lightning(path, content, **settings):
+    """What a pytorch_lightning would pickle, which is gone again when the file is read."""
     modules = {name: types.ModuleType(name) for name in ("pytorch_lightning", "pytorch_lightning.callbacks", LIGHTNING)}
-    callback = type("ModelCheckpoint", (), {"__module__": LIGHTNING})
-    modules[LIGHTNING].ModelCheckpoint = callback
-
-    def write(path, content, **settings):
-        with monkeypatch.context() as m:
-            for name, module in modules.items():
-                m.setitem(sys.modules, name, module)
-            torch.save(content(callback), path, **settings)
-        assert "pytorch_lightning" not in sys.modules
-        return path
-    return write
+    modules[LIGHTNING].ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": LIGHTNING})
+    with mock.patch.dict(sys.modules, modules):
+        torch.save(content(modules[LIGHTNING].ModelCheckpoint), path, **settings)
+    return path
 
 
-def stable_diffusion(vae, callback):
+def stable_diffusion(callback):
     """A Stable Diffusion .ckpt: the whole model under state_dict, and what Lightning saves beside it."""
     parts = {f"first_stage_model.{k}": v for k, v in vae_to_official(vae, VAE).items()}
-    parts |= {"model.diffusion_model.out.2.weight": torch.ones(3), "cond_stage_model.model.ln_final.weight": torch.ones(3),
-              "betas": torch.ones(4), "model_ema.num_updates": torch.tensor(4)}
+    others = {"model.diffusion_model.out.2.weight": torch.ones(3), "betas": torch.ones(4), "model_ema.decay": torch.tensor(4)}
     state = callback()
     state.best = 0.1
-    return {"state_dict": parts, "epoch": 3, "global_step": 470000, "pytorch-lightning_version": "1.4.2", "lr_schedulers": [],
+    return {"state_dict": parts | others, "global_step": 470000, "pytorch-lightning_version": "1.4.2", "lr_schedulers": [],
             "optimizer_states": [{"state": {0: {"step": 1, "exp_avg": torch.ones(2)}}}],
-            "callbacks": {callback: {"monitor": "val/loss", "best_model_score": np.float32(0.25), "best": np.float64(1.5)},
-                          "a": state}}
+            "callbacks": {callback: {"best_model_score": np.float32(0.25), "best": np.float64(1.5)}, "a": state}}
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_autoencoder_of_a_stable_diffusion_ckpt(tmp_path, lightning, zipped):
-    path = lightning(tmp_path / "v2-1_512-ema-pruned.ckpt", lambda callback: stable_diffusion(vae, callback),
-                     _use_new_zipfile_serialization=zipped)
-    with zipfile.ZipFile(path) if zipped else open(path, "rb") as f:
-        content = f.read(next(n for n in f.namelist() if n.endswith("data.pkl"))) if zipped else f.read()
-    assert b"ModelCheckpoint" in content and b"multiarray" in content                             # the file does mention them
+def test_autoencoder_of_a_stable_diffusion_ckpt(tmp_path, zipped):
+    path = lightning(tmp_path / "v2-1_512-ema-pruned.ckpt", stable_diffusion, _use_new_zipfile_serialization=zipped)
+    assert b"ModelCheckpoint" in path.read_bytes() and b"multiarray" in path.read_bytes()         # the file does mention them
     assert_holds(load_vae(path, VAE), vae)
     assert "pytorch_lightning" not in sys.modules                                                 # and nothing looked for them
 
@@ -251,37 +240,33 @@ def letters(captions):
 CAPTIONS = ["a bear", "two"]
 
 
-@pytest.mark.parametrize("place", ["open_clip_pytorch_model.bin", "model.safetensors", "folder"])
+@pytest.mark.parametrize("place", ["open_clip_pytorch_model.bin", "model.safetensors"])
 def test_text_tower_of_open_clip(tmp_path, place):
-    path = tmp_path / ("open_clip_pytorch_model.bin" if place == "folder" else place)
-    put(path, clip.state_dict())
-    text = load_text_encoder(tmp_path if place == "folder" else path, tokenizer=letters)
+    path = put(tmp_path / place, clip.state_dict())
+    ours = load_text_encoder(path.parent if path.suffix == ".bin" else path, tokenizer=letters)
     parts = ("token_embedding", "positional_embedding", "transformer", "ln_final")
-    assert_holds(text, {k: v for k, v in clip.state_dict().items() if k.startswith(parts) and "resblocks.2." not in k})
-    assert (text.config.layers, text.config.heads, text.config.context_length) == (2, 2, 9)
+    assert_holds(ours, {k: v for k, v in clip.state_dict().items() if k.startswith(parts) and "resblocks.2." not in k})
+    assert (ours.config.layers, ours.config.heads, ours.config.context_length) == (2, 2, 9)
     x = clip.token_embedding(letters(CAPTIONS)) + clip.positional_embedding
     for block in clip.transformer.resblocks[:-1]:
         x = block(x, attn_mask=clip.attn_mask)
-    torch.testing.assert_close(text(CAPTIONS), clip.ln_final(x).detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours(CAPTIONS), clip.ln_final(x).detach(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("form", ["saved", "bin", "prefix", "position_ids", "fp16"])
+@pytest.mark.parametrize("form", ["saved", "bare", "prefix", "position_ids", "fp16"])
 def test_text_tower_of_transformers(tmp_path, form):
     text_model.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    bare = {k.removeprefix("text_model."): v for k, v in tensors.items()}
+    prefixed = {f"text_model.{k}": v for k, v in text.items()}
+    old = {"bare": text, "prefix": prefixed, "fp16": {k: v.half() for k, v in text.items()},
+           "position_ids": prefixed | {"text_model.embeddings.position_ids": torch.arange(9)[None]}}
     if form != "saved":
         os.remove(tmp_path / "model.safetensors")
-        tensors = {"bin": bare, "prefix": {f"text_model.{k}": v for k, v in bare.items()},
-                   "position_ids": {"text_model.embeddings.position_ids": torch.arange(9)[None]} | {
-                       f"text_model.{k}": v for k, v in bare.items()},
-                   "fp16": {k: v.half() for k, v in bare.items()}}[form]
-        torch.save(tensors, tmp_path / "pytorch_model.bin")
-    text = load_text_encoder(tmp_path, tokenizer=letters)
-    assert text.config.layers == 2
+        torch.save(old[form], tmp_path / "pytorch_model.bin")
+    ours = load_text_encoder(tmp_path, tokenizer=letters)
+    assert ours.config.layers == 2
     with torch.no_grad():
         expected = text_model(letters(CAPTIONS)).last_hidden_state
-        torch.testing.assert_close(text(CAPTIONS), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+        torch.testing.assert_close(ours(CAPTIONS), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,10 +279,8 @@ def test_half_precision_files_load_as_float32_or_as_asked(tmp_path, dtype):
     assert_holds(load_unet(path, UNET, dtype=dtype), unet, dtype)
     path = saved(tmp_path / "vae.pth", {k: v.to(torch.bfloat16) for k, v in vae_to_official(vae, VAE).items()})
     assert_holds(load_vae(path, VAE, dtype=dtype), {k: v.to(torch.bfloat16) for k, v in vae.items()}, dtype)
-    text = load_text_encoder(saved(tmp_path / "clip.bin", clip.state_dict()), letters, dtype)
-    assert {p.dtype for p in text.parameters()} == {dtype}
-    if dtype == torch.bfloat16:
-        assert text(CAPTIONS).dtype == dtype
+    ours = load_text_encoder(saved(tmp_path / "clip.bin", clip.state_dict()), letters, dtype)
+    assert {p.dtype for p in ours.parameters()} == {dtype} == {ours(CAPTIONS).dtype}
 
 
 def test_a_loaded_model_does_not_follow_its_file(tmp_path):
@@ -368,7 +351,6 @@ def less(tensors, *absent):
     return {k: v for k, v in tensors.items() if k not in absent}
 
 
-text = {k.removeprefix("text_model."): v for k, v in text_model.state_dict().items()}
 ATTN = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 Q, K = (f"encoder.layers.1.self_attn.{part}_proj.weight" for part in "qk")
 STEM = "diffusion_pytorch_model"
@@ -385,8 +367,6 @@ BAD_FILES = [  # who reads it, its name, what it holds, words of the message
     (unet_file, "u.pth", list(unet.values()), "expected a state dict, found list"),
     (unet_file, "u.pth", {"model": unet, "ema": unet, "step": torch.tensor(3)},
      "holds state dicts under ema, model; expected one"),
-    (unet_file, "u.pth", {"state_dict": {"ema": unet}}, "holds state dicts under ema; expected one"),
-    (unet_file, "u.pth", torch.nn.Linear(2, 2), "found torch.nn.modules.linear.Linear"),
     (unet_file, "u.pth", less(unet, ATTN), f"1 tensors missing ({ATTN})"),
     (vae_file, "v.pth", {"x": torch.ones(1)} | less(vae, "quant_conv.bias"),
      "1 tensors missing (quant_conv.bias); 1 tensors not known (x)"),
@@ -398,8 +378,6 @@ BAD_FILES = [  # who reads it, its name, what it holds, words of the message
     (unet_file, "u.safetensors", unet | {ATTN: torch.ones(8, 13)}, f"{ATTN} has shape [8, 13], expected [8, 128]"),
     (unet_file, "u.safetensors", unet | {ATTN: torch.ones(8, 128).to(torch.int8)}, f"{ATTN} is torch.int8"),
     (unet_file, "u.pth", unet | {ATTN: torch.ones(8, 128, device="meta")}, "on meta", "floating-point numbers"),
-    (unet_file, "u.pth", unet | {ATTN: torch.ones(8, 128).to_sparse()}, "torch.sparse_coo"),
-    (vae_file, "u.pth", official, "missing (decoder.", "not known (input_blocks."),
     (load_text_encoder, "u.pth", official, TOWER),
     (load_text_encoder, "t.pth", less(text, "embeddings.token_embedding.weight"), TOWER),
     (load_text_encoder, "t.pth", less(text, Q), "1 tensors missing (transformer.resblocks.1.attn.in_proj_weight)"),
@@ -413,12 +391,9 @@ BAD_FOLDERS = [  # changes of a UNet's folder {name: content, None: not there}, 
     ({f"{STEM}.safetensors": None, "config.json": None, "snapshots/abc/x.bin": b""}, "is the hub's cache", "snapshots/abc"),
     ({f"{STEM}.safetensors": None, "config.json": None, "models--a--b/snapshots/c/x": b""}, "is the hub's", "b/snapshots/c"),
     ({"config.json": "{'in_channels': 4}"}, "config.json: expected JSON"),
-    ({"config.json": "[1]"}, "config.json: expected a JSON object, found list"),
     ({"config.json": "{}"}, "config.json", "KeyError: 'in_channels'"),
     ({"config.json": {"_class_name": "AutoencoderKL"}}, "expected _class_name 'UNet3DConditionModel', found 'AutoencoderKL'"),
-    ({"config.json": {"block_out_channels": "abc"}}, "expected block_out_channels"),
     ({"config.json": {"block_out_channels": [8, -16]}}, "expected whole numbers"),
-    ({"config.json": {"block_out_channels": [8., 16.]}}, "expected whole numbers"),
     ({"config.json": {"block_out_channels": []}}, "not a model that can be built"),
     ({"config.json": {"layers_per_block": 10**9}}, "expected whole numbers from 1 to 64"),
     ({"config.json": {"attention_head_dim": 7}}, "expected [56, 8]"),
@@ -514,7 +489,7 @@ def test_code_in_a_file_is_not_run(tmp_path, form):
         refused(tmp_path, unet_file, tmp_path if form == "shard" else path, "expected tensors alone, found ", "was run")
 
 
-def test_names_that_are_allowed_are_never_called(tmp_path, lightning):
+def test_names_that_are_allowed_are_never_called(tmp_path):
     # The stand-ins take the place of a class by its name, whatever it is called with.
     mark = tmp_path / "created"
 
@@ -526,18 +501,16 @@ def test_names_that_are_allowed_are_never_called(tmp_path, lightning):
 
 
 ADAPTER = torch.zeros(4, 8)
-STATE = {"version": run_folder.VERSION, "step": 1, "adapters": {"a": ADAPTER, "b": ADAPTER},
-         "optimizer": {"state": {0: {"step": torch.tensor(1.), "exp_avg": ADAPTER, "exp_avg_sq": ADAPTER}}}}
+MOMENTS = {"step": torch.tensor(1.), "exp_avg": ADAPTER, "exp_avg_sq": ADAPTER}
+STATE = {"version": run_folder.VERSION, "step": 1, "adapters": {"a": ADAPTER, "b": ADAPTER}, "optimizer": {"state": {0: MOMENTS}}}
 
 
 @pytest.mark.parametrize("change", [
-    [1], {"version": 2}, {"version": True}, {"version": torch.ones(3)}, {"step": 0}, {"step": "1"}, {"step": torch.ones(2)},
-    {"adapters": None}, {"adapters": [ADAPTER]}, {"adapters": {"a": ADAPTER}}, {"adapters": STATE["adapters"] | {7: 7}},
-    {"adapters": {"a": ADAPTER[:1], "b": ADAPTER}}, {"adapters": {"a": ADAPTER.int(), "b": ADAPTER}},
-    {"adapters": {"a": 1., "b": ADAPTER}}, {"optimizer": None}, {"optimizer": {}}, {"optimizer": {"state": [1]}},
+    [1], {"version": 2}, {"version": True}, {"step": 0}, {"step": "1"}, {"adapters": None}, {"adapters": [ADAPTER]},
+    {"adapters": STATE["adapters"] | {7: 7}}, {"adapters": {"a": ADAPTER[:1], "b": ADAPTER}},
+    {"adapters": {"a": ADAPTER.int(), "b": ADAPTER}}, {"optimizer": None}, {"optimizer": {"state": [1]}},
     {"optimizer": {"state": {0: {"step": torch.tensor(1.)}}}}, {"optimizer": {"state": {0: ADAPTER}}},
-    {"optimizer": {"state": {0: STATE["optimizer"]["state"][0] | {"exp_avg": torch.zeros(1)}}}},
-    {"optimizer": {"state": {2: STATE["optimizer"]["state"][0]}}}], ids=str)
+    {"optimizer": {"state": {0: MOMENTS | {"exp_avg": torch.zeros(1)}}}}, {"optimizer": {"state": {2: MOMENTS}}}], ids=str)
 def test_a_checkpoint_is_data(tmp_path, change):
     def read(path):
         return run_folder.read_checkpoint(path, STATE["adapters"])
@@ -547,9 +520,8 @@ def test_a_checkpoint_is_data(tmp_path, change):
 
 
 def test_a_few_names_stand_for_many():
-    assert files.first_names({"b", "a"}) == "a, b"
+    assert files.first_names({"b", "a"}) == "a, b" and len(files.first_names(["x" * 10**6])) == 100
     assert files.first_names("abcde") == "a, b, c and 2 more"
-    assert len(files.first_names(["x" * 10**6])) == 100
 
 
 # ---------------------------------------------------------------------------------------------------------------------
