@@ -86,8 +86,9 @@ def plan_windows(path, config, times=None):
     wanted = at[:, None] + step * np.arange(config.num_frames)                              # (n, F)
     wanted = wanted[wanted[:, -1] <= at[-1:] + 1e-6]
     if not len(wanted):
-        raise ValueError(f"{path}: too short: {config.num_frames} frames at {config.fps:g} a second need "
-                         f"{(config.num_frames - 1) * step + 1:g} at its {float(rate):g} a second, found {len(times)}")
+        needed, length = (config.num_frames - 1) * step + 1, at[-1] - at[0] + 1 if len(at) else 0
+        raise ValueError(f"{path}: too short: {config.num_frames} frames at {config.fps:g} a second need {needed:g} at its "
+                         f"{float(rate):g} a second, found {length:g}")
     return np.searchsorted((at[1:] + at[:-1]) / 2, wanted), even, interlaced
 
 
@@ -109,7 +110,7 @@ def read_as_in_version_1(path, config):
             a, b, c, d = display_matrix(next(shown_frames(container, stream)))
             plain = stream == container.streams.video[0] and (stream.sample_aspect_ratio or 1) == 1
             return even and plain and a * d > b * c  # else mirrored
-    except ValueError:  # such as HDR
+    except (ValueError, StopIteration):  # HDR, for one; no frame at all
         return False
 
 
