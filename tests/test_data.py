@@ -60,7 +60,7 @@ def remux(source, target, change):
 
 def read_clip(path, config, start=0):
     """The window that begins with this frame, (F, 3, H, W) in [-1, 1]."""
-    return read_windows(path, replace(config, starts=10**4))[start].float() / 127.5 - 1
+    return read_windows(path, replace(config, starts=10**4))[0][start].float() / 127.5 - 1
 
 
 def grey(path, n=40, fps=8, height=32, width=32, step=4, first=10, **options):
@@ -244,7 +244,7 @@ def test_rounded_times_and_those_of_gifs_are_still_one_rate(tmp_path):
     assert not is_even([0, 1, 2, 3, 8], 1) and not is_even([0, 2, 4, 6], 1), "a pause; half the rate that the header has"
     for fps in (8, 15, 20, 24, 30):
         path = grey(tmp_path / "a.gif", n=20, fps=fps, codec="gif", pix_fmt="rgb8")
-        numbers, even, _ = plan_windows(path, SMALL)
+        numbers, even = plan_windows(path, SMALL)
         assert even and numbers[0].tolist() == [i * max(1, round(fps / 8)) for i in range(4)]
 
 
@@ -424,7 +424,7 @@ def test_a_truncated_clip_is_as_long_as_what_is_left(tmp_path):
     whole = noisy(tmp_path / "whole.avi", n=40).read_bytes()
     cut = tmp_path / "cut.avi"
     cut.write_bytes(whole[:len(whole) // 2])
-    numbers, even, _ = plan_windows(cut, SMALL)
+    numbers, even = plan_windows(cut, SMALL)
     assert even and 10 < len(numbers) < 30
     assert read_clip(cut, SMALL, start=-1).shape[0] == 4
     with pytest.raises(ValueError, match="too short: .* found"):
@@ -451,7 +451,7 @@ def test_packets_that_show_nothing_are_not_counted_on(tmp_path, hidden, order, w
     remux(path, tmp_path / "hidden.webm", hide)
     if hidden == (5,):
         assert len(plan_windows(tmp_path / "hidden.webm", SMALL)[0]) == 9, "before anything is missed"
-    read = read_windows(tmp_path / "hidden.webm", replace(SMALL, starts=100)).float() / 127.5 - 1
+    read = read_windows(tmp_path / "hidden.webm", replace(SMALL, starts=100))[0].float() / 127.5 - 1
     assert [indices(window, 16) for window in read] == (windows or [list(order[k:k + 4]) for k in range(len(order) - 3)])
 
 
@@ -667,7 +667,7 @@ def test_workers_change_nothing_but_the_time(tmp_path, clips):
     alone, _ = make(clips, None)
     helped, _ = make(clips, None, num_workers=2)
     assert same(contents(alone), contents(helped))
-    [[_, windows, _]] = read_all_windows([clips[0].path], SMALL, num_workers=1)
+    [[_, windows, _, _]] = read_all_windows([clips[0].path], SMALL, num_workers=1)
     assert not windows.is_shared(), "workers need no shared memory, of which there may be too little"
     assert torch.equal(torch.get_rng_state(), before), "the global generator is left alone"
 
