@@ -143,10 +143,7 @@ def fit_frame(frame, path, config, pixel_aspect):
 
 
 def read_windows(path, config, times=None):
-    """
-    Windows of one clip, (K, F, 3, H, W) uint8: config.starts, evenly from the first possible start to the last, each once; and
-    whether frames are interlaced. times: as plan_windows has it.
-    """
+    """Windows of a clip, (K, F, 3, H, W) uint8, evenly from the first possible start to the last; if they are interlaced."""
     # In one pass, from the first frame to the last one needed: windows overlap, and most clips have few key frames to jump to.
     possible = plan_windows(path, config, times)[0]                             # (n, F)
     last = len(possible) - 1
