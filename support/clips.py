@@ -233,21 +233,18 @@ def find_problems(clips, config, entries):
     """
     rank, world_size = rank_and_size()
     paths = list(dict.fromkeys(clip.path for clip in clips))
-    bad_here, interlaced_here = {}, []
+    mine = {}
     for i, path in enumerate(paths):
         try:
             if path not in entries:
                 raise ValueError(f"{path}: cannot be read: no such file")
             if entries[path] is None and i % world_size == rank:
-                interlaced_here += [path] * plan_windows(path, config)[2]
+                plan_windows(path, config)
         except ValueError as error:
-            bad_here[path] = str(error)
-    problems, interlaced = {clip: f"{clip.path}: no caption" for clip in clips if not clip.caption}, []
-    for bad, with_fields in all_gather((bad_here, interlaced_here)):
-        problems |= bad
-        interlaced += with_fields
-    if interlaced:
-        say_once(f"{len(interlaced)} clip(s) are interlaced, so that moving edges look like combs; the first: {interlaced[0]}")
+            mine[path] = str(error)
+    problems = {clip: f"{clip.path}: no caption" for clip in clips if not clip.caption}
+    for theirs in all_gather(mine):
+        problems |= theirs
     return problems
 
 
@@ -285,19 +282,25 @@ def encode_clips(clips, config, base, cache_dir, num_workers, max_skip):
     made_from = {clip.path: made_from[clip.path] for clip in usable}
 
     # 2. Decode and encode what is missing, window by window, which bounds the memory.
+    combed = []
+
     def encode_paths(missing):
         total = sum(entries[path] is None for path in made_from)
         with progress(None, "encoding clips", total, unit="clips", disable=not missing, shared=bool(cache_dir)) as bar:
-            for path, windows, problem in read_all_windows(missing, config, num_workers):
+            for path, windows, interlaced, problem in read_all_windows(missing, config, num_workers):
                 bar.update()
                 if problem:
                     problems[path] = problem
                     tqdm.write(f"left out: {problem}")  # on any rank: only this one knows
                     continue
+                combed.extend([path] if interlaced else [])
                 moments = [base.encode(window.float() / 127.5 - 1).transpose(0, 1) for window in windows]
                 yield path, torch.stack(moments)                              # (n, 2C, F, h, w)
 
     fill_cached(entries, made_from, encode_paths, cache_dir)
+    combed = sum(all_gather(combed), [])
+    if combed:
+        say_once(f"{len(combed)} clip(s) are interlaced, so that moving edges look like combs; the first: {combed[0]}")
 
     # 3. A clip that another rank could not read has no entry: leave it out here too.
     for path in made_from:

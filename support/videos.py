@@ -20,13 +20,14 @@ from torch.utils.data import DataLoader
 from support.files import write_whole
 
 HDR = {16: "PQ", 18: "HLG"}  # FFmpeg's numbers of the transfer curves that need tone mapping, for which PyAV's wheels lack zscale
-INTERLACED = (2, 3, 4, 5)    # FFmpeg's numbers of the orders of fields; 0 is unknown, 1 progressive
 
 
 @contextmanager
 def open_video(path):
     """Container and first video stream of a file, covers aside. FFmpeg's errors, now or while reading, become a ValueError."""
     import av
+    if int(av.__version__.split(".")[0]) < 17:
+        raise RuntimeError(f"PyAV {av.__version__} reads wrong colours: must be 17 or later (pip install --upgrade av)")
     if not os.path.isfile(path):  # lists are other people's data, and FFmpeg would fetch a URL
         raise ValueError(f"{path}: cannot be read: no such file")
     try:
@@ -59,16 +60,15 @@ def shown_frames(container, stream):
 
 def plan_windows(path, config, times=None):
     """
-    Numbers (n, F) of the frames that make a window, from each possible start; whether their rate is even; whether they are
-    interlaced. Too short: ValueError. times: when each frame is shown, in ticks, as decoding found.
+    Numbers (n, F) of the frames that make a window, from each possible start; whether their rate is even. Too short: ValueError.
 
-    By default packets are asked, in milliseconds: the header of a truncated file promises too many.
+    times: when each frame is shown, in ticks, as decoding found. By default packets are asked, in milliseconds: the header of a
+    truncated file promises too many.
     """
     with open_video(path) as (container, stream):
         rate = stream.average_rate or stream.guessed_rate
         if not rate:
             raise ValueError(f"{path}: cannot be read: no frame rate")
-        interlaced = stream.codec_context.field_order in INTERLACED
         frame_ticks = float(1 / (rate * stream.time_base))
         from_packets = times is None
         if from_packets:
@@ -86,9 +86,10 @@ def plan_windows(path, config, times=None):
     wanted = at[:, None] + step * np.arange(config.num_frames)                              # (n, F)
     wanted = wanted[wanted[:, -1] <= at[-1:] + 1e-6]
     if not len(wanted):
-        raise ValueError(f"{path}: too short: {config.num_frames} frames at {config.fps:g} a second need "
-                         f"{(config.num_frames - 1) * step + 1:g} at its {float(rate):g} a second, found {len(times)}")
-    return np.searchsorted((at[1:] + at[:-1]) / 2, wanted), even, interlaced
+        needed, length = (config.num_frames - 1) * step + 1, at[-1] - at[0] + 1 if len(at) else 0
+        raise ValueError(f"{path}: too short: {config.num_frames} frames at {config.fps:g} a second need {needed:g} at its "
+                         f"{float(rate):g} a second, found {length:g}")
+    return np.searchsorted((at[1:] + at[:-1]) / 2, wanted), even
 
 
 def is_even(times, frame_ticks):
@@ -109,7 +110,7 @@ def read_as_in_version_1(path, config):
             a, b, c, d = display_matrix(next(shown_frames(container, stream)))
             plain = stream == container.streams.video[0] and (stream.sample_aspect_ratio or 1) == 1
             return even and plain and a * d > b * c  # else mirrored
-    except ValueError:  # such as HDR
+    except (ValueError, StopIteration):  # HDR, for one; no frame at all
         return False
 
 
@@ -142,40 +143,42 @@ def fit_frame(frame, path, config, pixel_aspect):
 
 
 def read_windows(path, config, times=None):
-    """Windows of one clip, (K, F, 3, H, W) uint8: config.starts, evenly from the first possible start to the last, each once."""
+    """Windows of a clip, (K, F, 3, H, W) uint8, evenly from the first possible start to the last; if they are interlaced."""
     # In one pass, from the first frame to the last one needed: windows overlap, and most clips have few key frames to jump to.
     possible = plan_windows(path, config, times)[0]                             # (n, F)
     last = len(possible) - 1
     windows = possible[sorted({round(k * last / max(1, config.starts - 1)) for k in range(config.starts)})]     # (K, F)
     wanted = set(windows.flat)
-    frames, seen = {}, []
+    frames, seen, interlaced = {}, [], False
     with open_video(path) as (container, stream):
         pixel_aspect = float(stream.sample_aspect_ratio or 1)
         for number, frame in enumerate(islice(shown_frames(container, stream), max(wanted) + 1)):
             seen.append(frame.pts)
+            interlaced = interlaced or frame.interlaced_frame
             if number in wanted:
                 frames[number] = fit_frame(frame, path, config, pixel_aspect)
     if len(frames) < len(wanted):  # two-pass VP8, for one, has packets that show nothing: choose again, among the real frames
         return read_windows(path, config, seen)
-    return torch.stack([frames[number] for number in windows.flat]).unflatten(0, windows.shape)
+    return torch.stack([frames[number] for number in windows.flat]).unflatten(0, windows.shape), interlaced
 
 
 def read_or_explain(config, path):
     """read_all_windows' entry of a path."""
     try:
-        return path, read_windows(path, config).numpy(), ""
+        windows, interlaced = read_windows(path, config)
+        return path, windows.numpy(), interlaced, ""
     except ValueError as error:
-        return path, np.empty(0), str(error)
+        return path, np.empty(0), False, str(error)
 
 
 def read_all_windows(paths, config, num_workers=0):
-    """Yields (path, its windows (K, F, 3, H, W) uint8, "") or (path, nothing, why not), in order; workers read ahead."""
+    """Yields path, its windows (K, F, 3, H, W) uint8, if they are interlaced, and why there are none; workers read ahead."""
     # Workers send arrays, which pass a pipe. Tensors would need shared memory, and where that is small all would wait for ever.
     # A generator of its own, since a loader draws from the global one even when it does not shuffle.
     loader = DataLoader(paths, batch_size=None, collate_fn=partial(read_or_explain, config), num_workers=num_workers,
                         generator=torch.Generator())
-    for path, windows, problem in loader:
-        yield path, torch.from_numpy(windows), problem
+    for path, windows, interlaced, problem in loader:
+        yield path, torch.from_numpy(windows), interlaced, problem
 
 
 def video_name(index, prompt):

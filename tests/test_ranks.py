@@ -207,11 +207,11 @@ def test_ranks_share_the_checking_of_clips_and_what_one_cannot_see_none_uses(tmp
     """Each file is demuxed by one of them. A network disk may tell one node that a file is not there."""
     listed = [clip_lists.Clip(tmp_path / f"{i}.mp4", "a clip") for i in range(6)]
 
-    def measure(path, config):
+    def plan_windows(path, config):
         print("checked", path.name)
         if path.name == "3.mp4":
             raise ValueError(f"{path}: too short")
-    monkeypatch.setattr(clip_lists, "measure", measure)
+    monkeypatch.setattr(clip_lists, "plan_windows", plan_windows)
 
     def main(rank):
         found = {clip.path: None for clip in listed if rank == 0 or clip.path.name != "4.mp4"}
