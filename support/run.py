@@ -446,7 +446,7 @@ def hold_folder(cfg):
     folder, made = make_folder(cfg)
     lock = lock_folder(folder)
     try:
-        yield folder, is_continued(folder, cfg)
+        yield folder, not made and is_continued(folder, cfg)
     except BaseException:
         if made and not has_trained(folder):
             clear(folder)
