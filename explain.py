@@ -159,7 +159,7 @@ class Setup:
         return torch.cat([p.grad.flatten() for p in self.parameters]), time.perf_counter() - started
 
     def scored(self, z_0, segments):
-        """For this S: the frames drawn of an edit, their rewards, for each lambda f, R and the length of R's gradient on them, and
+        """For this S: the frames drawn of an edit, their rewards, for each lambda f, R and the length of R's gradient there, and
         that gradient as pictures; the pictures (S, H, W, 3) again, for the strip."""
         g = self.draw(segments)[3]
         with torch.no_grad():
