@@ -93,7 +93,6 @@ class Setup:
         for _, reward in self.rewards.parts:
             if reward.num_frames:
                 raise ValueError(f"reward {reward.name}: sees a clip as a whole; the page shows rewards of single frames")
-
         self.cfg = cfg if cfg.guidance is not None else replace(cfg, guidance=self.base.guidance)
         if cfg.lora:
             self.parameters = lora.load(self.base.unet, cfg.lora)
@@ -213,7 +212,8 @@ def explain(setup):
     for grad_steps in sorted({*GRAD_STEPS, cfg.grad_steps}):
         if grad_steps <= here["steps"]:
             gradient, seconds = setup.gradient(grad_steps)
-            smallest = smallest if sweep else gradient
+            if not sweep:
+                smallest = gradient
             cosine = torch.cosine_similarity(gradient, smallest, dim=0).item()
             sweep[grad_steps] = {"norm": gradient.norm().item(), "seconds": seconds, "cosine": cosine}
     states = {}

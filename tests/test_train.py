@@ -417,6 +417,7 @@ def test_the_run_folder_holds_what_the_readme_lists(whole):
     assert parse(["--resume", str(folder)]) == replace(asked, resume=folder) and config == settings.to_record(asked)
     record = json.loads((folder / "run.json").read_text())
     assert record["prompts"] == train.prompt_sets(load_base("tiny"), (), 1) and record["data"]["clips"] == 6
+    assert record["reward"] == "HPStiny"
     state = saved(folder / "state.pt")
     assert state.keys() == {"version", "step", "config", "adapters", "optimizer"}
     assert state["step"] == 4 and state["config"] == config
