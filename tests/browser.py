@@ -1,7 +1,6 @@
 """
-A real browser for tests: chromium without a window, driven over two pipes by its own DevTools protocol.
-
-No package is needed. Messages are JSON, each ended by a zero byte, on file descriptors 3 and 4 of the browser.
+A real browser for tests: chromium without a window, driven by its DevTools protocol: JSON messages, each ended by a zero byte,
+on file descriptors 3 and 4 of the browser.
 """
 import fcntl
 import json

@@ -1,5 +1,4 @@
 """explain.py and report.py: their numbers, and their pages in a real browser, if there is one. Runs are written by hand."""
-import base64
 import importlib
 import inspect
 import json
@@ -16,7 +15,7 @@ import explain
 import train
 from pages import html as pages, runs as run_pages, votes
 from support.settings import to_record
-from support.videos import read_video, video_name, write_video
+from support.videos import video_name, write_video
 from tests import browser as chromium
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,8 +119,6 @@ def check_in_browser(browser, page, study=False):
     assert browser.problems == []
 
 
-# ------------------------------------------------- explain.py ------------------------------------------------------
-
 @pytest.fixture(scope="module")
 def explained(tmp_path_factory):
     """A page of a short chain: the setup, what the page says, the strip, and the page."""
@@ -141,12 +138,6 @@ def explained(tmp_path_factory):
     return *found, out / "explain.html"
 
 
-def clip_of(src):
-    """The pixels of a clip that a page carries."""
-    Path("clip.mp4").write_bytes(base64.b64decode(src.removeprefix("data:video/mp4;base64,")))
-    return read_video("clip.mp4").astype(float)
-
-
 def test_the_page_has_the_numbers_of_the_step_that_train_takes(explained):
     """The sliders' own setting, the numbers before the step, and what train.train logged are one and the same."""
     setup, page, strip, _ = explained
@@ -158,11 +149,7 @@ def test_the_page_has_the_numbers_of_the_step_that_train_takes(explained):
     R = sum(f * r for f, r in zip(mine["f"], page["states"][3]["r"])) / 3
     assert mine["R"] == pytest.approx(R, rel=1e-5)
     assert page["here"]["R"] < -page["after"]["loss"] < page["last"]["R"]  # the step was taken, and again
-    # A guess for each step of the chain; the last is nearly the edit, the first not yet.
-    assert [(g["i"], g["t"]) for g in page["guesses"]] == [(3, 401), (2, 201), (1, 1)]
-    edit = clip_of(page["here"]["edit"])
-    far, _, near = (np.abs(clip_of(guess["clip"]) - edit).mean() for guess in page["guesses"])
-    assert near < 2 < far
+    assert [(g["i"], g["t"]) for g in page["guesses"]] == [(3, 401), (2, 201), (1, 1)]  # one for each step of the chain
 
 
 def test_a_guess_takes_the_noise_out():
@@ -227,8 +214,6 @@ def test_the_explain_page_in_a_browser(explained, browser):
     assert browser.js("byId('k-cosine').textContent") == "1.000" and browser.problems == []
 
 
-# -------------------------------------------------- report.py ------------------------------------------------------
-
 def test_a_report_puts_largest_and_smallest_gains_first():
     a, b = write_run(Path("runs/a"), (.1, -.2, .05, .3)), write_run(Path("runs/b"), (.1, -.2, .05, .3), lr=.5)
     assert script("report.py", a, b, ROOT / "tiny/studies/rank.json", "--out", "page") == 0
@@ -249,11 +234,10 @@ def test_a_report_puts_largest_and_smallest_gains_first():
 
 
 def test_a_report_says_what_the_guard_says():
-    run = write_run(Path("run"), (.1, .12, .11, .1), watch=("judge",))
-    assert script("report.py", run, "--out", ".") == 0
-    text = Path("report.html").read_text()
-    assert "Guard, run: turned at step 20: judge -0.1500 ± 0.0000 since step 10, while the reward was +0.1075 ± " in text
-    assert "; best.safetensors is step 10." in text
+    run = run_pages.RunFiles(write_run(Path("run"), (.1, .12, .11, .1), watch=("judge",)))
+    said = run.guard_says()
+    assert said.startswith("turned at step 20: judge -0.1500 ± 0.0000 since step 10, while the reward was +0.1075 ± ")
+    assert said.endswith("; best.safetensors is step 10")
 
 
 def test_rewards_are_named_and_different_ones_never_taken_together():
@@ -290,8 +274,6 @@ def test_the_report_in_a_browser(browser):
     assert browser.js("near.size") < browser.js("document.querySelectorAll('video').length") == 24
     assert browser.js("[...document.querySelectorAll('video')].filter(video => !near.has(video)).every(video => video.paused)")
 
-
-# --------------------------------------------- a blind comparison --------------------------------------------------
 
 def test_a_blind_page_does_not_say_which_side_is_which():
     folders = {"a": write_clips(Path("first-model"), 4, 0), "b": write_clips(Path("second-model"), 4, 50)}
@@ -403,8 +385,6 @@ def test_before_and_after_of_one_run_and_the_rewards_own_choice():
     choices = {pair["caption"]: choice for pair, choice in zip(key["pairs"], votes.reward_choices(key))}
     assert choices == dict(zip(PROMPTS, "babb"))
 
-
-# --------------------------------------------------- bad input -----------------------------------------------------
 
 @pytest.mark.parametrize("words, message", [
     ("report.py", "give either run folders"), ("report.py run --blind a b", "found runs and blind"),
