@@ -23,8 +23,7 @@ NASTY = 'a cat </script><script>document.title="taken"</script><b id="injected">
 PROMPTS = [NASTY, "a red circle moving left", "a dog & a \"bird\"", "a green square"]
 SCROLL = "document.querySelectorAll('video')[1].scrollIntoView({behavior: 'instant'})"
 SHOWN = """[...near].map(video => {
-  const canvas = document.createElement("canvas"), context = canvas.getContext("2d");
-  canvas.width = canvas.height = 1;
+  const context = document.createElement("canvas").getContext("2d");
   context.drawImage(video, 4, 4, 1, 1, 0, 0, 1, 1);
   return context.getImageData(0, 0, 1, 1).data[0];
 })"""  # the red of a pixel of what each clip shows
@@ -146,16 +145,14 @@ def test_the_page_has_the_numbers_of_the_step_that_train_takes(explained):
     assert page["numbers"]["reward"] == pytest.approx(np.mean(page["states"][3]["r"]), rel=1e-4)
     assert page["numbers"]["grad_norm"] == pytest.approx(page["sweep"][2]["norm"], rel=1e-3)
     assert page["states"][3]["g"] == setup.g[0].tolist() == strip["g"]
-    R = sum(f * r for f, r in zip(mine["f"], page["states"][3]["r"])) / 3
-    assert mine["R"] == pytest.approx(R, rel=1e-5)
+    assert mine["R"] == pytest.approx(np.dot(mine["f"], page["states"][3]["r"]) / 3, rel=1e-5)
     assert page["here"]["R"] < -page["after"]["loss"] < page["last"]["R"]  # the step was taken, and again
     assert [(g["i"], g["t"]) for g in page["guesses"]] == [(3, 401), (2, 201), (1, 1)]  # one for each step of the chain
 
 
 def test_a_guess_takes_the_noise_out():
     """A network that knows the noise guesses the clip, at any noise level and whatever the guidance."""
-    g = torch.Generator().manual_seed(0)
-    z, eps = torch.randn(2, 1, 4, 3, 2, 2, generator=g)
+    z, eps = torch.randn(2, 1, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     cfg = explain.Config(tau=1., num_steps=5, guidance=3.)
     text = torch.zeros(1, 1, 1)
     guesses = explain.guess_clips(lambda z_t, t, texts: torch.cat([eps, eps]), z, eps, text, text, cfg)
@@ -184,7 +181,6 @@ def test_panels_name_functions_and_equations_and_the_code_is_in_their_order(expl
     assert len(named) > 15 and all(callable(getattr(importlib.import_module(module), name)) for module, name in named)
     tags = " ".join(re.findall(r'<span class="tag">([^<]*Eq[^<]*)</span>', text))
     assert {int(n) for n in re.findall(r"\d+", re.sub(r"Sec\. [\d.]+", "", tags))} >= {3, 4, 5, 6, 7, 8, 9}
-
     order = re.findall(r'<section class="card" id="(\w+)"', text)
     places = []
     for function, lines in explained[1]["source"]:
@@ -207,9 +203,8 @@ def test_the_explain_page_in_a_browser(explained, browser):
     for S in (1, 16):
         browser.js(f"byId('segments').value = SEGMENTS.indexOf('{S}'); byId('lambda').value = 0;"
                    "byId('segments').dispatchEvent(new Event('input'))")
-        assert browser.js("byId('R').textContent") == f"{states[str(S)]['lambdas']['0']['R']:.4f}"
-        assert browser.js("document.querySelectorAll('#frames img.drawn').length") == S
-        assert browser.js("document.querySelectorAll('#heats figure').length") == S
+        shown = "['#frames img.drawn', '#heats figure'].map(name => document.querySelectorAll(name).length)"
+        assert browser.js(f"[byId('R').textContent, ...{shown}]") == [f"{states[str(S)]['lambdas']['0']['R']:.4f}", S, S]
     browser.js("byId('grad-steps').value = 0; byId('grad-steps').dispatchEvent(new Event('input'))")
     assert browser.js("byId('k-cosine').textContent") == "1.000" and browser.problems == []
 
@@ -290,7 +285,7 @@ def test_a_blind_page_does_not_say_which_side_is_which_and_the_key_does():
 
 def test_sides_and_order_are_drawn_anew_and_evenly():
     pairs = [{"name": f"{i:04d}", "caption": "c", "set": "all", "reward": None} for i in range(100)]
-    one, two = votes.draw_key(("x", "y"), pairs), votes.draw_key(("x", "y"), pairs)
+    one, two = votes.draw_key("xy", pairs), votes.draw_key("xy", pairs)
     for name in ("left", "name"):
         assert [p[name] for p in one["pairs"]] != [p[name] for p in two["pairs"]]
     assert one["comparison"] != two["comparison"] and sum(p["left"] == "a" for p in one["pairs"]) == 50
@@ -299,7 +294,7 @@ def test_sides_and_order_are_drawn_anew_and_evenly():
 
 
 @needs_browser
-def test_voting_in_a_browser(browser, capfd):
+def test_voting_in_a_browser(browser):
     """Twenty prompts: keys vote, a reload keeps votes, and what is exported and counted is what was voted."""
     write_clips(Path("a"), 20, 0), write_clips(Path("b"), 20, 500)
     for name in ("in", "new"):
@@ -310,7 +305,6 @@ def test_voting_in_a_browser(browser, capfd):
     check_in_browser(browser, page)
     assert browser.js("document.querySelectorAll('video').length") == browser.js("near.size") == 2  # of 40
     assert browser.js("[byId('caption').textContent, byId('injected')]") == [f"“{key['pairs'][0]['caption']}”", None]
-
     for i, press in enumerate(["ArrowLeft", "ArrowRight", "ArrowDown", "ArrowDown", "ArrowRight"]):
         browser.press(press)
         browser.wait_for(f"state.at === {(i + 1) // 2}")
@@ -322,7 +316,6 @@ def test_voting_in_a_browser(browser, capfd):
     browser.js("document.querySelector('[data-question=alignment] [data-side=left]').click()")
     browser.wait_for("state.at === 3")
     browser.js("byId('rater').value = 'Anna B'; byId('rater').dispatchEvent(new Event('input'))")
-
     folder = Path("downloads").resolve()
     browser.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
     browser.js("byId('export').click()")
@@ -332,9 +325,7 @@ def test_voting_in_a_browser(browser, capfd):
         {"pair": 0, "quality": "left", "alignment": "right"}, {"pair": 1, "quality": "tie", "alignment": "tie"},
         {"pair": 2, "quality": "right", "alignment": "left"}]}
     assert browser.problems == []
-
     assert script("report.py", "--tally", folder / "votes-anna-b.json", "--key", "blind/key.json", "--out", "count") == 0
-    assert "quality" in capfd.readouterr().out
     counted = json.loads(Path("count/tally.json").read_text())
     quality = next(r for r in counted["rows"] if (r["question"], r["set"]) == ("quality", "all"))
     chosen = [key["pairs"][0]["left"], "tie", {"a": "b", "b": "a"}[key["pairs"][2]["left"]]]
