@@ -90,7 +90,6 @@ class Setup:
         for _, reward in self.rewards.parts:
             if reward.num_frames:
                 raise ValueError(f"reward {reward.name}: sees a clip as a whole; the page shows rewards of single frames")
-
         self.cfg = cfg if cfg.guidance is not None else replace(cfg, guidance=self.base.guidance)
         if cfg.lora:
             self.parameters = lora.load(self.base.unet, cfg.lora)
@@ -156,8 +155,8 @@ class Setup:
         return torch.cat([p.grad.flatten() for p in self.parameters]), time.perf_counter() - started
 
     def scored(self, z_0, segments):
-        """For this S: the frames drawn of an edit, their rewards; for each lambda f, R and the length of R's gradient on them,
-        and that gradient as pictures; the pictures (S, H, W, 3) again, for the strip."""
+        """For this S: the frames drawn of an edit, their rewards, for each lambda f, R and the length of R's gradient there, and
+        that gradient as pictures; the pictures (S, H, W, 3) again, for the strip."""
         g = self.draw(segments)[3]
         with torch.no_grad():
             frames = decode_frames(self.base.vae, z_0, g)                     # (1, S, 3, H, W)
@@ -210,7 +209,8 @@ def explain(setup):
     for grad_steps in sorted({*GRAD_STEPS, cfg.grad_steps}):
         if grad_steps <= here["steps"]:
             gradient, seconds = setup.gradient(grad_steps)
-            smallest = smallest if sweep else gradient
+            if not sweep:
+                smallest = gradient
             cosine = torch.cosine_similarity(gradient, smallest, dim=0).item()
             sweep[grad_steps] = {"norm": gradient.norm().item(), "seconds": seconds, "cosine": cosine}
     states = {}

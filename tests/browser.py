@@ -1,7 +1,6 @@
 """
-A real browser for tests: chromium without a window, driven over two pipes by its own DevTools protocol.
-
-No package is needed. Messages are JSON, each ended by a zero byte, on file descriptors 3 and 4 of the browser.
+A real browser for tests: chromium without a window, driven by its DevTools protocol: JSON messages, each ended by a zero byte,
+on file descriptors 3 and 4 of the browser.
 """
 import fcntl
 import json
@@ -12,8 +11,7 @@ import subprocess
 import sys
 import time
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-PROGRAM = next((path for path in map(shutil.which, NAMES) if path), None)
+PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--disable-background-networking",
          "--no-first-run", "--disable-component-update", "--hide-scrollbars", "--disable-dev-shm-usage"]
 # The pipes are moved to the numbers that the browser reads and writes.
@@ -101,8 +99,8 @@ class Browser:
         wait_until(lambda: self.js(expression), expression)
 
     def press(self, key):
-        for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key)
+        self.call("Input.dispatchKeyEvent", type="keyDown", key=key)
+        self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
 
 
 def wait_until(true, what="what was waited for"):

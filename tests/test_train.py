@@ -392,6 +392,7 @@ def test_the_run_folder_holds_what_the_readme_lists(whole):
     record = json.loads((folder / "run.json").read_text())
     assert record["versions"]["torch"] == torch.__version__ and record["versions"].keys() >= {"python", "machine"}
     assert record["prompts"] == train.prompt_sets(load_base("tiny"), (), 1) and record["data"]["clips"] == 6
+    assert record["reward"] == "HPStiny"
     state = saved(folder / "state.pt")
     assert state.keys() == {"version", "step", "config", "adapters", "optimizer"}
     assert state["step"] == 4 and state["config"] == config
