@@ -11,7 +11,7 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 import lora  # noqa: E402
 from model import load_base  # noqa: E402
@@ -61,6 +61,29 @@ def one_line(error):
     """The message of a pytest.raises, which must be one line."""
     assert str(error.value).isprintable()
     return str(error.value)
+
+
+def refused(message, call, *args, **settings):
+    """The line in which a call's ValueError says what was wrong; it matches the message."""
+    with pytest.raises(ValueError, match=message) as error:
+        call(*args, **settings)
+    return one_line(error)
+
+
+def write_file(path, content, **settings):
+    """A file of what its content and its name say; settings are torch.save's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif path.suffix == ".json":
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    elif path.suffix == ".safetensors":
+        save_file({name: t.contiguous() for name, t in content.items()}, path)
+    else:
+        torch.save(content, path, **settings)
+    return path
+
+
 def tuned_base(std=.1, dtype=torch.float32):
     """The tiny base with adapters that change what it does."""
     base, generator = load_base("tiny", dtype=dtype), torch.Generator().manual_seed(0)

@@ -12,6 +12,7 @@ import sys
 import types
 import zipfile
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -25,10 +26,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import model
 import reward
-from formats import names, reward_model, tensors as published, words
+from formats import names, reward_model, words
 from model import Autoencoder, UNet3D, UNetConfig, VAEConfig, load_text_encoder, load_unet, load_vae
 from support import files, run as run_folder
-from tests.conftest import contents, one_line
+from tests.conftest import contents, refused as refused_in_a_line, write_file
 from tests.ldm import vae_to_official
 
 UNET = UNetConfig(channels=(8, 16), blocks_per_level=1, attention_levels=(True, False), context_dim=128, head_dim=4,
@@ -67,27 +68,7 @@ def assert_holds(module, tensors, dtype=torch.float32):
     assert not module.training and not any(p.requires_grad for p in module.parameters())
 
 
-def put(path, content):
-    """A file as its content and its name say."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif path.suffix == ".json":
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
-    elif path.suffix == ".safetensors":
-        save_file(content, path)
-    else:
-        torch.save(content, path)
-    return path
-
-
-def saved(path, content, **settings):
-    torch.save(content, path, **settings)
-    return path
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# UNet
+# -------------------------------------------------------- UNet --------------------------------------------------------
 
 @pytest.mark.parametrize("settings", [
     {}, {"safe_serialization": False}, {"variant": "fp16"}, {"max_shard_size": "40KB"},
@@ -106,17 +87,8 @@ def test_unet_folder_as_diffusers_saves_it(tmp_path, settings):
     if settings in ({}, {"variant": "fp16"}):  # of a whole file and shards, nothing tells which is out of date
         index = f"diffusion_pytorch_model.safetensors.index{'.fp16' if settings else ''}.json"
         (tmp_path / "unet" / index).write_text("{}")
-        with pytest.raises(ValueError, match=rf"holds .*\.safetensors and, for other files of these weights, {index}; rem"):
-            load_unet(tmp_path / "unet")
-
-
-def test_variants_of_a_component_are_taken_in_order():
-    stem = "diffusion_pytorch_model"
-    old = [f"{stem}-00001-of-00002.fp16.safetensors", f"{stem}-00002-of-00002.fp16.safetensors",
-           f"{stem}.safetensors.fp16.index.json"]  # diffusers 0.28
-    assert sorted(published.weight_files([*old, "config.json", f"{stem}-00001-of-00002.safetensors"])) == old
-    assert published.weight_files([*old, f"{stem}.bin", f"{stem}.ema.safetensors"]) == [f"{stem}.bin"]
-    assert published.weight_files(["openvino_model.bin", "optimizer.bin", f"{stem}.safetensors.tmp"]) == []
+        message = rf"holds .*\.safetensors and, for other files of these weights, {index}; remove the older"
+        refused_in_a_line(message, load_unet, tmp_path / "unet")
 
 
 def test_unet_as_other_versions_of_diffusers_describe_it(tmp_path):
@@ -142,7 +114,6 @@ def with_lora(tensors):
     for name in [k for k in tensors if k.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight"))]:
         stem = name.replace("to_out.0.weight", "to_out_lora").replace(".weight", "_lora")
         lora |= {f"{stem}.down_linear.weight": torch.ones(4, 8), f"{stem}.up_linear.weight": torch.ones(8, 4)}
-    assert len(lora) == 2 * sum("attn" in k and k.endswith("to_q.weight") for k in tensors) * 4
     return tensors | lora
 
 
@@ -154,7 +125,7 @@ def under_module(tensors):
     (dict, True), (dict, False), (OrderedDict, True), (lambda x: {"state_dict": x}, True), (under_module, True),
     (lambda x: training_state(under_module(with_lora(x))), True), (lambda x: training_state(under_module(with_lora(x))), False)])
 def test_official_unet_files(tmp_path, wrap, zipped):
-    path = saved(tmp_path / "model.pth", wrap(official), _use_new_zipfile_serialization=zipped)
+    path = write_file(tmp_path / "model.pth", wrap(official), _use_new_zipfile_serialization=zipped)
     assert_holds(load_unet(path, UNET), unet)
     if zipped:  # and zipped again, which torch.save never does: such bytes must not be taken for weights where they lie
         with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "again.pth", "w", zipfile.ZIP_DEFLATED) as new:
@@ -169,8 +140,7 @@ def test_unet_as_one_safetensors_file_in_either_naming(tmp_path):
         assert_holds(load_unet(tmp_path / "unet.safetensors", UNET), unet)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Autoencoder
+# ---------------------------------------------------- Autoencoder -----------------------------------------------------
 
 def old_diffusers(tensors):
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -211,7 +181,7 @@ def test_autoencoder_under_ldm_names(tmp_path):
     for name, content in (("vae.pth", tensors), ("VQGAN_autoencoder.pth", {"state_dict": tensors | loss}),
                           ("vae.ckpt", {"state_dict": {f"first_stage_model.{k}": v for k, v in tensors.items()}}),
                           ("vae.safetensors", tensors)):
-        assert_holds(load_vae(put(tmp_path / name, content), VAE), vae)
+        assert_holds(load_vae(write_file(tmp_path / name, content), VAE), vae)
 
 
 def test_autoencoder_folder_as_diffusers_saves_it(tmp_path):
@@ -223,15 +193,14 @@ def test_autoencoder_folder_as_diffusers_saves_it(tmp_path):
     assert ours.config == VAEConfig((8, 16), 1, scale=0.25, norm_groups=4)
 
     # As old versions wrote it.
-    put(tmp_path / "old/config.json", {k: v for k, v in names.vae_to_diffusers(VAE).items() if k != "scaling_factor"})
-    put(tmp_path / "old/diffusion_pytorch_model.bin", old_diffusers(vae))
+    write_file(tmp_path / "old/config.json", {k: v for k, v in names.vae_to_diffusers(VAE).items() if k != "scaling_factor"})
+    write_file(tmp_path / "old/diffusion_pytorch_model.bin", old_diffusers(vae))
     ours = load_vae(tmp_path / "old")
     assert_holds(ours, vae)
     assert ours.config.scale == 0.18215
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text tower
+# ----------------------------------------------------- Text tower -----------------------------------------------------
 
 def letters(captions):
     return torch.tensor([[1, *(2 + ord(c) % 30 for c in caption[:7]), 33, *[0] * 7][:9] for caption in captions])
@@ -242,7 +211,7 @@ CAPTIONS = ["a bear", "two"]
 
 @pytest.mark.parametrize("place", ["open_clip_pytorch_model.bin", "model.safetensors"])
 def test_text_tower_of_open_clip(tmp_path, place):
-    path = put(tmp_path / place, clip.state_dict())
+    path = write_file(tmp_path / place, clip.state_dict())
     ours = load_text_encoder(path.parent if path.suffix == ".bin" else path, tokenizer=letters)
     parts = ("token_embedding", "positional_embedding", "transformer", "ln_final")
     assert_holds(ours, {k: v for k, v in clip.state_dict().items() if k.startswith(parts) and "resblocks.2." not in k})
@@ -269,23 +238,22 @@ def test_text_tower_of_transformers(tmp_path, form):
         torch.testing.assert_close(ours(CAPTIONS), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Precision, memory
+# ------------------------------------------------- Precision, memory --------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_files_load_as_float32_or_as_asked(tmp_path, dtype):
-    path = saved(tmp_path / "unet.pth", {k: v.half() for k, v in official.items()})
+    path = write_file(tmp_path / "unet.pth", {k: v.half() for k, v in official.items()})
     assert_holds(load_unet(path, UNET), unet)
     assert_holds(load_unet(path, UNET, dtype=dtype), unet, dtype)
-    path = saved(tmp_path / "vae.pth", {k: v.to(torch.bfloat16) for k, v in vae_to_official(vae, VAE).items()})
+    path = write_file(tmp_path / "vae.pth", {k: v.to(torch.bfloat16) for k, v in vae_to_official(vae, VAE).items()})
     assert_holds(load_vae(path, VAE, dtype=dtype), {k: v.to(torch.bfloat16) for k, v in vae.items()}, dtype)
-    ours = load_text_encoder(saved(tmp_path / "clip.bin", clip.state_dict()), letters, dtype)
+    ours = load_text_encoder(write_file(tmp_path / "clip.bin", clip.state_dict()), letters, dtype)
     assert {p.dtype for p in ours.parameters()} == {dtype} == {ours(CAPTIONS).dtype}
 
 
 def test_a_loaded_model_does_not_follow_its_file(tmp_path):
     for path in (tmp_path / "unet.safetensors", tmp_path / "unet.pth"):
-        put(path, unet)
+        write_file(path, unet)
         ours = load_unet(path, UNET)
         with open(path, "r+b") as f:
             f.write(b"\xff" * path.stat().st_size)
@@ -293,30 +261,24 @@ def test_a_loaded_model_does_not_follow_its_file(tmp_path):
 
 
 MEASURE = """
-import sys, threading, time
+import re, sys, threading, time
 import torch
 import model
 
-def anonymous():
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("RssAnon"))
-
 def watch():
-    while not done.is_set():
-        peak[0] = max(peak[0], anonymous())
-        time.sleep(0.002)
+    while True:
+        with open("/proc/self/status") as file:
+            anonymous.append(int(re.search(r"RssAnon:\\s+(\\d+)", file.read())[1]) * 1024)
+        time.sleep(.002)
 
-torch.set_num_threads(1)
 config = model.UNetConfig(channels=(128, 384), blocks_per_level=1, attention_levels=(True, True))
-peak, done, before = [0], threading.Event(), anonymous()
-thread = threading.Thread(target=watch)
-thread.start()
+anonymous = []
+threading.Thread(target=watch, daemon=True).start()
+time.sleep(.1)
 unet = model.load_unet(sys.argv[1], config, dtype=torch.bfloat16)
-peak[0] = max(peak[0], anonymous())
-done.set()
-thread.join()
+time.sleep(.1)
 size = sum(p.numel() * p.element_size() for p in unet.parameters())
-print(size, (peak[0] - before) / size)
+print(size, (max(anonymous) - anonymous[0]) / size)
 """
 
 
@@ -336,8 +298,7 @@ def test_loading_needs_no_second_copy(tmp_path):
         assert int(size) > 80e6 and 0.9 < float(ratio) < 1.3, (path, done)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad files. What safetensors and torch check by themselves is tried once; the cases are of our names, bounds and messages.
+# ------------------------- Bad files: our names, bounds and messages, not what safetensors and torch check -------------------------
 
 def unet_file(path):
     return load_unet(path, UNET)
@@ -361,13 +322,11 @@ CLIP = reward_model.SMALL_CLIP
 BAD_FILES = [  # who reads it, its name, what it holds, words of the message
     (unet_file, "unet.pth", b"", "expected a torch file of tensors"),
     (unet_file, "u.safetensors", b"\x90\0\0\0\0\0\0\0{", "expected a .safetensors file that can be read"),
-    (unet_file, "u.safetensors", LFS, "is a Git LFS pointer, not the file itself; `git lfs pull`"),
-    (unet_file, "u.pth", LFS, "is a Git LFS pointer"),
+    (unet_file, "u.pth", LFS, "is a Git LFS pointer, not the file itself; `git lfs pull`"),
     (unet_file, "u.pth", {"state_dict": {}, "step": 3}, "holds no tensors; expected a state dict"),
     (unet_file, "u.pth", list(unet.values()), "expected a state dict, found list"),
     (unet_file, "u.pth", {"model": unet, "ema": unet, "step": torch.tensor(3)},
      "holds state dicts under ema, model; expected one"),
-    (unet_file, "u.pth", less(unet, ATTN), f"1 tensors missing ({ATTN})"),
     (vae_file, "v.pth", {"x": torch.ones(1)} | less(vae, "quant_conv.bias"),
      "1 tensors missing (quant_conv.bias); 1 tensors not known (x)"),
     (unet_file, "u.pth", official | {"conv_in.bias": unet["conv_in.bias"]}, "(conv_in.bias (a second one))"),
@@ -382,25 +341,20 @@ BAD_FILES = [  # who reads it, its name, what it holds, words of the message
     (load_text_encoder, "t.pth", less(text, "embeddings.token_embedding.weight"), TOWER),
     (load_text_encoder, "t.pth", less(text, Q), "1 tensors missing (transformer.resblocks.1.attn.in_proj_weight)"),
     (load_text_encoder, "t.pth", less(text, K), "not the tensors of transformers' CLIPTextModel (KeyError: "),
-    (load_text_encoder, "t.pth", text | {Q: torch.ones(())}, "CLIPTextModel (RuntimeError: "),
     (load_text_encoder, "t.pth", text | {"text_projection.weight": torch.ones(8, 128)}, "text_projection.weight"),
     (load_text_encoder, "c.bin", {k: v for k, v in clip.state_dict().items() if "resblocks.1." not in k}, "not known (tran"),
 ]
 BAD_FOLDERS = [  # changes of a UNet's folder {name: content, None: not there}, words; {} of "config.json" are changes, too
     ({f"{STEM}.safetensors": None}, "no weights here; expected a file like", "found config.json"),
-    ({f"{STEM}.safetensors": None, "config.json": None, "snapshots/abc/x.bin": b""}, "is the hub's cache", "snapshots/abc"),
     ({f"{STEM}.safetensors": None, "config.json": None, "models--a--b/snapshots/c/x": b""}, "is the hub's", "b/snapshots/c"),
     ({"config.json": "{'in_channels': 4}"}, "config.json: expected JSON"),
     ({"config.json": "{}"}, "config.json", "KeyError: 'in_channels'"),
     ({"config.json": {"_class_name": "AutoencoderKL"}}, "expected _class_name 'UNet3DConditionModel', found 'AutoencoderKL'"),
-    ({"config.json": {"block_out_channels": [8, -16]}}, "expected whole numbers"),
     ({"config.json": {"block_out_channels": []}}, "not a model that can be built"),
     ({"config.json": {"layers_per_block": 10**9}}, "expected whole numbers from 1 to 64"),
     ({"config.json": {"attention_head_dim": 7}}, "expected [56, 8]"),
-    ({"config.json": {"down_block_types": [1, 2]}}, "AttributeError"),
     ({"config.json": {"act_fn": "gelu"}}, "expected act_fn 'silu', found 'gelu'"),
     ({f"{STEM}.safetensors": None, INDEX: {"weight_map": {"a": "sub/x.safetensors"}}, "sub/x.safetensors": LFS}, INDEX, "'sub/x"),
-    ({f"{STEM}.safetensors": None, INDEX: {"weight_map": {"a": f"{STEM}-2.safetensors"}}}, INDEX, f"found '{STEM}-2.safe"),
     ({f"{STEM}.safetensors": None, INDEX: {"weight_map": {"a": "evil.bin"}}, "evil.bin": b""}, INDEX, "evil.bin"),
     ({f"{STEM}.safetensors": None, INDEX: {"weight_map": {}}}, INDEX, "expected a weight_map"),
 ]
@@ -409,17 +363,14 @@ BAD_FOLDERS = [  # changes of a UNet's folder {name: content, None: not there}, 
 def refused(folder, read, path, *parts):
     """One line that begins with the path and has these words; nothing is written."""
     before = contents(folder)
-    with pytest.raises(ValueError) as error:
-        read(path)
-    message = one_line(error)
+    message = refused_in_a_line("", read, path)
     assert len(message) < 1000 and message.startswith(str(path)) and all(part in message for part in parts), message
     assert contents(folder) == before
 
 
 @pytest.mark.parametrize(("read", "name", "content", "parts"), [(*case[:3], case[3:]) for case in BAD_FILES])
 def test_bad_files_are_named_in_one_line(tmp_path, read, name, content, parts):
-    refused(tmp_path, read, put(tmp_path / name, content), *parts)
-    refused(tmp_path, read, tmp_path / "absent.pth", "absent.pth: no such file or folder")
+    refused(tmp_path, read, write_file(tmp_path / name, content), *parts)
 
 
 @pytest.mark.parametrize(("changes", "parts"), [(case[0], case[1:]) for case in BAD_FOLDERS])
@@ -429,12 +380,12 @@ def test_bad_folders_are_named_in_one_line(tmp_path, changes, parts):
         changes = changes | {"config.json": config | changes["config.json"]}
     for name, content in ({"config.json": config, f"{STEM}.safetensors": unet} | changes).items():
         if content is not None:
-            put(tmp_path / name, content)
+            write_file(tmp_path / name, content)
     refused(tmp_path, unet_file, tmp_path, *parts)
 
 
 def test_bad_folders_of_the_other_parts(tmp_path):
-    put(tmp_path / f"vae/{STEM}.safetensors", vae)
+    write_file(tmp_path / f"vae/{STEM}.safetensors", vae)
     text_model.save_pretrained(tmp_path / "text")
     configs = {"vae": names.vae_to_diffusers(VAE), "text": json.loads((tmp_path / "text/config.json").read_text())}
     for part, change, message in (("vae", {"scaling_factor": float("inf")}, "a scaling_factor above 0"),
@@ -442,14 +393,13 @@ def test_bad_folders_of_the_other_parts(tmp_path):
                                   ("vae", {"_class_name": "UNet3DConditionModel"}, "expected _class_name 'AutoencoderKL'"),
                                   ("text", {"hidden_act": "quick_gelu"}, "expected hidden_act 'gelu', found 'quick_gelu'"),
                                   ("text", {"num_attention_heads": 8}, "expected num_attention_heads 2, found 8")):
-        put(tmp_path / part / "config.json", configs[part] | change)
+        write_file(tmp_path / part / "config.json", configs[part] | change)
         refused(tmp_path, load_vae if part == "vae" else load_text_encoder, tmp_path / part, message)
-    for content, message in (("5\na\nb", "makes 5 tokens from 0 to 5, the weights beside it read 7 from 0 to 8"),
-                             ("7\na\nb\nc\nd\ne\nf", "makes 7 tokens from 0 to 9"), ("", "expected a context length, then words"),
-                             ("a bear", "expected a context length"), ("9", "expected a context length")):
-        (tmp_path / "words.txt").write_text(content)
-        sizes = dict(vocab_size=9, context_length=7)
-        refused(tmp_path, lambda path, sizes=sizes: words.read_words(path, sizes), tmp_path / "words.txt", message)
+    read_words = partial(words.read_words, sizes=dict(vocab_size=9, context_length=7))
+    for content, message in ((b"5\na\nb", "makes 5 tokens from 0 to 5, the weights beside it read 7 from 0 to 8"),
+                             (b"", "expected a context length, then words"), (b"a bear", "expected a context length")):
+        refused(tmp_path, read_words, write_file(tmp_path / "words.txt", content), message)
+    refused(tmp_path, unet_file, tmp_path / "absent.pth", "absent.pth: no such file or folder")
 
 
 @pytest.mark.parametrize(("change", "of", "message"), [
@@ -458,8 +408,8 @@ def test_bad_folders_of_the_other_parts(tmp_path):
     ({"vision_cfg": [1]}, None, "expected whole numbers"), ({"heads": 5}, "text_cfg", "not a model that can be built")])
 def test_malformed_reward_folders(tmp_path, monkeypatch, change, of, message):
     monkeypatch.setattr(open_clip.model, "HFTextEncoder", lambda *args, **kwargs: pytest.fail("a file named a model to fetch"))
-    put(tmp_path / "config.json", CLIP | ({of: CLIP[of] | change} if of else change))
-    put(tmp_path / "model.safetensors", {k: v.contiguous() for k, v in open_clip.CLIP(**CLIP).state_dict().items()})
+    write_file(tmp_path / "config.json", CLIP | ({of: CLIP[of] | change} if of else change))
+    write_file(tmp_path / "model.safetensors", {k: v.contiguous() for k, v in open_clip.CLIP(**CLIP).state_dict().items()})
     (tmp_path / "words.txt").write_text("77\na\ncat")
     refused(tmp_path, lambda path: reward.load_reward("hpsv2", str(path)), tmp_path, message)
 
@@ -479,10 +429,10 @@ def test_code_in_a_file_is_not_run(tmp_path, form):
     calls = Calls(tmp_path / "created")
     tensors = {"conv_in.weight": torch.ones(2)}
     content = {"state_dict": tensors, "callbacks": {(calls,): 1}} if form == "key" else tensors | {"x": calls}
-    path = saved(tmp_path / f"{STEM}.bin", content, _use_new_zipfile_serialization=form != "legacy")
+    path = write_file(tmp_path / f"{STEM}.bin", content, _use_new_zipfile_serialization=form != "legacy")
     if form == "shard":
         path.rename(tmp_path / "shard.bin")
-        put(tmp_path / f"{STEM}.bin.index.json", {"weight_map": {"x": "shard.bin"}})
+        write_file(tmp_path / f"{STEM}.bin.index.json", {"weight_map": {"x": "shard.bin"}})
     if form == "checkpoint":
         refused(tmp_path, lambda path: run_folder.read_checkpoint(path, {}), path, "cannot be read", "--resume starts again")
     else:
@@ -506,7 +456,7 @@ STATE = {"version": run_folder.VERSION, "step": 1, "adapters": {"a": ADAPTER, "b
 
 
 @pytest.mark.parametrize("change", [
-    [1], {"version": 2}, {"version": True}, {"step": 0}, {"step": "1"}, {"adapters": None}, {"adapters": [ADAPTER]},
+    [1], {"version": 2}, {"step": 0}, {"step": "1"}, {"adapters": None},
     {"adapters": STATE["adapters"] | {7: 7}}, {"adapters": {"a": ADAPTER[:1], "b": ADAPTER}},
     {"adapters": {"a": ADAPTER.int(), "b": ADAPTER}}, {"optimizer": None}, {"optimizer": {"state": [1]}},
     {"optimizer": {"state": {0: {"step": torch.tensor(1.)}}}}, {"optimizer": {"state": {0: ADAPTER}}},
@@ -514,9 +464,10 @@ STATE = {"version": run_folder.VERSION, "step": 1, "adapters": {"a": ADAPTER, "b
 def test_a_checkpoint_is_data(tmp_path, change):
     def read(path):
         return run_folder.read_checkpoint(path, STATE["adapters"])
-    assert read(saved(tmp_path / "good.pt", STATE))["step"] == 1
-    read(saved(tmp_path / "skipped.pt", STATE | {"optimizer": {"state": {}}}))  # every step so far was skipped
-    refused(tmp_path, read, saved(tmp_path / "state.pt", STATE | change if isinstance(change, dict) else change), "state.pt: ")
+    assert read(write_file(tmp_path / "good.pt", STATE))["step"] == 1
+    read(write_file(tmp_path / "skipped.pt", STATE | {"optimizer": {"state": {}}}))  # every step so far was skipped
+    content = STATE | change if isinstance(change, dict) else change
+    refused(tmp_path, read, write_file(tmp_path / "state.pt", content), "state.pt: ")
 
 
 def test_a_few_names_stand_for_many():
@@ -524,8 +475,7 @@ def test_a_few_names_stand_for_many():
     assert files.first_names("abcde") == "a, b, c and 2 more"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
+# ------------------------------------------------------ Writing -------------------------------------------------------
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new/config.json"
