@@ -298,7 +298,7 @@ def test_loading_needs_no_second_copy(tmp_path):
         assert int(size) > 80e6 and 0.9 < float(ratio) < 1.3, (path, done)
 
 
-# ------------------------- Bad files: our names, bounds and messages, not what safetensors and torch check -------------------------
+# ----------------------- Bad files: our names, bounds and messages, not what safetensors and torch check -----------------------
 
 def unet_file(path):
     return load_unet(path, UNET)

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from formats import adapters, names
 from formats.tensors import fingerprint
 from lora import LoRALinear, adapter_state, inject, layers, load, merge, save, set_scale, unmerge
 from support.ranks import run_script
+from tests.conftest import contents, refused, write_file
 
 # ModelScopeT2V's structure, small. Eight heads in the first temporal transformer, as diffusers has them.
 CONFIG = model.UNetConfig(channels=(32, 64), blocks_per_level=1, attention_levels=(True, False), context_dim=32, head_dim=8,
@@ -62,16 +62,12 @@ def difference(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The paper's numbers
+# ------------------------------------------------ The paper's numbers -------------------------------------------------
 
-def full_size():
+def test_the_papers_counts_and_the_official_names():
+    """The SHA-256 is of json.dumps(sorted([name, shape] of every LoRA tensor)) in the published InstructVideo weights."""
     with torch.device("meta"):
-        return model.UNet3D()
-
-
-def test_the_papers_counts():
-    unet = full_size()
+        unet = model.UNet3D()
     base = sum(p.numel() for p in unet.parameters())
     added = sum(p.numel() for p in inject(unet, rank=4))
     assert base == 1_411_233_860 and added == 1_661_440 and len(layers(unet)) == 264
@@ -79,22 +75,14 @@ def test_the_papers_counts():
     assert round((base + added) / 2**20, 2) == 1347.44
     assert round(added / 2**20, 2) == 1.58
 
-
-def test_official_names_and_shapes():
-    """The SHA-256 is of json.dumps(sorted([name, shape] of every LoRA tensor)) in the published InstructVideo weights."""
-    unet = full_size()
-    inject(unet, rank=4)
     official = adapters.official_names(unet.config)
     listed = sorted([official[k], list(t.shape)] for k, t in adapter_state(unet).items())
     assert len(listed) == len(set(official.values())) == 528
-    assert hashlib.sha256(json.dumps(listed).encode()).hexdigest() == OFFICIAL_SHA256
+    digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    assert digest == "1f9f567444ed9feed6acb5a823c3cb92a009821bbe77f98b89be419be348e001"
 
 
-OFFICIAL_SHA256 = "1f9f567444ed9feed6acb5a823c3cb92a009821bbe77f98b89be419be348e001"
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The layer
-
+# ----------------------------------------------------- The layer ------------------------------------------------------
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_formula(bias):
@@ -107,17 +95,11 @@ def test_the_formula(bias):
     torch.testing.assert_close(layer(x), linear(x) + x @ change.T)
 
 
-def test_fresh_adapters_change_nothing():
-    unet = tiny_unet()
-    before = run(unet)
-    inject(unet)
-    assert torch.equal(run(unet), before)
-
-
 def test_what_is_trained():
     unet = tiny_unet()
-    before = list(unet.state_dict())
+    before, eps = list(unet.state_dict()), run(unet)
     parameters = inject(unet)
+    assert torch.equal(run(unet), eps), "fresh adapters change nothing"
     assert [id(p) for p in unet.parameters() if p.requires_grad] == [id(p) for p in parameters]
     adapted = {name.rsplit(".", 1)[0] for name, p in unet.named_parameters() if p.requires_grad}
     attentions = [name for name, m in unet.named_modules() if type(m) is model.Attention]
@@ -152,30 +134,19 @@ def test_start_of_A():
         assert torch.equal(torch.get_rng_state(), before), "the global generator is left alone"
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (dict(rank=0), "rank 0"), (dict(rank=-1), "rank -1"), (dict(alpha=0), "alpha 0"), (dict(alpha=float("nan")), "alpha nan"),
-])
-def test_inject_refuses(arguments, message):
+def test_inject_refuses():
+    refused("no attention in Sequential", inject, nn.Sequential(nn.Linear(2, 2)))
     unet = tiny_unet()
-    with pytest.raises(ValueError, match=message):
-        inject(unet, **arguments)
+    for change in (merge, unmerge, adapter_state):
+        refused("no adapters in UNet3D", change, unet)
+    for settings, message in ((dict(rank=0), "rank 0"), (dict(alpha=0), "alpha 0"), (dict(alpha=float("nan")), "alpha nan")):
+        refused(message, inject, unet, **settings)
     assert all(p.requires_grad for p in unet.parameters()), "nothing was frozen"
-
-
-def test_inject_needs_attention_and_only_once():
-    with pytest.raises(ValueError, match="no attention in Sequential"):
-        inject(nn.Sequential(nn.Linear(2, 2)))
-    unet = tiny_unet()
-    for change in (merge, unmerge, adapter_state, lambda m: set_scale(m, 1)):
-        with pytest.raises(ValueError, match="no adapters in UNet3D"):
-            change(unet)
     inject(unet)
-    with pytest.raises(ValueError, match="has adapters already"):
-        inject(unet)
+    refused("has adapters already", inject, unet)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Merging and scaling
+# ------------------------------------------------ Merging and scaling -------------------------------------------------
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_merge_and_back(dtype, tolerance):
@@ -225,8 +196,7 @@ def test_scale():
         assert difference(merged, one) < 1e-5 and all(m.base_weight is not None for m in layers(unet).values()), "stays merged"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Precision
+# ----------------------------------------------------- Precision ------------------------------------------------------
 
 def gradient(unet, dtype):
     lora_parameters = lora.parameters(unet)
@@ -257,8 +227,7 @@ def test_gradient_after_steps_without_gradient_in_one_autocast_region():
     assert torch.equal(found, expected)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files: ours and the official ones
+# ----------------------------------------- Files: ours and the official ones ------------------------------------------
 
 def test_ours_and_back(tmp_path):
     unet = trained_unet(rank=2, alpha=3)
@@ -277,16 +246,8 @@ def test_ours_and_back(tmp_path):
     merge(fresh)
     assert all(p is q for p, q in zip(load(fresh, path), parameters, strict=True))
     assert torch.equal(run(fresh), run(unet))
-
-
-@pytest.mark.parametrize(("rank", "alpha", "message"), [
-    (2, 4, "has rank 4 and alpha 4, the model's adapters have 2 and 4"),
-    (4, 8, "has rank 4 and alpha 4, the model's adapters have 4 and 8"),
-])
-def test_rank_and_alpha_are_compared(tmp_path, rank, alpha, message):
-    save(trained_unet(), tmp_path / "lora.safetensors")
-    with pytest.raises(ValueError, match=message):
-        load(trained_unet(rank, alpha), tmp_path / "lora.safetensors")
+    for rank, alpha in ((4, 3), (2, 4)):
+        refused(f"has rank 2 and alpha 3, the model's adapters have {rank} and {alpha}", load, trained_unet(rank, alpha), path)
 
 
 def test_the_base_is_compared(tmp_path):
@@ -297,8 +258,7 @@ def test_the_base_is_compared(tmp_path):
     load(tiny_unet(torch.bfloat16), tmp_path / "lora.safetensors")  # the same weights in another precision
     other = tiny_unet()
     nn.init.normal_(other.conv_in.weight, generator=seeded(7))
-    with pytest.raises(ValueError, match="was trained on 'tiny' of fingerprint .*, the model's is"):
-        load(other, tmp_path / "lora.safetensors")
+    refused("was trained on 'tiny' of fingerprint .*, the model's is", load, other, tmp_path / "lora.safetensors")
     assert not any(isinstance(m, LoRALinear) for m in other.modules())
 
 
@@ -323,13 +283,8 @@ def test_official_files(tmp_path, form):
     assert torch.equal(run(base), run(tiny_unet()))
     assert len(lora.load_beside(base, path)) == len(adapter_state(unet))
     assert torch.equal(run(base), run(unet))
-
-
-def test_a_base_file_without_adapters(tmp_path):
-    save_file(tiny_unet().state_dict(), tmp_path / "base.safetensors")
-    unet = tiny_unet()
-    assert lora.load_beside(unet, tmp_path / "base.safetensors") == lora.load_beside(unet, tmp_path) == []
-    assert not any(isinstance(m, LoRALinear) for m in unet.modules())
+    write_file(tmp_path / "base.safetensors", tiny_unet().state_dict())
+    assert lora.load_beside(tiny_unet(), tmp_path / "base.safetensors") == []
 
 
 FIRST, SECOND = (f"base_model.model.transformer_in.transformer_blocks.0.attn1.to_q.lora_{side}.weight" for side in "AB")
@@ -345,10 +300,8 @@ MALFORMED = {  # what is wrong: tensors to replace (None: remove), metadata to r
     "whole numbers": ({FIRST: A.int()}, {}, "torch.int32.*expected floating-point numbers"),
     "not finite": ({FIRST: A / 0}, {}, "finite"),
     "rank lies": ({}, {"rank": "1000000000"}, "records rank '1000000000' .*; expected rank 4"),
-    "rank 0": ({}, {"rank": "0"}, "records rank '0' and alpha '4.0'"),
     "no number": ({}, {"rank": "four"}, "records rank 'four'"),
     "no alpha": ({}, {"alpha": None}, "records rank '4' and alpha None"),
-    "negative alpha": ({}, {"alpha": "-1"}, "records rank '4' and alpha '-1'"),
     "alpha not finite": ({}, {"alpha": "inf"}, "records rank '4' and alpha 'inf'"),
     "of the future": ({}, {"version": "2"}, "version '2', this code reads 1"),
 }
@@ -363,33 +316,29 @@ def test_malformed_files(tmp_path, wrong):
         recorded = file.metadata() | recorded
     tensors = {k: v.clone() for k, v in load_file(path).items()} | tensors
     save_file({k: v for k, v in tensors.items() if v is not None}, path, {k: v for k, v in recorded.items() if v is not None})
-    refused(path, message)
+    refused_file(path, message)
 
 
-def refused(path, message):
+def refused_file(path, message):
     """One line that names the file; the model is as it was."""
     unet = tiny_unet()
-    with pytest.raises(ValueError, match=message) as error:
-        load(unet, path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert str(path) in refused(message, load, unet, path)
     assert all(p.requires_grad for p in unet.parameters()) and not any(isinstance(m, LoRALinear) for m in unet.modules())
 
 
 def test_other_files(tmp_path):
     """tests/test_files.py has what read_tensors refuses."""
-    save_file({k: v.clone() for k, v in tiny_unet().state_dict().items()}, base := tmp_path / "base.safetensors")
-    refused(base, "tensor conv_in.* is not half of an adapter")
-    save_file({k: v.clone() for k, v in adapter_state(trained_unet()).items()}, bare := tmp_path / "bare.safetensors")
-    refused(bare, "records rank None and alpha None")
-    torch.save({k: v.to("meta") for k, v in official_state(trained_unet()).items()}, meta := tmp_path / "meta.pth")
-    refused(meta, "on meta, expected floating-point numbers")
-    other = {k.replace("input_blocks.1.", "input_blocks.7."): v for k, v in official_state(trained_unet()).items()}
-    torch.save(other, renumbered := tmp_path / "renumbered.pth")
-    refused(renumbered, "tensor input_blocks.7.* is not half of an adapter")
+    official = official_state(trained_unet())
+    renumbered = {k.replace("input_blocks.1.", "input_blocks.7."): v for k, v in official.items()}
+    for name, tensors, message in (
+            ("base.safetensors", tiny_unet().state_dict(), "tensor conv_in.* is not half of an adapter"),
+            ("bare.safetensors", adapter_state(trained_unet()), "records rank None and alpha None"),
+            ("meta.pth", {k: v.to("meta") for k, v in official.items()}, "on meta, expected floating-point numbers"),
+            ("renumbered.pth", renumbered, "tensor input_blocks.7.* is not half of an adapter")):
+        refused_file(write_file(tmp_path / name, tensors), message)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The other programs: diffusers' UNet, peft, and the arithmetic of the official inference
+# -------------- The other programs: diffusers' UNet, peft, and the arithmetic of the official inference ---------------
 
 def diffusers_unet(unet):
     """diffusers' own class with the base weights of ours."""
@@ -403,9 +352,8 @@ def diffusers_unet(unet):
 def base_folder(folder, unet=None):
     """A diffusers component folder, which brings its structure."""
     unet = unet or tiny_unet()
-    folder.mkdir()
-    save_file(unet.state_dict(), folder / "diffusion_pytorch_model.safetensors")
-    (folder / "config.json").write_text(json.dumps(names.unet_to_diffusers(unet.config)))
+    write_file(folder / "diffusion_pytorch_model.safetensors", unet.state_dict())
+    write_file(folder / "config.json", names.unet_to_diffusers(unet.config))
     return folder
 
 
@@ -482,7 +430,7 @@ def test_adapters_that_peft_trained(tmp_path):
     for field, values in plain.items():
         for value in values:
             file.write_text(json.dumps(settings | {field: value}))
-            assert load(tiny_unet(), tmp_path / "peft"), (field, value)
+            assert adapters.read_adapter(tmp_path / "peft"), (field, value)
     inits = ("pissa", "pissa_niter_4", "olora", "corda", "eva", "loftq", "lora_ga", "mica", "of_the_future")
     changes = [{"init_lora_weights": init} for init in inits] + [{"bias": "all"}, {"peft_type": "ADALORA"}, {"of_the_future": 1}]
     known = plain.keys() | {"bias", "peft_type", "target_modules", "lora_alpha", "r", "inference_mode", "peft_version",
@@ -491,12 +439,12 @@ def test_adapters_that_peft_trained(tmp_path):
     assert {"use_dora", "rank_pattern", "alpha_pattern", "use_rslora", "lora_bias", "eva_config"} <= {*map("".join, changes)}
     for change in changes:
         file.write_text(json.dumps(settings | change))
-        refused(tmp_path / "peft", f"adapter_config.json sets {next(iter(change))} to .*; must be plain LoRA")
-    for change, message in (({"r": None}, "records rank None"), ({"r": 4}, "records rank 4 .*expected rank 3")):
-        file.write_text(json.dumps(settings | change))
-        refused(tmp_path / "peft", message)
+        message = f"peft: adapter_config.json sets {next(iter(change))} to .*; must be plain LoRA"
+        refused(message, adapters.read_adapter, tmp_path / "peft")
+    file.write_text(json.dumps(settings | {"r": 4}))
+    refused_file(tmp_path / "peft", "records rank 4 .*expected rank 3")
     file.write_text("[")
-    refused(tmp_path / "peft", "adapter_config.json: expected JSON")
+    refused_file(tmp_path / "peft", "adapter_config.json: expected JSON")
 
 
 @torch.no_grad()
@@ -543,13 +491,11 @@ def test_export_to_the_official_code(tmp_path):
     assert difference(run(fresh), run(unet)) < 1e-5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
+# -------------------------------------------------- The command line --------------------------------------------------
 
 EXPORT_ERRORS = [  # arguments, part of the message
     ("lora.safetensors --to peft --out base", "base: is there already"),
     ("none.safetensors --to peft --out out", "none.safetensors: no such file"),
-    ("base --to peft --out out", "adapter_config.json: expected JSON"),
     ("lora.safetensors --to diffusers --out out", "does not say what it was trained on.* --base must name its weights"),
     ("tiny.safetensors --to diffusers --out out", "was trained on 'tiny'.* --base must name its weights"),
     ("lora.safetensors --to diffusers --out out --base none", "base 'none': no such file"),
@@ -558,8 +504,6 @@ EXPORT_ERRORS = [  # arguments, part of the message
     ("tiny.safetensors --to official --out out.pth", "was trained on 'tiny', an official file is for ModelScope's UNet"),
     ("lora.safetensors --to official --out out.safetensors --base base", "a name like lora.pth"),
     ("two.safetensors --to diffusers --out out --base two", "has 2 heads; diffusers' UNet3DConditionModel has 8 there"),
-    ("two.safetensors --to official --out out.pth --base base", "was trained on 'weights' of fingerprint"),
-    ("lora.safetensors --to official --out out.pth --base endless", "whole numbers from 1 to 64"),
 ]
 
 
@@ -573,14 +517,7 @@ def workplace(tmp_path_factory):
     base_folder(folder / "two", two_heads)
     inject(two_heads)
     save(two_heads, folder / "two.safetensors")
-    base_folder(folder / "endless")
-    config = json.loads((folder / "endless" / "config.json").read_text())
-    (folder / "endless" / "config.json").write_text(json.dumps(config | {"layers_per_block": 10**9}))
     return folder
-
-
-def listing(folder):
-    return sorted(str(p) for p in folder.rglob("*"))
 
 
 @pytest.mark.parametrize(("arguments", "message"), EXPORT_ERRORS)
@@ -588,11 +525,11 @@ def test_export_errors(workplace, monkeypatch, capsys, arguments, message):
     """One line on stderr, exit status 2, nothing written."""
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(sys, "argv", ["lora.py", "export", *arguments.split()])
-    before = listing(workplace)
+    before = contents(workplace)
     with pytest.raises(SystemExit) as exit:
         run_script("lora.py", lora.main)
     error = capsys.readouterr().err
-    assert exit.value.code == 2 and listing(workplace) == before
+    assert exit.value.code == 2 and contents(workplace) == before
     assert re.fullmatch(f"lora.py: .*{message}.*\n", error), error
 
 
@@ -604,14 +541,8 @@ def test_a_failed_export_leaves_nothing(workplace, monkeypatch, tmp_path):
 
 
 def test_the_command(workplace, monkeypatch, capsys, tmp_path):
-    arguments = ["export", str(workplace / "lora.safetensors"), "--to", "peft", "--out", str(tmp_path / "peft")]
-    monkeypatch.setattr(sys, "argv", ["lora.py", *arguments])
+    arguments = ["lora.py", "export", str(workplace / "lora.safetensors"), "--to", "peft", "--out", str(tmp_path / "peft")]
+    monkeypatch.setattr(sys, "argv", arguments)
     lora.main()
     assert capsys.readouterr().out == f"wrote {tmp_path / 'peft'}\n"
     assert sorted(os.listdir(tmp_path / "peft")) == ["adapter_config.json", "adapter_model.safetensors"]
-
-    # Once more as a process of its own: now the folder is there.
-    again = subprocess.run([sys.executable, lora.__file__, *arguments], capture_output=True, text=True,
-                           env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert again.returncode == 2
-    assert again.stderr == f"lora.py: {tmp_path / 'peft'}: is there already; choose another --out\n"
