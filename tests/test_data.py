@@ -22,6 +22,7 @@ from support import clips as clip_lists, ranks as processes
 from support.clips import Clip, encode_captions, find_problems, leave_out, read_list, read_prompts, report_long
 from support.ranks import sample_generator
 from support.videos import is_even, plan_windows, read_all_windows, read_windows
+from tests.conftest import refused
 
 SMALL = ClipConfig(num_frames=4, height=16, width=16, starts=3)
 
@@ -86,8 +87,15 @@ def noisy(path, n=40, fps=8, height=64, width=96, seed=0):
     return write(path, [texture[4:4 + height, i:i + width].copy() for i in range(n)], fps, g=8)
 
 
-# ----------------------------------------------- Lists of clips -----------------------------------------------
+def holed(path):
+    """A noisy clip whose file has 4000 bytes of nothing in its middle."""
+    whole = noisy(path).read_bytes()
+    hole = len(whole) // 2
+    path.write_bytes(whole[:hole] + bytes(4000) + whole[hole + 4000:])
+    return path
 
+
+# ----------------------------------------------- Lists of clips -----------------------------------------------
 
 def test_the_official_form(tmp_path):
     path = tmp_path / "list.txt"
@@ -113,8 +121,7 @@ def test_csv_and_jsonl_say_the_same(tmp_path):
     table.write_text(text)
     assert read_list(table) == [Clip(tmp_path / "1.mp4", "a dog,\nthen, two")]
     table.write_text(text + '2.mp4,"no end\n3.mp4,c\n')
-    with pytest.raises(ValueError, match=r"list\.csv, line 5: unexpected end of data"):
-        read_list(table)
+    refused(r"list\.csv, line 5: unexpected end of data", read_list, table)
 
 
 def test_prompts_end_with_their_line_and_nothing_else(tmp_path, capsys):
@@ -154,13 +161,6 @@ def test_a_folder_of_clips_with_captions(tmp_path, capsys):
     assert out.count("2 file(s) without the name of a video left out") == 1 and "c.mpeg4" in out and "notes.md" in out
 
 
-@pytest.mark.parametrize("name, codec", [("a.ts", "mpeg2video"), ("a.flv", "flv"), ("a.wmv", "wmv2"), ("a.mpg", "mpeg1video"),
-                                         ("a.m4v", "libx264"), ("a.3gp", "mpeg4"), ("a.ogv", "libvpx"), ("a.asf", "mpeg4")])
-def test_every_video_suffix_is_read(tmp_path, name, codec):
-    path = grey(tmp_path / name, n=10, fps=25, codec=codec, step=16)
-    assert [clip.path for clip in read_list(tmp_path)] == [path] and read_clip(path, SMALL).shape == (4, 3, 16, 16)
-
-
 def test_clips_without_a_caption_are_named_and_left_out_all_of_them(tmp_path, capsys):
     for i in range(5):
         grey(tmp_path / f"{i}.mp4", n=8)
@@ -173,8 +173,7 @@ def test_clips_without_a_caption_are_named_and_left_out_all_of_them(tmp_path, ca
         listed = read_list(tmp_path / name)
         good, _ = usable_clips(listed, SMALL, max_skip=0.5)
         assert [(clip.path.name, clip.caption) for clip in good] == [("0.mp4", "a"), ("3.mp4", "b"), ("4.mp4", "c")]
-        with pytest.raises(ValueError, match=r"3 of 6 clips cannot be used.*1\.mp4: no caption"):
-            usable_clips(listed, SMALL)
+        refused(r"3 of 6 clips cannot be used.*1\.mp4: no caption", usable_clips, listed, SMALL)
         dataset, encoders = make(listed, None, max_skip=0.5)
         out = capsys.readouterr().out
         assert all(f"left out: {tmp_path / f'{i}.mp4'}: no caption" in out for i in (1, 2, 3)) and "3 of 6 clips" in out
@@ -184,11 +183,9 @@ def test_clips_without_a_caption_are_named_and_left_out_all_of_them(tmp_path, ca
 @pytest.mark.parametrize("name, text, message", [
     ("a.txt", "1.mp4|||cat\n2.mp4 a dog\n", r"a\.txt, line 2: 1 field.*Allowed: one relative/path\.mp4\|\|\|caption"),
     ("a.txt", "\n\n1.mp4|||cat|||many\n", r"line 3: clip '1\.mp4' has frame count 'many'"),
-    ("a.txt", "|||a cat\n", "line 1: clip '' has caption 'a cat': must be a path and a text"),
     ("a.txt", "\n \n", r"a\.txt: an empty list\. Allowed"),
     ("a.txt", b"\xff\xfe\x00garbage", r"a\.txt: not a text file in UTF-8"),
     ("a.csv", "path,caption\n1.mp4,a cat, sitting\n", r"a\.csv, line 2: 3 field.*quotes"),
-    ("a.csv", 'path,caption\n1.mp4,"a cat\n', r"line 2: .*Allowed"),
     ("a.csv", "file,text\n1.mp4,a cat\n", r"line 1: columns file, text.*Allowed: a first line naming"),
     ("a.jsonl", '{"path": "1.mp4", "caption": "cat"}\n{"path": \n', r"a\.jsonl, line 2: .*Allowed"),
     ("a.jsonl", '["1.mp4", "cat"]\n', "line 1: no path and caption"),
@@ -197,19 +194,13 @@ def test_clips_without_a_caption_are_named_and_left_out_all_of_them(tmp_path, ca
 def test_a_malformed_list_names_the_line_and_what_is_allowed(tmp_path, name, text, message):
     path = tmp_path / name
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ValueError, match=message):
-        read_list(path)
-
-
-def test_no_list_and_no_clips(tmp_path):
-    with pytest.raises(ValueError, match="nowhere: no such list"):
-        read_list(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"no clips in this folder\. Allowed: \.mp4"):
-        read_list(tmp_path)
+    refused(message, read_list, path)
+    refused("nowhere: no such list", read_list, tmp_path / "nowhere")
+    path.unlink()
+    refused(r"no clips in this folder\. Allowed: \.mp4", read_list, tmp_path)
 
 
 # ----------------------------------------------- Frames of a clip -----------------------------------------------
-
 
 NTSC = Fraction(30000, 1001)
 
@@ -233,8 +224,8 @@ def test_a_variable_rate_is_read_by_time(tmp_path, name, options):
     assert indices(read_clip(path, SMALL, start=10), 7) == [10, 15, 20, 21]  # from 250 ms on: 375, 500, and 625 is next to 700
     assert indices(read_clip(path, SMALL, start=20), 7) == [20, 21, 21, 22]  # from 500 ms on: 625, 750, 875
     assert times[plan_windows(path, SMALL)[0][-1, 0]] == 2500, "2500 + 375 ms are before the last frame's 2900"
-    with pytest.raises(ValueError, match=r"too short: 16 frames at 0\.1 a second need .* at its .* found"):
-        plan_windows(path, replace(SMALL, num_frames=16, fps=.1))
+    long = replace(SMALL, num_frames=16, fps=.1)
+    refused(r"too short: 16 frames at 0\.1 a second need .* at its .* found", plan_windows, path, long)
 
 
 def test_rounded_times_and_those_of_gifs_are_still_one_rate(tmp_path):
@@ -247,23 +238,20 @@ def test_rounded_times_and_those_of_gifs_are_still_one_rate(tmp_path):
 
 
 @pytest.mark.parametrize("name, options", [
-    ("vp8.webm", {"codec": "libvpx"}),
-    ("vp9.webm", {"codec": "libvpx-vp9"}),
-    ("a.avi", {"codec": "mpeg4", "b": 10**6}),
-    ("a.mov", {}),
-    ("a.gif", {"codec": "gif", "pix_fmt": "rgb8"}),
-    ("b_frames.mp4", {"bf": 3, "g": 5}),
-    ("full_range.mp4", {"pix_fmt": "yuvj420p"}),
-    ("one_channel.mkv", {"codec": "ffv1", "pix_fmt": "gray"}),
-    ("ten_bits.mkv", {"codec": "ffv1", "pix_fmt": "yuv420p10le"}),
-])
+    ("vp8.webm", {"codec": "libvpx"}), ("vp9.webm", {"codec": "libvpx-vp9"}), ("a.avi", {"codec": "mpeg4", "b": 10**6}),
+    ("a.mov", {}), ("a.gif", {"codec": "gif", "pix_fmt": "rgb8"}), ("b_frames.mp4", {"bf": 3, "g": 5}), ("a.m4v", {}),
+    ("full_range.mp4", {"pix_fmt": "yuvj420p"}), ("one_channel.mkv", {"codec": "ffv1", "pix_fmt": "gray"}),
+    ("ten_bits.mkv", {"codec": "ffv1", "pix_fmt": "yuv420p10le"}), ("a.ts", {"codec": "mpeg2video"}), ("a.flv", {"codec": "flv"}),
+    ("a.wmv", {"codec": "wmv2"}), ("a.mpg", {"codec": "mpeg1video"}), ("a.3gp", {"codec": "mpeg4"}),
+    ("a.ogv", {"codec": "libvpx"}), ("a.asf", {"codec": "mpeg4"})])
 def test_formats_read_alike(tmp_path, name, options):
-    path = grey(tmp_path / name, n=12, fps=10, step=16, first=20, **options)
+    path = grey(tmp_path / name, n=13, fps=25, step=16, first=20, **options)
+    assert [clip.path for clip in read_list(tmp_path)] == [path]
     frames = read_clip(path, SMALL, start=3)
     assert frames.shape == (4, 3, 16, 16) and frames.dtype == torch.float32
     level = (frames + 1) * 127.5
     tolerance = 20 if name == "a.gif" else 6  # 256 fixed colours against a grey scale
-    assert torch.allclose(level.mean((1, 2, 3)), torch.tensor([68.0, 84, 100, 116]), atol=tolerance)
+    assert torch.allclose(level.mean((1, 2, 3)), torch.tensor([68.0, 116, 164, 212]), atol=tolerance)
 
 
 def ends(height, width, axis):
@@ -340,8 +328,8 @@ def test_pixels_become_square(tmp_path, name, options):
 
 @pytest.mark.parametrize("curve, name", [(16, "PQ"), (18, "HLG")])
 def test_hdr_is_named(tmp_path, curve, name):
-    with pytest.raises(ValueError, match=rf"hdr\.mp4: cannot be read: HDR \({name}\)"):
-        read_clip(grey(tmp_path / "hdr.mp4", n=8, curve=curve), SMALL)
+    path = grey(tmp_path / "hdr.mp4", n=8, curve=curve)
+    refused(rf"hdr\.mp4: cannot be read: HDR \({name}\)", read_clip, path, SMALL)
 
 
 def test_a_cover_picture_is_not_the_video(tmp_path):
@@ -384,8 +372,7 @@ def test_frames_that_are_not_to_be_shown_are_no_error(tmp_path):
 def test_too_short_says_how_many_are_needed_and_found(tmp_path):
     path = grey(tmp_path / "short.mp4", n=20, fps=30)
     message = r"short\.mp4: too short: 16 frames at 8 a second need 61 at its 30 a second, found 20"
-    with pytest.raises(ValueError, match=message):
-        read_clip(path, ClipConfig(height=16, width=16))
+    refused(message, read_clip, path, ClipConfig(height=16, width=16))
     assert len(read_clip(grey(tmp_path / "just.mp4", n=61, fps=30), ClipConfig(height=16, width=16))) == 16
 
 
@@ -393,23 +380,19 @@ def test_no_frame_is_ever_made_up(tmp_path):
     """Garbage, nothing, sound only, a lost index, a hole inside: an error naming the clip. Black or repeated frames: never."""
     whole = noisy(tmp_path / "whole.mp4").read_bytes()
     assert read_clip(tmp_path / "whole.mp4", SMALL, start=36).shape == (4, 3, 16, 16)
-    hole = len(whole) // 2
-    broken = {"garbage.mp4": os.urandom(5000), "empty.mp4": b"", "text.mp4": b"404 not found", "cut.mp4": whole[:hole],
-              "hole.mp4": whole[:hole] + bytes(4000) + whole[hole + 4000:]}
+    broken = {"garbage.mp4": os.urandom(5000), "empty.mp4": b"", "text.mp4": b"404 not found", "cut.mp4": whole[:len(whole) // 2],
+              "hole.mp4": holed(tmp_path / "hole.mp4").read_bytes()}
     for name, content in broken.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name}: cannot be read"):
-            read_clip(tmp_path / name, SMALL, start=36)
+        refused(f"{name}: cannot be read", read_clip, tmp_path / name, SMALL, start=36)
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=16000)
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
         sound.sample_rate = 16000
         container.mux(stream.encode(sound))
         container.mux(stream.encode())
-    with pytest.raises(ValueError, match=r"sound\.mp4: cannot be read: no video"):
-        read_clip(tmp_path / "sound.mp4", SMALL)
-    with pytest.raises(ValueError, match=r"nowhere\.mp4: cannot be read: no such file"):
-        read_clip(tmp_path / "nowhere.mp4", SMALL)
+    refused(r"sound\.mp4: cannot be read: no video", read_clip, tmp_path / "sound.mp4", SMALL)
+    refused(r"nowhere\.mp4: cannot be read: no such file", read_clip, tmp_path / "nowhere.mp4", SMALL)
 
 
 def test_a_truncated_clip_is_as_long_as_what_is_left(tmp_path):
@@ -420,8 +403,7 @@ def test_a_truncated_clip_is_as_long_as_what_is_left(tmp_path):
     numbers, even = plan_windows(cut, SMALL)
     assert even and 10 < len(numbers) < 30
     assert read_clip(cut, SMALL, start=-1).shape[0] == 4
-    with pytest.raises(ValueError, match="too short: .* found"):
-        read_clip(cut, ClipConfig(num_frames=40, height=16, width=16))
+    refused("too short: .* found", read_clip, cut, replace(SMALL, num_frames=40))
 
 
 @pytest.mark.parametrize("hidden, order, windows", [
@@ -455,22 +437,17 @@ def test_usable_clips_names_what_it_leaves_out(tmp_path):
     mixed = clips[:3] + bad + clips[3:]
     good, [garbage, short] = usable_clips(mixed, SMALL, max_skip=0.2)
     assert good == clips and "garbage.mp4: cannot be read" in garbage and "short.mp4: too short" in short
-    with pytest.raises(ValueError, match=r"2 of 10 clips cannot be used; at most 10% may, and not all.*--max-skip.*garbage\.mp4"):
-        usable_clips(mixed, SMALL)
-    with pytest.raises(ValueError, match="2 of 2 clips cannot be used"):
-        usable_clips(bad, SMALL, max_skip=1.0)  # whatever the share, nothing is not enough
+    refused(r"2 of 10 clips cannot be used; at most 10% may, and not all.*--max-skip.*garbage\.mp4", usable_clips, mixed, SMALL)
+    refused("2 of 2 clips cannot be used", usable_clips, bad, SMALL, max_skip=1.0)  # whatever the share, nothing is not enough
 
 
 def test_settings_must_be_above_zero_and_parts_equally_many():
-    with pytest.raises(ValueError, match="equally many"):
-        LatentDataset(torch.zeros(2, 1), torch.zeros(2, 1), ["a"])
-    for wrong in ({"num_frames": 0}, {"fps": float("nan")}, {"height": -1}, {"starts": 0}):
-        with pytest.raises(ValueError, match=f"{next(iter(wrong))} = .*: must be above 0"):
-            ClipConfig(**wrong)
+    refused("equally many", LatentDataset, torch.zeros(2, 1), torch.zeros(2, 1), ["a"])
+    for name, wrong in (("num_frames", 0), ("fps", float("nan")), ("height", -1), ("starts", 0)):
+        refused(f"{name} = .*: must be above 0", ClipConfig, **{name: wrong})
 
 
 # ------------------------------------------- Which clips, which noise -------------------------------------------
-
 
 def test_an_epoch_is_a_shuffle_of_its_own():
     orders = [epoch_order(100, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
@@ -494,8 +471,7 @@ def test_an_epoch_meets_every_clip_once_and_batches_run_on_into_the_next():
         assert tuple(stream[epoch * 21:(epoch + 1) * 21]) == epoch_order(21, 3, epoch)
     assert len(batch_indices(0, 8, 3, 0)) == 8  # even where a batch is longer than an epoch
     for batch_size, ranks in ((3, 2), (0, 1), (1, 2)):
-        with pytest.raises(ValueError, match="must be a multiple of the number of ranks"):
-            batch_indices(0, batch_size, 21, 3, 0, ranks)
+        refused("must be a multiple of the number of ranks", batch_indices, 0, batch_size, 21, 3, 0, ranks)
 
 
 def test_randomness_belongs_to_the_sample():
@@ -509,7 +485,6 @@ def test_randomness_belongs_to_the_sample():
 
 
 # ---------------------------------------- Latents and text, computed once ----------------------------------------
-
 
 class Encoders:
     """Stand-ins with a memory: moments whose mean is the frame shrunk by 4, and texts filled with the caption's length."""
@@ -673,29 +648,22 @@ def test_interlaced_clips_are_said_once(tmp_path, capsys):
 
 
 def test_damage_inside_is_found_when_decoding_and_counts_too(tmp_path, clips, capsys):
-    whole = noisy(tmp_path / "hole.mp4").read_bytes()
-    hole = len(whole) // 2
-    (tmp_path / "hole.mp4").write_bytes(whole[:hole] + bytes(4000) + whole[hole + 4000:])
-    mixed = clips[:2] + [Clip(tmp_path / "hole.mp4", "noise")] + clips[2:]
+    mixed = clips[:2] + [Clip(holed(tmp_path / "hole.mp4"), "noise")] + clips[2:]
     for num_workers in (0, 1):
         dataset, _ = make(mixed, None, max_skip=0.2, num_workers=num_workers)
         out = capsys.readouterr().out
         assert "hole.mp4: cannot be read" in out and out.count("4 of 5 clips can be used") == 1
         assert dataset.captions == [clip.caption for clip in clips]
         assert indices(dataset.moments[2][0][:3].transpose(0, 1)) == [0, 2, 4, 6]
-    with pytest.raises(ValueError, match=r"1 of 5 clips cannot be used.*hole\.mp4"):
-        make(mixed, tmp_path / "cache")
-    with pytest.raises(ValueError, match=r"1 of 5 clips cannot be used.*hole\.mp4"):
-        make(mixed, tmp_path / "cache")  # found out anew, not mistaken for a cached clip
-    with pytest.raises(ValueError, match=r"2 of 6 clips cannot be used.*nowhere\.mp4"):
-        make([*mixed, Clip(tmp_path / "nowhere.mp4", "x")], None, max_skip=0.2)  # the share counts both kinds together
+    for _ in range(2):  # found out anew, not mistaken for a cached clip
+        refused(r"1 of 5 clips cannot be used.*hole\.mp4", make, mixed, tmp_path / "cache")
+    mixed.append(Clip(tmp_path / "nowhere.mp4", "x"))  # the share counts both kinds together
+    refused(r"2 of 6 clips cannot be used.*nowhere\.mp4", make, mixed, None, max_skip=0.2)
 
 
 def test_ranks_encode_disjoint_shares_and_see_the_same(tmp_path, clips, capsys, monkeypatch):
     """Two ranks, one after the other; at the barrier of the first, the second does its part."""
-    whole = noisy(tmp_path / "hole.mp4").read_bytes()
-    (tmp_path / "hole.mp4").write_bytes(whole[:5000] + bytes(4000) + whole[9000:])
-    clips = [*clips, Clip(tmp_path / "hole.mp4", "noise"), Clip(noisy(tmp_path / "n.mp4"), "noise")]
+    clips = [*clips, Clip(holed(tmp_path / "hole.mp4"), "noise"), Clip(noisy(tmp_path / "n.mp4"), "noise")]
     shares = []
 
     def as_rank(rank, barrier):
