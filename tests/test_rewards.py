@@ -4,6 +4,7 @@ against torchvision; what is refused.
 """
 import importlib
 import json
+import os
 import re
 import sys
 import types
@@ -26,6 +27,7 @@ from formats.reward_names import requested_rewards
 from reward import HPSv2, Rewards, aggregate, load_reward, load_rewards, tar_weights
 from rewards import imagereward, pickscore, videomae, vjepa, yolos
 from rewards.hub import IMAGENET_MEAN, IMAGENET_STD, SIZES, fit_within
+from tests.conftest import refused as refused_by_pattern
 
 YOLOS_SIZE = {"shortest_edge": 512, "longest_edge": 864}  # yolos-tiny's preprocessor_config.json
 CAPTIONS = ["A red Panda's book &amp; playing piano, 4k", "a  cat moving left"]
@@ -38,6 +40,10 @@ def random_frames(B=2, S=3, H=40, W=56, seed=0):
 
 def frames_for(kind):
     return random_frames(S=16 if kind.startswith(("videomae", "vjepa")) else 3)
+
+
+def refused(message, call, *args, **settings):
+    refused_by_pattern(re.escape(message), call, *args, **settings)
 
 
 def seeded(make, noise=0.):
@@ -62,9 +68,9 @@ def prepared(frames, size, mean, std, mode, shortest=None):
     return Normalize(mean, std)(CenterCrop(size)(x.clamp(0, 1)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Published folders with small random weights, and the same score from the live classes. Each returns the weights' path and
-# score(frames) -> scores.
+# ----------------------------- Live classes: published folders with small random weights ------------------------------
+
+# Each function returns the weights' path and score(frames) -> scores.
 
 def live_pickscore(folder):
     tower = pickscore.TOWER | {"initializer_range": .2}
@@ -230,8 +236,7 @@ def test_hidden_patches_are_not_seen():
     assert (moved[hidden[:16]] == 0).all() and (moved[~hidden[:16]] > 0).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Frames
+# ------------------------------------------------------- Frames -------------------------------------------------------
 
 @pytest.mark.parametrize(("H", "W"), [(64, 64), (40, 57), (57, 40), (32, 32), (20, 33), (133, 96)])
 def test_crops_are_torchvisions(H, W):
@@ -255,8 +260,8 @@ def test_detectors_frames_are_as_large_as_its_own_processors(H, W):
 
 def test_frames_of_a_video_reward():
     assert spread_frames(16, 16).tolist() == list(range(16)) and spread_frames(9, 3).tolist() == [0, 3, 6]
-    with pytest.raises(ValueError, match="frames = 15: VideoMAE-random:playing piano sees 16 frames"):
-        load_reward("videomae:playing piano", "random")(random_frames(1, 15), ["a"])
+    reward = load_reward("videomae:playing piano", "random")
+    refused("frames = 15: VideoMAE-random:playing piano sees 16 frames", reward, random_frames(1, 15), ["a"])
 
 
 def test_hpsv2_says_how_it_takes_its_pictures():
@@ -271,8 +276,7 @@ def test_hpsv2_says_how_it_takes_its_pictures():
         "HPSrandom", "HPSrandom", "HPSrandom/crop"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What all have in common
+# ---------------------------------------------- What all have in common -----------------------------------------------
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_rewards_are_seeded_frozen_and_named(kind, monkeypatch):
@@ -300,35 +304,14 @@ def test_random_rewards_are_seeded_frozen_and_named(kind, monkeypatch):
     torch.testing.assert_close(rough, scores, rtol=.1, atol=.1)
 
 
-def test_a_captions_text_is_encoded_once():
-    reward = load_reward("pickscore", "random")
-    calls, encode = [], reward.clip.text_model.forward
-    reward.clip.text_model.forward = lambda **inputs: calls.append(inputs) or encode(**inputs)
-    reward(random_frames(), CAPTIONS)
-    reward(random_frames(seed=1), CAPTIONS[::-1])
-    assert len(calls) == 2
-    reward.clip.load_state_dict(seeded(lambda: transformers.CLIPModel(reward.clip.config)).state_dict())
-    reward(random_frames(), CAPTIONS)  # other weights, other features
-    assert len(calls) == 4
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is refused, in one line
-
-def refused(message, call, *args, **settings):
-    with pytest.raises(ValueError, match=re.escape(message)) as error:
-        call(*args, **settings)
-    assert "\n" not in str(error.value)
-
+# -------------------------------------------- What is refused, in one line --------------------------------------------
 
 @pytest.mark.parametrize(("reward", "message"), [
     ("hps", "reward 'hps': must be one of hpsv2, hpsv2.1, pickscore"), ("hpsv2/fit", "reward 'hpsv2/fit': must be one of"),
-    ("hpsv2:book", "reward 'hpsv2:book'"), ("pickscore:book", "yolos:CLASS, videomae:[ACTION], vjepa, action:left|right|up|down"),
-    ("vjepa/crop", "reward 'vjepa/crop'"), ("yolos", "reward 'yolos'"), ("action:lef", "reward 'action:lef'"),
+    ("pickscore:book", "yolos:CLASS, videomae:[ACTION], vjepa, action:left|right|up|down"), ("yolos", "reward 'yolos'"),
     ("removal:book", "removal:watermark, or my_file.py:function; hpsv2 and hpsv2.1 may end in /crop or /stretch"),
     ("yolos:boook", "no class 'boook'; must be one of its 3, such as book"),
-    ("videomae:playing the piano", "no class 'playing the piano'; must be one of its 5, such as playing piano"),
-    ("absent.py:f", "reward absent.py:f: no such file")])
+    ("videomae:playing the piano", "no class 'playing the piano'; must be one of its 5, such as playing piano")])
 def test_names_and_classes(reward, message):
     refused(message, load_reward, reward, "random")
 
@@ -345,15 +328,12 @@ def test_malformed_weights(tmp_path, small_imagereward):
     tensors = torch.load(path)
     torch.save(tensors | {"blip.visual_encoder.norm.weight": torch.zeros(3)}, path)
     refused("post_layernorm.weight has shape [3], expected [32]", load_reward, "imagereward", path)
-    torch.save({k: v for k, v in tensors.items() if k != "mlp.layers.7.bias"}, path)
-    refused("1 tensors missing (layers.7.bias)", load_reward, "imagereward", path)
     torch.save(tensors, path)
     (path.parent / "vocab.txt").write_text("a\nb\n")
     refused("vocab.txt: not BERT's words", load_reward, "imagereward", path)
     path, _ = live_pickscore(tmp_path / "clip")
     config = json.loads((path / "config.json").read_text())
-    for key, value, message in (("num_hidden_layers", 10**9, "from 1 to 64"), ("num_hidden_layers", 3, "missing"),
-                                ("hidden_size", "wide", "config.json"), ("hidden_size", 7, "clip")):
+    for key, value, message in (("num_hidden_layers", 10**9, "from 1 to 64"), ("hidden_size", "wide", "config.json")):
         spoilt = config | {"vision_config": config["vision_config"] | {key: value}}
         (path / "config.json").write_text(json.dumps(spoilt))
         refused(message, load_reward, "pickscore", path)
@@ -376,13 +356,10 @@ def test_hub_folders_and_what_lies_beside(tmp_path, monkeypatch, capsys, small_i
     assert load_reward("videomae:moving up").name == "VideoMAE-32:moving up" and SIZES[768] == "base"
     assert capsys.readouterr().err.splitlines()[-1] == "VideoMAE-32: its weights are CC-BY-NC-4.0, for no commercial use"
     path, _ = live_aesthetic(tmp_path / "clip-vit-large-patch14")
-    head = path / "sac+logos+ava1-l14-linearMSE.pth"
-    (tmp_path / "ddpo-aesthetic-predictor").mkdir()
-    head.rename(tmp_path / "ddpo-aesthetic-predictor/aesthetic-model.pth")
+    os.renames(path / "sac+logos+ava1-l14-linearMSE.pth", tmp_path / "ddpo-aesthetic-predictor/aesthetic-model.pth")
     assert load_reward("aesthetic").name == "aesthetic-v2"
     path, _ = live_imagereward(tmp_path / "ImageReward")
-    (tmp_path / "bert-base-uncased").mkdir()
-    (path.parent / "vocab.txt").rename(tmp_path / "bert-base-uncased/vocab.txt")
+    os.renames(path.parent / "vocab.txt", tmp_path / "bert-base-uncased/vocab.txt")
     assert load_reward("imagereward").name == "ImageReward-v1.0"
     both = ["config.json", "model.safetensors"]
     assert asked == [("MCG-NJU/videomae-base-finetuned-kinetics", n) for n in both] + [
@@ -391,8 +368,7 @@ def test_hub_folders_and_what_lies_beside(tmp_path, monkeypatch, capsys, small_i
         ("google-bert/bert-base-uncased", "vocab.txt")]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Several rewards, and those of the user's own
+# ------------------------------------ Several rewards, and those of the user's own ------------------------------------
 
 class Brightness(RewardModel):
     """An image reward of a known score."""
@@ -444,12 +420,10 @@ def test_several_rewards_are_their_weighted_sum_over_frames_that_are_decoded_onc
 
 
 def mixed(**settings):
-    given = {"reward": (), "reward_weights": (), "watch": (), "frames": 16} | settings
-    return types.SimpleNamespace(**given)
+    return types.SimpleNamespace(**dict(reward=(), reward_weights=(), watch=(), frames=16) | settings)
 
 
-def test_what_settings_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_what_settings_name(aside):
     for path in map(Path, ("a=b/HPS.pt", "a", "b=c", "d")):
         path.parent.mkdir(exist_ok=True)
         path.touch()
@@ -465,19 +439,15 @@ def test_what_settings_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"reward": ("hpsv2=x",)}, "reward 'hpsv2=x': the weight after = must be a finite number other than 0"),
-    ({"reward": ("hpsv2=0",)}, "the weight after ="), ({"reward": ("hpsv2=nan",)}, "the weight after ="),
-    ({"reward": ("hps=1",)}, "reward 'hps': must be one of"), ({"watch": ("clip",)}, "or a reward 'clip': must be one of"),
+    ({"reward": ("hpsv2=nan",)}, "the weight after ="), ({"watch": ("clip",)}, "or a reward 'clip': must be one of"),
     ({"reward": ("hpsv2", "vjepa"), "reward_weights": ("random",)}, "reward_weights 'random': must be NAME=PATH, with one of "),
-    ({"reward_weights": ("vjepa=a",), "watch": ("yolos:a",)}, "with one of the rewards hpsv2, yolos as NAME"),
     ({"reward": ("pickscore",), "reward_weights": ("absent",)}, "reward pickscore: absent: no such file or folder"),
     ({"reward": ("action:left",), "frames": 8}, "frames = 8: action sees 16 frames of a clip, in order; it must have as many"),
     ({"reward": ("hpsv2", "hpsv2")}, "rewards hpsv2, hpsv2: each must be named once"),
     ({"reward": ("absent.py:f",)}, "reward absent.py:f: no such file"),
     ({"reward": ("own.py:g",)}, "reward own.py:g: must name a function of the file, as in own.py:NAME"),
-    ({"watch": ("own.py",)}, "must name a function of the file, as in own.py:NAME"),
     ({"reward": ("broken.py:f",)}, "reward broken.py:f: the file cannot be imported (SyntaxError")])
-def test_settings_that_are_refused_before_anything_is_loaded(tmp_path, monkeypatch, settings, message):
-    monkeypatch.chdir(tmp_path)
+def test_settings_that_are_refused_before_anything_is_loaded(aside, settings, message):
     Path("own.py").write_text("raise RuntimeError('run too early')\nif True:\n    f = lambda frames, captions: 0\n")
     Path("broken.py").write_text("def f(:")
     refused(message, requested_rewards, mixed(**settings))
@@ -495,9 +465,8 @@ def test_rewards_of_a_run():
             load_rewards, mixed(reward=("hpsv2", "hpsv2.1"), reward_weights=("hpsv2=random:32", "hpsv2.1=random:32")), None)
 
 
-def test_the_documented_example(tmp_path, monkeypatch):
+def test_the_documented_example(aside):
     text = (Path(__file__).parents[1] / "docs/rewards.md").read_text()
-    monkeypatch.chdir(tmp_path)
     Path("my_reward.py").write_text(re.search(r"```python\n(.*?)```", text, re.S)[1])
     warm, steady = load_reward("my_reward.py:warm"), load_reward("my_reward.py:steady")
     assert (warm.name, warm.num_frames, steady.name, steady.num_frames) == ("my_reward:warm", None, "my_reward:steady", 8)
@@ -514,14 +483,12 @@ def test_the_documented_example(tmp_path, monkeypatch):
     ("def f(frames, captions):\n    return frames.detach().mean((2, 3, 4))", "its scores have no gradient to the frames"),
     ("import nothing_like_it\nf = 3", "the file cannot be imported (ModuleNotFoundError"),
     ("f = 3", "must name a function of the file, as in own.py:NAME")])
-def test_own_rewards_that_do_not_work(tmp_path, monkeypatch, code, message):
-    monkeypatch.chdir(tmp_path)
+def test_own_rewards_that_do_not_work(aside, code, message):
     Path("own.py").write_text(code)
     refused(message, lambda: load_reward("own.py:f")(random_frames().requires_grad_(), CAPTIONS))
 
 
-def test_own_modules_are_frozen(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_own_modules_are_frozen(aside):
     Path("own.py").write_text("import torch\nnet = torch.nn.Linear(3, 1)\nnet.name = 'net-v1'\n")
     reward = load_reward("own.py:net")
     assert reward.name == "net-v1" and not reward.training and [p.requires_grad for p in reward.parameters()] == [False, False]
