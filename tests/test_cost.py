@@ -20,6 +20,7 @@ from benchmark import PARTS, Config, count_contenders, count_memory, measure, me
 from methods import ddpo, dpo, draft, refl, rwr, vader
 from model import Autoencoder, Base, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig
 from reward import load_reward
+from tests.conftest import refused
 
 # TFLOP of the networks at full size, 16 x 32 x 32 latents (multiply-adds x 2), and of a step's least work for one video with
 # cached latents: 24 denoiser calls, the last 2 with gradient to their inputs, 4 frames and pictures with gradient to theirs.
@@ -65,8 +66,7 @@ def test_the_table_in_the_docs_is_the_count_at_full_size():
     assert peak["weights"] == pytest.approx(4.56, abs=.02) and peak["saved"] == pytest.approx(16.74, abs=.1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A small structure that diffusers can build too, with weights everywhere: zeros left from the start would hide a mistake
+# --------------- A small structure that diffusers can build too, with weights everywhere: zeros would hide mistakes ---------------
 
 SMALL = UNetConfig(channels=(16, 32), blocks_per_level=1, attention_levels=(False, True), context_dim=16, head_dim=8,
                    stem_heads=1, norm_groups=8, sample_size=8)
@@ -207,6 +207,7 @@ def test_the_parts_of_a_method_add_up_to_a_run_of_it(module, monkeypatch, tmp_pa
     assert row["frames"] == pytest.approx(sum(frames) / videos)
 
 
+@pytest.mark.slow
 def test_refl_stops_at_the_middle_of_its_last_steps(monkeypatch):
     """Its chain ends at one of the last steps, here of three: with the middle one, one has no gradient and one has."""
     row = count_method(monkeypatch, refl, replace(METHOD, num_steps=3), late=1.)
@@ -242,17 +243,15 @@ def test_the_meta_device_counts_and_times_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    (dict(batch_size=0), "batch_size = 0: must be at least 1"), (dict(steps=0), "steps = 0"), (dict(frames=3), "frames = 3"),
-    (dict(tau=0.), "tau = 0.0"), (dict(num_steps=1000), "num_steps = 1000"), (dict(size=30), "multiples of 4"),
-    (dict(device="abacus"), "device 'abacus'"), (dict(dtype="float8"), "dtype 'float8'"), (dict(out="."), "is a folder"),
-    (dict(base="random:5"), "multiple of 32"), (dict(out=f"{__file__}/report.json"), "is a file"),
+    (dict(batch_size=0), "batch_size = 0: must be at least 1"), (dict(frames=3), "frames = 3"), (dict(tau=0.), "tau = 0.0"),
+    (dict(num_steps=1000), "num_steps = 1000"), (dict(size=30), "multiples of 4"), (dict(device="abacus"), "device 'abacus'"),
+    (dict(base="random:5"), "multiple of 32"), (dict(out="."), "is a folder"), (dict(out=f"{__file__}/report.json"), "is a file"),
     (dict(methods=True, device="cpu"), "device 'cpu': must be meta with methods"),
 ])
 def test_settings_that_are_refused(settings, message, tmp_path):
-    settings = {"out": tmp_path / "report.json"} | settings
-    with pytest.raises(ValueError, match=message) as error:
-        measure(replace(Config(), **settings | {"out": tmp_path / settings["out"]}))
-    assert "\n" not in str(error.value) and not [*tmp_path.iterdir()]
+    out = tmp_path / settings.get("out", "report.json")
+    refused(message, measure, Config(**settings | {"out": out}))
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
