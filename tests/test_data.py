@@ -2,7 +2,6 @@
 What data.py promises, on clips made here: frame i of a `grey` clip is a flat image whose level tells i, so that a test can ask
 which frames were read.
 """
-import json
 import os
 import struct
 import time
@@ -164,20 +163,17 @@ def test_a_folder_of_clips_with_captions(tmp_path, capsys):
 def test_clips_without_a_caption_are_named_and_left_out_all_of_them(tmp_path, capsys):
     for i in range(5):
         grey(tmp_path / f"{i}.mp4", n=8)
-    texts = {"list.txt": "0.mp4|||a\n1.mp4|||\n2.mp4||| \n3.mp4|||b\n4.mp4|||c\n3.mp4|||\n",
-             "list.csv": "path,caption\n0.mp4,a\n1.mp4,\n2.mp4,\" \"\n3.mp4,b\n4.mp4,c\n3.mp4,\n",
-             "list.jsonl": "".join(json.dumps({"path": f"{i}.mp4", "caption": c}) + "\n" for i, c in
-                                   ((0, "a"), (1, ""), (2, " "), (3, "b"), (4, "c"))) + '{"path": "3.mp4"}\n'}
-    for name, text in texts.items():
+    for name, text in (("list.txt", "0.mp4|||a\n1.mp4|||\n2.mp4||| \n3.mp4|||b\n4.mp4|||c\n3.mp4|||\n"),
+                       ("list.csv", "path,caption\n0.mp4,a\n1.mp4,\n2.mp4,\" \"\n3.mp4,b\n4.mp4,c\n3.mp4,\n")):
         (tmp_path / name).write_text(text)
         listed = read_list(tmp_path / name)
-        good, _ = usable_clips(listed, SMALL, max_skip=0.5)
-        assert [(clip.path.name, clip.caption) for clip in good] == [("0.mp4", "a"), ("3.mp4", "b"), ("4.mp4", "c")]
         refused(r"3 of 6 clips cannot be used.*1\.mp4: no caption", usable_clips, listed, SMALL)
         dataset, encoders = make(listed, None, max_skip=0.5)
         out = capsys.readouterr().out
         assert all(f"left out: {tmp_path / f'{i}.mp4'}: no caption" in out for i in (1, 2, 3)) and "3 of 6 clips" in out
         assert dataset.captions == ["a", "b", "c"] and encoders.frames == 3 * 3 * 4, "what is left out is not encoded"
+    (tmp_path / "list.jsonl").write_text('{"path": "0.mp4"}\n{"path": "1.mp4", "caption": " "}')
+    assert [clip.caption for clip in read_list(tmp_path / "list.jsonl")] == ["", ""]
 
 
 @pytest.mark.parametrize("name, text, message", [
@@ -431,7 +427,7 @@ def test_packets_that_show_nothing_are_not_counted_on(tmp_path, hidden, order, w
 
 
 def test_usable_clips_names_what_it_leaves_out(tmp_path):
-    clips = [Clip(grey(tmp_path / f"good{i}.mp4", n=8), "grey") for i in range(8)]
+    clips = 8 * [Clip(grey(tmp_path / "good.mp4", n=8), "grey")]
     (tmp_path / "garbage.mp4").write_bytes(os.urandom(500))
     bad = [Clip(tmp_path / "garbage.mp4", "x"), Clip(grey(tmp_path / "short.mp4", n=3), "y")]
     mixed = clips[:3] + bad + clips[3:]
@@ -552,21 +548,14 @@ def test_a_dataset_holds_windows_text_and_caption(tmp_path, clips, cached):
     assert drawn == {0, 3, 6}, "every window comes up"
 
 
-def test_the_second_time_nothing_is_encoded(tmp_path, clips):
-    first, encoders = make(clips, tmp_path / "cache")
-    assert encoders.frames and encoders.texts
-    files = sorted((tmp_path / "cache").iterdir())
-    assert len(files) == 4 + 2
-    second, encoders = make(clips, tmp_path / "cache")
-    assert not encoders.frames and not encoders.texts and same(contents(first), contents(second))
-    assert sorted((tmp_path / "cache").iterdir()) == files
-    assert same(contents(make(clips, None)[0]), contents(first)), "no cache: the same numbers, and no files"
-    assert sorted((tmp_path / "cache").iterdir()) == files
-
-
-def test_what_changes_is_computed_anew(tmp_path, clips):
+def test_what_is_cached_is_not_encoded_and_what_changes_is(tmp_path, clips):
     cache = tmp_path / "cache"
-    make(clips, cache)
+    first, _ = make(clips, cache)
+    files = sorted(cache.iterdir())
+    second, encoders = make(clips, cache)
+    assert not encoders.frames and not encoders.texts and same(contents(first), contents(second))
+    assert same(contents(make(clips, None)[0]), contents(first)), "no cache: the same numbers, and no files"
+    assert sorted(cache.iterdir()) == files and len(files) == 4 + 2
     _, encoders = make(clips, cache, vae_name="another")
     assert encoders.frames and not encoders.texts
     _, encoders = make(clips, cache, text_name="another")
@@ -586,7 +575,7 @@ def test_what_changes_is_computed_anew(tmp_path, clips):
     assert encoders.frames == 0 and encoders.texts == ["something else"] and dataset.captions[0] == "something else"
 
 
-@pytest.mark.parametrize("fails", ["save_file", "fsync", "replace"])
+@pytest.mark.parametrize("fails", ["save_file", "replace"])
 def test_a_cache_file_is_whole_or_not_there(tmp_path, clips, monkeypatch, fails):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -689,8 +678,6 @@ def test_captions_alone(tmp_path):
     encoders = Encoders()
     text = encode_captions(["", "a cat", ""], encoders.encode_captions, "text", tmp_path)
     assert encoders.texts == ["", "a cat"] and [entry[:][0, 0].item() for entry in text] == [0, 5, 0]
-    encode_captions(["a cat", "a dog"], encoders.encode_captions, "text", tmp_path)
-    assert encoders.texts == ["", "a cat", "a dog"]
     many = encode_captions([str(i) for i in range(150)], encoders.encode_captions, "text")
     assert len(many) == 150 and many[149].shape == (5, 7)
 

@@ -1,8 +1,6 @@
 """
-model.py's readers: files as other programs write them, and every kind of file that is damaged, mismatched or hostile.
-
-Good files are written by the program they are from where that is a Python package (diffusers, transformers, open_clip, torch);
-official ones are torch.save of the names that test_model.py checks. Bad ones end in a ValueError of one line that names the file.
+Readers of files as other programs write them (by diffusers, transformers, open_clip or torch where they can), and of every kind
+of file that is damaged, mismatched or hostile, which end in a ValueError of one line that names the file.
 """
 import json
 import os
@@ -272,13 +270,15 @@ def watch():
         time.sleep(.002)
 
 config = model.UNetConfig(channels=(128, 384), blocks_per_level=1, attention_levels=(True, True))
-anonymous = []
+anonymous, unets = [], []
 threading.Thread(target=watch, daemon=True).start()
-time.sleep(.1)
-unet = model.load_unet(sys.argv[1], config, dtype=torch.bfloat16)
-time.sleep(.1)
-size = sum(p.numel() * p.element_size() for p in unet.parameters())
-print(size, (max(anonymous) - anonymous[0]) / size)
+for path in sys.argv[1:]:
+    time.sleep(.1)
+    before = anonymous[-1]
+    unets.append(model.load_unet(path, config, dtype=torch.bfloat16))
+    time.sleep(.1)
+    size = sum(p.numel() * p.element_size() for p in unets[-1].parameters())
+    print(size, (max(anonymous) - before) / size)
 """
 
 
@@ -291,11 +291,12 @@ def test_loading_needs_no_second_copy(tmp_path):
     save_file(tensors, tmp_path / "unet.safetensors")
     torch.save(training_state(names.unet_to_official(tensors, config)), tmp_path / "unet.pth")
     del tensors
-    for path in ("unet.safetensors", "unet.pth"):  # each in a process that has loaded nothing yet
-        done = subprocess.run([sys.executable, "-c", MEASURE, tmp_path / path], capture_output=True, text=True,
-                              env=os.environ | {"PYTHONPATH": str(Path(model.__file__).parent), "OMP_NUM_THREADS": "1"})
-        size, ratio = done.stdout.split()
-        assert int(size) > 80e6 and 0.9 < float(ratio) < 1.3, (path, done)
+    command = [sys.executable, "-c", MEASURE, tmp_path / "unet.pth", tmp_path / "unet.safetensors"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(model.__file__).parent)  # it has loaded nothing yet
+    for line in done.stdout.splitlines():
+        size, ratio = line.split()
+        assert int(size) > 80e6 and 0.9 < float(ratio) < 1.3, done
+    assert done.stdout.count("\n") == 2, done
 
 
 # ----------------------- Bad files: our names, bounds and messages, not what safetensors and torch check -----------------------
