@@ -435,30 +435,31 @@ def test_rewards_from_the_hub_or_the_base(hub, parts, tmp_path):
 
 # ------------------------------------------------------- A run to resume -------------------------------------------------------
 
-def test_damaged_settings_and_metrics_are_named(tmp_path, capsys):
+def test_damaged_metrics_are_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for line in (b'{"step": "1"}', b'{"step": 1, "eval": {"a": {"reward_mean": "high"}}}', b"\xff", b"[" * 9999):
         path.write_bytes(line + b'\n{"step": 1}\n')
         refused("metrics.jsonl, line 1: not what a run logs", run_folder.read_metrics, path)
-    record = run_settings.to_record(run_settings.parse([], train.PRESETS, ""))
-    for name, value in (("steps", "many"), ("lr", None), ("seed", 1.5)):  # refused as on the command line, the flag named
-        write_file(tmp_path / "config.json", record | {name: value})
-        with pytest.raises(SystemExit, match="2"):
-            run_settings.parse(["--resume", str(tmp_path)], train.PRESETS, "")
-        assert name in capsys.readouterr().err
-    write_file(tmp_path / "config.json", json.dumps(record)[:-9])
-    refused("config.json: expected JSON", run_settings.parse, ["--resume", str(tmp_path)], train.PRESETS, "")
 
 
-def test_the_same_command_with_resume_continues(tmp_path):
+def test_the_same_command_with_resume_continues(capsys):
     """What a repeatable flag says takes the place of what the run has, and is not added to it."""
+    parse = partial(run_settings.parse, presets=train.PRESETS, description="")
     flags = ["--reward", "hpsv2", "--reward", "action:left=0.5", "--watch", "motion", "--lr", "0.1", "--no-cache"]
-    cfg = run_settings.parse(flags, train.PRESETS, "")
-    write_file(tmp_path / "config.json", run_settings.to_record(cfg))
-    resume = ["--resume", str(tmp_path)]
-    assert run_settings.parse([*flags, *resume], train.PRESETS, "") == replace(cfg, resume=tmp_path)
-    assert run_settings.parse([*resume, "--steps", "50"], train.PRESETS, "") == replace(cfg, resume=tmp_path, steps=50)
-    refused("watch would make it another run", run_settings.parse, [*resume, "--watch", "flicker"], train.PRESETS, "")
+    resume = ["--resume", "run"]
+    cfg = parse(flags)
+    record = run_settings.to_record(cfg)
+    config = write_file(Path("run/config.json"), record)
+    assert parse([*flags, *resume]) == replace(cfg, resume=Path("run"))
+    assert parse([*resume, "--steps", "50"]) == replace(cfg, resume=Path("run"), steps=50)
+    refused("watch would make it another run", parse, [*resume, "--watch", "flicker"])
+    for name, value in (("steps", "many"), ("lr", None), ("seed", 1.5)):  # refused as on the command line, the flag named
+        write_file(config, record | {name: value})
+        with pytest.raises(SystemExit, match="2"):
+            parse(resume)
+        assert name in capsys.readouterr().err
+    write_file(config, json.dumps(record)[:-9])
+    refused("config.json: expected JSON", parse, resume)
 
 
 def test_a_run_may_be_moved(monkeypatch):

@@ -90,13 +90,9 @@ def test_unet_folder_as_diffusers_saves_it(tmp_path, settings):
 
 
 def test_unet_as_other_versions_of_diffusers_describe_it(tmp_path):
-    config = {"_class_name": "UNet3DConditionModel", "_diffusers_version": "0.15.0.dev0", "act_fn": "silu",
-              "attention_head_dim": 4, "block_out_channels": [8, 16], "cross_attention_dim": 128,
-              "down_block_types": ["CrossAttnDownBlock3D", "DownBlock3D"], "downsample_padding": 1,
-              "in_channels": 4, "layers_per_block": 1, "mid_block_scale_factor": 1, "norm_eps": 1e-05,
-              "norm_num_groups": 4, "out_channels": 4, "sample_size": 32, "up_block_types": ["UpBlock3D", "CrossAttnUpBlock3D"]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    torch.save({k: v.half() for k, v in unet.items()}, tmp_path / "diffusion_pytorch_model.bin")
+    config = names.unet_to_diffusers(UNET) | {"_diffusers_version": "0.15.0.dev0"}
+    write_file(tmp_path / "config.json", {k: v for k, v in config.items() if k != "stem_heads"})
+    write_file(tmp_path / "diffusion_pytorch_model.bin", {k: v.half() for k, v in unet.items()})
     assert_holds(load_unet(tmp_path), unet)
 
 

@@ -238,16 +238,6 @@ def test_official_score_through_the_bridge(package, monkeypatch, tmp_path):
 
 # ------------------------------------------ HPSv2 as a differentiable reward ------------------------------------------
 
-def test_each_video_has_its_caption():
-    hps, frames = HPSv2(tiny_clip()), random_frames(2, 3)
-    scores = hps(frames, CAPTIONS)
-    assert scores.shape == (2, 3) and scores.dtype == torch.float32 and scores.abs().max() <= 1
-    for b in range(2):
-        for s in range(3):
-            torch.testing.assert_close(scores[b, s], hps(frames[b:b + 1, s:s + 1], CAPTIONS[b:b + 1])[0, 0])
-    assert (hps(frames, CAPTIONS[::-1]) - scores).abs().min() > 1e-4
-
-
 def test_pixel_gradient():
     frames = 0.1 + 0.8 * random_frames()
     frames[0, 0, :, :10] = -0.2
@@ -268,18 +258,6 @@ def test_gradient_is_the_slope():
     assert slope == pytest.approx((frames.grad * step).sum().item(), rel=0.02)
 
 
-def test_reward_stays_frozen():
-    hps = HPSv2(tiny_clip(patch_dropout=0.5))
-    outer = torch.nn.ModuleList([hps]).train()  # as a part of something that is trained
-    assert not hps.training and not any(m.training for m in outer[0].modules())
-    frames = random_frames().requires_grad_()
-    scores = hps(frames, CAPTIONS)
-    torch.testing.assert_close(hps(frames, CAPTIONS), scores, rtol=0, atol=0)  # no dropout
-    scores.sum().backward()
-    assert frames.grad is not None
-    assert not any(p.requires_grad or p.grad is not None for p in hps.parameters())
-
-
 def test_any_precision():
     clip = tiny_clip()
     exact = HPSv2(clip)(random_frames(), CAPTIONS)
@@ -298,8 +276,6 @@ def test_any_precision():
 
 
 @pytest.mark.parametrize(("what", "call"), [
-    ("HPS version 'v3': must be one of v2.0, v2.1, tiny, random", lambda: HPSv2(tiny_clip(), version="v3")),
-    ("preprocess 'fit': must be one of pad, crop, stretch, hpsv2, instructvideo", lambda: HPSv2(tiny_clip(), preprocess="fit")),
     ("28 x 35 pictures", lambda: HPSv2(tiny_clip(image_size=(28, 35)))),
     (r"frames are torch.float32 \(2, 3, 40, 40\)", lambda: HPSv2(tiny_clip())(random_frames()[0, :2], CAPTIONS)),
     ("frames are torch.uint8", lambda: HPSv2(tiny_clip())(random_frames().byte(), CAPTIONS)),

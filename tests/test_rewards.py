@@ -278,11 +278,11 @@ def test_hpsv2_says_how_it_takes_its_pictures():
 
 # ---------------------------------------------- What all have in common -----------------------------------------------
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["hpsv2", *KINDS])
 def test_random_rewards_are_seeded_frozen_and_named(kind, monkeypatch):
     monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("every device was seeded"))
     state = torch.random.get_rng_state()
-    reward, same = load_reward(kind, "random"), load_reward(kind, "random:32")
+    reward, same = load_reward(kind, "random:32"), load_reward(kind, "random:32" if kind == "hpsv2" else "random")
     assert torch.equal(torch.random.get_rng_state(), state) and "random" in reward.name
     outer = nn.ModuleList([reward]).train()
     assert not any(m.training for m in outer[0].modules()) and not any(p.requires_grad for p in reward.parameters())
@@ -297,9 +297,10 @@ def test_random_rewards_are_seeded_frozen_and_named(kind, monkeypatch):
         torch.testing.assert_close(turned, scores.flip(1), rtol=1e-4, atol=1e-5)
     scores.sum().backward()
     assert frames.grad.isfinite().all() and frames.grad.abs().max() > 1e-5
+    assert not any(p.grad is not None for p in reward.parameters())
     with torch.autocast("cpu", torch.bfloat16):
         assert reward(frames, CAPTIONS).dtype == torch.float32
-    rough = load_reward(kind, "random", dtype=torch.bfloat16)(frames.bfloat16(), CAPTIONS)
+    rough = load_reward(kind, "random:32", dtype=torch.bfloat16)(frames.bfloat16(), CAPTIONS)
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough, scores, rtol=.1, atol=.1)
 
@@ -346,11 +347,6 @@ def test_hub_folders_and_what_lies_beside(tmp_path, monkeypatch, capsys, small_i
         asked.append((repo, name))
         return str(tmp_path / repo.partition("/")[2] / name)
 
-    def no_network(repo, name):
-        raise OSError("cannot resolve the host\nand more")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
-    for name in ("pickscore", "imagereward"):
-        refused(f"reward {name}: cannot be downloaded (OSError: cannot resolve the host); get ", load_reward, name)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     live_videomae(tmp_path / "videomae-base-finetuned-kinetics")
     assert load_reward("videomae:moving up").name == "VideoMAE-32:moving up" and SIZES[768] == "base"
@@ -481,8 +477,7 @@ def test_the_documented_example(aside):
     ("def f(frames, captions):\n    return frames.mean()", "own:f: returned torch.float32 (); must be floating (2, 3)"),
     ("def f(frames, captions):\n    return [1]", "returned list, not a tensor"),
     ("def f(frames, captions):\n    return frames.detach().mean((2, 3, 4))", "its scores have no gradient to the frames"),
-    ("import nothing_like_it\nf = 3", "the file cannot be imported (ModuleNotFoundError"),
-    ("f = 3", "must name a function of the file, as in own.py:NAME")])
+    ("import nothing_like_it\nf = 3", "the file cannot be imported (ModuleNotFoundError")])
 def test_own_rewards_that_do_not_work(aside, code, message):
     Path("own.py").write_text(code)
     refused(message, lambda: load_reward("own.py:f")(random_frames().requires_grad_(), CAPTIONS))
