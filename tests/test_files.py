@@ -130,8 +130,7 @@ def test_official_unet_files(tmp_path, wrap, zipped):
 
 def test_unet_as_one_safetensors_file_in_either_naming(tmp_path):
     for tensors in (unet, official, with_lora(official)):
-        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "unet.safetensors")
-        assert_holds(load_unet(tmp_path / "unet.safetensors", UNET), unet)
+        assert_holds(load_unet(write_file(tmp_path / "unet.safetensors", tensors), UNET), unet)
 
 
 # ---------------------------------------------------- Autoencoder -----------------------------------------------------
@@ -246,11 +245,11 @@ def test_half_precision_files_load_as_float32_or_as_asked(tmp_path, dtype):
 
 
 def test_a_loaded_model_does_not_follow_its_file(tmp_path):
-    for path in (tmp_path / "unet.safetensors", tmp_path / "unet.pth"):
-        write_file(path, unet)
+    for name in ("unet.safetensors", "unet.pth"):
+        path = write_file(tmp_path / name, unet)
         ours = load_unet(path, UNET)
-        with open(path, "r+b") as f:
-            f.write(b"\xff" * path.stat().st_size)
+        with open(path, "r+b") as file:
+            file.write(b"\xff" * path.stat().st_size)
         assert_holds(ours, unet)
 
 
