@@ -630,10 +630,10 @@ def load_base(base, vae=None, text_encoder=None, dtype=torch.float32, device="cp
     ValueError: parts missing or not fitting.
     """
     name, folder = find_base_file(base, (vae, text_encoder))
-    if name == "modelscope":
-        from bases import modelscope as module
-    else:
-        module = importlib.import_module(f"bases.{name}")
+    module = importlib.import_module(f"bases.{name}")
     if folder is None:
         return module.random(base, seed, dtype, device)
-    return module.load(base, folder, vae, text_encoder, dtype, device)
+    made = module.load(base, folder, vae, text_encoder, dtype, device)
+    if (folder / "judge.safetensors").is_file():  # the tiny world's clips, prompts and judge
+        made.world = importlib.import_module("tiny.clips")
+    return made

@@ -7,7 +7,6 @@ it and adds one.
 
 Letters: B clips, C latent channels, F frames, h and w latent rows and columns, N text tokens, E their width.
 """
-import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -167,8 +166,6 @@ def load(base, folder, vae, text_encoder, dtype, device):
     guidance = read_config(paths["unet"], names.own_guidance) or GUIDANCE
     file = paths["unet"] if paths["unet"].is_file() else None
     made = Base(network, autoencoder, move_to(text, device), base, folder, file, guidance)
-    if (folder / "judge.safetensors").is_file():  # the tiny world's clips, prompts and judge
-        made.world = importlib.import_module("tiny.clips")
     return in_precision(made, dtype)
 
 
