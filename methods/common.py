@@ -200,7 +200,8 @@ class Rounds:
     def write(self, path, number):
         """Make a round, every rank its share. A signal ends the work on it (Stopped)."""
         parts = []
-        with progress(None, f"sampling round {number}", self.size, unit="videos", shared=True) as bar:
+        name = f"sampling round {number}"
+        with progress(None, name, self.size, unit="videos", shared=True) as bar:
             for part in self.make(number):
                 parts.append({name: tensor.cpu() for name, tensor in part.items()})
                 bar.update(len(next(iter(part.values()))))

@@ -165,7 +165,9 @@ def method(cfg, base, rewards, folder):
         at = step % cfg.updates
         if at == 0:  # a round; statistics are over all of it, in order of step and rank
             sampled = range(step, step + cfg.updates)
-            batches[:] = [sample_batch(base, rewards, videos, k, cfg) for k in progress(sampled, "sampling")]
+            batches.clear()
+            for k in progress(sampled, "sampling"):
+                batches.append(sample_batch(base, rewards, videos, k, cfg))
             prompts, R = common.gathered([(captions, R.tolist()) for *_, R, captions in batches])
             A = advantages(torch.tensor(R), prompts, history.before(step), cfg.group)
             history.add(step, prompts, R)
