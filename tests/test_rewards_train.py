@@ -121,11 +121,11 @@ def test_a_column_for_each_reward():
      "frames = 8: vjepa sees 16 frames"),
     (["--reward", "action:lef"], "no direction 'lef'; must be one of left, right, up, down"),
     (["--reward", "removal:book"], "cannot tell 'book'; must be watermark"),
-    (["tiny", "--reward", "action:left", "--base", "random:32", "--data", "clips.txt"], "is for the tiny world alone: must be"),
+    (["--reward", "action:left", "--base", "random:32", "--data", "clips.txt"], "is for the tiny world alone: must be"),
     (["--watch", "hps"], "reward 'hps': must be one of"),
     (["--reward", "pickscore", "--reward-weights", "absent"], "reward pickscore: absent: no such file or folder")])
 def test_refused_with_nothing_written(flags, message):
     Path("clips.txt").write_text("a.mp4|||a cat\n")
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        run(*SHORT, "--eval-every", 0, *flags, "--out", "refused")
+        run("tiny", *SHORT, "--eval-every", 0, *flags, "--out", "refused")
     assert "\n" not in str(error.value) and not Path("refused").exists()
