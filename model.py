@@ -11,7 +11,8 @@ formats/names.py knows the other published names.
 
 Ours differs from the official code: (1) a clip stays one channels-last block of memory, read as B*F
 images by the spatial layers and as B images of F rows and H*W columns by the temporal ones, so the
-two kinds of layer alternate without copies; (2) text keys and values once a clip; (3) no dropout.
+two kinds of layer alternate without copies (on CUDA GroupNorm makes one); (2) text keys and values
+once a clip; (3) no dropout.
 
 Letters: B clips, F frames, C channels (C' after a change of width), N text tokens, E width of the
 time embedding, n items that a layer treats alike, l length attended over, d width of a head. H and
@@ -19,7 +20,7 @@ W are latent rows and columns in the UNet; in the autoencoder they are pixels, a
 """
 import importlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,10 +30,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from formats import names
-from formats.tensors import build_empty, fingerprint, load_strict, read_config, read_tensors
-from formats.weights import find_parts
+from formats.tensors import build_empty, load_strict, read_config, read_tensors
+from formats.weights import find_base_file
 from formats.words import read_words
-from support.ranks import move_to
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,21 @@ class TemporalConv(nn.Module):
         return x + rearrange(h, "b c f (h w) -> (b f) c h w", h=x.shape[-2])
 
 
+MAX_ROWS = 65_535  # of heads at once: CUDA's kernels start no more blocks along an axis
+
+
+def attend(q, k, v):
+    """Attention of q (n, rows, l, d) to k and v (n, rows, N, d), in parts where rows are many."""
+    if q.shape[1] <= MAX_ROWS:
+        return F_.scaled_dot_product_attention(q, k, v)
+
+    parts = []
+    for start in range(0, q.shape[1], MAX_ROWS):
+        part = [t[:, start:start + MAX_ROWS] for t in (q, k, v)]
+        parts.append(F_.scaled_dot_product_attention(*part))
+    return torch.cat(parts, dim=1)                                            # (n, rows, l, d)
+
+
 class Attention(nn.Module):
     """
     Multi-head attention along the second axis of x (n, l, ..., C), to context (n, N, C') or to x
@@ -159,7 +174,7 @@ class Attention(nn.Module):
         q = self.split_heads(self.to_q(x))                                    # (n, .. heads, l, d)
         k = self.split_heads(self.to_k(context))                              # (n, .. heads, N, d)
         v = self.split_heads(self.to_v(context))                              # (n, .. heads, N, d)
-        out = F_.scaled_dot_product_attention(q, k, v)                        # (n, .. heads, l, d)
+        out = attend(q, k, v)                                                 # (n, .. heads, l, d)
         return self.to_out[0](out.transpose(1, 2).reshape(*x.shape[:-1], -1))  # (n, l, ..., C)
 
     def split_heads(self, y):
@@ -530,6 +545,18 @@ class Autoencoder(nn.Module):
         return self.decoder(self.post_quant_conv(latent))
 
 
+def sample_posterior(moments, noise, scale):
+    """
+    z = scale (mean + std noise), float32: a sample of the autoencoder's posterior
+    (autoencoder.py:20-27). scale gives z about unit variance, as the diffusion model expects.
+
+    moments (..., 2C, F, h, w): means, then log variances; noise (..., C, F, h, w) -> z, alike.
+    """
+    mean, logvar = moments.float().chunk(2, dim=-4)
+    std = (0.5 * logvar.clamp(-30, 20)).exp()
+    return scale * (mean + std * noise)                                       # (..., C, F, h, w)
+
+
 def decode_frames(vae, z, index=None):
     """
     Frames of clips: z (B, C, F, h, w) scaled latents, index g (B, S) -> (B, S, 3, H, W).
@@ -569,102 +596,6 @@ class TextEncoder(nn.Module):
         n = tokens.shape[1]
         mask = torch.full((n, n), -math.inf, device=x.device, dtype=x.dtype).triu(1)
         return self.ln_final(self.transformer(x, attn_mask=mask))             # (B, N, width)
-
-
-@dataclass
-class Base:
-    """The three parts of a text-to-video model; load_base returns them frozen."""
-    unet: UNet3D
-    vae: Autoencoder
-    text_encoder: TextEncoder
-    name: str                                                       # as the user gave it
-    folder: Path | None = None                                      # where it lies, if anywhere
-    unet_file: Path | None = None                                   # a file may hold LoRA tensors
-    guidance: float = 3.0                                           # w (modules/config.py:74)
-    world: object = None                                            # tiny.clips, the tiny base's
-    texts: dict = field(default_factory=dict)                       # {caption: its features}
-
-    @property
-    def device(self):
-        return self.unet.conv_in.weight.device
-
-    @property
-    def dtype(self):
-        return self.unet.conv_in.weight.dtype
-
-    @property
-    def default_size(self):
-        """Pixel rows and columns of the clips that the UNet was trained on."""
-        return self.unet.config.sample_size * self.vae.config.downscale
-
-    def latent_size(self, height, width):
-        """Latent rows and columns of so many pixels; ValueError unless they divide."""
-        f = self.vae.config.downscale
-        if height < f or width < f or height % f or width % f:
-            raise ValueError(f"height {height} and width {width}: must be multiples of {f}")
-        return height // f, width // f
-
-    def levels(self, num_steps):
-        """The noise levels of a chain of D steps: DDIM's (Eq. (3))."""
-        from sampler import alpha_bars, ddim_levels
-        return ddim_levels(num_steps, alpha_bars())
-
-    def level(self, u):
-        """What a network is trained at, of u (B,) in [0, 1): t (B,), alpha, sigma (B,1,1,1,1)."""
-        from sampler import alpha_bars
-        t = (1000 * u).long()
-        alpha_bar = alpha_bars()[t].view(-1, 1, 1, 1, 1).float()
-        return t, alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-
-    def predict(self, z_t, level, text):
-        """
-        z_0 and eps in z_t, clips at level (t, alpha, sigma): numbers, or as `level` gives them.
-
-        In z_t's dtype, whatever the UNet's: the schedule stays exact.
-        """
-        t, alpha, sigma = level
-        t = torch.as_tensor(t, device=z_t.device).expand(len(z_t))            # (B,)
-        eps = self.unet(z_t.to(self.dtype), t, text.to(self.dtype)).to(z_t.dtype)
-        return (z_t - sigma * eps) / alpha, eps                               # (B, C, F, h, w)
-
-    def error(self, z_0, eps, z, noise, level):
-        """The loss that the UNet was trained by, Eq. (1), (B,), of what `predict` says."""
-        return (eps - noise).square().flatten(1).mean(dim=1)                  # (B,)
-
-    def chain_predict(self, interval):
-        """`predict` for one chain; an interval N above 1 is DeepCache's."""
-        if interval == 1 or len(self.unet.up_blocks) == 1:
-            return self.predict
-        from bases.deep_cache import DeepCache
-        return DeepCache(self, interval)
-
-    @torch.no_grad()
-    def encode_text(self, captions):
-        """Captions [B] -> (B, N, width), each encoded once and kept, whatever the batch."""
-        for caption in captions:
-            if caption not in self.texts:
-                self.texts[caption] = self.encode_captions([caption])[0].to(self.device)
-        return torch.stack([self.texts[c] for c in captions])                 # (B, N, width)
-
-    @torch.no_grad()
-    def encode_captions(self, captions):
-        """The same, not kept: a data set has thousands, off the accelerator."""
-        return torch.cat([self.text_encoder([caption]) for caption in captions])  # (B, N, width)
-
-    @torch.no_grad()
-    def encode(self, frames):
-        """Frames (F, 3, H, W) in [-1, 1] -> moments (F, 2C, h, w), in the encoder's precision."""
-        return self.vae.encode(frames.to(self.device, self.vae.quant_conv.weight.dtype))
-
-    def fingerprints(self):
-        """Of the autoencoder, and of the text tower: their weights and precision."""
-        dtype, parts = self.vae.quant_conv.weight.dtype, (self.vae, self.text_encoder)
-        return [f"{fingerprint(part.state_dict())} {dtype}" for part in parts]
-
-    def release_encoders(self):
-        """Free accelerator memory, once every caption and clip has been encoded."""
-        self.text_encoder.to("cpu")
-        self.vae.encoder.to("cpu")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -707,37 +638,18 @@ def load_text_encoder(path, tokenizer=None, dtype=torch.float32):
 
 def load_base(base, vae=None, text_encoder=None, dtype=torch.float32, device="cpu", seed=0):
     """
-    The base model that a script names: "tiny", a folder, a UNet file with its other parts beside
-    it, a hub id, or "random" (untrained at full size; "random:64" has 64, 128, 256, 256 channels).
+    What a script's --base names, frozen: "tiny", a folder, a file, a hub id, or untrained weights:
+    "random" and "random:64" (ModelScopeT2V at full size, or 64 channels wide), "random-wan".
 
-    vae, text_encoder: a file or folder to take instead. ValueError: parts missing or not fitting.
+    What a base can do is in its file of bases/, which is found by its own configuration; the first
+    is bases/modelscope.py. vae, text_encoder: a file or folder to take instead of its own.
+    ValueError: parts missing or not fitting.
     """
-    if base == "random" or base.startswith("random:"):
-        made = random_base(base, seed, device)
-    else:
-        folder, paths = find_parts(base, {"vae": vae, "text_encoder": text_encoder})
-        # Each part leaves the host's memory before the next is read.
-        unet = move_to(load_unet(paths["unet"], dtype=dtype), device)
-        autoencoder = move_to(load_vae(paths["vae"]), device)
-        text = load_text_encoder(paths["text_encoder"])
-        names.expect_fitting(unet.config, autoencoder.config, text.config, paths)
-        guidance = read_config(paths["unet"], names.own_guidance) or Base.guidance
-        file = paths["unet"] if paths["unet"].is_file() else None
-        made = Base(unet, autoencoder, move_to(text, device), base, folder, file, guidance)
-        if (folder / "judge.safetensors").is_file():  # the tiny world's clips, prompts and judge
-            made.world = importlib.import_module("tiny.clips")
-
-    # What runs in every step. The encoders stay float32: they run once, what they make is kept.
-    for part in (made.unet, made.vae.decoder, made.vae.post_quant_conv):
-        part.to(dtype)
+    name, folder = find_base_file(base, (vae, text_encoder))
+    module = importlib.import_module(f"bases.{name}")
+    if folder is None:
+        return module.random(base, seed, dtype, device)
+    made = module.load(base, folder, vae, text_encoder, dtype, device)
+    if (folder / "judge.safetensors").is_file():  # the tiny world's clips, prompts and judge
+        made.world = importlib.import_module("tiny.clips")
     return made
-
-
-def random_base(spec, seed=0, device="cpu"):
-    """Seeded random weights, to time and try the pipeline without a download. See load_base."""
-    unet, vae, text = names.random_sizes(spec)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # the CPU's alone
-        parts = [UNet3D(UNetConfig(**unet)), Autoencoder(VAEConfig(**vae)),
-                 TextEncoder(TextConfig(**text))]
-    return Base(*[move_to(part.eval().requires_grad_(False), device) for part in parts], spec)

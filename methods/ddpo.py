@@ -33,6 +33,7 @@ import train
 from methods import common
 from reward import first_frames
 from sampler import guided, step
+from support.clips import say_once
 from support.ranks import progress, rank_and_size, sample_generator
 from support.settings import check_at_least, check_positive
 
@@ -106,10 +107,12 @@ def sample_batch(base, rewards, videos, step, cfg):
 def pairs(batch, step, cfg):
     """The n pairs that an update learns from: chosen chain steps, each with all videos."""
     path, log_probs, mean_scores, _, captions, A = batch
-    count = max(1, round(cfg.timestep_fraction * cfg.num_steps))
+    # A chain that ends without noise has no density in its last step: nothing is learned there.
+    learned = log_probs[0].isfinite().nonzero().flatten().flip(0)
+    count = max(1, round(cfg.timestep_fraction * len(learned)))
     generator = sample_generator(cfg.seed, step, "timesteps")
-    steps = torch.randperm(cfg.num_steps, generator=generator)[:count] + 1    # of 1..D
-    at = cfg.num_steps - steps
+    at = learned[torch.randperm(len(learned), generator=generator)[:count]]   # of 0..D-1
+    steps = cfg.num_steps - at                                                # of D..1
     z_t, z_prev = path[:, at].transpose(0, 1), path[:, at + 1].transpose(0, 1)
     # A video's pairs share its advantage and its reward, so that it counts once.
     return (z_t.flatten(0, 1), z_prev.flatten(0, 1), log_probs[:, at].T.flatten(),
@@ -154,6 +157,8 @@ def check(cfg):
 def method(cfg, base, rewards, folder):
     """DDPO as train.train takes it."""
     videos = common.read_videos(cfg, base, lambda _: first_frames(cfg.frames, cfg.segments))
+    if base.levels(cfg.num_steps).fresh[1] == 0:
+        say_once("the last chain step adds no noise, so the others alone are learned from")
     history = common.RewardHistory(folder)
     batches = []  # of the round
 

@@ -73,8 +73,8 @@ class Run:
                 for name, tensor in state["adapters"].items():
                     self.adapters[name].copy_(tensor)
         if is_main_process():
-            if not resumed:
-                clear(self.folder)
+            if not resumed and any((self.folder / name).exists() for name in ("config.json", "state.pt")):
+                clear(self.folder)  # without these, files of such names are somebody else's
             (self.folder / "samples").mkdir(exist_ok=True)
             for half_written in [*self.folder.glob(".????????.*"), *self.folder.glob("samples/.????????.*")]:
                 half_written.unlink()  # by a killed run
@@ -537,8 +537,6 @@ def holds_same_run(folder, cfg):
 
 def clear(folder):
     """Remove an earlier run's files, and nothing else; config.json goes last, so an interrupted clear still counts as a run."""
-    if not (folder / "config.json").exists() and not (folder / "state.pt").exists():
-        return  # files of such names are somebody else's
     for name in ("samples", "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for pattern in ("state.pt", "state_*.pt", "lora.safetensors", "best.safetensors", "metrics.jsonl", "rewards.jsonl",

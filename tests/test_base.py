@@ -23,11 +23,12 @@ import torch
 import evaluate
 import generate
 import lora
-import model
 import reward
 import train
+from bases import modelscope
+from bases.modelscope import Base
 from formats import adapters, names, reward_model, tensors as published, weights
-from model import Autoencoder, Base, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig, load_base
+from model import Autoencoder, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig, load_base
 from support import run as run_folder, settings as run_settings
 from support.videos import write_video
 from tests.conftest import contents, refused, same_tensors, write_file
@@ -50,8 +51,8 @@ def small(tmp_path, monkeypatch):
     """A folder of its own; the words of CLIP are read once; bare files, which bring no structure, are of the small one here."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(open_clip, "SimpleTokenizer", TOKENIZER)
-    monkeypatch.setattr(model, "load_unet", partial(model.load_unet, config=UNET))
-    monkeypatch.setattr(model, "load_vae", partial(model.load_vae, config=VAE))
+    monkeypatch.setattr(modelscope, "load_unet", partial(modelscope.load_unet, config=UNET))
+    monkeypatch.setattr(modelscope, "load_vae", partial(modelscope.load_vae, config=VAE))
     monkeypatch.setattr(open_clip, "get_model_config", lambda name: CLIP)
 
 
@@ -211,7 +212,7 @@ def test_a_random_base_is_seeded(monkeypatch):
     monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("every device was seeded"))
     state = torch.random.get_rng_state()
     bases = [load_base("random:32", seed=seed) for seed in (1, 1, 2)]
-    first, same, other = (published.fingerprint(base.unet.state_dict()) for base in bases)
+    first, same, other = (published.fingerprint(base.network.state_dict()) for base in bases)
     assert first == same != other and torch.equal(torch.random.get_rng_state(), state)
     unet, autoencoder, text = names.random_sizes("random:96")
     assert UNet3D(UNetConfig(**unet)).config.channels == (96, 192, 384, 384)
@@ -225,7 +226,7 @@ def test_what_runs_once_stays_in_float32(monkeypatch):
     monkeypatch.undo()
     for spec in ("tiny", "random:32"):
         base, exact = (load_base(spec, dtype=dtype) for dtype in (torch.bfloat16, None))
-        for module in (base.unet, base.vae.decoder, base.vae.post_quant_conv):
+        for module in (base.network, base.vae.decoder, base.vae.post_quant_conv):
             assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
         for module in (base.vae.encoder, base.vae.quant_conv, base.text_encoder):
             assert {p.dtype for p in module.parameters()} == {torch.float32}
@@ -302,7 +303,7 @@ def test_the_hub_is_asked_for_one_file_of_weights_a_part_and_only_once(hub, diff
     downloads, server = hub(diffusers_folder)
     base = load_base("org/small")
     assert sorted(downloads) == FULL_PRECISION
-    assert holds(base.unet, without_lora(parts[0])) and holds(base.vae, parts[1].state_dict())
+    assert holds(base.network, without_lora(parts[0])) and holds(base.vae, parts[1].state_dict())
     assert base.text_encoder.config == TEXT and base.text_encoder.ln_final.weight.equal(parts[2].ln_final.weight)
     load_base("org/small")
     assert sorted(downloads) == FULL_PRECISION
@@ -323,7 +324,7 @@ def test_the_hub_is_asked_for_one_file_of_weights_a_part_and_only_once(hub, diff
 def test_modelscopes_files_on_the_hub(hub, instructvideo, parts):
     downloads, _ = hub(instructvideo)
     base = load_base("org/small")
-    assert holds(base.unet, without_lora(parts[0])) and holds(base.vae, parts[1].state_dict())
+    assert holds(base.network, without_lora(parts[0])) and holds(base.vae, parts[1].state_dict())
     assert sorted(downloads) == ["model_scope_v1-4_0600000.pth", "stable-diffusion-v/open_clip_pytorch_model.bin",
                                  "v2-1_512-ema-pruned.ckpt"]
 
@@ -352,20 +353,20 @@ def base(parts):
 
 
 def test_weights_have_one_fingerprint_in_every_precision(base):
-    tiny = base.unet.conv_in.weight.data
+    tiny = base.network.conv_in.weight.data
     tiny[0] = torch.tensor([1e-30, -1e-30, 0.]).repeat(12).view_as(tiny[0])  # what fp16 rounds to zero; 1.4 B weights have such
-    name = published.fingerprint(base.unet.state_dict())
+    name = published.fingerprint(base.network.state_dict())
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
-        assert published.fingerprint(base.unet.to(dtype).state_dict()) == name
-    lora.inject(base.unet)
-    assert published.fingerprint(base.unet.state_dict()) == lora.base_fingerprint(base.unet) == name
-    base.unet.conv_out.weight.data[0, 0, 0, 0] *= -1
-    assert published.fingerprint(base.unet.state_dict()) != name
+        assert published.fingerprint(base.network.to(dtype).state_dict()) == name
+    lora.inject(base.network)
+    assert published.fingerprint(base.network.state_dict()) == lora.base_fingerprint(base.network) == name
+    base.network.conv_out.weight.data[0, 0, 0, 0] *= -1
+    assert published.fingerprint(base.network.state_dict()) != name
 
 
 def test_cached_latents_and_text_belong_to_weights_and_precision(base):
     """train.py's cache is named by these fingerprints."""
-    other = Base(base.unet, seeded(lambda: Autoencoder(VAE), 1), seeded(lambda: TextEncoder(TEXT), 1), "other")
+    other = Base(base.network, seeded(lambda: Autoencoder(VAE), 1), seeded(lambda: TextEncoder(TEXT), 1), "other")
     named = []
     for of_base, dtype in ((base, torch.float32), (base, torch.bfloat16), (other, torch.float32), (base, torch.float32)):
         of_base.vae.to(dtype)
@@ -373,7 +374,7 @@ def test_cached_latents_and_text_belong_to_weights_and_precision(base):
     assert len({vae for vae, _ in named[:3]}) == len({text for _, text in named[:3]}) == 3 and named[3] == named[0]
 
     frames = torch.rand(2, 3, 16, 16)
-    assert torch.equal(base.encode(frames), base.vae.encode(frames))
+    assert torch.equal(base.encode(frames)[0].transpose(0, 1), base.vae.encode(frames))
     features = base.encode_captions(["a cat"]), base.encode_captions(["a dog"])
     assert not {"a cat", "a dog"} & base.texts.keys()  # those of thousands of clips are not kept on the accelerator
     assert torch.equal(torch.cat(features), base.encode_text(["a cat", "a dog"]))

@@ -4,7 +4,8 @@ import json
 import pytest
 import torch
 
-from model import Base, UNet3D, load_base
+from bases.modelscope import Base
+from model import UNet3D, load_base
 from reward import load_reward
 from rewards import action
 from sampler import alpha_bars, ddim_levels
