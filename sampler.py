@@ -56,7 +56,7 @@ GUIDANCE = 3.0  # what the official code trains and evaluates with (modules/conf
 # Which noise level is which
 
 def alpha_bars(num_train_steps=1000, beta_start=0.00085, beta_end=0.012):
-    """ModelScopeT2V's noise schedule, "scaled linear" (scheduler_config.json): abar (T,) float64."""
+    """ModelScopeT2V's schedule, "scaled linear" (scheduler_config.json): abar (T,), float64."""
     roots = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_steps, dtype=torch.float64)
     return torch.cumprod(1 - roots**2, dim=0)                                 # (T,)
 

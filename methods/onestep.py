@@ -37,9 +37,8 @@ def onestep_rewards(base, rewards, uncond, batch, cfg):
     text (B, N, E), g (B, S), captions [B]; uncond (1, N, E). Returns as train.edit_rewards."""
     z, eps, text, g, captions, steps = batch
     levels = base.levels(cfg.num_steps)
-    t = torch.tensor([levels.t[i] for i in steps], device=z.device)                # (B,)
-    alpha, sigma = [torch.tensor([v[i] for i in steps]).to(z).view(-1, 1, 1, 1, 1)
-                    for v in (levels.alpha, levels.sigma)]                         # (B, 1, 1, 1, 1)
+    t, alpha, sigma = torch.tensor([levels.t, levels.alpha, levels.sigma])[:, steps].to(z.device)
+    alpha, sigma = alpha.view(-1, 1, 1, 1, 1), sigma.view(-1, 1, 1, 1, 1)          # a row per clip
     levels = Levels([0., t], [1., alpha], [0., sigma])  # a chain of one step, each clip's own
 
     z_t = add_noise(z, eps, levels, 1)                                             # Eq. (5)
