@@ -310,7 +310,7 @@ def test_the_hub_is_asked_for_one_file_of_weights_a_part_and_only_once(hub, diff
     refused("base 'org/large': no such hub repository, nor a file or folder of that name", load_base, "org/large")
     server.shutdown()
     server.server_close()
-    assert holds(load_base("org/small").unet, without_lora(parts[0]))
+    assert holds(load_base("org/small").network, without_lora(parts[0]))
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     refused("base 'org/large': no file or folder of that name here, and the hub's cannot be downloaded .*OfflineMode.* as --base",
