@@ -68,7 +68,8 @@ class Contender:
 
 def contenders(base, reward, cfg):
     """{name: Contender}, both on the same weights. Ours is set up as in train.main; the base gets adapters."""
-    settings = replace(train.PRESETS["modelscope"], tau=cfg.tau, num_steps=cfg.num_steps, low_memory=cfg.low_memory)
+    settings = replace(train.PRESETS["modelscope"], tau=cfg.tau, num_steps=cfg.num_steps, frames=cfg.frames,
+                       low_memory=cfg.low_memory)
     uncond = base.encode_text([""])
     parameters = lora.inject(base.network, settings.rank)
     base.network.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
@@ -137,7 +138,8 @@ def load(cfg, device):
 
 def copy_to_meta(base, reward):
     """Copies without memory. Text is encoded once a caption and not once a step, so its features are computed here."""
-    base, reward = copy.deepcopy(base), copy.deepcopy(reward).to("meta")
+    base = copy.deepcopy(base, {id(base.world): base.world})  # a module, which cannot be copied
+    reward = copy.deepcopy(reward).to("meta")
     for network in (base.network, base.vae, base.text_encoder):
         network.to("meta")
     base.texts.clear()

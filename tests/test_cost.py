@@ -102,7 +102,7 @@ def test_the_step_on_diffusers_is_the_same_method():
     mine = benchmark.contenders(base, reward, SHORT)["ours"]
     for i, layer in enumerate(lora.layers(base.network).values()):  # not as they start, where A has no gradient
         torch.nn.init.normal_(layer.lora_B, std=0.1, generator=torch.Generator().manual_seed(i))
-    settings = replace(train.PRESETS["modelscope"], tau=SHORT.tau, num_steps=SHORT.num_steps)
+    settings = replace(train.PRESETS["modelscope"], tau=SHORT.tau, num_steps=SHORT.num_steps, frames=SHORT.frames)
     batch = synthetic_batch(base, SHORT, 2)
     R, grad = gradient(mine, batch)
     R_theirs, theirs = gradient(benchmark.on_diffusers(base, reward, base.encode_text([""]), settings), batch)
