@@ -18,7 +18,6 @@ import copy
 import json
 import platform
 import statistics
-import sys
 import tempfile
 import time
 import weakref
@@ -43,6 +42,7 @@ from model import Base, load_base
 from reward import aggregate, load_reward, segment_frames, tar_weights
 from sampler import check_edit, edit_steps
 from support.files import check_folder, write_text
+from support.pictures import versions
 from support.ranks import pick_device, pick_dtype, progress, run_script, sample_generator
 from support.settings import check_at_least
 
@@ -55,8 +55,7 @@ METHODS = {"InstructVideo": train, "draft": draft, "refl": refl, "vader": vader,
 ROUND_OF_ONE = {"ddpo": {"updates": 1}, "rwr": {"videos": 1}, "dpo": {"pairs": 1}}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The step, ours and on diffusers
+# -- The step, ours and on diffusers ---------------------------------------------------------------------------------
 
 @dataclass
 class Contender:
@@ -72,8 +71,6 @@ def contenders(base, reward, cfg):
     uncond = base.encode_text([""])
     parameters = lora.inject(base.unet, settings.rank)
     base.unet.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
-    if cfg.compile:
-        base.unet.compile()
     score = lambda batch: train.edit_rewards(base, reward, uncond, batch, settings)[0]
     ours = {"ours": Contender(score, parameters, (base.unet, base.vae, reward))}
     return ours | {"diffusers": on_diffusers(base, reward, uncond, settings)} if cfg.diffusers else ours
@@ -128,10 +125,10 @@ def load(cfg, device):
     dtype = pick_dtype(cfg.dtype or ("bfloat16" if is_meta else None), device)
     with torch.device("meta" if is_meta and cfg.base.startswith("random") else "cpu"):
         base = load_base(cfg.base, dtype=dtype, device=device)
-        reward_weights = cfg.reward_weights
-        if not reward_weights and not (base.folder and (base.folder / "reward").is_dir()):
-            reward_weights = "random:32" if cfg.base.startswith("random:") else "random"
-        return base, load_reward("hpsv2", reward_weights, base.folder, dtype, device)
+        weights = "random:32" if cfg.base.startswith("random:") else "random"  # of a size that suits the base
+        if base.folder and (base.folder / "reward").is_dir():
+            weights = None  # the base's own
+        return base, load_reward("hpsv2", weights, base.folder, dtype, device)
 
 
 def copy_to_meta(base, reward):
@@ -154,8 +151,7 @@ def synthetic_batch(base, cfg, batch_size):
     return z, eps, base.encode_text([CAPTION] * batch_size), g, [CAPTION] * batch_size
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Counting work and memory on meta
+# -- Counting work and memory on meta --------------------------------------------------------------------------------
 
 def count_work(forward, unet, vae, reward):
     """{"tflop": {part: ...}, "calls": {part: items that its network ran on}} of forward() and its result's backward pass, if any.
@@ -194,8 +190,8 @@ def count_contenders(base, reward, cfg):
     """{contender: its work in a step, as count_work}, from shapes alone."""
     base, reward = copy_to_meta(base, reward)
     batch = synthetic_batch(base, cfg, cfg.batch_size)
-    both = contenders(base, reward, replace(cfg, compile=False))
-    return {name: count_work(partial(contender.score, batch), *contender.networks) for name, contender in both.items()}
+    both = contenders(base, reward, cfg).items()
+    return {name: count_work(partial(contender.score, batch), *contender.networks) for name, contender in both}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -226,8 +222,7 @@ class LiveBytes(TorchDispatchMode):
 
 def storages(modules):
     """{id: bytes} of the storages of all parameters and buffers."""
-    together = nn.ModuleList(modules)
-    tensors = [*together.parameters(), *together.buffers()]
+    tensors = [*nn.ModuleList(modules).parameters(), *nn.ModuleList(modules).buffers()]
     return {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
@@ -336,8 +331,7 @@ def count_methods(base, reward, cfg):
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Timing, and the report
+# -- Timing, and the report ------------------------------------------------------------------------------------------
 
 def now(device):
     """Seconds, read once the device has done all that it was given."""
@@ -379,7 +373,6 @@ def time_contenders(base, reward, cfg, device):
 class Config:
     """Count and time a training step, alone or against the same step on diffusers."""
     base: str = "tiny"  # tiny, random (full size), random:64 (small), or any base that train.py takes: only its sizes matter
-    reward_weights: str | None = None  # as train.py's; default the base's own, else random ones of a size that suits the base
     batch_size: int = 2  # clips a step (paper, Sec. 3.3: 8 on 4 GPUs)
     tau: float = 0.6  # how far clips are noised, as a share of the chain (paper, Sec. 4.2)
     num_steps: int = 20  # D, DDIM steps of the whole chain (paper, Sec. 3.3)
@@ -388,7 +381,6 @@ class Config:
     steps: int = 5  # repeats: each is one step of ours and one on diffusers
     device: str | None = None  # cuda, mps, cpu, or meta to count alone; default the first of cuda, mps, cpu that is there
     dtype: str | None = None  # float32, bfloat16 or float16 of frozen weights; default bfloat16 on cuda and meta, else float32
-    compile: bool = False  # torch.compile our UNet
     checkpoint_activations: bool = False  # ours recomputes the UNet's blocks in the backward pass, as train.py's flag
     low_memory: bool = False  # ours recomputes, and decodes one frame at a time, as train.py's flag
     methods: bool = False  # instead: count a step of each method of methods/ at its preset modelscope (needs --device meta)
@@ -416,7 +408,7 @@ def measure(cfg):
     base, reward = load(cfg, device)
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     report = {"settings": asdict(cfg) | {"out": str(cfg.out)}, "dtype": str(base.dtype).removeprefix("torch."),
-              "device": f"{device}, {processor}", "threads": torch.get_num_threads(), "torch": torch.__version__}
+              "device": f"{device}, {processor}", "threads": torch.get_num_threads()} | versions()
     if cfg.methods:
         return report | {"methods": count_methods(base, reward, cfg)}
     report["contenders"] = count_contenders(base, reward, cfg)
@@ -430,7 +422,6 @@ def measure(cfg):
     if cfg.diffusers:
         ratios = [theirs["seconds"] / ours["seconds"] for theirs, ours in zip(repeats["diffusers"], repeats["ours"])]
         report["time_ratio"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-        report["diffusers"] = sys.modules["diffusers"].__version__
     return report
 
 
