@@ -278,11 +278,10 @@ class ReadAsZero(TorchDispatchMode):
 
 
 def open_method(name, settings, base, reward, folder):
-    """A method as train.train takes it, with one video a step and a folder of its own for what it keeps."""
-    folder.mkdir()
+    """A method as train.train takes it, with one video a step and a folder of its own inside `folder` for what it keeps."""
     settings = replace(settings, batch_size=1, **ROUND_OF_ONE.get(name, {}))
     if name != "InstructVideo":
-        return METHODS[name].method(settings, base, reward, folder)
+        return METHODS[name].method(settings, base, reward, Path(tempfile.mkdtemp(dir=folder)))
     score = partial(train.edit_rewards, base, reward, base.encode_text([""]), cfg=settings)
     return train.Method(lambda step: synthetic_batch(base, settings, 1), score)  # its own draw reads clips
 
@@ -290,7 +289,7 @@ def open_method(name, settings, base, reward, folder):
 def count_method(name, settings, base, reward, folder):
     """What a step of a method costs per video: a row of count_methods."""
     with ReadAsZero():
-        method = open_method(name, settings, base, reward, folder / "work")
+        method = open_method(name, settings, base, reward, folder)
         batches = []
         draw = count_work(lambda: batches.append(method.draw(0)), base.unet, base.vae, reward)
         entry = train.split_batch(batches[0], 1)[0]
@@ -299,17 +298,15 @@ def count_method(name, settings, base, reward, folder):
         score = count_work(lambda: method.score(entry)[0], base.unet, base.vae, reward)
 
         # Scoring, which has gradient, takes the most memory. Chain steps leave nothing behind, so one is as good as all.
-        method = open_method(name, replace(settings, num_steps=1, tau=1.), base, reward, folder / "peak")
+        method = open_method(name, replace(settings, num_steps=1, tau=1.), base, reward, folder)
         entry = train.split_batch(method.draw(0), 1)[0]
         peak = measure_peak(lambda: method.score(entry)[0], [base.unet, base.vae.decoder, reward])
 
-    draws = 1  # for each video of an optimizer step: how often a batch is drawn, and an entry of it scored
-    scores = len(batches[0][0])
+    videos = 2 if name == "dpo" else 1  # of an entry, which for DPO is a pair
+    draws = 1 / videos  # for each video of an optimizer step: how often a batch is drawn, and an entry of it scored
+    scores = len(batches[0][0]) / videos
     if name in ("rwr", "dpo"):  # what a round samples serves many steps
-        draws = settings.rounds * (settings.videos if name == "rwr" else settings.pairs) / (settings.steps * settings.batch_size)
-    if name == "dpo":  # an entry is a pair
-        draws /= 2
-        scores /= 2
+        draws *= settings.rounds * (settings.videos if name == "rwr" else settings.pairs) / (settings.steps * settings.batch_size)
     calls = {part: draws * draw["calls"][part] + scores * score["calls"][part] for part in draw["calls"]}
     return {"without_gradient": calls["chain"], "with_gradient": calls["last step"], "frames": calls["decode"],
             "tflop": draws * draw["tflop"]["step"] + scores * score["tflop"]["step"], "peak_gib": peak}
