@@ -18,7 +18,6 @@ import copy
 import json
 import platform
 import statistics
-import sys
 import tempfile
 import time
 import weakref
@@ -43,6 +42,7 @@ from model import load_base
 from reward import aggregate, load_reward, segment_frames, tar_weights
 from sampler import check_edit, edit_steps
 from support.files import check_folder, write_text
+from support.pictures import versions
 from support.ranks import pick_device, pick_dtype, progress, run_script, sample_generator
 from support.settings import check_at_least
 
@@ -55,8 +55,7 @@ METHODS = {"InstructVideo": train, "draft": draft, "refl": refl, "vader": vader,
 ROUND_OF_ONE = {"ddpo": {"updates": 1}, "rwr": {"videos": 1}, "dpo": {"pairs": 1}}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The step, ours and on diffusers
+# -- The step, ours and on diffusers ---------------------------------------------------------------------------------
 
 @dataclass
 class Contender:
@@ -73,8 +72,6 @@ def contenders(base, reward, cfg):
     uncond = base.encode_text([""])
     parameters = lora.inject(base.network, settings.rank)
     base.network.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
-    if cfg.compile:
-        base.network.compile()
     score = lambda batch: train.edit_rewards(base, reward, uncond, batch, settings)[0]
     ours = {"ours": Contender(score, parameters, (base.network, base.vae, reward))}
     return ours | {"diffusers": on_diffusers(base, reward, uncond, settings)} if cfg.diffusers else ours
@@ -130,10 +127,10 @@ def load(cfg, device):
     dtype = pick_dtype(cfg.dtype or ("bfloat16" if is_meta else None), device)
     with torch.device("meta" if is_meta and cfg.base.startswith("random") else "cpu"):
         base = load_base(cfg.base, dtype=dtype, device=device)
-        reward_weights = cfg.reward_weights
-        if not reward_weights and not (base.folder and (base.folder / "reward").is_dir()):
-            reward_weights = "random:32" if cfg.base.startswith("random:") else "random"
-        return base, load_reward("hpsv2", reward_weights, base.folder, dtype, device)
+        weights = "random:32" if cfg.base.startswith("random:") else "random"  # of a size that suits the base
+        if base.folder and (base.folder / "reward").is_dir():
+            weights = None  # the base's own
+        return base, load_reward("hpsv2", weights, base.folder, dtype, device)
 
 
 def copy_to_meta(base, reward):
@@ -158,8 +155,7 @@ def synthetic_batch(base, cfg, batch_size):
     return z, eps, base.encode_text([CAPTION] * batch_size), g, [CAPTION] * batch_size
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Counting work and memory on meta
+# -- Counting work and memory on meta --------------------------------------------------------------------------------
 
 def count_work(forward, unet, vae, reward):
     """{"tflop": {part: ...}, "calls": {part: items that its network ran on}} of forward() and its result's backward pass, if any.
@@ -198,8 +194,8 @@ def count_contenders(base, reward, cfg):
     """{contender: its work in a step, as count_work}, from shapes alone."""
     base, reward = copy_to_meta(base, reward)
     batch = synthetic_batch(base, cfg, cfg.batch_size)
-    both = contenders(base, reward, replace(cfg, compile=False))
-    return {name: count_work(partial(contender.score, batch), *contender.networks) for name, contender in both.items()}
+    both = contenders(base, reward, cfg).items()
+    return {name: count_work(partial(contender.score, batch), *contender.networks) for name, contender in both}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -230,8 +226,7 @@ class LiveBytes(TorchDispatchMode):
 
 def storages(modules):
     """{id: bytes} of the storages of all parameters and buffers."""
-    together = nn.ModuleList(modules)
-    tensors = [*together.parameters(), *together.buffers()]
+    tensors = [*nn.ModuleList(modules).parameters(), *nn.ModuleList(modules).buffers()]
     return {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
@@ -287,11 +282,10 @@ class ReadAsZero(TorchDispatchMode):
 
 
 def open_method(name, settings, base, reward, folder):
-    """A method as train.train takes it, with one video a step and a folder of its own for what it keeps."""
-    folder.mkdir()
+    """A method as train.train takes it, with one video a step and a folder of its own inside `folder` for what it keeps."""
     settings = replace(settings, batch_size=1, **ROUND_OF_ONE.get(name, {}))
     if name != "InstructVideo":
-        return METHODS[name].method(settings, base, reward, folder)
+        return METHODS[name].method(settings, base, reward, Path(tempfile.mkdtemp(dir=folder)))
     score = partial(train.edit_rewards, base, reward, base.encode_text([""]), cfg=settings)
     return train.Method(lambda step: synthetic_batch(base, settings, 1), score)  # its own draw reads clips
 
@@ -299,7 +293,7 @@ def open_method(name, settings, base, reward, folder):
 def count_method(name, settings, base, reward, folder):
     """What a step of a method costs per video: a row of count_methods."""
     with ReadAsZero():
-        method = open_method(name, settings, base, reward, folder / "work")
+        method = open_method(name, settings, base, reward, folder)
         batches = []
         draw = count_work(lambda: batches.append(method.draw(0)), base.network, base.vae, reward)
         entry = train.split_batch(batches[0], 1)[0]
@@ -308,17 +302,15 @@ def count_method(name, settings, base, reward, folder):
         score = count_work(lambda: method.score(entry)[0], base.network, base.vae, reward)
 
         # Scoring, which has gradient, takes the most memory. Chain steps leave nothing behind, so one is as good as all.
-        method = open_method(name, replace(settings, num_steps=1, tau=1.), base, reward, folder / "peak")
+        method = open_method(name, replace(settings, num_steps=1, tau=1.), base, reward, folder)
         entry = train.split_batch(method.draw(0), 1)[0]
         peak = measure_peak(lambda: method.score(entry)[0], [base.network, base.vae.decoder, reward])
 
-    draws = 1  # for each video of an optimizer step: how often a batch is drawn, and an entry of it scored
-    scores = len(batches[0][0])
+    videos = 2 if name == "dpo" else 1  # of an entry, which for DPO is a pair
+    draws = 1 / videos  # for each video of an optimizer step: how often a batch is drawn, and an entry of it scored
+    scores = len(batches[0][0]) / videos
     if name in ("rwr", "dpo"):  # what a round samples serves many steps
-        draws = settings.rounds * (settings.videos if name == "rwr" else settings.pairs) / (settings.steps * settings.batch_size)
-    if name == "dpo":  # an entry is a pair
-        draws /= 2
-        scores /= 2
+        draws *= settings.rounds * (settings.videos if name == "rwr" else settings.pairs) / (settings.steps * settings.batch_size)
     calls = {part: draws * draw["calls"][part] + scores * score["calls"][part] for part in draw["calls"]}
     return {"without_gradient": calls["chain"], "with_gradient": calls["last step"], "frames": calls["decode"],
             "tflop": draws * draw["tflop"]["step"] + scores * score["tflop"]["step"], "peak_gib": peak}
@@ -340,8 +332,7 @@ def count_methods(base, reward, cfg):
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Timing, and the report
+# -- Timing, and the report ------------------------------------------------------------------------------------------
 
 def now(device):
     """Seconds, read once the device has done all that it was given."""
@@ -383,7 +374,6 @@ def time_contenders(base, reward, cfg, device):
 class Config:
     """Count and time a training step, alone or against the same step on diffusers."""
     base: str = "tiny"  # tiny, random (full size), random:64 (small), or any base that train.py takes: only its sizes matter
-    reward_weights: str | None = None  # as train.py's; default the base's own, else random ones of a size that suits the base
     batch_size: int = 2  # clips a step (paper, Sec. 3.3: 8 on 4 GPUs)
     tau: float = 0.6  # how far clips are noised, as a share of the chain (paper, Sec. 4.2)
     num_steps: int = 20  # D, DDIM steps of the whole chain (paper, Sec. 3.3)
@@ -392,7 +382,6 @@ class Config:
     steps: int = 5  # repeats: each is one step of ours and one on diffusers
     device: str | None = None  # cuda, mps, cpu, or meta to count alone; default the first of cuda, mps, cpu that is there
     dtype: str | None = None  # float32, bfloat16 or float16 of frozen weights; default bfloat16 on cuda and meta, else float32
-    compile: bool = False  # torch.compile our UNet
     checkpoint_activations: bool = False  # ours recomputes the UNet's blocks in the backward pass, as train.py's flag
     low_memory: bool = False  # ours recomputes, and decodes one frame at a time, as train.py's flag
     methods: bool = False  # instead: count a step of each method of methods/ at its preset modelscope (needs --device meta)
@@ -420,7 +409,7 @@ def measure(cfg):
     base, reward = load(cfg, device)
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     report = {"settings": asdict(cfg) | {"out": str(cfg.out)}, "dtype": str(base.dtype).removeprefix("torch."),
-              "device": f"{device}, {processor}", "threads": torch.get_num_threads(), "torch": torch.__version__}
+              "device": f"{device}, {processor}", "threads": torch.get_num_threads()} | versions()
     if cfg.methods:
         return report | {"methods": count_methods(base, reward, cfg)}
     report["contenders"] = count_contenders(base, reward, cfg)
@@ -434,7 +423,6 @@ def measure(cfg):
     if cfg.diffusers:
         ratios = [theirs["seconds"] / ours["seconds"] for theirs, ours in zip(repeats["diffusers"], repeats["ours"])]
         report["time_ratio"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-        report["diffusers"] = sys.modules["diffusers"].__version__
     return report
 
 

@@ -1,6 +1,5 @@
 """
 Adapter files: ours, PEFT's and the official code's, read into one form, checked against a UNet, and exported.
-
 Ours is a safetensors file under PEFT's tensor names, with rank, alpha, base and the base's fingerprint as metadata.
 Letters: r rank, C_in and C_out widths of a projection; A (r, C_in) and B (C_out, r) are the two halves of an adapter.
 """
@@ -79,7 +78,7 @@ def read_adapter(path, config=None):
             ours = {theirs: name for name, theirs in official_names(config or names.MODELSCOPE).items()}
             tensors = {ours.get(name, name): t for name, t in official.items()}
             weights = rest
-            recorded = dict.fromkeys(("rank", "alpha"), common_rank(tensors, path))
+            recorded = dict.fromkeys(("rank", "alpha"), common_rank(tensors, path))  # B A as they are
         elif path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 recorded = file.metadata() or {}
@@ -106,8 +105,7 @@ def read_peft(folder):
                              "weights, with one rank and alpha for all (PEFT converts PiSSA, OLoRA and the like when it saves)")
     recorded = {"rank": settings.get("r"), "alpha": settings.get("lora_alpha"), "base": settings.get("base_model_name_or_path")}
     file = folder / "adapter_model.safetensors"
-    pickled = folder / "adapter_model.bin"
-    return read_tensors(pickled if pickled.is_file() and not file.is_file() else file), recorded
+    return read_tensors(file if file.is_file() else file.with_suffix(".bin")), recorded
 
 
 def common_rank(tensors, path):
@@ -189,9 +187,8 @@ def export(adapter, to, out, base=None, config=None):
     if to == "peft":
         if trained.base == "tiny":
             print("note: the tiny base is no UNet that diffusers can build, so this adapter fits none of theirs")
-        settings = {"peft_type": "LORA", "r": trained.rank, "lora_alpha": trained.alpha, "lora_dropout": 0.0, "bias": "none",
-                    "target_modules": LAYERS, "inference_mode": True,
-                    "base_model_name_or_path": str(base) if base else trained.base}
+        settings = {"peft_type": "LORA", "r": trained.rank, "lora_alpha": trained.alpha, "bias": "none", "inference_mode": True,
+                    "target_modules": LAYERS, "base_model_name_or_path": str(base) if base else trained.base}
         write_folder(out, "adapter_config.json", settings, "adapter_model.safetensors", trained.tensors)
     elif to == "diffusers":
         export_diffusers(trained, weights, out, config, base or adapter)

@@ -1,6 +1,5 @@
 """
 The hpsv2 package's own score(), to check ours against.
-
 The package (1.2.0) does not import as it is published, and downloads 4 GB of CLIP weights that it then replaces; so what it
 lacks is provided while it is imported or called.
 """
@@ -41,11 +40,8 @@ def import_hpsv2():
 
 
 def official_hps(clip, clip_config=None, tokenizer=None):
-    """
-    The hpsv2 package's score(frames (S, 3, H, W) uint8, caption) -> S floats, on the float32 CLIP of `load_hpsv2(...).clip`.
-
-    clip_config: as there; tokenizer: default the package's. On CUDA it differs more from HPSv2, since it computes in float16.
-    """
+    """The hpsv2 package's score(frames (S, 3, H, W) uint8, caption) -> S floats, on the float32 CLIP of `load_hpsv2(...).clip`.
+    clip_config: as there; tokenizer: default the package's. On CUDA it differs more from HPSv2, since it computes in float16."""
     if {p.dtype for p in clip.parameters()} != {torch.float32}:
         raise ValueError("the hpsv2 package scores in float32; load the weights with dtype=torch.float32")
     img_score, fork = import_hpsv2()
@@ -74,10 +70,8 @@ def official_hps(clip, clip_config=None, tokenizer=None):
 
 
 def official_distances(reward, sheets, sets, index):
-    """
-    [distance of our score from the package's own] of sheets {set: [videos (k, F, 3, H, W) of each model]}.
-    sets: {set: prompts}, index: the frames that are scored (S,).
-    """
+    """[distance of our score from the package's own] of sheets {set: [videos (k, F, 3, H, W) of each model]}.
+    sets: {set: prompts}, index: the frames that are scored (S,)."""
     tokenizer = reward.tokenizer if reward.clip_config else None  # a CLIP of another kind has words of its own
     score = official_hps(reward.clip, reward.clip_config, tokenizer)
     distances = []

@@ -1,6 +1,5 @@
 """
 What published files call the same tensors, and how they describe the same structure: tables and rules, no modules.
-
 Our names are diffusers'; ModelScope's UNet, LDM's autoencoder and transformers' text tower have others. A structure (`config`)
 is anything with the fields of model.UNetConfig or model.VAEConfig.
 """
@@ -31,8 +30,7 @@ def expect(content, built):
 
 def check_whole(blocks, *sizes):
     """ValueError unless a network of so many blocks a level, and of these sizes, is one that a machine can hold."""
-    for i, number in enumerate((blocks, *sizes)):
-        largest = 2**16 if i else 64
+    for number, largest in zip((blocks, *sizes), [64] + [2**16] * len(sizes)):
         if type(number) is not int or not 0 < number <= largest:
             raise ValueError(f"expected whole numbers from 1 to {largest}, found {number!r:.40}")
 
@@ -104,10 +102,7 @@ def rename(name, blocks, parts):
 def unet_to_official(tensors, config):
     """Tensors under our (diffusers') names -> the same under the official names and shapes."""
     blocks = official_unet_blocks(config)
-    renamed = {}
-    for name, t in tensors.items():
-        renamed[rename(name, blocks, UNET_RESNET)] = t.unsqueeze(-1) if CONV1D.search(name) else t
-    return renamed
+    return {rename(name, blocks, UNET_RESNET): t.unsqueeze(-1) if CONV1D.search(name) else t for name, t in tensors.items()}
 
 
 def unet_from_official(tensors, config):
@@ -264,8 +259,8 @@ def text_tower(tensors, path):
 
 def expect_text_config(content, heads, layers):
     """ValueError if a text tower's config.json (transformers', or open_clip's) says anything that we do not build."""
-    built = dict(hidden_act="gelu", quick_gelu=False, layer_norm_eps=1e-5, num_attention_heads=heads, num_hidden_layers=layers)
-    expect(content, built)
+    expect(content, dict(hidden_act="gelu", quick_gelu=False, layer_norm_eps=1e-5, num_attention_heads=heads,
+                         num_hidden_layers=layers))
 
 
 def expect_fitting(unet, vae, text, paths):

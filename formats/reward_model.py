@@ -116,11 +116,8 @@ def spread_frames(num_frames, wanted):
 # -- Modules from files -----------------------------------------------------------------------------------------------
 
 def build(make, source=None, dtype=torch.float32, device="cpu", tensors=None, spellings=()):
-    """
-    The module that make() builds, frozen and in eval mode, with published weights, or seeded random ones if source is None.
-
-    source: a file or folder; tensors: those of it to take, if not all; spellings: pairs (old, new) of what names may contain.
-    """
+    """The module that make() builds, frozen and in eval mode, with published weights, or seeded random ones if source is None.
+    source: a file or folder; tensors: those of it to take, if not all; spellings: pairs (old, new) of what names may contain."""
     if source is None:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # the CPU's alone
@@ -158,9 +155,8 @@ def clip_tokenizer(context_length):
 
 def expect_clip_config(content):
     """open_clip's description of a small CLIP, of a JSON file's content: the fields of SMALL_CLIP, all of them and no other."""
-    for part in (None, "vision_cfg", "text_cfg"):
-        fields = content[part] if part else content
-        like = SMALL_CLIP[part] if part else SMALL_CLIP
+    parts = [(content, SMALL_CLIP)] + [(content[part], SMALL_CLIP[part]) for part in ("vision_cfg", "text_cfg")]
+    for fields, like in parts:
         if fields.keys() != like.keys():  # by others open_clip would fetch a model of some name, and files are data
             raise ValueError(f"expected the fields {', '.join(like)}, found {', '.join(fields)}")
         check_whole(fields.get("layers", 1), *(value for value in fields.values() if not isinstance(value, dict)))

@@ -1,6 +1,5 @@
 """
 Which rewards there are: how a command line names them, and where their weights lie.
-
 A reward is a file rewards/NAME.py and a line in REWARDS. HPSv2, the paper's, is in reward.py.
 """
 import math
@@ -30,10 +29,8 @@ RANDOM = re.compile(r"random(:\d+)?")  # in a path's place: untrained weights, r
 
 
 def split_reward(reward):
-    """
-    (name, what follows it) of a reward as a command line names it: "yolos:book" -> ("yolos", "book"); "hpsv2" ->
-    ("hpsv2", "pad"), which is how it takes its pictures; "my_file.py:function" -> ("my_file.py", "function").
-    """
+    """(name, what follows it) of a reward as a command line names it: "yolos:book" -> ("yolos", "book"); "hpsv2" ->
+    ("hpsv2", "pad"), which is how it takes its pictures; "my_file.py:function" -> ("my_file.py", "function")."""
     name, _, argument = reward.partition(":")
     if name.endswith(".py"):
         check_function(name, argument)
@@ -65,10 +62,8 @@ def check_function(file, function):
 
 
 def requested_rewards(cfg):
-    """
-    What the settings ask for, checked before anything is loaded: what is maximised, [(weight, reward)]; the rewards that are
-    watched; and {reward: path of its weights} where one is given.
-    """
+    """What the settings ask for, checked before anything is loaded: what is maximised, [(weight, reward)]; the rewards that are
+    watched; and {reward: path of its weights} where one is given."""
     parts = []
     for given in cfg.reward or ("hpsv2=1",):
         reward, equals, number = given.rpartition("=")
@@ -95,7 +90,7 @@ def requested_rewards(cfg):
     paths = given_weights(cfg, names) if cfg.reward_weights else {}
     for reward, name in names.items():
         wanted = REWARDS[name][1] if name in REWARDS else None
-        has_config = Path(paths.get(reward, "")).is_dir() and reward in paths  # there, its config.json says how many
+        has_config = reward in paths and Path(paths[reward]).is_dir()  # there, its config.json says how many
         if wanted and cfg.frames < wanted and not has_config:
             raise ValueError(f"frames = {cfg.frames}: {name} sees {wanted} frames of a clip, in order; it must have as many")
     return parts, watched, paths
@@ -110,22 +105,19 @@ def given_weights(cfg, names):
         if not meant and len(names) == 1:
             meant, path = list(names), given  # a bare path, which may have a = of its own
         if not meant:
-            raise ValueError(f"reward_weights {given!r}: must be NAME=PATH, with one of the rewards "
-                             f"{', '.join(names.values())} as NAME")
-        if not RANDOM.fullmatch(path) and not Path(path).exists():
-            raise ValueError(f"reward {names[meant[0]]}: {path}: no such file or folder")
+            rewards = ", ".join(names.values())
+            raise ValueError(f"reward_weights {given!r}: must be NAME=PATH, with one of the rewards {rewards} as NAME")
+        find_reward(names[meant[0]], path)  # which says now, and not after the base was loaded, that it is not there
         paths |= dict.fromkeys(meant, path)
     return paths
 
 
 def find_reward(name, weights=None, base_folder=None):
-    """
-    File or folder of a reward's weights: the path given, or what lies in the base's folder or beside it, or the hub's, downloaded
-    once; None for "random" and "random:W". name: as split_reward has it.
-    """
-    if weights and RANDOM.fullmatch(str(weights)):
-        return None
-    if weights:
+    """File or folder of a reward's weights: the path given, or what lies in the base's folder or beside it, or the hub's,
+    downloaded once; None for "random" and "random:W". name: as split_reward has it."""
+    if weights is not None:
+        if RANDOM.fullmatch(str(weights)):
+            return None
         if not Path(weights).exists():
             raise ValueError(f"reward {name}: {weights}: no such file or folder")
         return Path(weights)
@@ -140,8 +132,7 @@ def find_reward(name, weights=None, base_folder=None):
         if base_folder and (base_folder / name).is_dir():
             return base_folder / name
         raise ValueError(f"reward {name}: is for the tiny world alone: must be --base tiny, or a folder as --reward-weights")
-    what = "its folder" if len(files) > 1 else "its path"
-    paths = [hub_file(name, repo, file, f"give {what} as --reward-weights {name}=PATH") for file in files]
+    paths = [hub_file(name, repo, file, f"give its folder as --reward-weights {name}=PATH") for file in files]
     return paths[0].parent if len(files) > 1 else paths[0]
 
 

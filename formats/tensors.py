@@ -1,6 +1,5 @@
 """
 Published weights: reading a file or a folder of tensors, and putting them into a module.
-
 Files are data: torch files are read with weights_only=True and nothing else is tried, so no code in them runs. Tensors are
 memory-mapped and converted one by one, so loading takes no more memory than the module itself.
 """
@@ -29,12 +28,9 @@ VARIANTS = ("", ".fp16", ".bf16", ".ema", ".non_ema")  # as diffusers calls them
 
 
 def read_tensors(path):
-    """
-    Every tensor of a published file or component folder, {name: tensor}, memory-mapped: nothing is copied yet.
-
+    """Every tensor of a published file or component folder, {name: tensor}, memory-mapped: nothing is copied yet.
     path: .safetensors; a torch file (.pth, .pt, .bin, .ckpt), bare or with the tensors under "state_dict", names with or without
-    "module."; or a folder of one component, whole or in shards. ValueError names a file that is none or holds code.
-    """
+    "module."; or a folder of one component, whole or in shards. ValueError names a file that is none or holds code."""
     path = Path(path)
     if path.is_dir():
         return read_folder(path)
@@ -43,14 +39,17 @@ def read_tensors(path):
     with open(path, "rb") as file:
         if file.read(42) == b"version https://git-lfs.github.com/spec/v1":
             raise ValueError(f"{path}: is a Git LFS pointer, not the file itself; `git lfs pull` in its repository fetches it")
-    is_safetensors = path.suffix == ".safetensors"
     try:
-        content = load_file(path) if is_safetensors else read_torch(path)
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:  # torch maps zip files that are not compressed, as torch.save writes them
+            mapped = zipfile.is_zipfile(path) and not any(part.compress_type for part in zipfile.ZipFile(path).infolist())
+            with torch.serialization.safe_globals(MENTIONED):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged file can fail in any way: zip, pickle, json, or the reader itself
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise ValueError(f"{path}: expected tensors alone, found {code[1]}; nothing in it was run. "
-                             "Use a copy without it, best as .safetensors") from None
-        kind = "a .safetensors file" if is_safetensors else "a torch file of tensors"
+            raise ValueError(f"{path}: expected tensors alone, found {code[1]}; nothing in it was run") from None
+        kind = "a .safetensors file" if path.suffix == ".safetensors" else "a torch file of tensors"
         raise ValueError(f"{path}: expected {kind} that can be read, found another or none ({first_line(error)})") from None
 
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
@@ -63,20 +62,12 @@ def read_tensors(path):
         elif isinstance(value, dict) and any(isinstance(t, torch.Tensor) for t in value.values()):
             wrapped.append(str(name))
     if wrapped:
-        raise ValueError(f"{path}: holds state dicts under {first_names(wrapped)}; expected one, bare or under state_dict: "
-                         "save the one to use in a file of its own")
+        raise ValueError(f"{path}: holds state dicts under {first_names(wrapped)}; expected one: save it in a file of its own")
     if not tensors:
         raise ValueError(f"{path}: holds no tensors; expected a state dict, found {type(content).__name__}")
     if all(name.startswith("module.") for name in tensors):  # saved from inside DistributedDataParallel
         tensors = {name.removeprefix("module."): t for name, t in tensors.items()}
     return tensors
-
-
-def read_torch(path):
-    """The content of a torch file, memory-mapped if it is as torch.save writes it: a zip file that is not compressed."""
-    mapped = zipfile.is_zipfile(path) and not any(part.compress_type for part in zipfile.ZipFile(path).infolist())
-    with torch.serialization.safe_globals(MENTIONED):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def weight_files(names):
@@ -99,8 +90,7 @@ def read_folder(folder):
     first, *others = weight_files(names) or [""]
     if not first:
         check_hub_cache(folder)
-        raise ValueError(f"{folder}: no weights here; expected a file like {STEMS[0]}.safetensors or .fp16.bin, or an index and "
-                         f"its shards, found {first_names(names) or 'nothing'}")
+        raise ValueError(f"{folder}: no weights here; expected a file like {STEMS[0]}.safetensors, found {first_names(names)}")
     if not first.endswith(".json"):
         if others:
             raise ValueError(f"{folder}: holds {first} and, for other files of these weights, {others[0]}; remove the older")

@@ -14,11 +14,11 @@ class WordTokenizer:
     """Like open_clip's tokenizers: captions [B] -> (B, context_length) int64. CLIP pools at the largest number, the end's."""
 
     def __init__(self, words, context_length):
-        self.words = list(words)
         self.context_length = context_length
-        self.ids = {word: i + UNKNOWN + 1 for i, word in enumerate(self.words)}
-        self.end = len(self.words) + UNKNOWN + 1
+        self.ids = {word: i + UNKNOWN + 1 for i, word in enumerate(words)}
+        self.end = len(words) + UNKNOWN + 1
         self.vocab_size = self.end + 1
+        self.known_words = f"; it knows: {' '.join(words)}"
 
     def encode(self, caption):
         """Token numbers of the caption's words, without start and end."""
@@ -26,7 +26,8 @@ class WordTokenizer:
         unknown = [w for w in words if w not in self.ids and w not in REPORTED]
         if unknown:
             REPORTED.update(unknown)
-            tqdm.write(f"words this model does not know: {', '.join(unknown)}; it knows: {' '.join(self.words)}", file=sys.stderr)
+            tqdm.write(f"words this model does not know: {', '.join(unknown)}{self.known_words}", file=sys.stderr)
+            self.known_words = ""  # said once
         return [self.ids.get(w, UNKNOWN) for w in words]
 
     def __call__(self, captions):

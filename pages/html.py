@@ -73,11 +73,8 @@ def heat(values):
 
 
 def line_chart(title, lines):
-    """
-    Curves with bands of their errors: {"title", "svg", "legend"}, in the page's colours, light or dark.
-
-    lines: {name: [(step, y, error)]}, at least one point. The legend has the name of each line and the values at its ends.
-    """
+    """Curves with bands of their errors: {"title", "svg", "legend"}, in the page's colours, light or dark.
+    lines: {name: [(step, y, error)]}, at least one point. The legend has the name of each line and the values at its ends."""
     from matplotlib import rc_context
     from matplotlib.colors import to_hex
     from matplotlib.figure import Figure

@@ -1,6 +1,7 @@
 """What report.py shows of run folders, read from their files: settings, curves, gains, clips of the same prompt and noise."""
 import math
 import re
+from itertools import count
 from pathlib import Path
 
 from pages.html import clip_uri, line_chart
@@ -14,10 +15,8 @@ NOT_COMPARED = {"out", "resume", "overwrite"}  # settings that say nothing about
 
 
 class RunFiles:
-    """
-    A run folder's files, for the page: config, prompts {set: captions}, and the tables {step: {set: {measure: (n,)}}} of its
-    evaluations. reward: what it maximised, by name, so that different rewards are never taken together.
-    """
+    """A run folder's files, for the page: config, prompts {set: captions}, and the tables {step: {set: {measure: (n,)}}} of its
+    evaluations. reward: what it maximised, by name, so that different rewards are never taken together."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -29,8 +28,7 @@ class RunFiles:
         self.record = read_json(self.folder / "run.json")
         self.prompts = self.record.get("prompts")
         if not isinstance(self.prompts, dict):
-            raise ValueError(f"{folder}: run.json has no prompts, as early versions wrote it; the run's command with "
-                             f"--resume {folder} adds them")
+            raise ValueError(f"{folder}: run.json has no prompts, as early versions wrote it; continue the run to add them")
         asked = self.config.get("reward") or "hpsv2"  # the default of --reward; run.json of earlier versions does not say more
         asked = " + ".join(asked) if isinstance(asked, list) else asked
         self.reward = self.config["reward"] = self.record.get("reward", asked)
@@ -39,12 +37,11 @@ class RunFiles:
     def clips(self, step):
         """The clips of an evaluation, the first few of each set: {name: {file, set, caption, score}}."""
         clips = {}
-        number = 0  # of the video among those shown, as in its file's name
+        numbers = count()  # of the videos that a run shows, as in their files' names
         for set_name, captions in self.prompts.items():
             scores = self.tables[step][set_name]["reward"].tolist()
             for caption, score in zip(captions[:SHOWN], scores):
-                name = video_name(number, caption)
-                number += 1
+                name = video_name(next(numbers), caption)
                 file = sample_file(self.folder, step, f"_{name}.mp4")
                 if file.is_file():
                     clips[name] = {"file": file, "set": set_name, "caption": caption, "score": score}
@@ -121,10 +118,8 @@ def gains(runs):
 
 
 def clip_rows(runs):
-    """
-    The clips of a few evaluations, largest and smallest gains of the first run first: {title: [{caption, set, gain, runs: {run's
-    name: [{step, src, score}]}}]}. Gains of several runs are not averaged: their rewards may differ.
-    """
+    """The clips of a few evaluations, largest and smallest gains of the first run first: {title: [{caption, set, gain, runs:
+    {run's name: [{step, src, score}]}}]}. Gains of several runs are not averaged: their rewards may differ."""
     rows = {}
     for run in runs:
         steps = list(run.tables)
@@ -157,11 +152,8 @@ def read_study(path):
 # Two folders for a blind comparison
 
 def read_side(argument, prompts):
-    """
-    One model's clips, {name: {file, set, caption, score}}, and the reward that scored them, both None for generate.py's.
-
-    argument: FOLDER, or FOLDER@STEP for an evaluation of a run. prompts: {set: prompts}, generate.py's in this order, or {}.
-    """
+    """One model's clips, {name: {file, set, caption, score}}, and the reward that scored them, both None for generate.py's.
+    argument: FOLDER, or FOLDER@STEP for an evaluation of a run. prompts: {set: prompts}, generate.py's in this order, or {}."""
     folder, at, step = argument.rpartition("@") if re.search(r"@\d+$", argument) else (argument, "", "")
     path = Path(folder)
     if not path.is_dir():
@@ -173,10 +165,10 @@ def read_side(argument, prompts):
             raise ValueError(f"{argument}: no evaluation at that step; there are {', '.join(map(str, run.tables)) or 'none'}")
         return run.clips(chosen), run.reward
 
-    set_of_video = {}
+    set_names = []  # of each video
     for set_name, texts in prompts.items():
-        for _ in texts:
-            set_of_video[len(set_of_video)] = set_name
+        set_names += [set_name] * len(texts)
+    set_of_video = dict(enumerate(set_names))
     clips = {}
     for file in sorted(path.glob("*.mp4")):
         number = re.match(r"\d{4,}(?=-|$)", file.stem)  # support.videos.video_name puts it there
@@ -189,11 +181,8 @@ def read_side(argument, prompts):
 
 
 def pair_up(first, second, prompts):
-    """
-    Pairs of clips with the same name, which means the same prompt and seed: [{name, caption, set, files, reward}].
-
-    files and reward are {"a", "b"}; reward is None unless the same one scored both. first, second, prompts: as read_side's.
-    """
+    """Pairs of clips with the same name, which means the same prompt and seed: [{name, caption, set, files, reward}].
+    files and reward are {"a", "b"}; reward is None unless the same one scored both. first, second, prompts: as read_side's."""
     a, reward_a = read_side(first, prompts)
     b, reward_b = read_side(second, prompts)
     if a.keys() != b.keys() or not a:
@@ -212,5 +201,4 @@ def check_sizes(files):
     """ValueError if size or length would tell the two clips of a pair {"a", "b"} apart."""
     a, b = read_video(files["a"]).shape, read_video(files["b"]).shape
     if a != b:
-        raise ValueError(f"{files['a']} and {files['b']}: frames, rows and columns are {a[:3]} and {b[:3]}; both must be alike, "
-                         "or the page would tell the models apart")
+        raise ValueError(f"{files['a']} and {files['b']}: frames, rows and columns are {a[:3]} and {b[:3]}; both must be alike")

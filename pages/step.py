@@ -3,11 +3,8 @@ from support.pictures import write_figure
 
 
 def draw_step(path, columns, g, r, f, R, caption, reward):
-    """
-    The strip: a row for each frame that was drawn, from the real clip to the gradient, then its reward and its weight.
-
-    columns: [(title, line below it, pictures (S, H, W, 3))]; g, r, f: [S]; R: the video's reward.
-    """
+    """The strip: a row for each frame that was drawn, from the real clip to the gradient, then its reward and its weight.
+    columns: [(title, line below it, pictures (S, H, W, 3))]; g, r, f: [S]; R: the video's reward."""
     from matplotlib.figure import Figure
     S, n = len(g), len(columns)
     height = 1.1 * S + 1.05                                                   # inches, words included

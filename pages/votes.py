@@ -18,12 +18,9 @@ SIDES = ("left", "tie", "right")
 
 
 def draw_key(names, pairs):
-    """
-    The key of a new comparison: pairs as pages.runs.pair_up has them, in random order, each with who is left.
-
+    """The key of a new comparison: pairs as pages.runs.pair_up has them, in random order, each with who is left.
     names: (A's, B's). A is left in half of the pairs, so that a habit of voting left favours neither. Drawn from the system's own
-    randomness: with a seed, whoever knows the default could work out the sides.
-    """
+    randomness: with a seed, whoever knows the default could work out the sides."""
     system = random.SystemRandom()
     lefts = ["a", "b"] * ((len(pairs) + 1) // 2)
     system.shuffle(lefts)
@@ -77,11 +74,8 @@ def wilson(share, n, z=1.96):
 
 
 def shares(choices):
-    """
-    {"prompts", "votes": how many there are, "shares": {choice: (share, low, high)}}; choices [n]: of all who voted on a prompt.
-
-    Each prompt counts once, however many voted on it: votes on one depend on each other, so a prompt is a trial of the interval.
-    """
+    """{"prompts", "votes": how many there are, "shares": {choice: (share, low, high)}}; choices [n]: of all voters on a prompt.
+    Each prompt counts once, however many voted on it: votes on one depend on each other, so a prompt is a trial."""
     voted = [row for row in choices if row]
     intervals = {}
     for choice in ("a", "tie", "b"):
@@ -91,10 +85,8 @@ def shares(choices):
 
 
 def kappa(rows):
-    """
-    Agreement of raters beyond chance: of two Cohen's (1960), of m > 2 Fleiss' (1971); rows [n]: all raters' choices of a prompt,
-    in the same order. None where chance alone would agree always, or without votes.
-    """
+    """Agreement of raters beyond chance: of two Cohen's (1960), of m > 2 Fleiss' (1971); rows [n]: all raters' choices of a
+    prompt, in the same order. None where chance alone would agree always, or without votes."""
     if not rows:
         return None
     chosen = np.array(rows)[:, :, None] == np.unique(rows)                    # (n, m, choices)
@@ -129,11 +121,8 @@ def majority(choices):
 
 
 def tally(key, votes):
-    """
-    What was voted, by question and prompt set, and what the reward would have; and how much they agree.
-
-    votes: {rater: {(pair, question): choice}} -> {"rows": [{who, question, set, ...shares}], "agreement": [agreement()], ...}.
-    """
+    """What was voted, by question and prompt set, and what the reward would have; and how much they agree.
+    votes: {rater: {(pair, question): choice}} -> {"rows": [{who, question, set, ...shares}], "agreement": [agreement()], ...}."""
     sets = {"all": range(len(key["pairs"]))}
     if len({pair["set"] for pair in key["pairs"]}) > 1:
         for i, pair in enumerate(key["pairs"]):

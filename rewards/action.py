@@ -37,8 +37,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(WIDTH, len(DIRECTIONS) + 1)
 
     def forward(self, clips):
-        x = self.frame(clips.flatten(0, 1) * 2 - 1)                           # (B*F, E)
-        x = x.unflatten(0, clips.shape[:2])                                   # (B, F, E)
+        x = self.frame(clips.flatten(0, 1) * 2 - 1).unflatten(0, clips.shape[:2])     # (B, F, E)
         return self.head(self.attention(x + self.time).mean(dim=1))           # (B, C)
 
 

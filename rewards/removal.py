@@ -10,9 +10,7 @@ import torch.nn.functional as F_
 from torch import nn
 
 from formats.reward_model import RewardModel, build, crop_centre
-from rewards.action import convolution
-
-SIZE = 32  # the tiny world's
+from rewards.action import SIZE, convolution
 
 
 class Detector(nn.Module):

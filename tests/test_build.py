@@ -4,11 +4,9 @@ import json
 import pytest
 import torch
 
-from bases.modelscope import Base
 from model import UNet3D, load_base
 from reward import load_reward
 from rewards import action
-from sampler import alpha_bars, ddim_levels
 from tiny import build, world
 from tiny.judge import load_judge
 
@@ -17,9 +15,7 @@ def test_the_stages_build_a_world_that_loads(short_clips, tmp_path, monkeypatch)
     scenes = [world.Scene(c, "circle", d) for c in ("red", "blue") for d in ("left", "right")]  # near ones differ in one word
     monkeypatch.setattr(build, "all_scenes", lambda: scenes)
     monkeypatch.setattr(action, "FRAMES", world.FRAMES)
-    levels = ddim_levels(2, alpha_bars())
-    monkeypatch.setattr(Base, "levels", lambda *args: levels)  # in place of 20
-
+    monkeypatch.setattr(build, "NUM_STEPS", 2)
     def run(out, stages):
         build.main(build.Config(stages=stages, out=out, seed=3, device="cpu", threads=1, max_steps=2, clips=8, gate_count=1))
         return json.loads((out / "manifest.json").read_text())

@@ -35,6 +35,7 @@ from formats.names import unet_to_diffusers, vae_to_diffusers
 from formats.reward_model import clip_normalize
 from rewards import action, removal
 from sampler import Levels, edit, guided, sample
+from support.files import read_json
 from support.ranks import progress
 from tiny import world
 from tiny.judge import DIRECTIONS, Judge, judge_clips, labels, load_judge
@@ -47,6 +48,7 @@ CLIP = dict(embed_dim=64, vision_cfg=dict(image_size=world.SIZE, patch_size=8, w
                           layers=3))
 LATENT_STD = 0.5  # see tiny/README.md: with unit variance, noise at t = 951 still shows the layout, and words go unread
 MAX_WEIGHT = 100.  # of a noise level in Eq. (1), 1 / abar_t up to this: only at high noise do the words matter
+NUM_STEPS = 20  # D, of videos by the base and of its edits
 GUIDANCE = 1.5  # written into the base's config; eps_c - eps_u points to what other shapes lack: at 3 squares become bow ties
 ATTACK = 5.  # on the action classifier: the L2 norm of a clip's change, a root mean square of 0.02
 # What the simulated annotator takes off an image's worth: for a flaw, times its strength, and for each wrong word.
@@ -85,10 +87,7 @@ def fit(name, module, loss_of, steps, lr, ema_decay=0.):
 def save(path, module, config=None):
     """Weights in fp16, with their config beside them unless the module's own file says its size."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, tensor in module.state_dict().items():
-        tensors[name] = tensor.detach().half().cpu().contiguous()
-    save_file(tensors, path)
+    save_file({name: t.half().cpu().contiguous() for name, t in module.state_dict().items()}, path)
     if config:
         (path.parent / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     if isinstance(module, open_clip.CLIP):  # what its tokenizer reads: the context length, then the vocabulary
@@ -116,12 +115,10 @@ def captions_of(scenes):
 def render(scenes, seed, rates=world.FLAWS, trails=None):
     """Draw a clip of each scene -> clips (n, F, 3, H, W) in [0, 1], float16, on the CPU, and their flaws. Clip i has seed + i.
     rates: how often each flaw is drawn. trails: a trail for each clip, as in world.draw."""
-    clips = []
-    flaws = []
+    made = []
     for i, scene in enumerate(progress(scenes, desc="drawing clips", unit="clips")):
-        clip, strengths = world.make_clip(scene, seed + i, trail=trails[i] if trails else None, rates=rates)
-        clips.append(clip)
-        flaws.append(strengths)
+        made.append(world.make_clip(scene, seed + i, trail=trails[i] if trails else None, rates=rates))
+    clips, flaws = zip(*made)
     return torch.stack(clips).half(), flaws
 
 
@@ -154,7 +151,7 @@ def through_autoencoder(base, clips):
 @torch.no_grad()
 def base_clips(base, captions, clips=None):
     """Videos by the base, from pure noise, or as edits of given clips (Eqs. 3-5), whose content is known."""
-    uncond, levels = base.encode_text([""]), base.levels(20)
+    uncond, levels = base.encode_text([""]), base.levels(NUM_STEPS)
     videos = []
     for start in progress(range(0, len(captions), 12), desc="clips by the base"):
         text = base.encode_text(captions[start:start + 12])
@@ -291,15 +288,14 @@ def start_as_identity(unet, constant=6.):
     signs = torch.tensor([1., -1., 0., 0.])
     with torch.no_grad():
         for c in range(unet.config.in_channels):
-            group = slice(4 * c, 4 * c + 4)
+            group = torch.arange(4 * c, 4 * c + 4)
             unet.conv_in.weight[group] = 0
             unet.conv_in.weight[group, c, 1, 1] = signs
             unet.conv_in.bias[group] = torch.tensor([0., 0., constant, -constant])
             unet.conv_out.weight[c, group, 1, 1] = signs * ((1 + constant**2) / 2) ** .5
             shortcut.weight[group] = 0
             shortcut.bias[group] = 0
-            for channel in range(4 * c, 4 * c + 4):  # the skip comes behind the channels from below
-                shortcut.weight[channel, channel - unet.config.channels[0]] = 1
+            shortcut.weight[group, group - unet.config.channels[0]] = 1  # the skip comes behind the channels from below
 
 
 def wrong_words(a, b):
@@ -318,9 +314,8 @@ def pick(options):
 
 
 def build_preference(cfg):
-    """HPSv2's recipe (arXiv:2306.09341, Sec. 4): a CLIP, a softmax over a pair of images, cross-entropy with the choice.
-    A simulated annotator chooses: the worth of an image falls with each flaw, by its strength, and with each word of the caption
-    that it gets wrong, and the second image is chosen with probability sigmoid(its worth - the worth of the first)."""
+    """HPSv2's recipe (arXiv:2306.09341, Sec. 4): a CLIP, a softmax over a pair of images, cross-entropy with the choice of a
+    simulated annotator, who takes the second with probability sigmoid(its worth - the worth of the first)."""
     base = model.load_base(str(cfg.out), device=cfg.device)
     scenes = all_scenes()
     captions = captions_of(scenes)
@@ -386,8 +381,8 @@ def clips_in_motion(cfg, base, count, seed, crossed=True):
         trail = None
         if torch.rand((), generator=generator) < .4 or not scene.direction:
             trail = DIRECTIONS[torch.randint(5, (), generator=generator)]
-        turns = (trail in ("left", "right")) != (scene.direction in ("left", "right"))
-        if scene.shape == "stripes" and scene.direction and trail and turns and not crossed:
+        across = (trail in ("left", "right")) != (scene.direction in ("left", "right"))
+        if scene.shape == "stripes" and scene.direction and trail and across and not crossed:
             trail = None
         scenes.append(scene)
         trails.append(trail)
@@ -406,17 +401,15 @@ def build_judge(cfg):
 
     def loss_of(step):
         rows = torch.randint(len(clips), (24,))
-        colour, shape, direction = judge(clips[rows].to(cfg.device).float())
-        target = targets[:, rows]                                                        # (3, B)
-        return F_.cross_entropy(colour, target[0]) + F_.cross_entropy(shape, target[1]) + F_.cross_entropy(direction, target[2])
+        logits = judge(clips[rows].to(cfg.device).float())  # of colour, shape and direction
+        return sum(map(F_.cross_entropy, logits, targets[:, rows]))
 
     save(cfg.out / "judge.safetensors", fit("judge", judge, loss_of, min(1200, cfg.max_steps), lr=2e-3))
 
 
 def build_action(cfg):
-    """The classifier of rewards/action.py: clips in motion, videos by the base, which follow their captions, and guesses.
-    Half are played backwards, or it would read the trail of stripes, which come three times as often, as their motion is small.
-    A fifth are slowed and count as not moving, or a shape that hardly moves would satisfy the reward. Five of eight are changed
+    """The classifier of rewards/action.py: clips in motion, videos by the base, which follow their captions, and guesses. Half
+    are played backwards, and a fifth slowed, which count as not moving (tiny/README.md says why). Five of eight are changed
     against it, ever more (adversarial training, arXiv:1706.06083), or its gradient would lead to a pattern, not to motion."""
     base = model.load_base(str(cfg.out), device=cfg.device)
     clips, scenes = clips_in_motion(cfg, base, 1008, seed=9, crossed=False)
@@ -425,7 +418,7 @@ def build_action(cfg):
     twice = all_scenes() + all_scenes()
     clips = torch.cat([clips, base_clips(base, captions_of(twice)), guesses])
     scenes = scenes + twice + noised_scenes
-    how_often = torch.tensor([3. if scene.shape == "stripes" else 1. for scene in scenes])
+    how_often = torch.tensor([3. if scene.shape == "stripes" else 1. for scene in scenes])  # as their motion is small
     direction = labels(scenes)[2]
     turned = torch.tensor([1, 0, 3, 2, 4])  # right for left, down for up
     classifier = action.Classifier().to(cfg.device)
@@ -500,19 +493,14 @@ def build_removal(cfg):
 
 def missed_gates(found):
     """What the measures of build_gates say against the base and the small rewards, one line per gate that is missed."""
-    least = {"fresh clips": {"action": .97}}  # {what was measured: {measure: the least value}}
+    gates = [("fresh clips", "action", .97)]  # what was measured, the measure, its least value
     for name in world.PROMPT_SETS:
         copies = f"through the autoencoder, {name}"
-        least[copies] = {"removal": .95}
-        least[f"base, {name}"] = dict(GATES)
-        for measure, part in GATES_OF_COPIES.items():
-            least[f"base, {name}"][measure] = part * found[copies][measure]
-    missed = []
-    for what, gates in least.items():
-        for measure, value in gates.items():
-            if found[what][measure] < value:
-                missed.append(f"{what}: {measure} {found[what][measure]:.3f} < {value:.3f}")
-    return missed
+        gates.append((copies, "removal", .95))
+        gates += [(f"base, {name}", measure, least) for measure, least in GATES.items()]
+        gates += [(f"base, {name}", measure, part * found[copies][measure]) for measure, part in GATES_OF_COPIES.items()]
+    return [f"{what}: {measure} {found[what][measure]:.3f} < {least:.3f}"
+            for what, measure, least in gates if found[what][measure] < least]
 
 
 def build_gates(cfg):
@@ -578,10 +566,8 @@ def main(cfg):
             torch.manual_seed(cfg.seed + seed)
             build_stage(cfg)
     write_manifest(cfg.out)
-    if "gates" in cfg.stages:
-        missed = missed_gates(json.loads((cfg.out / "gates.json").read_text()))
-        if missed:
-            sys.exit("build.py: gates missed: " + "; ".join(missed))
+    if "gates" in cfg.stages and (missed := missed_gates(read_json(cfg.out / "gates.json"))):
+        sys.exit("build.py: gates missed: " + "; ".join(missed))
 
 
 if __name__ == "__main__":

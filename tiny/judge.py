@@ -164,9 +164,7 @@ def judge_clips(judge, clips, captions):
     Beside pixel_measures: colour, shape, direction (1 where the classifier says what the caption says), static (1 where it
     sees no motion), fidelity and steadiness. Raises ValueError for a caption that is not of the tiny world."""
     scenes = [world.parse(caption) for caption in captions]
-    measures = {}
-    for name, values in pixel_measures(clips).items():
-        measures[name] = values.float().cpu()
+    measures = {name: values.float().cpu() for name, values in pixel_measures(clips).items()}
     for name, truth, logits in zip(CLASSES, labels(scenes), judge(clips)):
         said = logits.argmax(dim=1).cpu()
         measures[name] = (said == truth).float()

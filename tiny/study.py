@@ -45,16 +45,10 @@ RESULTS = ROOT / "tiny" / "studies"
 WORK = Path("out/studies")  # of runs and what they read; a run made with other weights has to be removed by hand
 
 
-def read_studies():
-    """{study: its rows of studies.csv}. What no flag says is the default of the module, or of evaluate.py, in the tiny world."""
-    studies = {}
-    with open(ROOT / "tiny" / "studies.csv", newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            studies.setdefault(row["study"], []).append(row)
-    return studies
-
-
-STUDIES = read_studies()
+STUDIES = {}  # {name: its rows}. What no flag says is the default of the module, or of evaluate.py, in the tiny world.
+with open(ROOT / "tiny" / "studies.csv", newline="", encoding="utf-8") as file:
+    for row in csv.DictReader(file):
+        STUDIES.setdefault(row["study"], []).append(row)
 
 
 def run_study(name):
@@ -68,12 +62,11 @@ def run_study(name):
             run = trained(planned["module"], f"{planned['flags']} --seed {seed}")
             reports.append(evaluated(run, adapter, planned["flags of evaluate.py"]))
             seconds.append(sum(line.get("seconds", 0) for line in read_metrics(run / "metrics.jsonl")))
-        first_label = not rows
         for i, result in enumerate(reports[0]["results"]):  # of a prompt set, D and guidance
             if result["model"] != "base":
                 pooled = over_seeds(planned["label"], [report["results"][i] for report in reports])
                 rows.append(pooled | {"flags": planned["flags"], "seconds": seconds})
-            elif first_label:  # the base is the same for all labels
+            elif planned is STUDIES[name][0]:  # the base is the same for all labels
                 rows.append(result | {"label": "base"})
     report = {"command": f"python -m tiny.study {name}", "reward": reports[0]["reward"], "evaluation_seed": reports[0]["seed"],
               "versions": reports[0]["versions"], "rows": rows}
