@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lora
 import train
 from formats.names import unet_to_diffusers, vae_to_diffusers
-from methods import ddpo, dpo, draft, refl, rwr, vader
+from methods import ddpo, dpo, draft, onestep, refl, rwr, vader
 from model import load_base
 from reward import aggregate, load_reward, segment_frames, tar_weights
 from sampler import check_edit, edit_steps
@@ -51,7 +51,9 @@ CAPTION = "a red circle moving left"
 PARTS = ("chain", "last step", "decode", "reward", "backward", "optimizer")
 MEMORY_SETTINGS = {"no flag": {}, "--decode-chunk 1": {"decode_chunk": 1},
                    "--checkpoint-activations": {"checkpoint_activations": True}, "--low-memory": {"low_memory": True}}
-METHODS = {"InstructVideo": train, "draft": draft, "refl": refl, "vader": vader, "ddpo": ddpo, "rwr": rwr, "dpo": dpo}
+METHODS = {"InstructVideo": train, "onestep": onestep, "draft": draft, "refl": refl, "vader": vader, "ddpo": ddpo, "rwr": rwr,
+           "dpo": dpo}
+ON_CLIPS = {"InstructVideo": train.edit_rewards, "onestep": onestep.onestep_rewards}
 ROUND_OF_ONE = {"ddpo": {"updates": 1}, "rwr": {"videos": 1}, "dpo": {"pairs": 1}}
 
 
@@ -284,10 +286,11 @@ class ReadAsZero(TorchDispatchMode):
 def open_method(name, settings, base, reward, folder):
     """A method as train.train takes it, with one video a step and a folder of its own inside `folder` for what it keeps."""
     settings = replace(settings, batch_size=1, **ROUND_OF_ONE.get(name, {}))
-    if name != "InstructVideo":
+    if name not in ON_CLIPS:
         return METHODS[name].method(settings, base, reward, Path(tempfile.mkdtemp(dir=folder)))
-    score = partial(train.edit_rewards, base, reward, base.encode_text([""]), cfg=settings)
-    return train.Method(lambda step: synthetic_batch(base, settings, 1), score)  # its own draw reads clips
+    score = partial(ON_CLIPS[name], base, reward, base.encode_text([""]), cfg=settings)
+    more = [[1]] if name == "onestep" else []  # the chain step, which does not change the cost
+    return train.Method(lambda step: (*synthetic_batch(base, settings, 1), *more), score)  # its own draw reads clips
 
 
 def count_method(name, settings, base, reward, folder):
@@ -325,7 +328,7 @@ def count_methods(base, reward, cfg):
     for name, module in METHODS.items():
         with tempfile.TemporaryDirectory() as folder:
             write_text(Path(folder, "prompts.txt"), CAPTION + "\n")
-            more = {"tau": cfg.tau} if name == "InstructVideo" else {"prompts_train": Path(folder, "prompts.txt")}
+            more = {"tau": cfg.tau} if name in ON_CLIPS else {"prompts_train": Path(folder, "prompts.txt")}
             settings = replace(module.PRESETS["modelscope"], num_steps=cfg.num_steps, frames=cfg.frames, size=cfg.size,
                                low_memory=cfg.low_memory, checkpoint_activations=cfg.checkpoint_activations, **more)
             rows[name] = count_method(name, settings, base, reward, Path(folder))
