@@ -4,7 +4,6 @@ import platform
 import shlex
 import subprocess
 import sys
-import textwrap
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from support.files import write_text, write_whole
 from support.ranks import is_main_process, progress
@@ -27,15 +27,18 @@ def strip(pixels):
     frames = pixels[[F // 8, 3 * F // 8, 5 * F // 8, 7 * F // 8]]
     zoom = max(1, 96 // frames.shape[1])
     frames = frames.repeat(zoom, 1).repeat(zoom, 2)
-    frames = np.pad(frames, ((0, 0), (0, 2), (0, 2), (0, 0)), constant_values=255)  # a white line between frames
-    return np.hstack(frames)
+    return np.hstack([pad_right(frame, 2) for frame in frames])
 
 
-def text_line(text, width, height=22, font_size=15):
+def pad_right(picture, columns):
+    """A picture with so many white columns on its right."""
+    return np.pad(picture, ((0, 0), (0, columns), (0, 0)), constant_values=255)
+
+
+def text_line(text, width, height=22, font_size=15, colour=INK):
     """Text on white, as a picture (height, width, 3) uint8."""
-    from PIL import Image, ImageDraw, ImageFont
     picture = Image.new("RGB", (width, height), "white")
-    ImageDraw.Draw(picture).text((2, height // 2 - 2), text, INK, ImageFont.load_default(font_size), anchor="lm")
+    ImageDraw.Draw(picture).text((2, height // 2 - 2), text, colour, ImageFont.load_default(font_size), anchor="lm")
     return np.asarray(picture)
 
 
@@ -43,18 +46,16 @@ def contact_sheet(columns, captions, titles):
     """Strips in a grid with words on it: columns [k] of videos (n, F, 3, H, W), captions [n], titles [k] -> uint8 (H', W', 3)."""
     lines = []
     for videos, caption in zip(zip(*columns), captions):
-        strips = []
-        for video in videos:
-            strips.append(np.pad(strip(to_pixels(video)), ((0, 0), (0, 14), (0, 0)), constant_values=255))
-        lines += [np.hstack(strips), text_line(caption, sum(picture.shape[1] for picture in strips))]
+        strips = [pad_right(strip(to_pixels(video)), 14) for video in videos]
+        line = np.hstack(strips)
+        lines += [line, text_line(caption, line.shape[1])]
     head = [text_line(title, strips[0].shape[1]) for title in titles]
     return np.vstack([np.hstack(head), *lines])
 
 
 def write_png(path, pixels):
     """Save (H, W, 3) uint8, whole or not at all."""
-    from PIL import Image  # not imageio, which on a full disk prints a second error when it is collected
-    with write_whole(path) as hidden:
+    with write_whole(path) as hidden:  # not by imageio, which on a full disk prints a second error when it is collected
         Image.fromarray(pixels).save(hidden, format="PNG")
 
 
@@ -85,23 +86,18 @@ def draw_comparison(pair, look):
 
     look(pixels of a video) -> the picture that is shown of it.
     """
-    from PIL import Image, ImageDraw, ImageFont
-    height, width, _ = look(pair.videos[0]).shape
-    width = round(width * 96 / height)
-    height = 96
     gain = round(pair.rewards[1] - pair.rewards[0], 4) + 0.  # never -0
     colour = RISES if gain > 0 else FALLS if gain < 0 else INK
-    picture = Image.new("RGB", (2 * width + 32, height + 76), "white")
-    draw = ImageDraw.Draw(picture)
-    draw.text((2, 0), f"{pair.label}: {gain:+.4f}", colour, ImageFont.load_default(15))
-    draw.text((2, 19), textwrap.shorten(pair.prompt, width // 3, placeholder="..."), INK, ImageFont.load_default(14))
-    for i, pixels in enumerate(pair.videos):
-        left = i * (width + 12)
-        is_higher = gain > 0 if i else gain < 0
-        draw.rectangle((left, 39, left + width + 5, 44 + height), colour if is_higher else "white")
-        picture.paste(Image.fromarray(look(pixels)).resize((width, height), Image.Resampling.BOX), (left + 3, 42))
-        draw.text((left + 2, 46 + height), f"{('before', 'after')[i]} {pair.rewards[i]:.4f}", INK, ImageFont.load_default(14))
-    return np.asarray(picture)
+    sides = []
+    for name, pixels, reward, is_higher in zip(("before", "after"), pair.videos, pair.rewards, (gain < 0, gain > 0)):
+        picture = ImageOps.scale(Image.fromarray(look(pixels)), 96 / look(pixels).shape[0], Image.Resampling.BOX)
+        framed = np.asarray(ImageOps.expand(picture, 3, colour if is_higher else "white"))
+        side = np.vstack([framed, text_line(f"{name} {reward:.4f}", framed.shape[1], 30, 14)])
+        sides.append(pad_right(side, 6))
+    line = np.hstack(sides)
+    width = line.shape[1]
+    head = text_line(f"{pair.label}: {gain:+.4f}", width, 19, 15, colour)
+    return np.vstack([head, text_line(pair.prompt, width, 20, 14), line])
 
 
 def draw_comparisons(chosen, title, per_line, look):
@@ -113,20 +109,19 @@ def draw_comparisons(chosen, title, per_line, look):
         lines.append(text_line(name, width, 30, 17))
         for i in range(0, len(cells), per_line):
             line = np.hstack(cells[i:i + per_line])
-            lines.append(np.pad(line, ((0, 0), (0, width - line.shape[1]), (0, 0)), constant_values=255))
+            lines.append(pad_right(line, width - line.shape[1]))
     return np.vstack([text_line(title, width, 30, 14), *lines])
 
 
 def write_comparisons(path, chosen, title, fps):
     """A .png with a few frames of each pair, and beside it a .gif in which they move. chosen: {name of a set: [Comparison]}."""
-    from PIL import Image
     write_png(path, draw_comparisons(chosen, title, 1, strip))
     frames = []
     for f in range(len(next(iter(chosen.values()))[0].videos[0])):
-        frames.append(draw_comparisons(chosen, title, 3, lambda pixels, f=f: pixels[f]))
-    # With one palette for all frames what does not change costs nothing, and the file is a third smaller.
-    palette = Image.fromarray(np.vstack(frames)).quantize(96, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-    frames = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+        frame = Image.fromarray(draw_comparisons(chosen, title, 3, lambda pixels, f=f: pixels[f]))
+        # With one palette for all frames what does not change costs nothing, and the file is half as large.
+        palette = frames[0] if frames else None
+        frames.append(frame.quantize(96, palette=palette, dither=Image.Dither.NONE))
     with write_whole(path.with_suffix(".gif")) as hidden:
         frames[0].save(hidden, format="GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
 
@@ -162,17 +157,14 @@ def draw_curves(lines, reward_name, path, watched=(), turn=None):
     curves.png from the lines of metrics.jsonl: whether the reward rises in training and on held-out prompts, and what the judge
     and what is watched say to that. Series that never change are left out. turn: the step at which what is watched turned.
     """
-    trained, rewards = [], []  # steps and their rewards
-    evaluated, curves = [], {}  # steps with an evaluation, and {measure: {set: its mean at each}}
-    for line in lines:
-        if line.get("reward") is not None:
-            trained.append(line["step"])
-            rewards.append(line["reward"])
-        if "eval" in line:
-            evaluated.append(line["step"])
-            for set_name, means in line["eval"].items():
-                for measure, mean in means.items():
-                    curves.setdefault(measure, {}).setdefault(set_name, []).append(or_nan(mean))
+    trained = [line for line in lines if line.get("reward") is not None]
+    evaluated = [line for line in lines if "eval" in line]
+    rewards = [line["reward"] for line in trained]
+    curves = {}  # {measure: {set: its mean at each evaluation}}
+    for line in evaluated:
+        for set_name, means in line["eval"].items():
+            for measure, mean in means.items():
+                curves.setdefault(measure, {}).setdefault(set_name, []).append(or_nan(mean))
 
     window = max(1, min(50, len(rewards) // 4))  # single steps differ by their clips; their running mean shows the trend
     sums = np.cumsum([0, *rewards])
@@ -186,19 +178,19 @@ def draw_curves(lines, reward_name, path, watched=(), turn=None):
               "the judge on held-out prompts, mean of all sets": judged}
     for name in watched:
         panels[f"{name} of held-out prompts (watched)"] = curves[name]
-    for title, series in list(panels.items()):
-        for label, values in list(series.items()):
-            if len(values) != 1 and np.unique(values).size < 2:
-                del series[label]
-        if not series:
-            del panels[title]
+    shown = {}
+    for title, series in panels.items():
+        changing = {name: values for name, values in series.items() if len(values) == 1 or np.unique(values).size > 1}
+        if changing:
+            shown[title] = changing
 
-    figure, axes = new_figure(len(panels), 2, (5, 3.6))
-    for axis, (title, series) in zip(axes, panels.items()):
-        steps = trained if "each step" in series else evaluated
-        for label, values in series.items():
-            axis.plot(steps[-len(values):], values, "." if label == "each step" else ".-", label=label)
-        if turn is not None and steps is evaluated:
+    figure, axes = new_figure(len(shown), 2, (5, 3.6))
+    for axis, (title, series) in zip(axes, shown.items()):
+        own_lines = trained if "each step" in series else evaluated
+        steps = [line["step"] for line in own_lines]
+        for name, values in series.items():
+            axis.plot(steps[-len(values):], values, "." if name == "each step" else ".-", label=name)
+        if turn is not None and own_lines is evaluated:
             axis.axvline(turn, color=FALLS, lw=1, ls=":", label="turned")
         axis.set(title=title, xlabel="step")
         axis.locator_params("x", integer=True)
@@ -210,22 +202,22 @@ def draw_curves(lines, reward_name, path, watched=(), turn=None):
 def draw_gains(panels, path):
     """
     Panels (rows, measure, words below it), side by side: how much each row changed the measure, with the error of that.
-    rows: {label, set, differences {measure: (change, its error over prompts)}, error {measure: the one to draw}}. Colours tell
-    prompt sets apart. Rows without an error, and those of all sets together, are left out. All panels have the same labels.
+
+    rows: {label, set, differences {measure: (change, ...)}, error {measure: the one to draw}}; without an error, or of all sets
+    together, they are left out. Colours tell prompt sets apart. All panels have the same labels.
     """
     figure, axes = new_figure(len(panels), 2, (4.6, 2.6) if len(panels) > 1 else (8, 4.8))
     for axis, (rows, measure, below) in zip(axes, panels):
-        by_set = {}
         labels = []
+        by_set = {}  # {set: [(place of the label, gain, error)]}
         for row in rows:
             if measure in row["error"] and row["set"] != "all":
-                by_set.setdefault(row["set"], []).append(row)
-                if row["label"] not in labels:
-                    labels.append(row["label"])
-        for i, (set_name, drawn) in enumerate(by_set.items()):
-            heights = [labels.index(row["label"]) + 0.5 * ((i + 0.5) / len(by_set) - 0.5) for row in drawn]
-            gains = [row["differences"][measure][0] for row in drawn]
-            errors = [row["error"][measure] for row in drawn]
+                labels += [row["label"]] if row["label"] not in labels else []
+                point = labels.index(row["label"]), row["differences"][measure][0], row["error"][measure]
+                by_set.setdefault(row["set"], []).append(point)
+        for i, (set_name, points) in enumerate(by_set.items()):
+            places, gains, errors = np.array(points).T
+            heights = places + 0.5 * ((i + 0.5) / len(by_set) - 0.5)
             axis.errorbar(gains, heights, xerr=errors, fmt="o", ms=4, capsize=2, label=set_name)
         axis.axvline(0, color="k", lw=0.8)
         axis.set(xlabel=below, yticks=range(len(labels)), yticklabels=labels if axis is axes[0] else [])
@@ -246,10 +238,10 @@ def versions():
     with suppress(PackageNotFoundError):
         known["diffusers"] = version("diffusers")
     root = Path(__file__).resolve().parent.parent
-    if (root / ".git").exists():
-        with suppress(OSError):  # no git here
-            command = ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-            known["commit"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    with suppress(OSError, subprocess.CalledProcessError):  # no git here; no repository
+        command = ["git", f"--git-dir={root}/.git", f"--work-tree={root}", "describe", "--always", "--dirty", "--abbrev=40",
+                   "--exclude=*"]
+        known["commit"] = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     return known
 
 
@@ -259,14 +251,18 @@ def evaluation_bar(sets, settings, models):
 
     It counts denoising steps, as a video with D = 50 takes longer than one with 20, so that the time it promises is right.
     """
-    videos = sum(map(len, sets.values()))
-    chains, scales = (sorted(set(values)) for values in zip(*settings))
-    steps = len(models) * sum(num_steps for num_steps, _ in settings)
+    prompts = sum(map(len, sets.values()))
+    chains, scales = zip(*settings)
+    steps = prompts * len(models) * sum(chains)
     if is_main_process():
-        print(f"{videos} prompts in {len(sets)} sets, by {' and '.join(models)}, with D = {', '.join(map(str, chains))} and "
-              f"guidance {', '.join(f'{scale:g}' for scale in scales)}: {videos * len(models) * len(settings)} videos, "
-              f"{videos * steps} denoising steps", flush=True)
-    return progress(None, "evaluating", videos * steps, shared=True)
+        print(f"{prompts} prompts in {len(sets)} sets, by {' and '.join(models)}, with D = {listed(chains)} and guidance "
+              f"{listed(scales)}: {prompts * len(models) * len(settings)} videos, {steps} denoising steps", flush=True)
+    return progress(None, "evaluating", steps, shared=True)
+
+
+def listed(numbers):
+    """Each of some numbers once, as text."""
+    return ", ".join(f"{number:g}" for number in sorted(set(numbers)))
 
 
 def evaluation_text(results, reward_name):
@@ -278,22 +274,23 @@ def evaluation_text(results, reward_name):
     columns = {}
     for row in results:
         measures = dict(row["measures"])
-        reward = with_error(measures.pop("reward_mean"), measures.pop("reward_std"))
-        gain = with_error(*row["differences"]["reward"], "+") if "differences" in row else ""
         cells = {"set": row["set"], "D": row["num_steps"], "guidance": f"{row['guidance']:g}", "model": row["model"],
-                 "n": measures.pop("n"), f"{reward_name} ± std": reward, "gain ± error": gain} | measures
+                 "n": measures.pop("n"),
+                 f"{reward_name} ± std": with_error(measures.pop("reward_mean"), measures.pop("reward_std")),
+                 "gain ± error": with_error(*row["differences"]["reward"], "+") if "differences" in row else ""}
+        for name, value in measures.items():
+            cells[name] = f"{value:.3f}"
         for name, cell in cells.items():
-            columns.setdefault(name, [name]).append(f"{cell:.3f}" if name in measures else cell)
+            columns.setdefault(name, [name]).append(cell)
 
-    text = ""
     keys, others = list(columns.values())[:4], list(columns.values())[4:]
-    shown = list(keys)
+    tables, shown = [], list(keys)
     for column in others:
         if len(shown) > len(keys) and markdown(zip(*shown, column)).index("\n") > 100:
-            text += markdown(zip(*shown)) + "\n"
+            tables.append(markdown(zip(*shown)))
             shown = list(keys)
         shown.append(column)
-    return text + markdown(zip(*shown))
+    return "\n".join([*tables, markdown(zip(*shown))])
 
 
 def save_evaluation(cfg, results, sheets, sets, models, reward_name, official_gaps):
@@ -312,9 +309,6 @@ def save_evaluation(cfg, results, sheets, sets, models, reward_name, official_ga
     write_text(cfg.out / "table.md", text)
     if cfg.sheet:
         columns = [torch.cat(of_sets) for of_sets in zip(*sheets.values())]
-        captions = []
-        for name in sheets:
-            captions += sets[name][:cfg.sheet]
+        captions = sum((sets[name][:cfg.sheet] for name in sheets), [])
         write_png(cfg.out / "sheet.png", contact_sheet(columns, captions, models))
-    print(text)
-    print(f"written: {cfg.out}/table.md, table.json{', sheet.png' if cfg.sheet else ''}")
+    print(f"{text}\nwritten: {cfg.out}/table.md, table.json{', sheet.png' if cfg.sheet else ''}")

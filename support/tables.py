@@ -3,7 +3,6 @@ Numbers of many videos: a table is {measure: (n,) tensor}, one entry a video, "r
 
 Means with their errors, what `--watch` measures, and the guard. Differences are paired: same prompt and noise, before and after.
 """
-import itertools
 import math
 from dataclasses import dataclass
 
@@ -52,9 +51,8 @@ def paired(before, after, measure="reward", clusters=None):
     for label, deviation in zip(clusters or range(len(d)), (d - mean).tolist()):
         sums[label] = sums.get(label, 0.) + deviation
     m = len(sums)
-    if m < 2:
-        return mean.item(), math.nan
-    return mean.item(), (m / (m - 1) * sum(s * s for s in sums.values())) ** .5 / len(d)
+    error = (m / (m - 1) * sum(s * s for s in sums.values())) ** .5 / len(d) if m > 1 else math.nan
+    return mean.item(), error
 
 
 def best_middle_worst(gains):
@@ -72,22 +70,19 @@ def over_seeds(label, rows):
     "spread" is the standard deviation over the seeds of each measure's gain. The error over prompts of a mean over seeds is at
     most the mean of the seeds' errors.
     """
-    measures = {}
+    pooled = {"label": label, "seeds": len(rows), "measures": {}, "differences": {}, "spread": {}}
     for key in rows[0]["measures"]:
-        measures[key] = column([row["measures"][key] for row in rows]).mean().item()
-    differences = {}
-    spread = {}
+        pooled["measures"][key] = column([row["measures"][key] for row in rows]).mean().item()
     for key in rows[0].get("differences", {}):
-        gains = column([row["differences"][key][0] for row in rows])
-        errors = column([row["differences"][key][1] for row in rows])
-        differences[key] = gains.mean().item(), errors.mean().item()
-        spread[key] = gains.std().item() if len(rows) > 1 else None
-    return rows[0] | {"label": label, "measures": measures, "differences": differences, "spread": spread, "seeds": len(rows)}
+        gains, errors = map(column, zip(*[row["differences"][key] for row in rows]))
+        pooled["differences"][key] = gains.mean().item(), errors.mean().item()
+        pooled["spread"][key] = gains.std().item() if len(rows) > 1 else None
+    return rows[0] | pooled
 
 
 def column(values):
     """Numbers as JSON has them -> (n,) float64."""
-    return torch.tensor(list(map(or_nan, values)), dtype=torch.float64)
+    return torch.tensor([or_nan(value) for value in values], dtype=torch.float64)
 
 
 def with_error(value, error, sign=""):
@@ -96,10 +91,8 @@ def with_error(value, error, sign=""):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What `--watch` can name beside rewards: measures of a video's own pixels, for any base, and the tiny world's judge.
-#
-# They are measured at evaluations and never optimised, so that a reward that rises can be held against them.
-# Clips are (B, F, 3, H, W) in [0, 1]: B clips of F frames of H x W pixels.
+# What `--watch` can name beside rewards: measures of a video's own pixels, for any base, and the tiny world's judge. They are
+# never optimised, so that a reward that rises can be held against them. Clips are (B, F, 3, H, W) in [0, 1].
 
 PIXELS = ("motion", "flicker", "consistency", "sharpness", "saturation", "diversity")
 JUDGE = "judge"
@@ -113,9 +106,8 @@ def pixel_names(watched):
 
 def watched_names(watched, rewards=()):
     """The names under which logs have what is watched: rewards, measures of pixels, the judge's score."""
-    names = [reward.name for reward in rewards]
-    names += map("pixel_{}".format, pixel_names(watched))
-    return names + [JUDGE] * (JUDGE in watched)
+    of_pixels = [f"pixel_{name}" for name in pixel_names(watched)]
+    return [*(reward.name for reward in rewards), *of_pixels, *([JUDGE] if JUDGE in watched else [])]
 
 
 def check_watched(watched, prompts, judge):
@@ -149,8 +141,7 @@ def consistency(clips):
     """
     (B,): how much adjacent frames are alike, the mean over pairs, -1 to 1; 1 for a still clip.
 
-    SSIM (Wang et al. 2004, Eq. 13) without its luminance term, over whole frames: twice their covariance by the sum of their
-    variances, each with SSIM's constant, so that frames without any contrast have a value, too.
+    SSIM (Wang et al. 2004, Eq. 13) without its luminance term, over whole frames; its constant gives flat frames a value too.
     """
     frames = clips.flatten(2)                                                             # (B, F, 3 H W)
     frames = frames - frames.mean(dim=2, keepdim=True)
@@ -161,8 +152,7 @@ def consistency(clips):
 
 
 def pixel_measures(clips, names):
-    """{"pixel_" and the name: (B,)} of these PIXELS; of "diversity", which needs other videos, small copies (B, 3, *SMALL).
-    nan where a clip has too few frames."""
+    """{"pixel_" and the name: (B,)} of these PIXELS, nan where frames are too few; of "diversity" small copies (B, 3, *SMALL)."""
     if not names:
         return {}
     clips = clips.float()
@@ -185,15 +175,12 @@ def diversity(copies, captions):
 
 
 def table_of(rows, captions):
-    """{measure: (n,) float64} of a row {measure: a number or (1,)} for each video; captions [n]. Under "pixel_diversity", which
-    is known only once all videos are there, a row has a small copy of its own."""
+    """{measure: (n,) float64} of a row {measure: a number or (1,)} for each video; for diversity, which needs all of them, a row
+    has the video's small copy. captions [n]."""
     table = {}
     for name in rows[0]:
         values = [row[name] for row in rows]
-        if name == "pixel_diversity":
-            table[name] = diversity(torch.cat(values), captions)
-        else:
-            table[name] = torch.tensor(list(map(float, values)), dtype=torch.float64)
+        table[name] = diversity(torch.cat(values), captions) if name == "pixel_diversity" else column(map(float, values))
     return table
 
 
@@ -215,7 +202,6 @@ def add_judge(watched, table, base):
 #
 # It reads the tables of a run's evaluations, {step: {set: {measure: (n,)}}}, and stores nothing, so a continued run decides the
 # same. Differences are paired, video by video, over all sets together; their standard errors are clustered by caption.
-#
 # At an evaluation whose reward is higher than that of the first, a watched measure has turned if it is worse by
 # more than its noise: a score (a watched reward, the judge) than at its best evaluation so far; a measure of pixels, of which
 # nobody knows the best value, than at the first evaluation, by more than LIMITS allows. Where the reward does not rise there is
@@ -245,7 +231,8 @@ def find_turn(tables, prompts, watched):
     """The Turn of the first evaluation at which one of `watched` has turned, or None. prompts: {set: the videos' captions}."""
     pooled = {}  # {step: {measure: (n,)}}, the videos of all sets together
     for step in sorted(tables) if watched else ():
-        captions = list(itertools.chain(*(prompts[set_name] for set_name in tables[step])))
+        captions = sum((prompts[set_name] for set_name in tables[step]), [])
+        earlier = list(pooled)
         pooled[step] = {}
         for name in next(iter(tables[step].values())):
             pooled[step][name] = torch.cat([table[name] for table in tables[step].values()])
@@ -256,12 +243,15 @@ def find_turn(tables, prompts, watched):
 
         worse = []
         for name in watched:
-            means = {earlier: mean_of_known(pooled[earlier][name]) for earlier in list(pooled)[:-1]}  # not of this evaluation
+            means = {step: pooled[step][name].nanmean().item() for step in earlier}
             since = first if name in LIMITS else step_of_highest(means)
-            if since is not None:
-                difference = known_difference(pooled[since], pooled[step], name, captions)
-                if is_worse(name, *difference, means[since]):
-                    worse.append((name, since, difference))
+            if since is None:
+                continue
+            difference = known_difference(pooled[since], pooled[step], name, captions)
+            direction, share = LIMITS.get(name, (-1, 0.))
+            in_direction = direction == 0 or difference[0] * direction > 0
+            if exceeds_noise(*difference) and in_direction and abs(difference[0]) > share * abs(means[since]):
+                worse.append((name, since, difference))
         if worse:
             return Turn(step, worse, reward)
     return None
@@ -276,18 +266,6 @@ def known_difference(before, after, measure, captions):
 def exceeds_noise(difference, error):
     """Whether a difference is more than chance explains; never where its error is not known."""
     return math.isfinite(error) and abs(difference) > ERRORS * error
-
-
-def is_worse(name, difference, error, value):
-    """Whether a difference exceeds its noise, in the direction that is worse, by more than LIMITS allows from this value."""
-    direction, share = LIMITS.get(name, (-1, 0.))
-    in_direction = direction == 0 or difference * direction > 0
-    return exceeds_noise(difference, error) and in_direction and abs(difference) > share * abs(value)
-
-
-def mean_of_known(values):
-    """Of (n,) those that are finite; nan if none is."""
-    return values[values.isfinite()].mean().item()
 
 
 def step_of_highest(means):
