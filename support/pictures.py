@@ -4,8 +4,9 @@ import platform
 import shlex
 import subprocess
 import sys
+import textwrap
+from collections import namedtuple
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -27,18 +28,25 @@ def strip(pixels):
     frames = pixels[[F // 8, 3 * F // 8, 5 * F // 8, 7 * F // 8]]
     zoom = max(1, 96 // frames.shape[1])
     frames = frames.repeat(zoom, 1).repeat(zoom, 2)
-    return np.hstack([pad_right(frame, 2) for frame in frames])
+    return np.hstack([widen(frame, frame.shape[1] + 2) for frame in frames])
 
 
-def pad_right(picture, columns):
-    """A picture with so many white columns on its right."""
-    return np.pad(picture, ((0, 0), (0, columns), (0, 0)), constant_values=255)
+def widen(picture, width):
+    """A picture with white on its right."""
+    return np.pad(picture, ((0, 0), (0, width - picture.shape[1]), (0, 0)), constant_values=255)
 
 
-def text_line(text, width, height=22, font_size=15, colour=INK):
-    """Text on white, as a picture (height, width, 3) uint8."""
-    picture = Image.new("RGB", (width, height), "white")
-    ImageDraw.Draw(picture).text((2, height // 2 - 2), text, colour, ImageFont.load_default(font_size), anchor="lm")
+def stacked(pictures):
+    """Pictures below each other, all as wide as the widest."""
+    width = max(picture.shape[1] for picture in pictures)
+    return np.vstack([widen(picture, width) for picture in pictures])
+
+
+def text_line(text, height=22, font_size=15, colour=INK):
+    """Text on white, as a picture (height, W, 3) uint8."""
+    font = ImageFont.load_default(font_size)
+    picture = Image.new("RGB", (int(font.getlength(text)) + 4, height), "white")
+    ImageDraw.Draw(picture).text((2, height // 2 - 2), text, colour, font, anchor="lm")
     return np.asarray(picture)
 
 
@@ -46,11 +54,10 @@ def contact_sheet(columns, captions, titles):
     """Strips in a grid with words on it: columns [k] of videos (n, F, 3, H, W), captions [n], titles [k] -> uint8 (H', W', 3)."""
     lines = []
     for videos, caption in zip(zip(*columns), captions):
-        strips = [pad_right(strip(to_pixels(video)), 14) for video in videos]
-        line = np.hstack(strips)
-        lines += [line, text_line(caption, line.shape[1])]
-    head = [text_line(title, strips[0].shape[1]) for title in titles]
-    return np.vstack([np.hstack(head), *lines])
+        strips = [strip(to_pixels(video)) for video in videos]
+        width = strips[0].shape[1] + 14
+        lines += [np.hstack([widen(picture, width) for picture in strips]), text_line(caption)]
+    return stacked([np.hstack([widen(text_line(title), width) for title in titles]), *lines])
 
 
 def write_png(path, pixels):
@@ -59,13 +66,8 @@ def write_png(path, pixels):
         Image.fromarray(pixels).save(hidden, format="PNG")
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A prompt's videos before and after training, (F, H, W, 3) uint8 each, with their rewards."""
-    label: str
-    prompt: str
-    rewards: tuple
-    videos: list
+# A prompt's videos before and after training, (F, H, W, 3) uint8 each, with their rewards.
+Comparison = namedtuple("Comparison", "label prompt rewards videos")
 
 
 def choose_comparisons(prompts, rewards, files):
@@ -81,47 +83,36 @@ def choose_comparisons(prompts, rewards, files):
 
 
 def draw_comparison(pair, look):
-    """
-    Before and after with gain, prompt and rewards, and a coloured frame round the one with the higher reward: (H, W, 3) uint8.
-
-    look(pixels of a video) -> the picture that is shown of it.
-    """
+    """Before and after with gain, prompt and rewards, and a frame round the one with the higher reward, as (H, W, 3) uint8.
+    look(pixels of a video) -> the picture that is shown of it."""
     gain = round(pair.rewards[1] - pair.rewards[0], 4) + 0.  # never -0
     colour = RISES if gain > 0 else FALLS if gain < 0 else INK
     sides = []
     for name, pixels, reward, is_higher in zip(("before", "after"), pair.videos, pair.rewards, (gain < 0, gain > 0)):
-        picture = ImageOps.scale(Image.fromarray(look(pixels)), 96 / look(pixels).shape[0], Image.Resampling.BOX)
+        picture = Image.fromarray(look(pixels))
+        picture = ImageOps.scale(picture, 96 / picture.height, Image.Resampling.BOX)
         framed = np.asarray(ImageOps.expand(picture, 3, colour if is_higher else "white"))
-        side = np.vstack([framed, text_line(f"{name} {reward:.4f}", framed.shape[1], 30, 14)])
-        sides.append(pad_right(side, 6))
-    line = np.hstack(sides)
-    width = line.shape[1]
-    head = text_line(f"{pair.label}: {gain:+.4f}", width, 19, 15, colour)
-    return np.vstack([head, text_line(pair.prompt, width, 20, 14), line])
+        sides.append(stacked([widen(framed, framed.shape[1] + 6), text_line(f"{name} {reward:.4f}", 30, 14)]))
+    prompt = text_line(textwrap.shorten(pair.prompt, sum(side.shape[1] for side in sides) // 7, placeholder="..."), 20, 14)
+    return stacked([text_line(f"{pair.label}: {gain:+.4f}", 19, 15, colour), prompt, np.hstack(sides)])
 
 
-def draw_comparisons(chosen, title, per_line, look):
-    """{name of a set: [Comparison]} in lines of `per_line`, as (H, W, 3) uint8; look as draw_comparison has it."""
-    lines = []
+def draw_comparisons(chosen, title, arrange, look):
+    """{name of a set: [Comparison]} as (H, W, 3) uint8. arrange(pictures of a set) -> one; look: as draw_comparison has it."""
+    lines = [text_line(title, 30, 14)]
     for name, pairs in chosen.items():
-        cells = [draw_comparison(pair, look) for pair in pairs]
-        width = per_line * cells[0].shape[1]
-        lines.append(text_line(name, width, 30, 17))
-        for i in range(0, len(cells), per_line):
-            line = np.hstack(cells[i:i + per_line])
-            lines.append(pad_right(line, width - line.shape[1]))
-    return np.vstack([text_line(title, width, 30, 14), *lines])
+        lines += [text_line(name, 30, 17), arrange([draw_comparison(pair, look) for pair in pairs])]
+    return stacked(lines)
 
 
 def write_comparisons(path, chosen, title, fps):
     """A .png with a few frames of each pair, and beside it a .gif in which they move. chosen: {name of a set: [Comparison]}."""
-    write_png(path, draw_comparisons(chosen, title, 1, strip))
+    write_png(path, draw_comparisons(chosen, title, stacked, strip))
     frames = []
     for f in range(len(next(iter(chosen.values()))[0].videos[0])):
-        frame = Image.fromarray(draw_comparisons(chosen, title, 3, lambda pixels, f=f: pixels[f]))
+        frame = Image.fromarray(draw_comparisons(chosen, title, np.hstack, lambda pixels, f=f: pixels[f]))
         # With one palette for all frames what does not change costs nothing, and the file is half as large.
-        palette = frames[0] if frames else None
-        frames.append(frame.quantize(96, palette=palette, dither=Image.Dither.NONE))
+        frames.append(frame.quantize(96, palette=frames[0] if frames else None, dither=Image.Dither.NONE))
     with write_whole(path.with_suffix(".gif")) as hidden:
         frames[0].save(hidden, format="GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
 
@@ -140,10 +131,9 @@ def markdown(rows):
 def new_figure(panels, columns, panel_size):
     """A matplotlib figure of so many panels in so many columns, each of a size in inches; and the axes of each."""
     from matplotlib.figure import Figure  # not pyplot: no window system is wanted
-    columns = min(panels, columns)
     rows = -(-panels // columns)
-    figure = Figure(figsize=(panel_size[0] * columns, panel_size[1] * rows), layout="constrained")
-    return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]
+    figure = Figure(figsize=(panel_size[0] * min(panels, columns), panel_size[1] * rows), layout="constrained")
+    return figure, [figure.add_subplot(rows, min(panels, columns), i + 1) for i in range(panels)]
 
 
 def write_figure(path, figure):
@@ -153,10 +143,8 @@ def write_figure(path, figure):
 
 
 def draw_curves(lines, reward_name, path, watched=(), turn=None):
-    """
-    curves.png from the lines of metrics.jsonl: whether the reward rises in training and on held-out prompts, and what the judge
-    and what is watched say to that. Series that never change are left out. turn: the step at which what is watched turned.
-    """
+    """curves.png from the lines of metrics.jsonl: whether the reward rises in training and on held-out prompts, and what the
+    judge and what is watched say to that, without series that never change. turn: the step at which what is watched turned."""
     trained = [line for line in lines if line.get("reward") is not None]
     evaluated = [line for line in lines if "eval" in line]
     rewards = [line["reward"] for line in trained]
@@ -200,12 +188,9 @@ def draw_curves(lines, reward_name, path, watched=(), turn=None):
 
 
 def draw_gains(panels, path):
-    """
-    Panels (rows, measure, words below it), side by side: how much each row changed the measure, with the error of that.
-
+    """Panels (rows, measure, words below it), side by side: how much each row changed the measure, with the error of that.
     rows: {label, set, differences {measure: (change, ...)}, error {measure: the one to draw}}; without an error, or of all sets
-    together, they are left out. Colours tell prompt sets apart. All panels have the same labels.
-    """
+    together, they are left out. Colours tell prompt sets apart. All panels have the same labels."""
     figure, axes = new_figure(len(panels), 2, (4.6, 2.6) if len(panels) > 1 else (8, 4.8))
     for axis, (rows, measure, below) in zip(axes, panels):
         labels = []
@@ -238,19 +223,16 @@ def versions():
     with suppress(PackageNotFoundError):
         known["diffusers"] = version("diffusers")
     root = Path(__file__).resolve().parent.parent
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with suppress(OSError, subprocess.CalledProcessError):  # no git here; no repository
-        command = ["git", f"--git-dir={root}/.git", f"--work-tree={root}", "describe", "--always", "--dirty", "--abbrev=40",
-                   "--exclude=*"]
-        known["commit"] = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        known["commit"] = subprocess.check_output(["git", f"--git-dir={root}/.git", f"--work-tree={root}", *describe],
+                                                  stderr=subprocess.DEVNULL, text=True).strip()
     return known
 
 
 def evaluation_bar(sets, settings, models):
-    """
-    A progress bar; before it, rank 0 says how much there is to do. settings: each (D, guidance).
-
-    It counts denoising steps, as a video with D = 50 takes longer than one with 20, so that the time it promises is right.
-    """
+    """A progress bar; before it, rank 0 says how much there is to do. settings: each (D, guidance). Its unit is the denoising
+    step, as a video with D = 50 takes longer than one with 20."""
     prompts = sum(map(len, sets.values()))
     chains, scales = zip(*settings)
     steps = prompts * len(models) * sum(chains)
@@ -266,11 +248,8 @@ def listed(numbers):
 
 
 def evaluation_text(results, reward_name):
-    """
-    The rows of table.json as Markdown tables that fit a terminal of 100 columns, as many as that takes.
-
-    A line is a set, D, guidance and model; a gain is over the base of the same set, D and guidance.
-    """
+    """The rows of table.json as Markdown tables that fit a terminal of 100 columns, as many as that takes.
+    A line is a set, D, guidance and model; a gain is over the base of the same set, D and guidance."""
     columns = {}
     for row in results:
         measures = dict(row["measures"])
@@ -294,11 +273,8 @@ def evaluation_text(results, reward_name):
 
 
 def save_evaluation(cfg, results, sheets, sets, models, reward_name, official_gaps):
-    """
-    Write the report into cfg.out and print its tables. results: rows of set, num_steps, guidance, model, measures, differences.
-
-    sheets: {set: [videos (k, F, 3, H, W) of each model]}. official_gaps: distances from the hpsv2 package's own scores, if asked.
-    """
+    """Write the report into cfg.out and print its tables. results: rows of set, num_steps, guidance, model, measures and
+    differences. sheets: {set: [videos (k, F, 3, H, W) of each model]}. official_gaps: from the hpsv2 package's own scores."""
     report = {"command": shlex.join(["python", "evaluate.py", *sys.argv[1:]]), "reward": reward_name, "seed": cfg.seed,
               "versions": versions(), "results": results}
     text = evaluation_text(results, reward_name)

@@ -39,12 +39,9 @@ def add_means(totals, logged, batch_size):
 
 
 def paired(before, after, measure="reward", clusters=None):
-    """
-    Mean of the difference and its standard error over the same prompts and noise.
-
+    """Mean of the difference and its standard error over the same prompts and noise.
     clusters: n labels, as a rule the prompts. Videos of one prompt gain alike, so only different prompts count as independent
-    evidence; None takes every video for that. Of a single cluster the error is nan.
-    """
+    evidence; None takes every video for that. Of a single cluster the error is nan."""
     d = after[measure] - before[measure]                                                  # (n,)
     mean = d.mean()
     sums = {}
@@ -64,12 +61,9 @@ def best_middle_worst(gains):
 
 
 def over_seeds(label, rows):
-    """
-    Rows {measures, differences, ...} of several training seeds as one: means of measures, of gains and of the gains' errors.
-
+    """Rows {measures, differences, ...} of several training seeds as one: means of measures, of gains and of the gains' errors.
     "spread" is the standard deviation over the seeds of each measure's gain. The error over prompts of a mean over seeds is at
-    most the mean of the seeds' errors.
-    """
+    most the mean of the seeds' errors."""
     pooled = {"label": label, "seeds": len(rows), "measures": {}, "differences": {}, "spread": {}}
     for key in rows[0]["measures"]:
         pooled["measures"][key] = column([row["measures"][key] for row in rows]).mean().item()
@@ -138,11 +132,8 @@ def saturation(clips):
 
 
 def consistency(clips):
-    """
-    (B,): how much adjacent frames are alike, the mean over pairs, -1 to 1; 1 for a still clip.
-
-    SSIM (Wang et al. 2004, Eq. 13) without its luminance term, over whole frames; its constant gives flat frames a value too.
-    """
+    """(B,): how much adjacent frames are alike, the mean over pairs, -1 to 1; 1 for a still clip. SSIM (Wang et al. 2004, Eq. 13)
+    without its luminance term, over whole frames; its constant gives flat frames a value too."""
     frames = clips.flatten(2)                                                             # (B, F, 3 H W)
     frames = frames - frames.mean(dim=2, keepdim=True)
     variance = frames.square().mean(dim=2)
@@ -185,12 +176,9 @@ def table_of(rows, captions):
 
 
 def add_judge(watched, table, base):
-    """
-    Add the judge's score of each video, 0 to 1, if it is watched: the tiny world's judge in one number, fixed before its use.
-
+    """Add the judge's score of each video, 0 to 1, if it is watched: the tiny world's judge in one number, fixed before its use.
     The mean of colour, shape, direction, fidelity, 1 - watermark, and motion kept: min(1, motion / the base's motion), the mean
-    of `base`, the table of the same videos before training.
-    """
+    of `base`, the table of the same videos before training."""
     if JUDGE in watched:
         kept = (table["motion"] / base["motion"].mean().clamp(min=1e-6)).clamp(max=1)
         parts = [table["colour"], table["shape"], table["direction"], table["fidelity"], 1 - table["watermark"], kept]
