@@ -158,7 +158,7 @@ def draw_curves(lines, reward_name, path, watched=(), turn=None):
     sums = np.cumsum([0, *rewards])
     running_mean = (sums[window:] - sums[:-window]) / window
     judged = {}
-    for measure in ("watermark", "colour", "shape", "direction", "fidelity"):
+    for measure in ("watermark", "colour", "shape", "direction", "fidelity"):  # those of the tiny world
         if measure in curves:
             judged[measure] = np.mean(list(curves[measure].values()), axis=0)
     panels = {f"{reward_name} in training": {"each step": rewards, f"mean of {window} steps": running_mean},
@@ -237,14 +237,10 @@ def evaluation_bar(sets, settings, models):
     chains, scales = zip(*settings)
     steps = prompts * len(models) * sum(chains)
     if is_main_process():
-        print(f"{prompts} prompts in {len(sets)} sets, by {' and '.join(models)}, with D = {listed(chains)} and guidance "
-              f"{listed(scales)}: {prompts * len(models) * len(settings)} videos, {steps} denoising steps", flush=True)
+        words = ", ".join(map(str, np.unique(chains))), ", ".join(map("{:g}".format, np.unique(scales)))
+        print(f"{prompts} prompts in {len(sets)} sets, by {' and '.join(models)}, with D = {words[0]} and guidance {words[1]}: "
+              f"{prompts * len(models) * len(settings)} videos, {steps} denoising steps", flush=True)
     return progress(None, "evaluating", steps, shared=True)
-
-
-def listed(numbers):
-    """Each of some numbers once, as text."""
-    return ", ".join(f"{number:g}" for number in sorted(set(numbers)))
 
 
 def evaluation_text(results, reward_name):
@@ -263,13 +259,14 @@ def evaluation_text(results, reward_name):
             columns.setdefault(name, [name]).append(cell)
 
     keys, others = list(columns.values())[:4], list(columns.values())[4:]
-    tables, shown = [], list(keys)
-    for column in others:
-        if len(shown) > len(keys) and markdown(zip(*shown, column)).index("\n") > 100:
-            tables.append(markdown(zip(*shown)))
-            shown = list(keys)
-        shown.append(column)
-    return "\n".join([*tables, markdown(zip(*shown))])
+    tables = []
+    while others:  # as many columns as fit
+        count = len(others)
+        while count > 1 and markdown(zip(*keys, *others[:count])).index("\n") > 100:
+            count -= 1
+        tables.append(markdown(zip(*keys, *others[:count])))
+        others = others[count:]
+    return "\n".join(tables)
 
 
 def save_evaluation(cfg, results, sheets, sets, models, reward_name, official_gaps):
@@ -284,7 +281,7 @@ def save_evaluation(cfg, results, sheets, sets, models, reward_name, official_ga
     write_text(cfg.out / "table.json", json.dumps(json_numbers(report), indent=1) + "\n")
     write_text(cfg.out / "table.md", text)
     if cfg.sheet:
-        columns = [torch.cat(of_sets) for of_sets in zip(*sheets.values())]
+        columns = list(map(torch.cat, zip(*sheets.values())))
         captions = sum((sets[name][:cfg.sheet] for name in sheets), [])
         write_png(cfg.out / "sheet.png", contact_sheet(columns, captions, models))
     print(f"{text}\nwritten: {cfg.out}/table.md, table.json{', sheet.png' if cfg.sheet else ''}")

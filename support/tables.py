@@ -1,8 +1,6 @@
-"""
-Numbers of many videos: a table is {measure: (n,) tensor}, one entry a video, "reward" among the measures.
-
-Means with their errors, what `--watch` measures, and the guard. Differences are paired: same prompt and noise, before and after.
-"""
+"""Numbers of many videos: means with their errors, what `--watch` measures, and the guard.
+A table is {measure: (n,) tensor}, one entry a video, "reward" among them. Differences are paired: the same prompt and noise."""
+import json
 import math
 from dataclasses import dataclass
 
@@ -12,11 +10,7 @@ from torch.nn import functional as F_
 
 def json_numbers(value):
     """The same value with None for numbers that are not finite: JSON has no word for them."""
-    if isinstance(value, dict):
-        return {k: json_numbers(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_numbers(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 def or_nan(value):
@@ -206,8 +200,7 @@ class Turn:
     """Where watched measures turned, and by how much: [(measure, the step that it is compared with, (difference, error))]."""
     step: int
     measures: list
-    reward: tuple[float, float]
-    """paired difference of the reward from the first evaluation, and its error"""
+    reward: tuple[float, float]  # paired difference from the first evaluation, and its error
 
     def words(self, reward_name):
         """One line for a person."""
@@ -226,7 +219,7 @@ def find_turn(tables, prompts, watched):
             pooled[step][name] = torch.cat([table[name] for table in tables[step].values()])
         first = min(pooled)
         reward = known_difference(pooled[first], pooled[step], "reward", captions)
-        if reward[0] <= 0 or not exceeds_noise(*reward):
+        if not reward[0] > ERRORS * reward[1]:  # nor where the error is nan
             continue
 
         worse = []
@@ -235,11 +228,11 @@ def find_turn(tables, prompts, watched):
             since = first if name in LIMITS else step_of_highest(means)
             if since is None:
                 continue
-            difference = known_difference(pooled[since], pooled[step], name, captions)
+            difference, error = known_difference(pooled[since], pooled[step], name, captions)
             direction, share = LIMITS.get(name, (-1, 0.))
-            in_direction = direction == 0 or difference[0] * direction > 0
-            if exceeds_noise(*difference) and in_direction and abs(difference[0]) > share * abs(means[since]):
-                worse.append((name, since, difference))
+            change = difference * direction if direction else abs(difference)
+            if change > ERRORS * error and change > share * abs(means[since]):
+                worse.append((name, since, (difference, error)))
         if worse:
             return Turn(step, worse, reward)
     return None
@@ -249,11 +242,6 @@ def known_difference(before, after, measure, captions):
     """Paired difference of a measure and its error, over the videos of which both are known: diversity needs another one."""
     known = (before[measure].isfinite() & after[measure].isfinite()).nonzero().flatten().tolist()
     return paired({measure: before[measure][known]}, {measure: after[measure][known]}, measure, [captions[i] for i in known])
-
-
-def exceeds_noise(difference, error):
-    """Whether a difference is more than chance explains; never where its error is not known."""
-    return math.isfinite(error) and abs(difference) > ERRORS * error
 
 
 def step_of_highest(means):

@@ -1,11 +1,5 @@
-"""
-Video files in and out.
-
-In: windows of a clip at a given rate, by PyAV, which comes with imageio's plugin and can stop early and tell which frames are
-damaged. A clip that cannot be read or is too short is a ValueError that names it. Out: .mp4 that any player shows, and .gif.
-
-Letters: n possible starts of a window, K windows, F frames, H and W pixel rows and columns.
-"""
+"""Video files: windows of a clip read at a given rate, by PyAV, which can stop early and tell which frames are damaged; .mp4 that
+any player shows, and .gif. Letters: n possible starts of a window, K windows, F frames, H and W pixel rows and columns."""
 import os
 import re
 from contextlib import contextmanager, suppress
@@ -59,12 +53,9 @@ def shown_frames(container, stream):
 
 
 def plan_windows(path, config, times=None):
-    """
-    Numbers (n, F) of the frames that make a window, from each possible start; whether their rate is even. Too short: ValueError.
-
+    """Numbers (n, F) of the frames that make a window, from each possible start; whether their rate is even.
     times: when each frame is shown, in ticks, as decoding found. By default packets are asked, which takes milliseconds; the
-    header of a truncated file promises too many.
-    """
+    header of a truncated file promises too many."""
     decoded = times is not None
     with open_video(path) as (container, stream):
         rate = stream.average_rate or stream.guessed_rate
@@ -161,7 +152,7 @@ def read_windows(path, config, times=None):
 
 
 def read_or_explain(config, path):
-    """read_all_windows' entry of a path, its windows as an array."""
+    """read_all_windows' entry of a path, its windows as an array: it passes a pipe, where a tensor needs shared memory."""
     try:
         windows, interlaced = read_windows(path, config)
         return path, windows.numpy(), interlaced, ""
@@ -171,11 +162,10 @@ def read_or_explain(config, path):
 
 def read_all_windows(paths, config, num_workers=0):
     """Yields path, its windows (K, F, 3, H, W) uint8, if they are interlaced, and why there are none; workers read ahead."""
-    # Workers send arrays, which pass a pipe. Tensors would need shared memory, and where that is small all would wait for ever.
-    # A generator of its own, since a loader draws from the global one even when it does not shuffle.
-    for path, windows, interlaced, problem in DataLoader(paths, batch_size=None, collate_fn=partial(read_or_explain, config),
-                                                         num_workers=num_workers, generator=torch.Generator()):
-        yield path, torch.from_numpy(windows), interlaced, problem
+    generator = torch.Generator()  # a loader draws from the global one even when it does not shuffle
+    for path, windows, *others in DataLoader(paths, batch_size=None, collate_fn=partial(read_or_explain, config),
+                                             num_workers=num_workers, generator=generator):
+        yield path, torch.from_numpy(windows), *others
 
 
 def video_name(index, prompt):
