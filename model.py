@@ -11,7 +11,8 @@ formats/names.py knows the other published names.
 
 Ours differs from the official code: (1) a clip stays one channels-last block of memory, read as B*F
 images by the spatial layers and as B images of F rows and H*W columns by the temporal ones, so the
-two kinds of layer alternate without copies; (2) text keys and values once a clip; (3) no dropout.
+two kinds of layer alternate without copies (on CUDA GroupNorm makes one); (2) text keys and values
+once a clip; (3) no dropout.
 
 Letters: B clips, F frames, C channels (C' after a change of width), N text tokens, E width of the
 time embedding, n items that a layer treats alike, l length attended over, d width of a head. H and
@@ -138,6 +139,21 @@ class TemporalConv(nn.Module):
         return x + rearrange(h, "b c f (h w) -> (b f) c h w", h=x.shape[-2])
 
 
+MAX_ROWS = 65_535  # of heads at once: CUDA's kernels start no more blocks along an axis
+
+
+def attend(q, k, v):
+    """Attention of q (n, rows, l, d) to k and v (n, rows, N, d), in parts where rows are many."""
+    if q.shape[1] <= MAX_ROWS:
+        return F_.scaled_dot_product_attention(q, k, v)
+
+    parts = []
+    for start in range(0, q.shape[1], MAX_ROWS):
+        part = [t[:, start:start + MAX_ROWS] for t in (q, k, v)]
+        parts.append(F_.scaled_dot_product_attention(*part))
+    return torch.cat(parts, dim=1)                                            # (n, rows, l, d)
+
+
 class Attention(nn.Module):
     """
     Multi-head attention along the second axis of x (n, l, ..., C), to context (n, N, C') or to x
@@ -158,7 +174,7 @@ class Attention(nn.Module):
         q = self.split_heads(self.to_q(x))                                    # (n, .. heads, l, d)
         k = self.split_heads(self.to_k(context))                              # (n, .. heads, N, d)
         v = self.split_heads(self.to_v(context))                              # (n, .. heads, N, d)
-        out = F_.scaled_dot_product_attention(q, k, v)                        # (n, .. heads, l, d)
+        out = attend(q, k, v)                                                 # (n, .. heads, l, d)
         return self.to_out[0](out.transpose(1, 2).reshape(*x.shape[:-1], -1))  # (n, l, ..., C)
 
     def split_heads(self, y):

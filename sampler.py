@@ -56,7 +56,7 @@ GUIDANCE = 3.0  # what the official code trains and evaluates with (modules/conf
 # Which noise level is which
 
 def alpha_bars(num_train_steps=1000, beta_start=0.00085, beta_end=0.012):
-    """ModelScopeT2V's noise schedule, "scaled linear" (scheduler_config.json): abar (T,), float64."""
+    """ModelScopeT2V's schedule, "scaled linear" (scheduler_config.json): abar (T,), float64."""
     roots = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_steps, dtype=torch.float64)
     return torch.cumprod(1 - roots**2, dim=0)                                 # (T,)
 
@@ -154,10 +154,15 @@ def guided(predict, z_t, levels, i, text, uncond, guidance):
     guidance, so the gradient of a sampled video goes through both; with one branch detached it
     would be the gradient of something else.
 
-    z_t (B,C,F,H,W), text (B,N,E), uncond (1,N,E) or (B,N,E): the empty caption's.
+    z_t (B,C,F,H,W), text (B,N,E), uncond (1,N,E) or (B,N,E): the empty caption's. Where guidance is
+    1 only one branch is run. A level may have a number for each clip.
     """
-    both = torch.cat([text, uncond.expand(len(z_t), -1, -1)])                 # (2B, N, E)
     level = levels.t[i], levels.alpha[i], levels.sigma[i]
+    if isinstance(guidance, (int, float)) and guidance == 1:
+        return predict(z_t, level, text)
+
+    both = torch.cat([text, uncond.expand(len(z_t), -1, -1)])                 # (2B, N, E)
+    level = tuple(torch.cat([v, v]) if torch.is_tensor(v) else v for v in level)
     z_0, eps = predict(torch.cat([z_t, z_t]), level, both)                    # (2B, C, F, H, W)
     (z_0, z_0_u), (eps, eps_u) = z_0.chunk(2), eps.chunk(2)
     return z_0_u + guidance * (z_0 - z_0_u), eps_u + guidance * (eps - eps_u)

@@ -327,7 +327,7 @@ def main(argv, module=sys.modules[__name__]):
         base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype, device, cfg.seed)
         if cfg.guidance is None:
             cfg = replace(cfg, guidance=base.guidance)  # recorded with the run
-        parameters = base.network_file and lora.load_beside(base.network, base.network_file, cfg.rank)
+        parameters = lora.load_beside(base.network, base.network_file, cfg.rank)
         generator = ranks.sample_generator(cfg.seed, "lora")
         parameters = parameters or lora.inject(base.network, cfg.rank, None, generator)
         rewards = load_rewards(cfg, base.folder, dtype, device)

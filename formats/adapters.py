@@ -15,10 +15,12 @@ from typing import Literal
 import torch
 import tyro
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from formats import names
 from formats.names import official_unet_blocks, split_lora, unet_from_official
 from formats.tensors import check_numbers, check_tensors, fingerprint, read_config, read_tensors
+from formats.transformer_lora import from_published, to_published
 from formats.weights import PARTS, find_base, find_part
 from support.files import first_names, read_json, write_folder, write_whole
 
@@ -69,7 +71,11 @@ def read_adapter(path, config=None):
     else:
         tensors = read_tensors(path)
         rest, official = split_lora(tensors)
-        if official:
+        ours = from_published(tensors)
+        if ours.keys() != tensors.keys():
+            tensors = ours
+            recorded = dict.fromkeys(("rank", "alpha"), common_rank(tensors, path))
+        elif official:
             ours = {theirs: name for name, theirs in official_names(config or names.MODELSCOPE).items()}
             tensors = {ours.get(name, name): t for name, t in official.items()}
             weights = rest
@@ -141,11 +147,12 @@ class Export:
     """Write trained adapters in a form that another program reads."""
     adapter: tyro.conf.Positional[Path]
     """lora.safetensors of a run, a PEFT folder, or a fine-tuned official .pth"""
-    to: Literal["peft", "official", "diffusers"]
+    to: Literal["peft", "official", "diffusers", "diffusers-lora", "comfyui"]
     """peft: an adapter folder. official: a .pth, with --base the whole state dict that the official inference loads, else the
-    adapters alone. diffusers: a UNet folder, the adapters merged into its weights"""
+    adapters alone. diffusers: a UNet folder, the adapters merged into its weights. Of Wan's adapters, diffusers-lora: a file that
+    a pipeline's load_lora_weights reads; comfyui: one for ComfyUI"""
     out: Path
-    """file (official) or folder to write; nothing may be there yet"""
+    """file (official, diffusers-lora, comfyui) or folder to write; nothing may be there yet"""
     base: str | None = None
     """where the UNet is: a folder, a file, a hub id; not random. A fine-tuned .pth has its own; peft needs none"""
 
@@ -157,6 +164,13 @@ def export(adapter, to, out, base=None, config=None):
         raise ValueError(f"{out}: is there already; choose another --out")
     if to == "official" and out.suffix == ".safetensors":
         raise ValueError(f"{out}: the official code reads torch files; expected a name like lora.pth")
+
+    if to in ("diffusers-lora", "comfyui"):
+        trained = read_adapter(adapter)
+        tensors = to_published(trained.tensors, trained.alpha / trained.rank, to)
+        with write_whole(out) as file:
+            save_file(tensors, file, {"format": "pt"})
+        return
 
     weights, config = read_unet(base, config) if base else ({}, config or names.MODELSCOPE)
     trained = read_adapter(adapter, config)

@@ -86,7 +86,10 @@ def find_part(folder, names):
 def hub_files(files):
     """Of a hub repository's files, those of a base's parts: {part: names}. The weights of each once, whole or in shards."""
     if "transformer/config.json" in files:  # diffusers reads these folders itself
-        return {part: [name for name in files if name.startswith(f"{part}/")] for part in TRANSFORMER_PARTS}
+        chosen = {part: [] for part in TRANSFORMER_PARTS}
+        for name in files:
+            chosen.get(name.partition("/")[0], []).append(name)
+        return chosen
     chosen = {}
     for part, names in PARTS.items():
         inside = [name.removeprefix(f"{part}/") for name in files if name.startswith(f"{part}/")]

@@ -151,8 +151,8 @@ def test_a_fine_tuned_official_file_is_base_and_adapters(parts, instructvideo):
     assert all(torch.equal(v, lora.adapter_state(unet)[k]) for k, v in lora.adapter_state(base.network).items())
 
     plain = load_base(str(instructvideo))
-    assert holds(plain.unet, without_lora(unet)) and lora.load_beside(plain.unet, plain.unet_file) == []
-    assert lora.load_beside(plain.unet, None) == [] and not hasattr(plain.unet.transformer_in, "lora_A")
+    assert holds(plain.network, without_lora(unet)) and lora.load_beside(plain.network, plain.network_file) == []
+    assert lora.load_beside(plain.network, None) == [] and not hasattr(plain.network.transformer_in, "lora_A")
 
 
 def test_the_commands_take_both_from_the_one_file(instructvideo, monkeypatch):

@@ -595,7 +595,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(name, monkeypatch, capsys):
     # It has learned something, and the frozen base has not.
     assert any(v.any() for k, v in load_file("run/lora.safetensors").items() if "lora_B" in k)
     fresh = load_base("tiny")
-    assert lora.base_fingerprint(bases[-1].network) == fingerprint(fresh.unet.state_dict())
+    assert lora.base_fingerprint(bases[-1].network) == fingerprint(fresh.network.state_dict())
     lora.set_scale(bases[-1].network, 0.)
     noise, text, *_ = inputs(fresh)
     with torch.no_grad():

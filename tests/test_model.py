@@ -469,3 +469,12 @@ def test_structures_that_cannot_be_built_are_refused(tmp_path, changes):
     with pytest.raises(ValueError, match="not the config of a model we have|not a model that can be built") as error:
         (model.load_vae if is_vae else model.load_unet)(tmp_path)
     assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
+
+
+def test_many_rows_attend_in_parts_and_give_the_same(monkeypatch):
+    """A frame of 576 x 1024 pixels has 73,728 rows of heads in the stem, more than CUDA takes at once."""
+    q, k, v = torch.randn(3, 2, 11, 4, 8, generator=torch.Generator().manual_seed(0))
+    whole, sizes, real = model.attend(q, k, v), [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(model, "MAX_ROWS", 4)
+    monkeypatch.setattr(model.F_, "scaled_dot_product_attention", lambda q, *more: sizes.append(q.shape[1]) or real(q, *more))
+    assert torch.equal(model.attend(q, k, v), whole) and sizes == [4, 4, 3]

@@ -1,13 +1,21 @@
 """bases/wan.py against diffusers' own pipelines, on small random weights in the published classes."""
+import importlib
 import json
+import math
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import assert_same_run, metrics
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanVideoToVideoPipeline
 
+import lora
 import sampler
+import train
 from bases import wan
+from formats import adapters
 from model import load_base
+from support.videos import write_video
 
 FRAMES, HEIGHT, WIDTH = 9, 32, 48
 
@@ -122,6 +130,77 @@ def test_gradient_reaches_the_latents_of_the_context_and_is_the_decoders_own(bas
     assert (pixels > 0).all() and (pixels < 1).all()
     pixels.square().sum().backward()
     torch.testing.assert_close(of_all, z.grad[0], rtol=1e-3, atol=1e-4 * z.grad.abs().max().item())
+
+
+# ------------------------------------------------------- Training ---------------------------------------------------------
+
+FLAGS = ["--base", "random-wan", "--frames", "9", "--size", "32", "--num-steps", "4", "--batch-size", "2", "--reward-weights",
+         "random:32", "--device", "cpu", "--eval-every", "0", "--save-every", "1"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with two clips and two prompts, in which runs start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("wan"))
+        for i in range(2):
+            pixels = torch.randint(255, (12, 32, 32, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+            write_video(Path(f"{i}.mp4"), pixels.numpy(), 16)
+        Path("clips.txt").write_text("0.mp4|||a cat\n1.mp4|||a dog\n")
+        Path("prompts.txt").write_text("a cat\na dog\n")
+        yield
+
+
+def train_on_clips(*flags):
+    return train.main(["wan", *FLAGS, "--data", "clips.txt", "--workers", "0", "--max-skip", "0", *map(str, flags)])
+
+
+def test_a_run_is_continued_bit_for_bit(world):
+    assert train_on_clips("--steps", 3, "--out", "whole") == 0
+    assert train_on_clips("--steps", 2, "--out", "parts") == 0
+    assert train.main(["--resume", "parts", "--steps", "3"]) == 0
+    assert_same_run("parts", "whole")
+    assert all(line["grad_norm"] > 0 for line in metrics("whole"))
+
+
+def test_an_adapter_makes_the_same_video_in_diffusers_and_comes_back(base, world, tmp_path):
+    ours = load_base("random-wan")
+    ours.network.load_state_dict(base.network.state_dict())
+    lora.inject(ours.network, 4, alpha=8.)
+    with torch.no_grad():
+        for i, layer in enumerate(lora.layers(ours.network).values()):
+            layer.lora_B.copy_(.3 * randn(*layer.lora_B.shape, seed=i))
+    lora.save(ours.network, tmp_path / "lora.safetensors")
+    noise, text, uncond = noise_like(base), base.encode_text(["a cat"]), base.unconditional()
+    expected = sampler.sample(ours.predict, noise, text, uncond, ours.levels(3, published=True), 4.)
+    plain = sampler.sample(base.predict, noise, text, uncond, base.levels(3, published=True), 4.)
+    assert (expected - plain).abs().max() > .01
+
+    for program in ("diffusers-lora", "comfyui"):
+        file = tmp_path / f"{program}.safetensors"
+        adapters.export(tmp_path / "lora.safetensors", program, file)
+        pipe = pipeline(base)
+        pipe.load_lora_weights(tmp_path, weight_name=file.name)
+        theirs = pipe(**ask(text, uncond, num_frames=FRAMES, latents=noise, num_inference_steps=3), output_type="latent").frames
+        pipe.unload_lora_weights()
+        torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+        again = load_base("random-wan")
+        again.network.load_state_dict(base.network.state_dict())
+        lora.load(again.network, file)
+        for a, b in zip(lora.layers(again.network).values(), lora.layers(ours.network).values()):
+            torch.testing.assert_close(a.scale * a.lora_B @ a.lora_A, b.scale * b.lora_B @ b.lora_A)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, flags", [
+    ("draft", []), ("refl", []), ("vader", []), ("ddpo", ["--updates", "1"]), ("rwr", ["--rounds", "1", "--videos", "4"]),
+    ("dpo", ["--rounds", "1", "--pairs", "4"]), ("onestep", ["--data", "clips.txt", "--workers", "0"])])
+def test_every_method_trains_three_steps(world, name, flags):
+    module = importlib.import_module(f"methods.{name}")
+    prompts = [] if name == "onestep" else ["--prompts-train", "prompts.txt"]
+    assert train.main(["wan", *FLAGS, *prompts, "--steps", "3", *flags, "--out", name], module) == 0
+    lines = metrics(name)
+    assert [line["step"] for line in lines] == [1, 2, 3] and all(0 < line["grad_norm"] < math.inf for line in lines)
 
 
 # -------------------------------------------------------- Refusals ---------------------------------------------------------
