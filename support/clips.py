@@ -158,8 +158,8 @@ def report_long(captions, base):
         say_once(f"{len(long)} caption(s) longer than the text encoder reads, their ends are not seen; the first: {long[0]!r}")
 
 
-# Tensors kept on disk: one safetensors file for each, named by the hash of a text that says what it was made from.
-# Whatever a tensor depends on belongs into that text. Then a stale entry cannot be found, and nothing needs to be deleted.
+# Tensors kept on disk: one safetensors file for each, named by the hash of what it was made from. Whatever a tensor depends on
+# belongs to that. Then a stale entry cannot be found, and nothing needs to be deleted.
 
 CACHE_VERSION = 2  # of how clips are read; what is read as in version 1 keeps its entries
 
@@ -180,42 +180,40 @@ class Stored:
             return file.get_slice("tensor")[where].clone()  # off the memory map, which dies with the file
 
 
-def cached_file(folder, made_from):
-    """Where a tensor made from this lies."""
-    return Path(folder) / f"{hashlib.sha256(made_from.encode()).hexdigest()}.safetensors"
+def cached_file(folder, *made_from):
+    """Where a tensor made from this lies; None without a folder."""
+    return folder and Path(folder) / f"{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()}.safetensors"
 
 
-def find_cached(folder, made_from):
-    """{item: its Stored tensor} of made_from {item: text}; None: nothing there, no folder, or a damaged file, which is named."""
-    entries = dict.fromkeys(made_from)
-    for item, text in made_from.items() if folder else ():
-        path = cached_file(folder, text)
+def find_cached(files):
+    """{item: its Stored tensor} of {item: its file}; None: no file, or a damaged one, which is named."""
+    entries = dict.fromkeys(files)
+    for item, file in files.items():
         try:
-            entries[item] = Stored(path) if path.exists() else None
+            entries[item] = Stored(file) if file and file.exists() else None
         except SafetensorError as error:
-            tqdm.write(f"{path}: damaged ({error}); computing it anew")
+            tqdm.write(f"{file}: damaged ({error}); computing it anew")
     return entries
 
 
-def fill_cached(entries, made_from, compute, folder, unit):
+def fill_cached(entries, files, compute, unit):
     """Compute what is None in entries {item: tensor}: compute(items) yields (item, tensor), or None for one that it cannot.
-    made_from: {item: text}. With a folder, every rank keeps its share there and finds the others'. unit: of the progress bar."""
+    files: {item: where to keep it}; with files every rank has its share of the work and finds the others'. unit: of the bar."""
     # A rank's share is one of all items: which are missing changes while other ranks are at work.
-    rank, world_size = rank_and_size() if folder else (0, 1)
-    share = list(made_from)[rank::world_size]
-    missing = [item for item in share if entries[item] is None]
-    total = sum(entries[item] is None for item in made_from)
-    with progress(None, f"encoding {unit}", total, unit=unit, disable=not missing, shared=bool(folder)) as bar:
+    is_shared = any(files.values())
+    rank, world_size = rank_and_size() if is_shared else (0, 1)
+    missing = [item for item in list(files)[rank::world_size] if entries[item] is None]
+    total = sum(entries[item] is None for item in files)
+    with progress(None, f"encoding {unit}", total, unit=unit, disable=not missing, shared=is_shared) as bar:
         for item, tensor in compute(missing):
             bar.update()
             entries[item] = None if tensor is None else tensor.detach().cpu().contiguous()
-            if folder and tensor is not None:
-                path = cached_file(folder, made_from[item])
-                with write_whole(path) as hidden:
-                    save_file({"tensor": entries[item]}, hidden, metadata={"made_from": made_from[item]})
-                entries[item] = Stored(path)
+            if tensor is not None and is_shared:
+                with write_whole(files[item]) as hidden:
+                    save_file({"tensor": entries[item]}, hidden)
+                entries[item] = Stored(files[item])
     barrier()
-    entries.update(find_cached(folder, {item: made_from[item] for item in made_from if entries[item] is None}))
+    entries.update(find_cached({item: file for item, file in files.items() if entries[item] is None}))
 
 
 def find_problems(clips, config, entries):
@@ -252,23 +250,22 @@ def leave_out(clips, problems, max_skip):
 def encode_clips(clips, config, base, cache_dir, num_workers, max_skip):
     """Moments, text, captions and names of all usable clips, in the list's order, as data.encode_clips describes them."""
     vae_name, text_name = base.fingerprints()
-    made_from = {}
+    files = {}
     for path in dict.fromkeys(clip.path for clip in clips):
         if path.is_file():  # a file that was replaced has another size or time
-            key = "moments", vae_name, asdict(config), (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
-            made_from[path] = json.dumps([CACHE_VERSION, *key])
-            old = cached_file(cache_dir or "", json.dumps([1, *key]))
-            if cache_dir and old.exists() and read_as_in_version_1(path, config):
+            state = str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns
+            files[path] = cached_file(cache_dir, CACHE_VERSION, "moments", vae_name, asdict(config), state)
+            old = cached_file(cache_dir, 1, "moments", vae_name, asdict(config), state)
+            if old and old.exists() and read_as_in_version_1(path, config):
                 with suppress(FileNotFoundError):  # another rank was faster
-                    old.replace(cached_file(cache_dir, made_from[path]))
-    entries = find_cached(cache_dir, made_from)
+                    old.replace(files[path])
+    entries = find_cached(files)
 
     # 1. Cached clips were checked when they were encoded. Check the others before the long work.
     problems = find_problems(clips, config, entries)
     for problem in problems.values() if is_main_process() else ():
         tqdm.write(f"left out: {problem}")
-    usable = leave_out(clips, problems, max_skip)
-    made_from = {clip.path: made_from[clip.path] for clip in usable}
+    files = {clip.path: files[clip.path] for clip in leave_out(clips, problems, max_skip)}
 
     # 2. Decode and encode what is missing, window by window, which bounds the memory.
     combed = []
@@ -282,13 +279,13 @@ def encode_clips(clips, config, base, cache_dir, num_workers, max_skip):
             moments = [base.encode(window.float() / 127.5 - 1) for window in windows]
             yield path, torch.cat(moments) if moments else None                                     # (n, 2C, F, h, w)
 
-    fill_cached(entries, made_from, encode_paths, cache_dir, "clips")
+    fill_cached(entries, files, encode_paths, "clips")
     combed = sum(all_gather(combed), [])
     if combed:
         say_once(f"{len(combed)} clip(s) are interlaced, so that moving edges look like combs; the first: {combed[0]}")
 
     # 3. A clip that another rank could not read has no entry: leave it out here too.
-    for path in made_from:
+    for path in files:
         if entries[path] is None:
             problems.setdefault(path, f"{path}: cannot be read, as another rank reports")
     good = leave_out(clips, problems, max_skip)
@@ -307,7 +304,7 @@ def encode_captions(captions, encode_text, text_name, cache_dir=None):
         for i in range(0, len(missing), 64):
             yield from zip(missing[i:i + 64], encode_text(missing[i:i + 64]), strict=True)
 
-    made_from = {caption: json.dumps([1, "text", text_name, caption]) for caption in captions}  # equal ones once
-    entries = find_cached(cache_dir, made_from)
-    fill_cached(entries, made_from, encode_missing, cache_dir, "captions")
+    files = {caption: cached_file(cache_dir, 1, "text", text_name, caption) for caption in captions}  # equal ones once
+    entries = find_cached(files)
+    fill_cached(entries, files, encode_missing, "captions")
     return [entries[caption] for caption in captions]
