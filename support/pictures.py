@@ -94,7 +94,8 @@ def draw_comparison(pair, look):
         framed = np.asarray(ImageOps.expand(picture, 3, colour if is_higher else "white"))
         sides.append(stacked([widen(framed, framed.shape[1] + 6), text_line(f"{name} {reward:.4f}", 30, 14)]))
     prompt = text_line(textwrap.shorten(pair.prompt, sum(side.shape[1] for side in sides) // 7, placeholder="..."), 20, 14)
-    return stacked([text_line(f"{pair.label}: {gain:+.4f}", 19, 15, colour), prompt, np.hstack(sides)])
+    picture = stacked([text_line(f"{pair.label}: {gain:+.4f}", 19, 15, colour), prompt, np.hstack(sides)])
+    return widen(picture, picture.shape[1] + 14)
 
 
 def draw_comparisons(chosen, title, arrange, look):
@@ -110,9 +111,10 @@ def write_comparisons(path, chosen, title, fps):
     write_png(path, draw_comparisons(chosen, title, stacked, strip))
     frames = []
     for f in range(len(next(iter(chosen.values()))[0].videos[0])):
-        frame = Image.fromarray(draw_comparisons(chosen, title, np.hstack, lambda pixels, f=f: pixels[f]))
-        # With one palette for all frames what does not change costs nothing, and the file is half as large.
-        frames.append(frame.quantize(96, palette=frames[0] if frames else None, dither=Image.Dither.NONE))
+        frames.append(draw_comparisons(chosen, title, np.hstack, lambda pixels, f=f: pixels[f]))
+    # With one palette for all frames what does not change costs nothing, and the file is a third smaller.
+    palette = Image.fromarray(np.vstack(frames)).quantize(96, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    frames = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     with write_whole(path.with_suffix(".gif")) as hidden:
         frames[0].save(hidden, format="GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
 
