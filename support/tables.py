@@ -224,7 +224,7 @@ def find_turn(tables, prompts, watched):
 
         worse = []
         for name in watched:
-            means = {step: pooled[step][name].nanmean().item() for step in earlier}
+            means = {before: pooled[before][name].nanmean().item() for before in earlier}
             since = first if name in LIMITS else step_of_highest(means)
             if since is None:
                 continue
