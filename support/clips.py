@@ -42,27 +42,23 @@ class Clip:
 
 
 def read_list(path, root=None) -> list[Clip]:
-    """
-    The clips of a list, in its order. Videos are not looked at, so prompt lists without any can be read too.
-
+    """The clips of a list, in its order. Videos are not looked at, so prompt lists without any can be read too.
     path: a .csv, a .jsonl or a list in the official form (see FORMS; the first two may have a num_frames column), or a folder of
-    videos. root: the folder that paths in a list start from (default: its own). A ValueError names file and line, or the clip.
-    """
+    videos. root: the folder that paths in a list start from (default: its own). A ValueError names file and line, or the clip."""
     path = Path(path)
     if path.is_dir():
         return read_clip_folder(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such list of clips, nor a folder of them")
     form = path.suffix.lower() if path.suffix.lower() in FORMS else ""
-    rows = [line.strip() for line in read_text(path).split("\n")]
-    if form == ".csv":
-        rows = csv.reader([line + "\n" for line in rows], skipinitialspace=True, strict=True)
+    lines = [line.strip() for line in read_text(path).split("\n")]
+    rows = csv.reader([line + "\n" for line in lines], skipinitialspace=True, strict=True) if form == ".csv" else lines
     columns, clips = ["path", "caption", "num_frames"], []
     number = 1  # of the line at which a row begins: in a .csv, captions may have several
     try:
         for row in rows:
             if form == ".csv" and number == 1:
-                columns = [name.strip() for name in row]
+                columns = list(map(str.strip, row))
                 if not {"path", "caption"} <= set(columns):
                     raise ValueError(f"columns {', '.join(columns) or 'none'}")
             elif row:
@@ -76,12 +72,9 @@ def read_list(path, root=None) -> list[Clip]:
 
 
 def parse_row(row, form, columns, root):
-    """
-    The Clip of one row: a line, or the fields of a .csv's, whose names are `columns`. ValueError if it is not of this form.
-
+    """The Clip of one row: a line, or the fields of a .csv's, whose names are `columns`. ValueError if it is not of this form.
     num_frames is checked and not used: official prompt lists say 16, the length of the video to generate, beside the name of a
-    far longer clip, and the official code drops it (inference_instructvideo_entrance.py). Frames are counted instead.
-    """
+    far longer clip, and the official code drops it (inference_instructvideo_entrance.py). Frames are counted instead."""
     if form == ".jsonl":
         values = json.loads(row)
         if not isinstance(values, dict):
@@ -92,10 +85,10 @@ def parse_row(row, form, columns, root):
             raise ValueError(f"{len(fields)} field(s) in {str(row)[:80]!r}")
         values = dict(zip(columns, fields))
 
-    path, caption, num_frames = values.get("path"), values.get("caption"), values.get("num_frames")
+    path, caption, num_frames = map(values.get, ("path", "caption", "num_frames"))
     if not isinstance(path, str) or not path.strip() or not isinstance(caption, str | None):
         raise ValueError(f"clip {path!r} has caption {caption!r}: must be a path and a text")
-    if num_frames not in (None, "") and not str(num_frames).strip().isdecimal():
+    if not re.fullmatch(r"\s*\d*\s*", str(num_frames or "")):
         raise ValueError(f"clip {path!r} has frame count {num_frames!r}, which is no whole number")
     return Clip(root / path.strip(), (caption or "").strip())
 
@@ -104,19 +97,19 @@ def read_clip_folder(folder):
     """A Clip for every video below a folder, in order of their names, each with the caption in the .txt file beside it."""
     paths, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
-        paths += [] if real in seen else [Path(place, name) for name in names if not name.startswith(".")]  # macOS: ._clip.mp4
-        seen.add(real)  # each folder once, so that a loop of links ends
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if os.path.realpath(place) in seen:  # each folder once, so that a loop of links ends
+            folders.clear()
+        else:
+            paths += [Path(place, name) for name in names if not name.startswith(".")]  # macOS: ._clip.mp4
+        seen.add(os.path.realpath(place))
     clips, skipped = [], []
     for path in sorted(paths):
         text = path.with_suffix(".txt")
-        if path.suffix == ".gif" and path.with_suffix(".mp4").is_file():  # generate.py --gif writes both of each video
-            continue
-        if path.suffix.lower() in SUFFIXES:
+        if path.suffix.lower() not in SUFFIXES:
+            skipped += [str(path)] if path.suffix != ".txt" else []
+        elif path.suffix != ".gif" or not path.with_suffix(".mp4").is_file():  # generate.py --gif writes both of each video
             clips.append(Clip(path, read_text(text).strip() if text.is_file() else ""))
-        elif path.suffix != ".txt":
-            skipped.append(str(path))
     if not clips:
         raise ValueError(f"{folder}: no clips in this folder. Allowed: {' '.join(SUFFIXES)}, each with a .txt caption")
     if skipped:
@@ -125,25 +118,23 @@ def read_clip_folder(folder):
 
 
 def read_prompts(path):
-    """
-    Prompts of a text file, one a line, or as the official `video|||caption|||frames`.
-
-    A line that begins with # is a comment, and a prompt that begins with # is written with a backslash before it.
-    """
+    """Prompts of a text file, one a line, or as the official `video|||caption|||frames`.
+    A line that begins with # is a comment, and a prompt that begins with # is written with a backslash before it."""
     try:
-        lines = [line.strip() for line in read_text(path, newline="\n").split("\n")]  # nothing else ends a line, not even \u2028
+        text = read_text(path, newline="\n")  # nothing else ends a line, not even \u2028
     except OSError as error:
         raise ValueError(f"prompts {path}: cannot be read ({error})") from None
-    comments = [line for line in lines if line.startswith("#")]
-    prompts = []
-    for line in lines:
-        if line and not line.startswith("#"):
+    prompts, comments = [], 0
+    for line in map(str.strip, text.split("\n")):
+        if line.startswith("#"):
+            comments += 1
+        elif line:
             prompt = line.split("|||")[1] if "|||" in line else line
             prompts.append(re.sub(r"^\\#", "#", prompt.strip()))
     if not prompts or not all(prompts):
         raise ValueError(f"prompts {path}: expected one prompt a line, found {'an empty one' if prompts else 'none'}")
     if comments:
-        say_once(f"prompts {path}: {len(comments)} line(s) that begin with # are comments (a prompt begins with \\#)")
+        say_once(f"prompts {path}: {comments} line(s) that begin with # are comments (a prompt begins with \\#)")
     return prompts
 
 
@@ -167,8 +158,8 @@ def report_long(captions, base):
         say_once(f"{len(long)} caption(s) longer than the text encoder reads, their ends are not seen; the first: {long[0]!r}")
 
 
-# Tensors kept on disk: one safetensors file for each, named by the hash of a text that says what it was made from.
-# Whatever a tensor depends on belongs into that text. Then a stale entry cannot be found, and nothing needs to be deleted.
+# Tensors kept on disk: one safetensors file for each, named by the hash of what it was made from. Whatever a tensor depends on
+# belongs to that. Then a stale entry cannot be found, and nothing needs to be deleted.
 
 CACHE_VERSION = 2  # of how clips are read; what is read as in version 1 keeps its entries
 
@@ -189,58 +180,55 @@ class Stored:
             return file.get_slice("tensor")[where].clone()  # off the memory map, which dies with the file
 
 
-def cached_file(folder, made_from):
-    """Where a tensor made from this lies."""
-    return Path(folder) / f"{hashlib.sha256(made_from.encode()).hexdigest()}.safetensors"
+def cached_file(folder, *made_from):
+    """Where a tensor made from this lies; None without a folder."""
+    return folder and Path(folder) / f"{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()}.safetensors"
 
 
-def find_cached(folder, made_from):
-    """{item: its Stored tensor} of made_from {item: text}; None: nothing there, no folder, or a damaged file, which is named."""
-    entries = dict.fromkeys(made_from)
-    for item, text in made_from.items() if folder else ():
-        path = cached_file(folder, text)
+def find_cached(files):
+    """{item: its Stored tensor} of {item: its file}; None: no file, or a damaged one, which is named."""
+    entries = dict.fromkeys(files)
+    for item, file in files.items():
         try:
-            entries[item] = Stored(path) if path.exists() else None
+            entries[item] = Stored(file) if file and file.exists() else None
         except SafetensorError as error:
-            tqdm.write(f"{path}: damaged ({error}); computing it anew")
+            tqdm.write(f"{file}: damaged ({error}); computing it anew")
     return entries
 
 
-def fill_cached(entries, made_from, compute, folder):
-    """Compute what is None in entries {item: tensor}: compute(items) yields (item, tensor), made_from is {item: text}. With a
-    folder, every rank keeps its share there and finds the others'."""
+def fill_cached(entries, files, compute, unit):
+    """Compute what is None in entries {item: tensor}: compute(items) yields (item, tensor), or None for one that it cannot.
+    files: {item: where to keep it}; with files every rank has its share of the work and finds the others'. unit: of the bar."""
     # A rank's share is one of all items: which are missing changes while other ranks are at work.
-    rank, world_size = rank_and_size() if folder else (0, 1)
-    share = list(made_from)[rank::world_size]
-    for item, tensor in compute([item for item in share if entries[item] is None]):
-        entries[item] = tensor.detach().cpu().contiguous()
-        if folder:
-            path = cached_file(folder, made_from[item])
-            with write_whole(path) as hidden:
-                save_file({"tensor": entries[item]}, hidden, metadata={"made_from": made_from[item]})
-            entries[item] = Stored(path)
+    is_shared = any(files.values())
+    rank, world_size = rank_and_size() if is_shared else (0, 1)
+    missing = [item for item in list(files)[rank::world_size] if entries[item] is None]
+    total = sum(entries[item] is None for item in files)
+    with progress(None, f"encoding {unit}", total, unit=unit, disable=not missing, shared=is_shared) as bar:
+        for item, tensor in compute(missing):
+            bar.update()
+            entries[item] = None if tensor is None else tensor.detach().cpu().contiguous()
+            if tensor is not None and is_shared:
+                with write_whole(files[item]) as hidden:
+                    save_file({"tensor": entries[item]}, hidden)
+                entries[item] = Stored(files[item])
     barrier()
-    missing = {item: made_from[item] for item in made_from if entries[item] is None}
-    entries.update(find_cached(folder, missing))
+    entries.update(find_cached({item: file for item, file in files.items() if entries[item] is None}))
 
 
 def find_problems(clips, config, entries):
-    """
-    {path, or Clip without a caption: why it cannot be used}; entries: {path: its cache entry or None} of files that are there.
-
-    The ranks share the work and all get the whole: a file that one node does not see is left out on every node.
-    """
+    """{path, or Clip without a caption: why it cannot be used}; entries: {path: its cache entry or None} of files that are there.
+    The ranks share the work and all get the whole: a file that one node does not see is left out on every node."""
     rank, world_size = rank_and_size()
-    paths = list(dict.fromkeys(clip.path for clip in clips))
     mine = {}
-    for i, path in enumerate(paths):
-        try:
-            if path not in entries:
-                raise ValueError(f"{path}: cannot be read: no such file")
-            if entries[path] is None and i % world_size == rank:
+    for i, path in enumerate(dict.fromkeys(clip.path for clip in clips)):
+        if path not in entries:
+            mine[path] = f"{path}: cannot be read: no such file"
+        elif entries[path] is None and i % world_size == rank:
+            try:
                 plan_windows(path, config)
-        except ValueError as error:
-            mine[path] = str(error)
+            except ValueError as error:
+                mine[path] = str(error)
     problems = {clip: f"{clip.path}: no caption" for clip in clips if not clip.caption}
     for theirs in all_gather(mine):
         problems |= theirs
@@ -262,47 +250,42 @@ def leave_out(clips, problems, max_skip):
 def encode_clips(clips, config, base, cache_dir, num_workers, max_skip):
     """Moments, text, captions and names of all usable clips, in the list's order, as data.encode_clips describes them."""
     vae_name, text_name = base.fingerprints()
-    made_from = {}
+    files = {}
     for path in dict.fromkeys(clip.path for clip in clips):
         if path.is_file():  # a file that was replaced has another size or time
             state = str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns
-            made_from[path] = json.dumps([CACHE_VERSION, "moments", vae_name, asdict(config), state])
-            old = cached_file(cache_dir or "", json.dumps([1, "moments", vae_name, asdict(config), state]))
-            with suppress(FileNotFoundError):  # another rank was faster
-                if cache_dir and old.exists() and read_as_in_version_1(path, config):
-                    os.replace(old, cached_file(cache_dir, made_from[path]))
-    entries = find_cached(cache_dir, made_from)
+            files[path] = cached_file(cache_dir, CACHE_VERSION, "moments", vae_name, asdict(config), state)
+            old = cached_file(cache_dir, 1, "moments", vae_name, asdict(config), state)
+            if old and old.exists() and read_as_in_version_1(path, config):
+                with suppress(FileNotFoundError):  # another rank was faster
+                    old.replace(files[path])
+    entries = find_cached(files)
 
     # 1. Cached clips were checked when they were encoded. Check the others before the long work.
     problems = find_problems(clips, config, entries)
     for problem in problems.values() if is_main_process() else ():
         tqdm.write(f"left out: {problem}")
-    usable = leave_out(clips, problems, max_skip)
-    made_from = {clip.path: made_from[clip.path] for clip in usable}
+    files = {clip.path: files[clip.path] for clip in leave_out(clips, problems, max_skip)}
 
     # 2. Decode and encode what is missing, window by window, which bounds the memory.
     combed = []
 
-    def encode_paths(missing):
-        total = sum(entries[path] is None for path in made_from)
-        with progress(None, "encoding clips", total, unit="clips", disable=not missing, shared=bool(cache_dir)) as bar:
-            for path, windows, interlaced, problem in read_all_windows(missing, config, num_workers):
-                bar.update()
-                if problem:
-                    problems[path] = problem
-                    tqdm.write(f"left out: {problem}")  # on any rank: only this one knows
-                    continue
-                combed.extend([path] if interlaced else [])
-                moments = [base.encode(window.float() / 127.5 - 1) for window in windows]
-                yield path, torch.cat(moments)                                # (n, 2C, f, h, w)
+    def encode_paths(paths):
+        for path, windows, interlaced, problem in read_all_windows(paths, config, num_workers):
+            combed.extend([path] if interlaced else [])
+            if problem:
+                problems[path] = problem
+                tqdm.write(f"left out: {problem}")  # on any rank: only this one knows
+            moments = [base.encode(window.float() / 127.5 - 1) for window in windows]
+            yield path, torch.cat(moments) if moments else None                                     # (n, 2C, F, h, w)
 
-    fill_cached(entries, made_from, encode_paths, cache_dir)
+    fill_cached(entries, files, encode_paths, "clips")
     combed = sum(all_gather(combed), [])
     if combed:
         say_once(f"{len(combed)} clip(s) are interlaced, so that moving edges look like combs; the first: {combed[0]}")
 
     # 3. A clip that another rank could not read has no entry: leave it out here too.
-    for path in made_from:
+    for path in files:
         if entries[path] is None:
             problems.setdefault(path, f"{path}: cannot be read, as another rank reports")
     good = leave_out(clips, problems, max_skip)
@@ -318,14 +301,10 @@ def encode_clips(clips, config, base, cache_dir, num_workers, max_skip):
 def encode_captions(captions, encode_text, text_name, cache_dir=None):
     """One entry per caption, whose [:] is its features (N, E), as encode_text([B captions]) -> (B, N, E) has them."""
     def encode_missing(missing):
-        total = sum(entries[caption] is None for caption in made_from)
-        with progress(None, "encoding captions", total, unit="captions", disable=not missing, shared=bool(cache_dir)) as bar:
-            for i in range(0, len(missing), 64):
-                part = missing[i:i + 64]
-                yield from zip(part, encode_text(part), strict=True)
-                bar.update(len(part))
+        for i in range(0, len(missing), 64):
+            yield from zip(missing[i:i + 64], encode_text(missing[i:i + 64]), strict=True)
 
-    made_from = {caption: json.dumps([1, "text", text_name, caption]) for caption in captions}  # equal ones once
-    entries = find_cached(cache_dir, made_from)
-    fill_cached(entries, made_from, encode_missing, cache_dir)
+    files = {caption: cached_file(cache_dir, 1, "text", text_name, caption) for caption in captions}  # equal ones once
+    entries = find_cached(files)
+    fill_cached(entries, files, encode_missing, "captions")
     return [entries[caption] for caption in captions]

@@ -1,9 +1,6 @@
-"""
-Numbers of many videos: a table is {measure: (n,) tensor}, one entry a video, "reward" among the measures.
-
-Means with their errors, what `--watch` measures, and the guard. Differences are paired: same prompt and noise, before and after.
-"""
-import itertools
+"""Numbers of many videos: means with their errors, what `--watch` measures, and the guard.
+A table is {measure: (n,) tensor}, one entry a video, "reward" among them. Differences are paired: the same prompt and noise."""
+import json
 import math
 from dataclasses import dataclass
 
@@ -13,11 +10,7 @@ from torch.nn import functional as F_
 
 def json_numbers(value):
     """The same value with None for numbers that are not finite: JSON has no word for them."""
-    if isinstance(value, dict):
-        return {k: json_numbers(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_numbers(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 def or_nan(value):
@@ -40,21 +33,17 @@ def add_means(totals, logged, batch_size):
 
 
 def paired(before, after, measure="reward", clusters=None):
-    """
-    Mean of the difference and its standard error over the same prompts and noise.
-
+    """Mean of the difference and its standard error over the same prompts and noise.
     clusters: n labels, as a rule the prompts. Videos of one prompt gain alike, so only different prompts count as independent
-    evidence; None takes every video for that. Of a single cluster the error is nan.
-    """
+    evidence; None takes every video for that. Of a single cluster the error is nan."""
     d = after[measure] - before[measure]                                                  # (n,)
     mean = d.mean()
     sums = {}
     for label, deviation in zip(clusters or range(len(d)), (d - mean).tolist()):
         sums[label] = sums.get(label, 0.) + deviation
     m = len(sums)
-    if m < 2:
-        return mean.item(), math.nan
-    return mean.item(), (m / (m - 1) * sum(s * s for s in sums.values())) ** .5 / len(d)
+    error = (m / (m - 1) * sum(s * s for s in sums.values())) ** .5 / len(d) if m > 1 else math.nan
+    return mean.item(), error
 
 
 def best_middle_worst(gains):
@@ -66,28 +55,22 @@ def best_middle_worst(gains):
 
 
 def over_seeds(label, rows):
-    """
-    Rows {measures, differences, ...} of several training seeds as one: means of measures, of gains and of the gains' errors.
-
+    """Rows {measures, differences, ...} of several training seeds as one: means of measures, of gains and of the gains' errors.
     "spread" is the standard deviation over the seeds of each measure's gain. The error over prompts of a mean over seeds is at
-    most the mean of the seeds' errors.
-    """
-    measures = {}
+    most the mean of the seeds' errors."""
+    pooled = {"label": label, "seeds": len(rows), "measures": {}, "differences": {}, "spread": {}}
     for key in rows[0]["measures"]:
-        measures[key] = column([row["measures"][key] for row in rows]).mean().item()
-    differences = {}
-    spread = {}
+        pooled["measures"][key] = column([row["measures"][key] for row in rows]).mean().item()
     for key in rows[0].get("differences", {}):
-        gains = column([row["differences"][key][0] for row in rows])
-        errors = column([row["differences"][key][1] for row in rows])
-        differences[key] = gains.mean().item(), errors.mean().item()
-        spread[key] = gains.std().item() if len(rows) > 1 else None
-    return rows[0] | {"label": label, "measures": measures, "differences": differences, "spread": spread, "seeds": len(rows)}
+        gains, errors = map(column, zip(*[row["differences"][key] for row in rows]))
+        pooled["differences"][key] = gains.mean().item(), errors.mean().item()
+        pooled["spread"][key] = gains.std().item() if len(rows) > 1 else None
+    return rows[0] | pooled
 
 
 def column(values):
     """Numbers as JSON has them -> (n,) float64."""
-    return torch.tensor(list(map(or_nan, values)), dtype=torch.float64)
+    return torch.tensor([or_nan(value) for value in values], dtype=torch.float64)
 
 
 def with_error(value, error, sign=""):
@@ -96,10 +79,8 @@ def with_error(value, error, sign=""):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What `--watch` can name beside rewards: measures of a video's own pixels, for any base, and the tiny world's judge.
-#
-# They are measured at evaluations and never optimised, so that a reward that rises can be held against them.
-# Clips are (B, F, 3, H, W) in [0, 1]: B clips of F frames of H x W pixels.
+# What `--watch` can name beside rewards: measures of a video's own pixels, for any base, and the tiny world's judge. They are
+# never optimised, so that a reward that rises can be held against them. Clips are (B, F, 3, H, W) in [0, 1].
 
 PIXELS = ("motion", "flicker", "consistency", "sharpness", "saturation", "diversity")
 JUDGE = "judge"
@@ -113,9 +94,8 @@ def pixel_names(watched):
 
 def watched_names(watched, rewards=()):
     """The names under which logs have what is watched: rewards, measures of pixels, the judge's score."""
-    names = [reward.name for reward in rewards]
-    names += map("pixel_{}".format, pixel_names(watched))
-    return names + [JUDGE] * (JUDGE in watched)
+    of_pixels = [f"pixel_{name}" for name in pixel_names(watched)]
+    return [*(reward.name for reward in rewards), *of_pixels, *([JUDGE] if JUDGE in watched else [])]
 
 
 def check_watched(watched, prompts, judge):
@@ -146,12 +126,8 @@ def saturation(clips):
 
 
 def consistency(clips):
-    """
-    (B,): how much adjacent frames are alike, the mean over pairs, -1 to 1; 1 for a still clip.
-
-    SSIM (Wang et al. 2004, Eq. 13) without its luminance term, over whole frames: twice their covariance by the sum of their
-    variances, each with SSIM's constant, so that frames without any contrast have a value, too.
-    """
+    """(B,): how much adjacent frames are alike, the mean over pairs, -1 to 1; 1 for a still clip. SSIM (Wang et al. 2004, Eq. 13)
+    without its luminance term, over whole frames; its constant gives flat frames a value too."""
     frames = clips.flatten(2)                                                             # (B, F, 3 H W)
     frames = frames - frames.mean(dim=2, keepdim=True)
     variance = frames.square().mean(dim=2)
@@ -161,8 +137,7 @@ def consistency(clips):
 
 
 def pixel_measures(clips, names):
-    """{"pixel_" and the name: (B,)} of these PIXELS; of "diversity", which needs other videos, small copies (B, 3, *SMALL).
-    nan where a clip has too few frames."""
+    """{"pixel_" and the name: (B,)} of these PIXELS, nan where frames are too few; of "diversity" small copies (B, 3, *SMALL)."""
     if not names:
         return {}
     clips = clips.float()
@@ -185,25 +160,19 @@ def diversity(copies, captions):
 
 
 def table_of(rows, captions):
-    """{measure: (n,) float64} of a row {measure: a number or (1,)} for each video; captions [n]. Under "pixel_diversity", which
-    is known only once all videos are there, a row has a small copy of its own."""
+    """{measure: (n,) float64} of a row {measure: a number or (1,)} for each video; for diversity, which needs all of them, a row
+    has the video's small copy. captions [n]."""
     table = {}
     for name in rows[0]:
         values = [row[name] for row in rows]
-        if name == "pixel_diversity":
-            table[name] = diversity(torch.cat(values), captions)
-        else:
-            table[name] = torch.tensor(list(map(float, values)), dtype=torch.float64)
+        table[name] = diversity(torch.cat(values), captions) if name == "pixel_diversity" else column(map(float, values))
     return table
 
 
 def add_judge(watched, table, base):
-    """
-    Add the judge's score of each video, 0 to 1, if it is watched: the tiny world's judge in one number, fixed before its use.
-
+    """Add the judge's score of each video, 0 to 1, if it is watched: the tiny world's judge in one number, fixed before its use.
     The mean of colour, shape, direction, fidelity, 1 - watermark, and motion kept: min(1, motion / the base's motion), the mean
-    of `base`, the table of the same videos before training.
-    """
+    of `base`, the table of the same videos before training."""
     if JUDGE in watched:
         kept = (table["motion"] / base["motion"].mean().clamp(min=1e-6)).clamp(max=1)
         parts = [table["colour"], table["shape"], table["direction"], table["fidelity"], 1 - table["watermark"], kept]
@@ -215,7 +184,6 @@ def add_judge(watched, table, base):
 #
 # It reads the tables of a run's evaluations, {step: {set: {measure: (n,)}}}, and stores nothing, so a continued run decides the
 # same. Differences are paired, video by video, over all sets together; their standard errors are clustered by caption.
-#
 # At an evaluation whose reward is higher than that of the first, a watched measure has turned if it is worse by
 # more than its noise: a score (a watched reward, the judge) than at its best evaluation so far; a measure of pixels, of which
 # nobody knows the best value, than at the first evaluation, by more than LIMITS allows. Where the reward does not rise there is
@@ -232,8 +200,7 @@ class Turn:
     """Where watched measures turned, and by how much: [(measure, the step that it is compared with, (difference, error))]."""
     step: int
     measures: list
-    reward: tuple[float, float]
-    """paired difference of the reward from the first evaluation, and its error"""
+    reward: tuple[float, float]  # paired difference from the first evaluation, and its error
 
     def words(self, reward_name):
         """One line for a person."""
@@ -245,23 +212,27 @@ def find_turn(tables, prompts, watched):
     """The Turn of the first evaluation at which one of `watched` has turned, or None. prompts: {set: the videos' captions}."""
     pooled = {}  # {step: {measure: (n,)}}, the videos of all sets together
     for step in sorted(tables) if watched else ():
-        captions = list(itertools.chain(*(prompts[set_name] for set_name in tables[step])))
+        captions = sum((prompts[set_name] for set_name in tables[step]), [])
+        earlier = list(pooled)
         pooled[step] = {}
         for name in next(iter(tables[step].values())):
             pooled[step][name] = torch.cat([table[name] for table in tables[step].values()])
         first = min(pooled)
         reward = known_difference(pooled[first], pooled[step], "reward", captions)
-        if reward[0] <= 0 or not exceeds_noise(*reward):
+        if not reward[0] > ERRORS * reward[1]:  # nor where the error is nan
             continue
 
         worse = []
         for name in watched:
-            means = {earlier: mean_of_known(pooled[earlier][name]) for earlier in list(pooled)[:-1]}  # not of this evaluation
+            means = {before: pooled[before][name].nanmean().item() for before in earlier}
             since = first if name in LIMITS else step_of_highest(means)
-            if since is not None:
-                difference = known_difference(pooled[since], pooled[step], name, captions)
-                if is_worse(name, *difference, means[since]):
-                    worse.append((name, since, difference))
+            if since is None:
+                continue
+            difference, error = known_difference(pooled[since], pooled[step], name, captions)
+            direction, share = LIMITS.get(name, (-1, 0.))
+            change = difference * direction if direction else abs(difference)
+            if change > ERRORS * error and change > share * abs(means[since]):
+                worse.append((name, since, (difference, error)))
         if worse:
             return Turn(step, worse, reward)
     return None
@@ -271,23 +242,6 @@ def known_difference(before, after, measure, captions):
     """Paired difference of a measure and its error, over the videos of which both are known: diversity needs another one."""
     known = (before[measure].isfinite() & after[measure].isfinite()).nonzero().flatten().tolist()
     return paired({measure: before[measure][known]}, {measure: after[measure][known]}, measure, [captions[i] for i in known])
-
-
-def exceeds_noise(difference, error):
-    """Whether a difference is more than chance explains; never where its error is not known."""
-    return math.isfinite(error) and abs(difference) > ERRORS * error
-
-
-def is_worse(name, difference, error, value):
-    """Whether a difference exceeds its noise, in the direction that is worse, by more than LIMITS allows from this value."""
-    direction, share = LIMITS.get(name, (-1, 0.))
-    in_direction = direction == 0 or difference * direction > 0
-    return exceeds_noise(difference, error) and in_direction and abs(difference) > share * abs(value)
-
-
-def mean_of_known(values):
-    """Of (n,) those that are finite; nan if none is."""
-    return values[values.isfinite()].mean().item()
 
 
 def step_of_highest(means):
