@@ -117,8 +117,8 @@ def encode_clips(clips, config, base, cache_dir=None, num_workers=0, max_skip=0.
     """
     The dataset of all usable clips. What `cache_dir` has not got is computed now, and kept there.
 
-    base: encode(frames (F, 3, H, W) in [-1, 1], on the CPU) -> moments (F, 2C, h, w),
-      encode_captions(list of B) -> (B, N, E), its text_encoder, and fingerprints() of both.
+    base: encode(frames (F, 3, H, W) in [-1, 1], on the CPU) -> moments (1, 2C, f, h, w),
+      encode_captions(list of B) -> (B, N, E), is_cut(caption), and fingerprints() of both.
     cache_dir: None holds all in memory. With a folder, every rank encodes its share and waits.
     num_workers: processes that decode while this one encodes; they change the time alone.
     max_skip: the share of the list, 0 to 1, that may be left out, each clip with its reason; 0.1
