@@ -39,7 +39,7 @@ import lora
 import train
 from formats.names import unet_to_diffusers, vae_to_diffusers
 from methods import ddpo, dpo, draft, refl, rwr, vader
-from model import Base, load_base
+from model import load_base
 from reward import aggregate, load_reward, segment_frames, tar_weights
 from sampler import check_edit, edit_steps
 from support.files import check_folder, write_text
@@ -70,12 +70,12 @@ def contenders(base, reward, cfg):
     """{name: Contender}, both on the same weights. Ours is set up as in train.main; the base gets adapters."""
     settings = replace(train.PRESETS["modelscope"], tau=cfg.tau, num_steps=cfg.num_steps, low_memory=cfg.low_memory)
     uncond = base.encode_text([""])
-    parameters = lora.inject(base.unet, settings.rank)
-    base.unet.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
+    parameters = lora.inject(base.network, settings.rank)
+    base.network.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
     if cfg.compile:
-        base.unet.compile()
+        base.network.compile()
     score = lambda batch: train.edit_rewards(base, reward, uncond, batch, settings)[0]
-    ours = {"ours": Contender(score, parameters, (base.unet, base.vae, reward))}
+    ours = {"ours": Contender(score, parameters, (base.network, base.vae, reward))}
     return ours | {"diffusers": on_diffusers(base, reward, uncond, settings)} if cfg.diffusers else ours
 
 
@@ -85,17 +85,18 @@ def on_diffusers(base, reward, uncond, settings):
     from diffusers.utils import logging
 
     logging.set_verbosity_error()  # it warns of every change of precision
-    structure = unet_to_diffusers(base.unet.config)
+    structure = unet_to_diffusers(base.network.config)
     stem_heads = structure.pop("stem_heads")  # diffusers has no such field: it is always 8 there, but 1 in the tiny world
     with torch.device(base.device):
         vae = AutoencoderKL.from_config(vae_to_diffusers(base.vae.config))
         unet = UNet3DConditionModel.from_config(structure)
-        unet.transformer_in = TransformerTemporalModel(stem_heads, structure["attention_head_dim"], base.unet.config.channels[0],
-                                                       norm_num_groups=structure["norm_num_groups"])
+        unet.transformer_in = TransformerTemporalModel(
+            stem_heads, structure["attention_head_dim"], structure["block_out_channels"][0],
+            norm_num_groups=structure["norm_num_groups"])
     for network in (unet, vae):
         network.requires_grad_(False).eval().to(base.dtype)
     parameters = lora.inject(unet, settings.rank)  # lora.py's too, so a difference in time comes from the networks
-    unet.load_state_dict(base.unet.state_dict())
+    unet.load_state_dict(base.network.state_dict())
     vae.load_state_dict(base.vae.state_dict())
     vae.encoder = None  # ours needs no memory for it either
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
@@ -136,9 +137,10 @@ def load(cfg, device):
 
 def copy_to_meta(base, reward):
     """Copies without memory. Text is encoded once a caption and not once a step, so its features are computed here."""
-    networks = (base.unet, base.vae, base.text_encoder, reward)
-    *parts, reward = [copy.deepcopy(network).to("meta") for network in networks]
-    base = Base(*parts, base.name)
+    base, reward = copy.deepcopy(base), copy.deepcopy(reward).to("meta")
+    for network in (base.network, base.vae, base.text_encoder):
+        network.to("meta")
+    base.texts.clear()
     base.encode_text(["", CAPTION])
     reward.text_features([CAPTION])
     return base, reward
@@ -147,7 +149,7 @@ def copy_to_meta(base, reward):
 def synthetic_batch(base, cfg, batch_size):
     """A batch as train.draw_batch gives it, of noise: the numbers do not change the cost."""
     image_size = cfg.size or base.default_size
-    shape = (batch_size, base.vae.config.latent_channels, cfg.frames, *base.latent_size(image_size, image_size))
+    shape = (batch_size, *base.latent_shape(cfg.frames, image_size, image_size))          # (B, C, f, h, w)
     generator = sample_generator(0, "benchmark")
     z, eps = torch.randn((2, *shape), generator=generator).to(base.device)                # (B, C, F, h, w) each
     g = segment_frames(cfg.frames, train.Config.segments, batch_size, generator).to(base.device)
@@ -257,16 +259,16 @@ def measure_peak(forward, modules):
 def count_memory(base, reward, cfg):
     """{memory setting: {clips at once: as measure_peak}} of our step."""
     base, reward = copy_to_meta(base, reward)
-    lora.inject(base.unet, train.Config.rank)
+    lora.inject(base.network, train.Config.rank)
     peaks = {}
     for memory_setting, flags in MEMORY_SETTINGS.items():
         # One step of the chain has gradient; those without leave nothing behind, so one step is as good as all.
         settings = replace(train.PRESETS["modelscope"], num_steps=1, tau=1., **flags)
-        base.unet.checkpoint_activations(settings.checkpoint_activations or settings.low_memory)
+        base.network.checkpoint_activations(settings.checkpoint_activations or settings.low_memory)
         peaks[memory_setting] = {}
         for clips in (1, 2, 4, 8):
             score = partial(train.edit_rewards, base, reward, base.encode_text([""]), synthetic_batch(base, cfg, clips), settings)
-            peaks[memory_setting][clips] = measure_peak(lambda: score()[0], [base.unet, base.vae.decoder, reward])  # noqa: B023
+            peaks[memory_setting][clips] = measure_peak(lambda: score()[0], [base.network, base.vae.decoder, reward])  # noqa: B023
     return peaks
 
 
@@ -297,16 +299,16 @@ def count_method(name, settings, base, reward, folder):
     with ReadAsZero():
         method = open_method(name, settings, base, reward, folder / "work")
         batches = []
-        draw = count_work(lambda: batches.append(method.draw(0)), base.unet, base.vae, reward)
+        draw = count_work(lambda: batches.append(method.draw(0)), base.network, base.vae, reward)
         entry = train.split_batch(batches[0], 1)[0]
         if name == "refl":  # its chain stops at step m, drawn from the last ones; the middle m costs what they cost on average
             entry[-1] = [(1 + round(settings.late * settings.num_steps)) // 2]
-        score = count_work(lambda: method.score(entry)[0], base.unet, base.vae, reward)
+        score = count_work(lambda: method.score(entry)[0], base.network, base.vae, reward)
 
         # Scoring, which has gradient, takes the most memory. Chain steps leave nothing behind, so one is as good as all.
         method = open_method(name, replace(settings, num_steps=1, tau=1.), base, reward, folder / "peak")
         entry = train.split_batch(method.draw(0), 1)[0]
-        peak = measure_peak(lambda: method.score(entry)[0], [base.unet, base.vae.decoder, reward])
+        peak = measure_peak(lambda: method.score(entry)[0], [base.network, base.vae.decoder, reward])
 
     draws = 1  # for each video of an optimizer step: how often a batch is drawn, and an entry of it scored
     scores = len(batches[0][0])
@@ -323,8 +325,8 @@ def count_method(name, settings, base, reward, folder):
 def count_methods(base, reward, cfg):
     """{method: passes of a video through the denoiser (guidance takes two), frames decoded, TFLOP, and peak as measure_peak}."""
     base, reward = copy_to_meta(base, reward)
-    lora.inject(base.unet, train.Config.rank)
-    base.unet.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
+    lora.inject(base.network, train.Config.rank)
+    base.network.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
     rows = {}
     for name, module in METHODS.items():
         with tempfile.TemporaryDirectory() as folder:

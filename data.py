@@ -64,18 +64,6 @@ def batch_indices(step, batch_size, num_clips, seed, rank=0, world_size=1) -> li
     return batch
 
 
-def sample_posterior(moments, noise, scale):
-    """
-    z = scale (mean + std noise), float32: a sample of the autoencoder's posterior
-    (autoencoder.py:20-27). scale gives z about unit variance, as the diffusion model expects.
-
-    moments (..., 2C, F, h, w): means, then log variances; noise (..., C, F, h, w) -> z, alike.
-    """
-    mean, logvar = moments.float().chunk(2, dim=-4)
-    std = (0.5 * logvar.clamp(-30, 20)).exp()
-    return scale * (mean + std * noise)                                       # (..., C, F, h, w)
-
-
 class LatentDataset:
     """
     What training sees of each clip: moments (n, 2C, F, h, w) of n windows, text (N, E), caption.

@@ -27,7 +27,6 @@ import lora
 from formats.reward_model import spread_frames
 from formats.reward_names import requested_rewards
 from generate import generate, load_model
-from model import decode_frames
 from reward import as_rewards, first_frames, load_rewards
 from sampler import ddpm_step
 from support.clips import read_prompt_sets, report_long
@@ -52,7 +51,7 @@ def prompt_sets(base, named_files, count):
     chosen = {}
     for name, prompts in sets.items():
         chosen[name] = [prompts[i % len(prompts)] for i in range(count or len(prompts))]
-    report_long(sum(chosen.values(), []), base.text_encoder)
+    report_long(sum(chosen.values(), []), base)
     return chosen
 
 
@@ -80,7 +79,7 @@ def evaluate(base, rewards, prompts, *, seed=EVAL_SEED, num_steps=20, guidance=N
 
         # 1. Decode all frames only where somebody looks at them.
         whole = judge is not None or i < keep or in_order
-        video = decode_frames(base.vae, z_0[None], None if whole else index)  # (1, F or S, 3, H, W)
+        video = base.decode_frames(z_0[None], None if whole else index)  # (1, F or S, 3, H, W)
         scored = video[:, index[0].to(video.device)] if whole else video      # (1, S, 3, H, W)
 
         # 2. Measure.
@@ -195,13 +194,13 @@ def main(cfg):
     base, adapted = load_model(cfg, device)
     sets = prompt_sets(base, cfg.prompts, 64 if cfg.count is None else cfg.count)
     height, width = cfg.height or base.default_size, cfg.width or base.default_size
-    base.latent_size(height, width)
+    base.latent_shape(cfg.frames, height, width)
     rewards = load_rewards(cfg, base.folder, device=device)
 
     # 2. The base is the tuned model with its adapters at strength 0.
     strengths = {"base": 0.}
     if adapted:
-        lora.set_scale(base.unet, 0.)
+        lora.set_scale(base.network, 0.)
     for scale in cfg.lora_scale if adapted else ():
         name = "fine-tuned" if len(cfg.lora_scale) == 1 else f"scale {scale:g}"
         if scale or len(cfg.lora_scale) == 1:  # strength 0 among several is the base
@@ -231,7 +230,7 @@ def compare(cfg, base, rewards, sets, strengths, size):
         for name, (steps, guidance), model_name in itertools.product(sets, settings, strengths):
             # Videos are shown at the first setting only.
             if len(strengths) > 1:
-                lora.set_scale(base.unet, strengths[model_name])
+                lora.set_scale(base.network, strengths[model_name])
             shown = 0
             if (steps, guidance) == settings[0]:
                 shown = max(cfg.sheet, 1) if cfg.official_hps else cfg.sheet

@@ -23,7 +23,7 @@ from tyro.conf import Fixed, Suppress
 
 import lora
 import train
-from model import decode_frames, load_base
+from model import load_base
 from pages.html import heat, picture_uri, pixels_uri, write_page
 from pages.step import draw_step
 from reward import aggregate, as_rewards, load_rewards, segment_edges, tar_weights
@@ -92,10 +92,10 @@ class Setup:
                 raise ValueError(f"reward {reward.name}: sees a clip as a whole; the page shows rewards of single frames")
         self.cfg = cfg if cfg.guidance is not None else replace(cfg, guidance=self.base.guidance)
         if cfg.lora:
-            self.parameters = lora.load(self.base.unet, cfg.lora)
+            self.parameters = lora.load(self.base.network, cfg.lora)
         else:
-            found = lora.load_beside(self.base.unet, self.base.unet_file, cfg.rank)
-            self.parameters = found or lora.inject(self.base.unet, cfg.rank, None, sample_generator(cfg.seed, "lora"))
+            found = lora.load_beside(self.base.network, self.base.network_file, cfg.rank)
+            self.parameters = found or lora.inject(self.base.network, cfg.rank, None, sample_generator(cfg.seed, "lora"))
         if cfg.data:
             self.dataset = train.read_clips(cfg, self.base)
         else:
@@ -107,12 +107,12 @@ class Setup:
     def draw(self, segments):
         """The step's batch; with other segments the same clip and noise, and other frames of it."""
         cfg = replace(self.cfg, segments=segments)
-        return train.draw_batch(self.dataset, cfg.step, cfg, self.base.vae.config.scale, self.base.device)
+        return train.draw_batch(self.dataset, cfg.step, cfg, self.base)
 
     @torch.no_grad()
     def pixels(self, z):
         """The frames of latents, (F, H, W, 3) uint8."""
-        return to_pixels(decode_frames(self.base.vae, z)[0])
+        return to_pixels(self.base.decode_frames(z)[0])
 
     def show(self, z):
         """The clip of latents, as the page has it."""
@@ -148,7 +148,7 @@ class Setup:
 
     def gradient(self, grad_steps):
         """For this K: the adapters' gradient, and how many seconds it took."""
-        self.base.unet.zero_grad()
+        self.base.network.zero_grad()
         started = time.perf_counter()
         R, _ = self.reward_of_edit(replace(self.cfg, grad_steps=grad_steps))
         (-R.mean()).backward()                                                # Eq. (9)
@@ -159,7 +159,7 @@ class Setup:
         that gradient as pictures; the pictures (S, H, W, 3) again, for the strip."""
         g = self.draw(segments)[3]
         with torch.no_grad():
-            frames = decode_frames(self.base.vae, z_0, g)                     # (1, S, 3, H, W)
+            frames = self.base.decode_frames(z_0, g)                     # (1, S, 3, H, W)
         frames.requires_grad_()
         r = 0.
         for weight, reward in self.rewards.parts:

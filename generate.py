@@ -21,7 +21,7 @@ import tyro
 from tqdm import tqdm
 
 import lora
-from model import Base, decode_frames, load_base
+from model import load_base
 from sampler import ddpm_step, sample
 from support import ranks
 from support.clips import read_prompts, report_long
@@ -31,7 +31,7 @@ from support.videos import to_pixels, video_name, write_video
 
 
 @torch.no_grad()
-def generate(base: Base, prompts, seeds, num_steps=20, guidance=None, frames=16, height=32,
+def generate(base, prompts, seeds, num_steps=20, guidance=None, frames=16, height=32,
              width=32, batch_size=8, move_on=None) -> Iterable[tuple[int, torch.Tensor]]:
     """
     Latents of videos, one by one: yields (index, z_0 (C, F, h, w)), scaled, in order.
@@ -40,9 +40,8 @@ def generate(base: Base, prompts, seeds, num_steps=20, guidance=None, frames=16,
     pixels: multiples of the autoencoder's downscale, else ValueError. guidance: default the base's
     own. move_on: called after each batch with its size.
     """
-    h, w = base.latent_size(height, width)
-    shape = (base.vae.config.latent_channels, frames, h, w)                   # (C, F, h, w)
-    uncond = base.encode_text([""])                                           # (1, N, E)
+    shape = base.latent_shape(frames, height, width)                          # (C, f, h, w)
+    uncond = base.unconditional()                                             # (1, N, E)
     guidance = base.guidance if guidance is None else guidance
     levels = base.levels(num_steps)
 
@@ -125,9 +124,9 @@ def load_model(cfg, device):
     base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype=dtype, device=device)
 
     # A fine-tuned official file brings its adapters along; --lora replaces them.
-    adapted = lora.load_beside(base.unet, base.unet_file)
+    adapted = lora.load_beside(base.network, base.network_file)
     if cfg.lora:
-        adapted = lora.load(base.unet, cfg.lora)
+        adapted = lora.load(base.network, cfg.lora)
     return base, bool(adapted)
 
 
@@ -139,7 +138,7 @@ def write_all(made, base, prompts, cfg):
         _, z_0 = next(made, (None, None))                                     # (C, F, h, w)
         pixels = None  # of a rank that has no more to make
         if z_0 is not None:
-            pixels = to_pixels(decode_frames(base.vae, z_0[None])[0])         # (F, H, W, 3)
+            pixels = to_pixels(base.decode_frames(z_0[None])[0])         # (F, H, W, 3)
         made_now = [video for video in ranks.all_gather(pixels) if video is not None]
         for i, video in enumerate(made_now if ranks.is_main_process() else (), start):
             for suffix in suffixes:
@@ -159,13 +158,13 @@ def main(cfg):
     # The size of a video is the base's own, unless asked.
     base, adapted = load_model(cfg, device)
     if adapted:
-        lora.set_scale(base.unet, cfg.lora_scale)
+        lora.set_scale(base.network, cfg.lora_scale)
     height = cfg.height or base.default_size
     width = cfg.width or height
-    base.latent_size(height, width)
+    base.latent_shape(cfg.frames, height, width)
 
     if rank == 0:
-        report_long(prompts, base.text_encoder)
+        report_long(prompts, base)
 
     # The ranks take turns: rank r makes videos r, r + world_size, ...
     mine = range(rank, len(prompts), world_size)

@@ -19,7 +19,7 @@ W are latent rows and columns in the UNet; in the autoencoder they are pixels, a
 """
 import importlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,10 +29,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from formats import names
-from formats.tensors import build_empty, fingerprint, load_strict, read_config, read_tensors
-from formats.weights import find_parts
+from formats.tensors import build_empty, load_strict, read_config, read_tensors
+from formats.weights import find_base_file
 from formats.words import read_words
-from support.ranks import move_to
 
 
 @dataclass(frozen=True)
@@ -530,6 +529,18 @@ class Autoencoder(nn.Module):
         return self.decoder(self.post_quant_conv(latent))
 
 
+def sample_posterior(moments, noise, scale):
+    """
+    z = scale (mean + std noise), float32: a sample of the autoencoder's posterior
+    (autoencoder.py:20-27). scale gives z about unit variance, as the diffusion model expects.
+
+    moments (..., 2C, F, h, w): means, then log variances; noise (..., C, F, h, w) -> z, alike.
+    """
+    mean, logvar = moments.float().chunk(2, dim=-4)
+    std = (0.5 * logvar.clamp(-30, 20)).exp()
+    return scale * (mean + std * noise)                                       # (..., C, F, h, w)
+
+
 def decode_frames(vae, z, index=None):
     """
     Frames of clips: z (B, C, F, h, w) scaled latents, index g (B, S) -> (B, S, 3, H, W).
@@ -569,102 +580,6 @@ class TextEncoder(nn.Module):
         n = tokens.shape[1]
         mask = torch.full((n, n), -math.inf, device=x.device, dtype=x.dtype).triu(1)
         return self.ln_final(self.transformer(x, attn_mask=mask))             # (B, N, width)
-
-
-@dataclass
-class Base:
-    """The three parts of a text-to-video model; load_base returns them frozen."""
-    unet: UNet3D
-    vae: Autoencoder
-    text_encoder: TextEncoder
-    name: str                                                       # as the user gave it
-    folder: Path | None = None                                      # where it lies, if anywhere
-    unet_file: Path | None = None                                   # a file may hold LoRA tensors
-    guidance: float = 3.0                                           # w (modules/config.py:74)
-    world: object = None                                            # tiny.clips, the tiny base's
-    texts: dict = field(default_factory=dict)                       # {caption: its features}
-
-    @property
-    def device(self):
-        return self.unet.conv_in.weight.device
-
-    @property
-    def dtype(self):
-        return self.unet.conv_in.weight.dtype
-
-    @property
-    def default_size(self):
-        """Pixel rows and columns of the clips that the UNet was trained on."""
-        return self.unet.config.sample_size * self.vae.config.downscale
-
-    def latent_size(self, height, width):
-        """Latent rows and columns of so many pixels; ValueError unless they divide."""
-        f = self.vae.config.downscale
-        if height < f or width < f or height % f or width % f:
-            raise ValueError(f"height {height} and width {width}: must be multiples of {f}")
-        return height // f, width // f
-
-    def levels(self, num_steps):
-        """The noise levels of a chain of D steps: DDIM's (Eq. (3))."""
-        from sampler import alpha_bars, ddim_levels
-        return ddim_levels(num_steps, alpha_bars())
-
-    def level(self, u):
-        """What a network is trained at, of u (B,) in [0, 1): t (B,), alpha, sigma (B,1,1,1,1)."""
-        from sampler import alpha_bars
-        t = (1000 * u).long()
-        alpha_bar = alpha_bars()[t].view(-1, 1, 1, 1, 1).float()
-        return t, alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-
-    def predict(self, z_t, level, text):
-        """
-        z_0 and eps in z_t, clips at level (t, alpha, sigma): numbers, or as `level` gives them.
-
-        In z_t's dtype, whatever the UNet's: the schedule stays exact.
-        """
-        t, alpha, sigma = level
-        t = torch.as_tensor(t, device=z_t.device).expand(len(z_t))            # (B,)
-        eps = self.unet(z_t.to(self.dtype), t, text.to(self.dtype)).to(z_t.dtype)
-        return (z_t - sigma * eps) / alpha, eps                               # (B, C, F, h, w)
-
-    def error(self, z_0, eps, z, noise, level):
-        """The loss that the UNet was trained by, Eq. (1), (B,), of what `predict` says."""
-        return (eps - noise).square().flatten(1).mean(dim=1)                  # (B,)
-
-    def chain_predict(self, interval):
-        """`predict` for one chain; an interval N above 1 is DeepCache's."""
-        if interval == 1 or len(self.unet.up_blocks) == 1:
-            return self.predict
-        from bases.deep_cache import DeepCache
-        return DeepCache(self, interval)
-
-    @torch.no_grad()
-    def encode_text(self, captions):
-        """Captions [B] -> (B, N, width), each encoded once and kept, whatever the batch."""
-        for caption in captions:
-            if caption not in self.texts:
-                self.texts[caption] = self.encode_captions([caption])[0].to(self.device)
-        return torch.stack([self.texts[c] for c in captions])                 # (B, N, width)
-
-    @torch.no_grad()
-    def encode_captions(self, captions):
-        """The same, not kept: a data set has thousands, off the accelerator."""
-        return torch.cat([self.text_encoder([caption]) for caption in captions])  # (B, N, width)
-
-    @torch.no_grad()
-    def encode(self, frames):
-        """Frames (F, 3, H, W) in [-1, 1] -> moments (F, 2C, h, w), in the encoder's precision."""
-        return self.vae.encode(frames.to(self.device, self.vae.quant_conv.weight.dtype))
-
-    def fingerprints(self):
-        """Of the autoencoder, and of the text tower: their weights and precision."""
-        dtype, parts = self.vae.quant_conv.weight.dtype, (self.vae, self.text_encoder)
-        return [f"{fingerprint(part.state_dict())} {dtype}" for part in parts]
-
-    def release_encoders(self):
-        """Free accelerator memory, once every caption and clip has been encoded."""
-        self.text_encoder.to("cpu")
-        self.vae.encoder.to("cpu")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -707,37 +622,18 @@ def load_text_encoder(path, tokenizer=None, dtype=torch.float32):
 
 def load_base(base, vae=None, text_encoder=None, dtype=torch.float32, device="cpu", seed=0):
     """
-    The base model that a script names: "tiny", a folder, a UNet file with its other parts beside
-    it, a hub id, or "random" (untrained at full size; "random:64" has 64, 128, 256, 256 channels).
+    What a script's --base names, frozen: "tiny", a folder, a file, a hub id, or untrained weights:
+    "random" and "random:64" (ModelScopeT2V at full size, or 64 channels wide), "random-wan".
 
-    vae, text_encoder: a file or folder to take instead. ValueError: parts missing or not fitting.
+    What a base can do is in its file of bases/, which is found by its own configuration; the first
+    is bases/modelscope.py. vae, text_encoder: a file or folder to take instead of its own.
+    ValueError: parts missing or not fitting.
     """
-    if base == "random" or base.startswith("random:"):
-        made = random_base(base, seed, device)
+    name, folder = find_base_file(base, (vae, text_encoder))
+    if name == "modelscope":
+        from bases import modelscope as module
     else:
-        folder, paths = find_parts(base, {"vae": vae, "text_encoder": text_encoder})
-        # Each part leaves the host's memory before the next is read.
-        unet = move_to(load_unet(paths["unet"], dtype=dtype), device)
-        autoencoder = move_to(load_vae(paths["vae"]), device)
-        text = load_text_encoder(paths["text_encoder"])
-        names.expect_fitting(unet.config, autoencoder.config, text.config, paths)
-        guidance = read_config(paths["unet"], names.own_guidance) or Base.guidance
-        file = paths["unet"] if paths["unet"].is_file() else None
-        made = Base(unet, autoencoder, move_to(text, device), base, folder, file, guidance)
-        if (folder / "judge.safetensors").is_file():  # the tiny world's clips, prompts and judge
-            made.world = importlib.import_module("tiny.clips")
-
-    # What runs in every step. The encoders stay float32: they run once, what they make is kept.
-    for part in (made.unet, made.vae.decoder, made.vae.post_quant_conv):
-        part.to(dtype)
-    return made
-
-
-def random_base(spec, seed=0, device="cpu"):
-    """Seeded random weights, to time and try the pipeline without a download. See load_base."""
-    unet, vae, text = names.random_sizes(spec)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # the CPU's alone
-        parts = [UNet3D(UNetConfig(**unet)), Autoencoder(VAEConfig(**vae)),
-                 TextEncoder(TextConfig(**text))]
-    return Base(*[move_to(part.eval().requires_grad_(False), device) for part in parts], spec)
+        module = importlib.import_module(f"bases.{name}")
+    if folder is None:
+        return module.random(base, seed, dtype, device)
+    return module.load(base, folder, vae, text_encoder, dtype, device)

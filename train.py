@@ -29,14 +29,14 @@ from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 
 import lora
-from data import ClipConfig, batch_indices, encode_clips, read_list, sample_posterior
+from data import ClipConfig, batch_indices, encode_clips, read_list
 from evaluate import evaluate, prompt_sets
 from formats.reward_model import spread_frames
 from formats.reward_names import requested_rewards
-from formats.weights import HUB_BASE
-from model import decode_frames, load_base
+from formats.weights import HUB_BASES
+from model import load_base
 from reward import aggregate, as_rewards, load_rewards, segment_edges, segment_frames, tar_weights
-from sampler import GUIDANCE, check_edit, edit
+from sampler import check_edit, edit
 from support import ranks, run as run_folder, settings
 from support.tables import add_means, check_watched, watched_names
 
@@ -62,14 +62,14 @@ def edit_rewards(base, rewards, uncond, batch, cfg):
 def video_rewards(base, rewards, z_0, g, captions, cfg):
     """SegVR and TAR: z_0 (B, C, F, h, w), g (B, S) -> as above. Other methods share this."""
     chunk = 1 if cfg.low_memory else cfg.decode_chunk
-    parts, F = as_rewards(rewards).parts, z_0.shape[2]
+    parts, F = as_rewards(rewards).parts, cfg.frames
     R, logged, decoded = 0., {"reward": 0.}, {}
     for weight, reward in parts:
         # 1. Decode one frame of each segment, once for all rewards. A video reward has its own.
         wanted = getattr(reward, "num_frames", None)
         index = spread_frames(F, wanted).expand(len(g), -1) if wanted else g  # (B, S)
         if wanted not in decoded:
-            decoded[wanted] = decode_chosen(base.vae, z_0, index, chunk)      # (B, S, 3, H, W)
+            decoded[wanted] = decode_chosen(base, z_0, index, chunk)          # (B, S, 3, H, W)
 
         # 2. Score them (Eq. 6). Frames near the centre count more (Eq. 7).
         frame_scores = score_frames(reward, decoded[wanted], captions, chunk)         # (B, S)
@@ -84,13 +84,13 @@ def video_rewards(base, rewards, z_0, g, captions, cfg):
     return R, logged                                                          # (B,), {name: (B,)}
 
 
-def decode_chosen(vae, z_0, g, chunk=0):
-    """The frames x^g(i) alone: z_0 (B, C, F, h, w), g (B, S) -> (B, S, 3, H, W).
+def decode_chosen(base, z_0, g, chunk=0):
+    """The frames x^g(i) alone: z_0 (B, C, f, h, w), g (B, S) -> (B, S, 3, H, W).
     chunk: so many of each clip at a time, recomputed in the backward pass; 0 is all at once."""
     frames = []
     for part in g.split(chunk, dim=1) if chunk else ():
-        frames.append(checkpoint(decode_frames, vae, z_0, part, use_reentrant=False))
-    return torch.cat(frames, dim=1) if chunk else decode_frames(vae, z_0, g)
+        frames.append(checkpoint(base.decode_frames, z_0, part, use_reentrant=False))
+    return torch.cat(frames, dim=1) if chunk else base.decode_frames(z_0, g)
 
 
 def score_frames(reward, frames, captions, chunk=0):
@@ -161,29 +161,27 @@ def split_batch(batch, part_size):
     return split
 
 
-def draw_batch(dataset, step, cfg, scale, device):
+def draw_batch(dataset, step, cfg, base):
     """
     This rank's share of a step's batch: z, eps (B, C, F, h, w), text (B, N, E), g (B, S), captions.
 
     A clip's window, noise and frames come from its own generator, seeded by (seed, step, position),
-    so the batch is the same on any number of ranks and after resuming. scale: the autoencoder's.
+    so the batch is the same on any number of ranks and after resuming.
     """
     z, eps, text, g, captions = [], [], [], [], []
     for position, clip in batch_indices(step, cfg.batch_size, len(dataset), cfg.seed,
                                         *ranks.rank_and_size()):
         generator = ranks.sample_generator(cfg.seed, step, position)
         moments, words, caption = dataset.get(clip, generator)                # (2C, F, h, w), ...
-        C, F, h, w = len(moments) // 2, *moments.shape[1:]
-        posterior_noise = torch.randn(C, F, h, w, generator=generator)        # for z
-        white = torch.randn(C, F, h, w, generator=generator)                  # for eps
-        offset = torch.randn(C, F, 1, 1, generator=generator)  # one per frame and channel
-
-        z.append(sample_posterior(moments, posterior_noise, scale))           # (C, F, h, w)
-        eps.append(white + cfg.offset_noise * offset)                         # (C, F, h, w)
+        z.append(base.draw_latents(moments, generator))                       # (C, f, h, w)
+        C, f, h, w = z[-1].shape
+        white = torch.randn(C, f, h, w, generator=generator)
+        offset = torch.randn(C, f, 1, 1, generator=generator)  # one per latent frame and channel
+        eps.append(white + cfg.offset_noise * offset)                         # (C, f, h, w)
         text.append(words)                                                    # (N, E)
-        g.append(segment_frames(F, cfg.segments, 1, generator)[0])            # (S,)
+        g.append(segment_frames(cfg.frames, cfg.segments, 1, generator)[0])   # (S,)
         captions.append(caption)
-    tensors = [torch.stack(v).to(device, non_blocking=True) for v in (z, eps, text, g)]
+    tensors = [torch.stack(v).to(base.device, non_blocking=True) for v in (z, eps, text, g)]
     return *tensors, captions
 
 
@@ -237,11 +235,13 @@ class Config(settings.TrainingSettings):
     """all randomness follows from it, the step and the position in the batch"""
 
 
+FULL_SIZE = dict(steps=20_000, batch_size=8, lr=1e-5, eval_every=1000, eval_count=0, save_every=500,
+                 clips_at_once=1)
 PRESETS = {
     "tiny": Config(),
-    "modelscope": Config(
-        preset="modelscope", base=HUB_BASE, offset_noise=0.1, steps=20_000, batch_size=8, lr=1e-5,
-        eval_every=1000, eval_count=0, save_every=500, clips_at_once=1, guidance=GUIDANCE)}
+    "modelscope": Config(preset="modelscope", base=HUB_BASES["modelscope"], offset_noise=0.1,
+                         **settings.BASES["modelscope"] | FULL_SIZE),
+    "wan": Config(preset="wan", base=HUB_BASES["wan"], **settings.BASES["wan"] | FULL_SIZE)}
 
 
 def check(cfg, needs_clips=True):
@@ -261,10 +261,10 @@ def check(cfg, needs_clips=True):
 def method(cfg, base, rewards, folder):
     """InstructVideo as the loop takes it, on the clips of --data or the base's own."""
     dataset = read_clips(cfg, base)
-    uncond = base.encode_text([""])                                           # (1, N, E)
+    uncond = base.unconditional()                                             # (1, N, E)
 
     def draw(step):
-        return draw_batch(dataset, step, cfg, base.vae.config.scale, base.device)
+        return draw_batch(dataset, step, cfg, base)
 
     def score(batch):
         return edit_rewards(base, rewards, uncond, batch, cfg)
@@ -275,7 +275,7 @@ def method(cfg, base, rewards, folder):
 def read_clips(cfg, base):
     """The clips to edit: those of --data, encoded now or read from the cache, or the base's own."""
     pixels = cfg.size or base.default_size
-    base.latent_size(pixels, pixels)  # refuses a size that the autoencoder cannot halve
+    base.latent_shape(cfg.frames, pixels, pixels)  # refuses a size that has no latents
     if not cfg.data:
         return base.world.clips(base, cfg.frames, pixels)
 
@@ -307,7 +307,7 @@ def plan_evaluations(cfg, folder, base, rewards):
         return measured
 
     def save_adapter(path):
-        lora.save(base.unet, path, base=cfg.base)
+        lora.save(base.network, path, base=cfg.base)
 
     return run_folder.Evaluations(cfg, folder, prompts, evaluate_prompts, save_adapter,
                                   rewards.name, watched_names(cfg.watch, exact.watched))
@@ -327,9 +327,9 @@ def main(argv, module=sys.modules[__name__]):
         base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype, device, cfg.seed)
         if cfg.guidance is None:
             cfg = replace(cfg, guidance=base.guidance)  # recorded with the run
-        parameters = base.unet_file and lora.load_beside(base.unet, base.unet_file, cfg.rank)
+        parameters = base.network_file and lora.load_beside(base.network, base.network_file, cfg.rank)
         generator = ranks.sample_generator(cfg.seed, "lora")
-        parameters = parameters or lora.inject(base.unet, cfg.rank, None, generator)
+        parameters = parameters or lora.inject(base.network, cfg.rank, None, generator)
         rewards = load_rewards(cfg, base.folder, dtype, device)
         evaluations = plan_evaluations(cfg, folder, base, rewards)
 
@@ -338,12 +338,12 @@ def main(argv, module=sys.modules[__name__]):
         for captions in (*evaluations.prompts.values(), [""]):
             base.encode_text(captions)
         base.release_encoders()
-        base.unet.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
+        base.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
         if cfg.compile:
-            base.unet.compile()
+            base.network.compile()
 
         # 3. Train.
-        run = run_folder.Run(cfg, folder, lora.adapter_state(base.unet), evaluations, method)
+        run = run_folder.Run(cfg, folder, lora.adapter_state(base.network), evaluations, method)
         with ranks.catch_signals():
             run.open(resumed)
             return run_folder.train_and_report(run, lambda: train(cfg, parameters, method, run))

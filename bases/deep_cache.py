@@ -20,7 +20,7 @@ class DeepCache:
         self.interval = interval
         self.calls = 0  # those without gradient
         self.middle = CachedMiddle()
-        self.shallow = replace(base, unet=outermost(base.unet, self.middle))
+        self.shallow = replace(base, network=outermost(base.network, self.middle))
 
     def __call__(self, z_t, level, text):
         if torch.is_grad_enabled():
@@ -28,7 +28,7 @@ class DeepCache:
         self.calls += 1
         if (self.calls - 1) % self.interval:
             return self.shallow.predict(z_t, level, text)
-        hook = self.base.unet.up_blocks[-2].upsamplers[0].register_forward_hook(self.middle.store)
+        hook = self.base.network.up_blocks[-2].upsamplers[0].register_forward_hook(self.middle.store)
         try:
             return self.base.predict(z_t, level, text)
         finally:

@@ -18,7 +18,6 @@ leaves as much of a clip as tau = .4 does here.
 Letters: B clips, C latent channels, F frames, f latents in time, h and w latent rows and columns, N text tokens, E their width.
 """
 import html
-import json
 import re
 from pathlib import Path
 
@@ -30,10 +29,13 @@ from transformers import AutoTokenizer, ByT5Tokenizer, UMT5Config, UMT5EncoderMo
 
 from formats.tensors import fingerprint
 from sampler import Levels
+from support.files import read_json
+from support.settings import BASES
 
-SETTINGS = dict(frames=17, size=256, fps=16, guidance=5., num_steps=20, tau=.4, lambda_tar=16 / 17)
+SETTINGS = BASES["wan"]
 SHIFT = 3.  # of the noise levels, towards noise (the hub's scheduler, for 480p; 5 for 720p)
 TRAIN_STEPS = 1000  # the network is told 1000 sigma
+MAX_TOKENS = 512
 
 
 def shifted(u, shift):
@@ -44,23 +46,24 @@ def shifted(u, shift):
 def levels(num_steps, shape=None, published=False, shift=SHIFT):
     """sigma from 0 to 1 over i = 0..D. published: diffusers' FlowMatchEulerDiscreteScheduler. shape is for other bases."""
     u = [i / num_steps for i in range(num_steps + 1)]
-    if published:
+    if published:  # 1 at the noisy end, also where there is one step alone
         least = shifted(1 / TRAIN_STEPS, shift)
-        u = [0., *torch.linspace(least, 1, num_steps, dtype=torch.float64).tolist()]
-        u[-1] = 1.  # also where there is one step alone
+        u = [0., *torch.linspace(1, least, num_steps, dtype=torch.float64).tolist()[::-1]]
     sigma = [shifted(v, shift) for v in u]
     return Levels([TRAIN_STEPS * s for s in sigma], [1 - s for s in sigma], sigma)
 
 
 class Wan:
     """The base as train.py and all methods know it; `load` and `random` make one, frozen."""
-    adapted = r"attn[12]\.(to_q|to_k|to_v|to_out\.0)$"
+    default_size = SETTINGS["size"]
+    guidance = SETTINGS["guidance"]
+    world = network_file = None  # no clips of its own, and no adapters beside its weights
+    latent_context = 2           # latents, of those that a frame is decoded from, that carry gradient
 
-    def __init__(self, network, vae, tokenizer, text_encoder, name, shift=SHIFT, latent_context=2):
-        self.network, self.vae, self.name = network, vae, name
+    def __init__(self, network, vae, tokenizer, text_encoder, name, folder=None, shift=SHIFT):
+        self.network, self.vae, self.name, self.folder = network, vae, name, folder
         self.tokenizer, self.text_encoder = tokenizer, text_encoder
         self.shift = shift
-        self.latent_context = latent_context
         self.texts = {}  # {caption: its features}
 
     @property
@@ -71,19 +74,12 @@ class Wan:
     def dtype(self):
         return self.network.patch_embedding.weight.dtype
 
-    # ------------------------------------------------------------------------------------------------------------------------
-    # The chain
-
-    def check_size(self, frames, height, width):
-        """ValueError unless such clips have latents: 4k + 1 frames, rows and columns in sixteens."""
+    def latent_shape(self, frames, height, width):
+        """(C, f, h, w) of a clip's latents. ValueError unless it has 4k + 1 frames, and rows and columns in sixteens."""
         if frames < 1 or frames % 4 != 1:
             raise ValueError(f"frames = {frames}: {self.name} makes 4k + 1 frames: 1, 5, 9, 13, 17, ...")
         if height < 16 or width < 16 or height % 16 or width % 16:
             raise ValueError(f"height {height} and width {width}: must be multiples of 16")
-
-    def latent_shape(self, frames, height, width):
-        """(C, f, h, w) of a clip's latents. ValueError as check_size."""
-        self.check_size(frames, height, width)
         return self.vae.config.z_dim, (frames - 1) // 4 + 1, height // 8, width // 8
 
     def levels(self, num_steps, shape=None, published=False):
@@ -115,9 +111,6 @@ class Wan:
         """Keep the inputs of transformer blocks only, and recompute the rest in the backward pass."""
         (self.network.enable_gradient_checkpointing if on else self.network.disable_gradient_checkpointing)()
 
-    # ------------------------------------------------------------------------------------------------------------------------
-    # Captions
-
     @torch.no_grad()
     def encode_captions(self, captions):
         """(B, N, E), not kept. Each is encoded alone, so that the result does not depend on the batch."""
@@ -126,13 +119,16 @@ class Wan:
         return torch.cat([self.encode_caption(caption) for caption in captions])
 
     def encode_caption(self, caption):
-        cleaned = html.unescape(html.unescape(ftfy.fix_text(caption)))
-        cleaned = re.sub(r"\s+", " ", cleaned).strip()
-        tokens = self.tokenizer([cleaned], padding="max_length", max_length=512, truncation=True, return_tensors="pt")
+        tokens = self.tokenizer([clean(caption)], padding="max_length", max_length=MAX_TOKENS, truncation=True,
+                                return_tensors="pt")
         device = self.text_encoder.device
         mask = tokens.attention_mask.to(device)
         features = self.text_encoder(tokens.input_ids.to(device), mask).last_hidden_state
         return features * mask[..., None].to(features.dtype)                                    # (1, N, E)
+
+    def is_cut(self, caption):
+        """Whether a caption is longer than the text encoder reads."""
+        return bool(self.tokenizer) and len(self.tokenizer(clean(caption)).input_ids) > MAX_TOKENS
 
     def encode_text(self, captions):
         """Captions [B] -> (B, N, E); each is encoded once, and kept."""
@@ -141,30 +137,21 @@ class Wan:
                 self.texts[caption] = self.encode_captions([caption])[0].to(self.device)
         return torch.stack([self.texts[caption] for caption in captions])
 
-    def unconditional(self, text):
+    def unconditional(self, text=None):
         """The empty caption's features, (1, N, E)."""
         return self.encode_text([""])
 
-    # ------------------------------------------------------------------------------------------------------------------------
-    # Pixels
-
-    def to_vae(self, z):
-        """What the autoencoder wants, of latents as the network sees them: each channel has a mean and a deviation."""
-        mean, std = self.statistics(z)
-        return z * std + mean
-
-    def statistics(self, z):
-        config = self.vae.config
-        return [torch.tensor(v, dtype=z.dtype, device=z.device).view(1, -1, 1, 1, 1)
-                for v in (config.latents_mean, config.latents_std)]
+    def draw_latents(self, moments, generator):
+        """z (C, f, h, w), of what `encode` gives: these are the latents already."""
+        return moments.float()
 
     @torch.no_grad()
     def encode(self, frames):
         """Frames (F, 3, H, W) in [-1, 1] -> the latents z (1, C, f, h, w): the posterior's mode, as the authors take it."""
-        self.check_size(len(frames), *frames.shape[-2:])
+        self.latent_shape(len(frames), *frames.shape[-2:])
         video = frames.to(self.device, self.vae.dtype).transpose(0, 1)[None]                    # (1, 3, F, H, W)
         z = self.vae.encode(video).latent_dist.mode()
-        mean, std = self.statistics(z)
+        mean, std = statistics(self.vae, z)
         return (z - mean) / std
 
     def decode_frames(self, z, index=None):
@@ -174,37 +161,12 @@ class Wan:
         Pixels are exact. Gradient flows through the `latent_context` latents that end at a frame's own, not through all that
         the decoder remembers: what a latent far back changes is little, and each costs the memory of one more decoding.
         """
-        y = self.vae.post_quant_conv(self.to_vae(z).to(self.vae.dtype))
         if index is None:
             index = torch.arange(4 * z.shape[2] - 3).expand(len(z), -1)
         decoded = []
-        for b in range(len(z)):
-            decoded.append(self.decode_clip(y[b:b + 1], index[b].tolist()))
+        for latents, of_clip in zip(to_vae(self.vae, z).split(1), index.tolist()):
+            decoded.append(decode_clip(self.vae, latents, of_clip, self.latent_context))
         return (torch.stack(decoded) / 2 + .5).to(z.dtype)
-
-    def decode_clip(self, y, index):
-        """One pass over the latents y (1,C,f,h,w), up to the last that is needed: frames [S] -> (S, 3, H, W) about [-1, 1]."""
-        own_latent = [(i + 3) // 4 for i in index]  # 0, then 1 1 1 1, 2 2 2 2, ...
-        with_grad = {j - back for j in own_latent for back in range(self.latent_context)}
-        memory = [None] * self.vae._cached_conv_counts["decoder"]
-        frames = {}
-        for j in range(max(own_latent) + 1):
-            grad = torch.is_grad_enabled() and j in with_grad
-            with torch.set_grad_enabled(grad):
-                inputs = (y[:, :, j:j + 1], j == 0, *memory)
-                made, *memory = (checkpoint(self.decode_latent, *inputs, use_reentrant=False) if grad
-                                 else self.decode_latent(*inputs))
-            if j in own_latent:
-                frames[j] = made[0].transpose(0, 1)                                             # (1 or 4, 3, H, W)
-        return torch.stack([frames[j][(i + 3) % 4 if i else 0] for i, j in zip(index, own_latent)])
-
-    def decode_latent(self, latent, first, *memory):
-        """The frames of one latent (1,C,1,h,w), one or four, and what the decoder then remembers."""
-        memory = list(memory)
-        made = self.vae.decoder(latent, feat_cache=memory, feat_idx=[0], first_chunk=first)
-        return made, *memory
-
-    # ------------------------------------------------------------------------------------------------------------------------
 
     def fingerprints(self):
         """Of the autoencoder, and of the text tower: their weights and precision."""
@@ -218,44 +180,83 @@ class Wan:
             self.text_encoder.to("cpu")
 
 
-def load(folder, dtype=torch.float32, device="cpu", name=None):
-    """The base of a diffusers folder, as WanPipeline.save_pretrained writes it. ValueError for a part that is missing."""
-    folder = Path(folder)
-    for part in ("transformer", "vae"):
-        if not (folder / part / "config.json").is_file():
-            raise ValueError(f"{folder}: no {part}/config.json; expected a diffusers folder with transformer/ and vae/")
+def statistics(vae, z):
+    """The mean and the deviation of each channel of the autoencoder's latents, as z (B,C,f,h,w): the network's have 0 and 1."""
+    config = vae.config
+    return [torch.tensor(v, dtype=z.dtype, device=z.device).view(1, -1, 1, 1, 1)
+            for v in (config.latents_mean, config.latents_std)]
+
+
+def to_vae(vae, z):
+    """Latents as the autoencoder has them, of z as the network has them."""
+    mean, std = statistics(vae, z)
+    return (z * std + mean).to(vae.dtype)
+
+
+def decode_clip(vae, latents, index, context):
+    """Frames index [S] of latents (1,C,f,h,w), in one pass up to the last that is needed: (S, 3, H, W) about [-1, 1]."""
+    def decode_latent(latent, first, *memory):
+        memory = list(memory)
+        return vae.decoder(latent, feat_cache=memory, feat_idx=[0], first_chunk=first), *memory
+
+    latents = vae.post_quant_conv(latents)
+    latent_of = [(i + 3) // 4 for i in index]  # 0, then 1 1 1 1, 2 2 2 2, ...
+    memory = [None] * vae._cached_conv_counts["decoder"]
+    frames = {}
+    for j in range(max(latent_of) + 1):
+        with_grad = torch.is_grad_enabled() and any(0 <= last - j < context for last in latent_of)
+        inputs = (latents[:, :, j:j + 1], j == 0, *memory)
+        with torch.set_grad_enabled(with_grad):
+            made, *memory = (checkpoint(decode_latent, *inputs, use_reentrant=False) if with_grad
+                             else decode_latent(*inputs))
+        frames[j] = made[0].transpose(0, 1)                                                     # (1 or 4, 3, H, W)
+    return torch.stack([frames[j][(i + 3) % 4 if i else 0] for i, j in zip(index, latent_of)])
+
+
+def clean(caption):
+    """A caption as the text tower was trained on it."""
+    text = html.unescape(html.unescape(ftfy.fix_text(caption)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def load(base, folder, vae, text_encoder, dtype, device):
+    """Of a diffusers folder, as WanPipeline.save_pretrained writes it. See model.load_base. A base without text tower loads."""
+    vae_folder, text_folder = [Path(path or folder / part) for path, part in ((vae, "vae"), (text_encoder, "text_encoder"))]
+    if not (vae_folder / "config.json").is_file():
+        raise ValueError(f"{base}: no vae/config.json; expected a diffusers folder with transformer/ and vae/")
     shift = read_shift(folder / "scheduler/scheduler_config.json")
-    local = dict(local_files_only=True)
-    network = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=dtype, **local)
-    vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, **local)
-    base = Wan(network, vae, None, None, name or str(folder), shift)
-    if (folder / "text_encoder/config.json").is_file():
-        base.tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer", **local)
-        base.text_encoder = UMT5EncoderModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, **local)
-        base.text_encoder.requires_grad_(False).eval().to(device)
-    for part in (network, vae):
-        part.requires_grad_(False).eval().to(device)
-    return base
+    network = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=dtype, local_files_only=True)
+    autoencoder = AutoencoderKLWan.from_pretrained(vae_folder, torch_dtype=torch.float32, local_files_only=True)
+    made = Wan(frozen(network, device), frozen(autoencoder, device), None, None, base, folder, shift)
+    if (text_folder / "config.json").is_file():
+        made.tokenizer = AutoTokenizer.from_pretrained(text_folder.parent / "tokenizer", local_files_only=True)
+        text = UMT5EncoderModel.from_pretrained(text_folder, dtype=dtype, local_files_only=True)
+        made.text_encoder = frozen(text, device)
+    return made
+
+
+def frozen(part, device):
+    return part.requires_grad_(False).eval().to(device)
 
 
 def read_shift(path):
     """The shift of a published scheduler's config. ValueError for one that was made for another prediction."""
     if not path.is_file():
         return SHIFT
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     prediction = config.get("prediction_type", "flow_prediction")
     if prediction != "flow_prediction":
         raise ValueError(f"{path}: prediction_type {prediction!r}; Wan's is flow_prediction")
     return float(config.get("flow_shift", config.get("shift", SHIFT)))
 
 
-def random(seed=0, device="cpu"):
-    """Seeded random weights at small width, in Wan's classes, to try a pipeline without a download."""
+def random(base, seed, dtype, device):
+    """Seeded random weights at small width, in Wan's classes, to try a pipeline without a download. See model.load_base."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone
         network = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
                                         text_dim=32, freq_dim=16, ffn_dim=48, num_layers=2)
         vae = AutoencoderKLWan(base_dim=4, z_dim=16)
-        text_encoder = UMT5EncoderModel(UMT5Config(vocab_size=384, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4))
-    network, vae, text_encoder = [part.requires_grad_(False).eval().to(device) for part in (network, vae, text_encoder)]
-    return Wan(network, vae, ByT5Tokenizer(), text_encoder, "random-wan")
+        text = UMT5EncoderModel(UMT5Config(vocab_size=384, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4))
+    network = network if dtype == torch.float32 else network.to(dtype)
+    return Wan(frozen(network, device), frozen(vae, device), ByT5Tokenizer(), frozen(text, device), base)

@@ -8,12 +8,14 @@ from formats.tensors import check_hub_cache, weight_files
 from support.files import first_line, read_json
 
 TINY = Path(__file__).resolve().parents[1] / "tiny" / "weights"
-HUB_BASE = "ali-vilab/text-to-video-ms-1.7b"
+HUB_BASES = {"modelscope": "ali-vilab/text-to-video-ms-1.7b", "wan": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}
 PARTS = {  # what a folder may call each part: diffusers' components, then the files of the two ModelScope hub folders
     "unet": ("unet", "text2video_pytorch_model.pth", "model_scope_v1-4_0600000.pth"),
     "vae": ("vae", "VQGAN_autoencoder.pth", "v2-1_512-ema-pruned.ckpt"),
     "text_encoder": ("text_encoder", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.safetensors",
                      "stable-diffusion-v/open_clip_pytorch_model.bin")}
+TRANSFORMER_PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")  # folders of the other bases' repositories
+NETWORKS = {"WanTransformer3DModel": "wan"}  # class of a diffusers folder's transformer: the file of bases/ that knows it
 
 
 def find_base(base):
@@ -27,15 +29,35 @@ def find_base(base):
     return path
 
 
-def find_parts(base, given):
+def find_base_file(base, given):
+    """
+    (name of the file of bases/ that knows a base, its file or folder here; None for untrained weights), by its own configuration.
+    given: paths that are taken for some of its parts.
+    """
+    if base.partition(":")[0] == "random":
+        return "modelscope", None
+    if base.startswith("random-"):
+        if base.removeprefix("random-") not in NETWORKS.values():
+            raise ValueError(f"base {base!r}: must be one of random, random:WIDTH, random-{', random-'.join(NETWORKS.values())}")
+        return base.removeprefix("random-"), None
+    for path in given:  # before the base, which may be a download of gigabytes
+        if path and not Path(path).exists():
+            raise ValueError(f"{path}: no such file or folder")
+    path = find_base(base)
+    config = path / "transformer/config.json"
+    if not config.is_file():
+        return "modelscope", path
+    network = read_json(config).get("_class_name")
+    if network not in NETWORKS:
+        raise ValueError(f"{config}: network {network!r}: must be one of {', '.join(NETWORKS)}")
+    return NETWORKS[network], path
+
+
+def find_parts(base, folder, given):
     """
     (folder, {part: its file or folder}) of a base; a file is a UNet with its other parts beside it. given: {part: a path to take
     instead, or None}. A base that does not predict noise is refused, since it would be trained as if it did.
     """
-    for path in given.values():  # before the base, which may be a download of gigabytes
-        if path and not Path(path).exists():
-            raise ValueError(f"{path}: no such file or folder")
-    folder = find_base(base)
     scheduler = find_part(folder, ["scheduler/scheduler_config.json"])
     predicted = read_json(scheduler).get("prediction_type", "epsilon") if scheduler else "epsilon"
     if predicted != "epsilon":
@@ -63,6 +85,8 @@ def find_part(folder, names):
 
 def hub_files(files):
     """Of a hub repository's files, those of a base's parts: {part: names}. The weights of each once, whole or in shards."""
+    if "transformer/config.json" in files:  # diffusers reads these folders itself
+        return {part: [name for name in files if name.startswith(f"{part}/")] for part in TRANSFORMER_PARTS}
     chosen = {}
     for part, names in PARTS.items():
         inside = [name.removeprefix(f"{part}/") for name in files if name.startswith(f"{part}/")]
@@ -77,7 +101,8 @@ def hub_files(files):
 def from_hub(repo):
     """Folder of a hub repository's three parts, downloaded once by huggingface_hub, or from its cache without a network."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise ValueError(f"base {repo!r}: no such file or folder; must be tiny, random, a path, or a hub id like {HUB_BASE}")
+        raise ValueError(f"base {repo!r}: no such file or folder; must be tiny, random, a path, or a hub id like "
+                         f"{HUB_BASES['modelscope']}")
     import huggingface_hub
     try:
         files = huggingface_hub.HfApi().list_repo_files(repo)

@@ -19,7 +19,6 @@ from tyro.conf import Fixed, Suppress
 
 import train
 from data import batch_indices
-from model import Base
 from reward import segment_frames
 from support import ranks
 from support.clips import read_prompts, report_long
@@ -55,10 +54,12 @@ class PromptConfig(NoiseConfig):
 
 def presets(config_class, **full_size):
     """The tiny world's settings, and train.py's at full size with a method's own in their place."""
-    tiny, real = (vars(preset) for preset in train.PRESETS.values())
-    shared = {name: value for name, value in real.items() if value != tiny[name]}
-    real = shared | {"offset_noise": 0.0} | full_size
-    return {"tiny": config_class(), "modelscope": config_class(**real)}
+    made = {}
+    for preset, cfg in train.PRESETS.items():
+        changed = {k: v for k, v in vars(cfg).items() if v != getattr(train.Config(), k)}
+        own = {} if preset == "tiny" else {"offset_noise": 0.0} | full_size
+        made[preset] = config_class(**changed | own)
+    return made
 
 
 def check(cfg):
@@ -86,7 +87,7 @@ def check_multiple(cfg, divisor, what, *names):
 class Videos:
     """The prompts of a run, and what the videos of a batch start from."""
     cfg: train.Config
-    base: Base
+    base: object                                                    # of bases/
     pick_frames: Callable                                           # generator -> (S,), scored
     prompts: list
     uncond: torch.Tensor                                            # (1, N, E)
@@ -111,7 +112,7 @@ class Videos:
         generators of what else a video draws."""
         cfg, base = self.cfg, self.base
         pixels = cfg.size or base.default_size
-        shape = (base.vae.config.latent_channels, cfg.frames, *base.latent_size(pixels, pixels))
+        shape = base.latent_shape(cfg.frames, pixels, pixels)                 # (C, f, h, w)
         noise, g, captions, keys = [], [], [], []
         for position, index in share:
             generator = sample_generator(*key, position)
@@ -138,10 +139,10 @@ def read_videos(cfg, base, pick_frames=None):
         prompts = base.world.prompt_sets()["in_domain"]
     else:
         prompts = read_prompts(cfg.prompts_train)
-    report_long(prompts, base.text_encoder)
+    report_long(prompts, base)
     for start in range(0, len(prompts), 64):  # now, as the text encoder may leave the accelerator
         base.encode_text(prompts[start:start + 64])
-    return Videos(cfg, base, pick_frames, prompts, base.encode_text([""]))
+    return Videos(cfg, base, pick_frames, prompts, base.unconditional())
 
 
 # ----------------------------------------------------------------------------------------------

@@ -66,9 +66,9 @@ def sample_pairs(base, rewards, videos, round_number, cfg):
             # 1. Two videos of the same prompts. The base makes the first round's.
             key = (cfg.seed, "round", round_number, which)
             noise, text, g, captions, _ = videos.start(part, *key)
-            lora.set_scale(base.unet, 1. if round_number else 0.)
+            lora.set_scale(base.network, 1. if round_number else 0.)
             z.append(sample(base.predict, noise, text, videos.uncond, levels, cfg.guidance))
-            lora.set_scale(base.unet, 1.)
+            lora.set_scale(base.network, 1.)
 
             # 2. Their rewards, with SegVR and TAR as in train.py.
             R_videos, logged = train.video_rewards(base, rewards, z[-1], g, captions, cfg)
@@ -133,10 +133,10 @@ def method(cfg, base, rewards, folder):
 
     def score(batch):
         *inputs, mean_scores = batch
-        lora.set_scale(base.unet, 0.)  # the reference
+        lora.set_scale(base.network, 0.)  # the reference
         with torch.no_grad():
             reference = pair_errors(base, *inputs)                            # (B,), (B,)
-        lora.set_scale(base.unet, 1.)
+        lora.set_scale(base.network, 1.)
         loss = dpo_loss(*pair_errors(base, *inputs), *reference, cfg.beta)
         return -loss.expand(len(mean_scores)), {"reward": mean_scores}
 

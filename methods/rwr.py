@@ -147,7 +147,7 @@ def weighted_clips(cfg, base, rewards, dataset):
     """The same for clips, each weighted by its own reward (VGen, utils/reward/reward.py:406)."""
     @torch.no_grad()
     def draw(step):
-        batch = train.draw_batch(dataset, step, cfg, base.vae.config.scale, base.device)
+        batch = train.draw_batch(dataset, step, cfg, base)
         z, eps, text, g, captions = batch
         g = first_frames(cfg.frames, cfg.segments).to(g).expand_as(g)         # (B, S)
         R, logged = train.video_rewards(base, rewards, z, g, captions, cfg)

@@ -63,7 +63,7 @@ class Config(PromptConfig):
     """how fast weights fall off from the centre; 0: the plain mean over frames, as in the paper"""
 
 
-PRESETS = presets(Config, lr=2e-4)
+PRESETS = presets(Config, lr=2e-4, lambda_tar=0.)
 
 
 def check(cfg):

@@ -160,10 +160,9 @@ def read_prompt_sets(named_files, base):
     return sets
 
 
-def report_long(captions, text_encoder):
+def report_long(captions, base):
     """Say how many captions are longer than the text encoder reads."""
-    longest = text_encoder.config.context_length - 2  # less the start and the end token
-    long = [caption for caption in dict.fromkeys(captions) if len(text_encoder.tokenizer.encode(caption)) > longest]
+    long = [caption for caption in dict.fromkeys(captions) if base.is_cut(caption)]
     if long:
         say_once(f"{len(long)} caption(s) longer than the text encoder reads, their ends are not seen; the first: {long[0]!r}")
 
@@ -294,8 +293,8 @@ def encode_clips(clips, config, base, cache_dir, num_workers, max_skip):
                     tqdm.write(f"left out: {problem}")  # on any rank: only this one knows
                     continue
                 combed.extend([path] if interlaced else [])
-                moments = [base.encode(window.float() / 127.5 - 1).transpose(0, 1) for window in windows]
-                yield path, torch.stack(moments)                              # (n, 2C, F, h, w)
+                moments = [base.encode(window.float() / 127.5 - 1) for window in windows]
+                yield path, torch.cat(moments)                                # (n, 2C, f, h, w)
 
     fill_cached(entries, made_from, encode_paths, cache_dir)
     combed = sum(all_gather(combed), [])
@@ -310,7 +309,7 @@ def encode_clips(clips, config, base, cache_dir, num_workers, max_skip):
     if is_main_process():
         tqdm.write(f"{len(good)} of {len(clips)} clips can be used")
     captions = [clip.caption for clip in good]
-    report_long(captions, base.text_encoder)
+    report_long(captions, base)
     text = encode_captions(captions, base.encode_captions, text_name, cache_dir)
     return [entries[clip.path] for clip in good], text, captions, [clip.path.name for clip in good]
 

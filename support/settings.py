@@ -18,6 +18,13 @@ from tqdm import tqdm
 from support.clips import read_list, read_prompt_sets
 from support.files import check_folder, read_json
 
+# What each base was trained for; its preset and its file in bases/ take it from here. size: None is what its own configuration
+# says, 256. tau: where as much of a clip is left as at ModelScopeT2V's 0.6, the paper's. lambda_tar: 16 / F for more than 16
+# frames, so that the last frame counts as it does there.
+BASES = {
+    "modelscope": dict(frames=16, size=None, fps=8, guidance=3., num_steps=20, tau=.6, lambda_tar=1.),
+    "wan": dict(frames=17, size=256, fps=16, guidance=5., num_steps=20, tau=.4, lambda_tar=16 / 17)}
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -53,7 +60,7 @@ class RewardSettings(ModelSettings):
 class TrainingSettings(RewardSettings):
     """The same, which clips to train on, how much memory to use, and what to leave behind. Each method adds its own."""
     preset: tyro.conf.Suppress[str] = "tiny"
-    """tiny or modelscope: named first on the command line, not by a flag; it sets the defaults of the others"""
+    """tiny, modelscope or wan: named first on the command line, not by a flag; it sets the defaults of the others"""
     data: Path | None = None
     """clips and captions: a list of `path|||caption` lines, a .csv or .jsonl, or a folder of clips with .txt files, links to
     folders followed; the tiny world draws its own"""

@@ -112,9 +112,9 @@ def one_line(error):
 def tuned_base(std=.1, dtype=torch.float32):
     """The tiny base with adapters that change what it does."""
     base, generator = load_base("tiny", dtype=dtype), torch.Generator().manual_seed(0)
-    lora.inject(base.unet, 4, generator=generator)
+    lora.inject(base.network, 4, generator=generator)
     with torch.no_grad():
-        for layer in lora.layers(base.unet).values():
+        for layer in lora.layers(base.network).values():
             layer.lora_B.normal_(std=std, generator=generator)
     return base
 

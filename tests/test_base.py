@@ -30,8 +30,9 @@ import lora
 import model
 import reward
 import train
+from bases.modelscope import Base
 from formats import adapters, names, reward_model, tensors as published, weights
-from model import Autoencoder, Base, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig, load_base
+from model import Autoencoder, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig, load_base
 from support import settings as run_settings
 from support.videos import write_video
 from tests.conftest import contents, one_line
@@ -145,9 +146,9 @@ def holds(module, tensors):
 def test_a_fine_tuned_official_file_is_base_and_adapters(parts, instructvideo):
     unet, vae, text, _ = parts
     base = load_base(str(instructvideo / TUNED))  # the other parts are found one folder up
-    assert holds(base.unet, without_lora(unet)) and holds(base.vae, vae.state_dict()) and base.text_encoder.config == TEXT
-    assert len(lora.load_beside(base.unet, base.unet_file)) == 2 * len(lora.layers(unet))
-    assert all(torch.equal(v, lora.adapter_state(unet)[k]) for k, v in lora.adapter_state(base.unet).items())
+    assert holds(base.network, without_lora(unet)) and holds(base.vae, vae.state_dict()) and base.text_encoder.config == TEXT
+    assert len(lora.load_beside(base.network, base.network_file)) == 2 * len(lora.layers(unet))
+    assert all(torch.equal(v, lora.adapter_state(unet)[k]) for k, v in lora.adapter_state(base.network).items())
 
     plain = load_base(str(instructvideo))
     assert holds(plain.unet, without_lora(unet)) and lora.load_beside(plain.unet, plain.unet_file) == []
@@ -245,7 +246,7 @@ def test_a_random_base_is_seeded(monkeypatch):
     monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("every device was seeded"))
     state = torch.random.get_rng_state()
     bases = [load_base("random:32", seed=seed) for seed in (1, 1, 2)]
-    first, same, other = (published.fingerprint(base.unet.state_dict()) for base in bases)
+    first, same, other = (published.fingerprint(base.network.state_dict()) for base in bases)
     assert first == same != other and torch.equal(torch.random.get_rng_state(), state)
     unet, autoencoder, text = names.random_sizes("random:96")
     assert UNet3D(UNetConfig(**unet)).config.channels == (96, 192, 384, 384)
@@ -260,7 +261,7 @@ def test_what_runs_once_stays_in_float32(monkeypatch):
     monkeypatch.undo()
     for spec in ("tiny", "random:32"):
         base, exact = (load_base(spec, dtype=dtype) for dtype in (torch.bfloat16, None))
-        for module in (base.unet, base.vae.decoder, base.vae.post_quant_conv):
+        for module in (base.network, base.vae.decoder, base.vae.post_quant_conv):
             assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
         for module in (base.vae.encoder, base.vae.quant_conv, base.text_encoder):
             assert {p.dtype for p in module.parameters()} == {torch.float32}
@@ -348,7 +349,7 @@ def test_the_hub_is_asked_for_one_file_of_weights_a_part_and_only_once(hub, diff
     downloads, server = hub(diffusers_folder)
     base = load_base("org/small")
     assert sorted(downloads) == FULL_PRECISION
-    assert holds(base.unet, without_lora(parts[0])) and holds(base.vae, parts[1].state_dict())
+    assert holds(base.network, without_lora(parts[0])) and holds(base.vae, parts[1].state_dict())
     assert base.text_encoder.config == TEXT and base.text_encoder.ln_final.weight.equal(parts[2].ln_final.weight)
     load_base("org/small")
     assert sorted(downloads) == FULL_PRECISION
@@ -404,20 +405,20 @@ def base(parts):
 
 
 def test_weights_have_one_fingerprint_in_every_precision(base):
-    tiny = base.unet.conv_in.weight.data
+    tiny = base.network.conv_in.weight.data
     tiny[0] = torch.tensor([1e-30, -1e-30, 0.]).repeat(12).view_as(tiny[0])  # what fp16 rounds to zero; 1.4 B weights have such
-    name = published.fingerprint(base.unet.state_dict())
+    name = published.fingerprint(base.network.state_dict())
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
-        assert published.fingerprint(base.unet.to(dtype).state_dict()) == name
-    lora.inject(base.unet)
-    assert published.fingerprint(base.unet.state_dict()) == lora.base_fingerprint(base.unet) == name
-    base.unet.conv_out.weight.data[0, 0, 0, 0] *= -1
-    assert published.fingerprint(base.unet.state_dict()) != name
+        assert published.fingerprint(base.network.to(dtype).state_dict()) == name
+    lora.inject(base.network)
+    assert published.fingerprint(base.network.state_dict()) == lora.base_fingerprint(base.network) == name
+    base.network.conv_out.weight.data[0, 0, 0, 0] *= -1
+    assert published.fingerprint(base.network.state_dict()) != name
 
 
 def test_cached_latents_and_text_belong_to_weights_and_precision(base):
     """train.py's cache is named by these fingerprints."""
-    other = Base(base.unet, seeded(lambda: Autoencoder(VAE), 1), seeded(lambda: TextEncoder(TEXT), 1), "other")
+    other = Base(base.network, seeded(lambda: Autoencoder(VAE), 1), seeded(lambda: TextEncoder(TEXT), 1), "other")
     named = []
     for of_base, dtype in ((base, torch.float32), (base, torch.bfloat16), (other, torch.float32), (base, torch.float32)):
         of_base.vae.to(dtype)

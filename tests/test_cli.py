@@ -172,7 +172,7 @@ def test_the_metric_is_the_mean_over_first_frames_without_weights(monkeypatch):
     assert table["reward"].tolist() == pytest.approx([.3, .3]) and [c for _, c in seen] == [[PROMPT], ["a blue ring moving up"]]
     # Frames 0, 4, 8, 12 of the video that generate makes from the same prompt and seed.
     [(_, z_0)] = generate.generate(base, [PROMPT], [3], num_steps=2)
-    frames = evaluate.decode_frames(base.vae, z_0[None])[0]
+    frames = base.decode_frames(z_0[None])[0]
     torch.testing.assert_close(seen[0][0][0], frames[[0, 4, 8, 12]], atol=1e-4, rtol=0)
     torch.testing.assert_close(kept[0], frames, atol=1e-4, rtol=0)
 
@@ -219,10 +219,10 @@ def test_base_and_fine_tuned_on_two_sets_at_several_d_and_guidance(adapter, capf
 
     # One row again, video by video.
     base, score = load_base("tiny"), reward.load_reward(base_folder=TINY)
-    lora.load(base.unet, adapter)
+    lora.load(base.network, adapter)
     each = {}
     for model, scale in (("base", 0.), ("fine-tuned", .5)):
-        lora.set_scale(base.unet, scale)
+        lora.set_scale(base.network, scale)
         each[model] = []
         for i, prompt in enumerate((PROMPT, "a blue ring moving up")):
             alone, _ = evaluate.evaluate(base, score, [prompt], seed=4 + i, num_steps=3, guidance=1., segments=2, frames=8)

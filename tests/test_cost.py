@@ -16,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import benchmark
 import lora
 import train
+from bases.modelscope import Base
 from benchmark import PARTS, Config, count_contenders, count_memory, measure, measure_peak, synthetic_batch
 from methods import ddpo, dpo, draft, refl, rwr, vader
-from model import Autoencoder, Base, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig
+from model import Autoencoder, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig
 from reward import load_reward
 
 # TFLOP of the networks at full size, 16 x 32 x 32 latents (multiply-adds x 2), and of a step's least work for one video with
@@ -80,9 +81,9 @@ def small(config=ONE_LEVEL):
         torch.manual_seed(0)
         base = Base(UNet3D(config), Autoencoder(VAEConfig(channels=(8, 16), blocks_per_level=1, norm_groups=4)),
                     TextEncoder(TextConfig(width=16, heads=1, layers=1)), "small")
-        for module in (base.unet, base.vae, base.text_encoder):
+        for module in (base.network, base.vae, base.text_encoder):
             module.eval().requires_grad_(False)
-        for p in base.unet.parameters():
+        for p in base.network.parameters():
             if not p.any():
                 p.normal_(std=0.1)
     return base, load_reward(weights="random:32")
@@ -99,7 +100,7 @@ def gradient(contender, batch):
 def test_the_step_on_diffusers_is_the_same_method():
     base, reward = small(SMALL)
     mine = benchmark.contenders(base, reward, SHORT)["ours"]
-    for i, layer in enumerate(lora.layers(base.unet).values()):  # adapters that differ from their start, where A has no gradient
+    for i, layer in enumerate(lora.layers(base.network).values()):  # not as they start, where A has no gradient
         torch.nn.init.normal_(layer.lora_B, std=0.1, generator=torch.Generator().manual_seed(i))
     settings = replace(train.PRESETS["modelscope"], tau=SHORT.tau, num_steps=SHORT.num_steps)
     batch = synthetic_batch(base, SHORT, 2)
@@ -154,9 +155,9 @@ def test_the_expected_memory_is_what_the_graph_keeps_on_the_cpu(memory_setting):
     base, reward = benchmark.load(cfg, torch.device("cpu"))
     expected = count_memory(base, reward, cfg)[memory_setting][1]
     batch = synthetic_batch(base, cfg, 1)
-    lora.inject(base.unet)
+    lora.inject(base.network)
     reward.text_features(batch[-1])
-    weights, saved = benchmark.storages([base.unet, base.vae.decoder, reward]), {}
+    weights, saved = benchmark.storages([base.network, base.vae.decoder, reward]), {}
 
     def pack(tensor):
         if tensor.untyped_storage()._cdata not in weights:
@@ -164,7 +165,7 @@ def test_the_expected_memory_is_what_the_graph_keeps_on_the_cpu(memory_setting):
         return tensor
 
     settings = replace(train.PRESETS["modelscope"], num_steps=1, tau=1., **benchmark.MEMORY_SETTINGS[memory_setting])
-    base.unet.checkpoint_activations(settings.checkpoint_activations or settings.low_memory)
+    base.network.checkpoint_activations(settings.checkpoint_activations or settings.low_memory)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         kept = train.edit_rewards(base, reward, base.encode_text([""]), batch, settings)
     assert kept[0].requires_grad and expected["saved"] == pytest.approx(sum(saved.values()) / benchmark.GIB, rel=.03)
@@ -194,7 +195,7 @@ def test_the_parts_of_a_method_add_up_to_a_run_of_it(module, monkeypatch, tmp_pa
     base, reward = small()
     (tmp_path / "prompts.txt").write_text("a bear\na cat\n")
     cfg = replace(module.PRESETS["modelscope"], prompts_train=tmp_path / "prompts.txt", **SIZES, **changes)
-    parameters = lora.inject(base.unet)
+    parameters = lora.inject(base.network)
     method = module.method(cfg, base, reward, tmp_path)
     reward.text_features(["a bear", "a cat"])
     frames = []

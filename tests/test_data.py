@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from data import ClipConfig, LatentDataset, batch_indices, encode_clips, epoch_order, sample_posterior
+from data import ClipConfig, LatentDataset, batch_indices, encode_clips, epoch_order
 from formats.words import WordTokenizer
+from model import sample_posterior
 from support import clips as clip_lists, ranks as processes
 from support.clips import Clip, encode_captions, find_problems, leave_out, read_list, read_prompts, report_long
 from support.ranks import sample_generator

@@ -18,9 +18,9 @@ CAPTIONS = ["a red circle moving left", "a green square moving up"]
 def parts():
     """(base with adapters that do something, reward, the empty caption's features)."""
     base, g = load_base("tiny"), torch.Generator().manual_seed(0)
-    lora.inject(base.unet, 4, generator=g)
+    lora.inject(base.network, 4, generator=g)
     with torch.no_grad():
-        for layer in lora.layers(base.unet).values():
+        for layer in lora.layers(base.network).values():
             layer.lora_B.normal_(std=.05, generator=g)
     return base, load_reward(base_folder=base.folder), base.encode_text([""])
 
@@ -28,13 +28,13 @@ def parts():
 def inputs(base, seed=0):
     """(z_t, text) of two videos of four frames."""
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(2, 4, 4, *base.latent_size(32, 32), generator=g), base.encode_text(CAPTIONS)
+    return torch.randn(2, 4, 4, *base.latent_shape(4, 32, 32)[2:], generator=g), base.encode_text(CAPTIONS)
 
 
 @torch.no_grad()
 def test_every_nth_call_is_exact_and_the_others_see_the_new_z_in_the_outermost_level_alone(parts):
     base, seen = parts[0], []
-    hook = base.unet.up_blocks[-1].resnets[0].register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    hook = base.network.up_blocks[-1].resnets[0].register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     cached, level = base.chain_predict(2), (501, .5, .8)
     for i in range(4):
         z, text = inputs(base, seed=i)
@@ -42,14 +42,14 @@ def test_every_nth_call_is_exact_and_the_others_see_the_new_z_in_the_outermost_l
         assert same == (i % 2 == 0), i
     hook.remove()
     # What reaches the way up's last level: from below, as it was; beside it, what the way down kept, new.
-    kept, exact, (below, beside) = seen[0], seen[3], seen[2].split(base.unet.config.channels[::-1], dim=1)
+    kept, exact, (below, beside) = seen[0], seen[3], seen[2].split(base.network.config.channels[::-1], dim=1)
     assert torch.equal(below, kept[:, :below.shape[1]]) and not torch.equal(below, exact[:, :below.shape[1]])
     assert torch.equal(beside, exact[:, below.shape[1]:])
 
 
 def test_with_gradient_it_is_exact_and_nothing_stays_behind(parts):
     base, level = parts[0], (1, .9, .1)
-    (z, text), cached, names = inputs(base), DeepCache(base, 2), [name for name, _ in base.unet.named_modules()]
+    (z, text), cached, names = inputs(base), DeepCache(base, 2), [name for name, _ in base.network.named_modules()]
     with torch.no_grad():
         cached(inputs(base, seed=1)[0], level, text)
         cached(z, level, text)
@@ -57,8 +57,8 @@ def test_with_gradient_it_is_exact_and_nothing_stays_behind(parts):
             cached(z, level, text[..., :-1])
     torch.testing.assert_close(cached(z, level, text)[1], base.predict(z, level, text)[1], rtol=0, atol=0)
     assert not cached.middle.output.requires_grad
-    assert [name for name, _ in base.unet.named_modules()] == names
-    assert not any(module._forward_hooks for module in base.unet.modules())
+    assert [name for name, _ in base.network.named_modules()] == names
+    assert not any(module._forward_hooks for module in base.network.modules())
     assert base.chain_predict(1) == base.predict
 
 
@@ -81,13 +81,13 @@ def test_a_step_saves_calls_and_the_fewer_the_nearer_is_its_gradient(parts, step
     batch = (noise, text, torch.tensor([[0, 3], [1, 2]]), CAPTIONS, last) if last else (
         torch.zeros_like(noise), noise, text, torch.tensor([[0, 3], [1, 2]]), CAPTIONS)
     calls, found = [], []
-    hook = base.unet.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(None))
+    hook = base.network.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(None))
     for interval, number in ((1, 6), (2, 4), (6, 2)):
         cfg = replace(config, frames=4, segments=2, num_steps=6, guidance=1.5, cache_interval=interval)
         calls.clear()
         R, _ = step(base, reward, uncond, batch, cfg)
         assert len(calls) == number
-        found.append(torch.cat([p.flatten() for p in torch.autograd.grad(R.sum(), lora.parameters(base.unet))]))
+        found.append(torch.cat([p.flatten() for p in torch.autograd.grad(R.sum(), lora.parameters(base.network))]))
     hook.remove()
     # A chain of six steps goes far in each.
     two, six = (torch.cosine_similarity(grad, found[0], dim=0) for grad in found[1:])
@@ -101,7 +101,7 @@ def test_a_whole_run_in_parts_and_with_little_memory_serves_from_the_cache(short
 
     def watched(*args):
         base = real(*args)
-        base.unet.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(None))
+        base.network.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(None))
         return base
     monkeypatch.setattr(train, "load_base", watched)
     flags = ["--device", "cpu", "--frames", "4", "--segments", "2", "--batch-size", "2", "--num-steps", "4", "--tau", "1",

@@ -46,9 +46,9 @@ def parts():
     """(base with adapters that do something, reward, the empty caption's features)."""
     base = load_base("tiny")
     g = torch.Generator().manual_seed(0)
-    lora.inject(base.unet, 4, generator=g)
+    lora.inject(base.network, 4, generator=g)
     with torch.no_grad():
-        for layer in lora.layers(base.unet).values():
+        for layer in lora.layers(base.network).values():
             layer.lora_B.normal_(std=.05, generator=g)
     return base, load_reward(base_folder=base.folder), base.encode_text([""])
 
@@ -68,13 +68,13 @@ def of(module, cfg, base, reward):
 def inputs(base, seed=0):
     """(noise, text, g, captions) of two videos of four frames."""
     g = torch.Generator().manual_seed(seed)
-    return (torch.randn(2, 4, 4, *base.latent_size(32, 32), generator=g), base.encode_text(CAPTIONS),
+    return (torch.randn(2, 4, 4, *base.latent_shape(4, 32, 32)[2:], generator=g), base.encode_text(CAPTIONS),
             torch.tensor([[0, 3], [1, 2]]), CAPTIONS)
 
 
 def gradient(base, R):
     """Gradient of R's sum in the adapters, as one vector."""
-    return torch.cat([p.flatten() for p in torch.autograd.grad(R.sum(), lora.parameters(base.unet))])
+    return torch.cat([p.flatten() for p in torch.autograd.grad(R.sum(), lora.parameters(base.network))])
 
 
 def apart(a, b):
@@ -123,7 +123,7 @@ def test_drafts_gradient_is_that_of_the_chain_cut_by_hand(parts, K):
     for i in (4, 3, 2, 1):
         z = z.detach() if i == K else z
         z, _ = sampler.step(*sampler.guided(base.predict, z, levels, i, text, uncond, cfg.guidance), levels, i)
-    scores = train.score_frames(reward, train.decode_chosen(base.vae, z, g), captions)
+    scores = train.score_frames(reward, train.decode_chosen(base, z, g), captions)
     by_hand = (scores * torch.exp(-1. * (g - 2).abs())).mean(dim=1)
     torch.testing.assert_close(R, by_hand, rtol=0, atol=1e-5)
     torch.testing.assert_close(logged["reward"], scores.detach().mean(dim=1), rtol=0, atol=1e-5)
@@ -425,7 +425,7 @@ def test_rwr_with_equal_rewards_is_the_plain_denoising_loss(parts):
     for b in (0, 1):  # Eq. (1), one video at a time
         a = sampler.alpha_bars()[t[b]].item()
         z_t = a**.5 * z[b:b + 1] + (1 - a) ** .5 * eps[b:b + 1]
-        plain_loss.append((base.unet(z_t, t[b:b + 1], text[b:b + 1]) - eps[b:b + 1]).square().mean())
+        plain_loss.append((base.network(z_t, t[b:b + 1], text[b:b + 1]) - eps[b:b + 1]).square().mean())
     torch.testing.assert_close(-R, torch.stack(plain_loss), rtol=1e-4, atol=1e-5)
     weighted, _ = score((z, eps, text, torch.tensor([0., 2.]), torch.zeros(2), u))
     torch.testing.assert_close(weighted, R * torch.tensor([0., 2.]), rtol=1e-4, atol=1e-5)
@@ -496,7 +496,7 @@ def test_pairs_are_two_videos_of_one_prompt_and_the_reward_decides(parts, monkey
         pair = {fingerprint({"z": v[i]}) for v in (part["winner"], part["loser"])}
         assert pair == {fingerprint({"z": v[i]}) for v in (z, other_z)} and len(pair) == 2
     # All frames, to be sure: brighter over the two scored frames is nearly always brighter over all four.
-    bright = [train.decode_frames(base.vae, part[k]).mean(dim=(1, 2, 3, 4)) for k in ("winner", "loser")]
+    bright = [base.decode_frames(part[k]).mean(dim=(1, 2, 3, 4)) for k in ("winner", "loser")]
     assert (bright[0] > bright[1]).float().mean() >= .75
     made.clear()
     list(dpo.sample_pairs(base, brightness, videos, 1, cfg))  # later rounds: from the model as it stands
@@ -504,7 +504,7 @@ def test_pairs_are_two_videos_of_one_prompt_and_the_reward_decides(parts, monkey
 
 
 def strengths(base):
-    return {layer.strength for layer in lora.layers(base.unet).values()}
+    return {layer.strength for layer in lora.layers(base.network).values()}
 
 
 def test_dpos_reference_is_the_base(parts):
@@ -515,14 +515,14 @@ def test_dpos_reference_is_the_base(parts):
     u = torch.tensor([.1, .7])
     R, _ = score((z_w, z_l, eps, u, text, torch.zeros(2)))
     assert abs(R.mean().item() + math.log(2)) > 1e-3 and strengths(base) == {1.}  # these adapters do something
-    before = [layer.lora_B.detach().clone() for layer in lora.layers(base.unet).values()]
+    before = [layer.lora_B.detach().clone() for layer in lora.layers(base.network).values()]
     with torch.no_grad():
-        for layer in lora.layers(base.unet).values():
+        for layer in lora.layers(base.network).values():
             layer.lora_B.zero_()
     R, _ = score((z_w, z_l, eps, u, text, torch.zeros(2)))
     assert R.tolist() == pytest.approx([-math.log(2)] * 2, abs=1e-4) and gradient(base, R).abs().max() > 0
     with torch.no_grad():
-        for layer, B in zip(lora.layers(base.unet).values(), before):
+        for layer, B in zip(lora.layers(base.network).values(), before):
             layer.lora_B.copy_(B)
 
 
@@ -595,8 +595,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(name, monkeypatch, capsys):
     # It has learned something, and the frozen base has not.
     assert any(v.any() for k, v in load_file("run/lora.safetensors").items() if "lora_B" in k)
     fresh = load_base("tiny")
-    assert lora.base_fingerprint(bases[-1].unet) == fingerprint(fresh.unet.state_dict())
-    lora.set_scale(bases[-1].unet, 0.)
+    assert lora.base_fingerprint(bases[-1].network) == fingerprint(fresh.unet.state_dict())
+    lora.set_scale(bases[-1].network, 0.)
     noise, text, *_ = inputs(fresh)
     with torch.no_grad():
         assert torch.equal(*(base.predict(noise, (9, .9, .4), text)[1] for base in (bases[-1], fresh)))
@@ -773,10 +773,10 @@ def test_rwr_weights_real_clips_by_their_own_reward(parts, monkeypatch):
     write_clips()
     cfg = config(rwr, data=Path("clips.txt"), size=32, cache=False, workers=0)
     z, eps, text, w, plain, t = of(rwr, cfg, base, reward).draw(0)
-    batch = train.draw_batch(train.read_clips(cfg, base), 0, cfg, base.vae.config.scale, base.device)
+    batch = train.draw_batch(train.read_clips(cfg, base), 0, cfg, base)
     assert torch.equal(z, batch[0]) and torch.equal(eps, batch[1])
     g = torch.tensor([[0, 2], [0, 2]])  # the first frames of the two segments
-    scores = train.score_frames(reward, train.decode_chosen(base.vae, z, g), batch[4])
+    scores = train.score_frames(reward, train.decode_chosen(base, z, g), batch[4])
     torch.testing.assert_close(w, (scores * torch.exp(-(g - 2).abs())).mean(dim=1), rtol=1e-5, atol=1e-5)
     assert not w.requires_grad and t.shape == (2,)
 
@@ -872,7 +872,7 @@ def test_the_docs_method_of_ones_own_runs(monkeypatch):
     Path("prompts.txt").write_text("a cat\n")
     full_size = settings.parse(["modelscope", "--prompts-train", "prompts.txt", "--eval-every", "0"], own.PRESETS, "")
     own.check(full_size)
-    assert (full_size.base, full_size.tau) == (train.HUB_BASE, .6)
+    assert (full_size.base, full_size.tau) == (train.PRESETS["modelscope"].base, .6)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import model
+from bases.modelscope import Base
 from formats import names, tensors as published
 from formats.words import WordTokenizer
 from model import Autoencoder, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig
@@ -303,13 +304,13 @@ def test_frames_are_picked_then_decoded():
 def small_base(dtype=torch.float32):
     text = TextEncoder(TextConfig(vocab_size=40, context_length=9, width=12, heads=2, layers=1), WordTokenizer(["a", "bear"], 9))
     vae = Autoencoder(VAEConfig(channels=(8, 16, 16), blocks_per_level=1, norm_groups=4))
-    return model.Base(*(randomised(m).to(dtype) for m in (UNet3D(TWO_LEVELS), vae, text)), "test")
+    return Base(*(randomised(m).to(dtype) for m in (UNet3D(TWO_LEVELS), vae, text)), "test")
 
 
 def test_the_chain_stays_float32_around_a_half_precision_unet():
     base, (z_t, t, text) = small_base(torch.bfloat16), unet_inputs(TWO_LEVELS, 2, 3, 4, 4)
     z_0, eps = base.predict(z_t.float(), (t, .6, .8), text.float())
-    assert eps.dtype == torch.float32 and torch.equal(eps, base.unet(z_t.bfloat16(), t, text.bfloat16()).float())
+    assert eps.dtype == torch.float32 and torch.equal(eps, base.network(z_t.bfloat16(), t, text.bfloat16()).float())
     torch.testing.assert_close(.6 * z_0 + .8 * eps, z_t.float())
     assert base.device.type == "cpu" and base.default_size == 32 * 4
 

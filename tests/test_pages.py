@@ -167,7 +167,7 @@ def test_a_guess_takes_the_noise_out():
 
 def test_heat_maps_are_the_gradient_of_R_on_the_scored_frames(explained):
     setup, page, strip, _ = explained
-    frames = explain.decode_frames(setup.base.vae, setup.z_0, setup.g).requires_grad_()
+    frames = setup.base.decode_frames(setup.z_0, setup.g).requires_grad_()
     (_, hps), (_, removal) = setup.rewards.parts
     r = hps(frames, setup.captions) + .1 * removal(frames, setup.captions)
     R = explain.aggregate(r, explain.tar_weights(setup.g, 16, .7))

@@ -411,10 +411,10 @@ class Change(RewardModel):
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 3])
-def test_several_rewards_are_their_weighted_sum_over_frames_that_are_decoded_once(monkeypatch, chunk):
+def test_several_rewards_are_their_weighted_sum_over_frames_that_are_decoded_once(chunk):
     clip, decoded = random_frames(2, 9, 8, 8).requires_grad_(), []
 
-    def decode(vae, z_0, index):
+    def decode_frames(z_0, index):
         decoded.extend(index[0].tolist())
         return clip.gather(1, index[:, :, None, None, None].expand(-1, -1, 3, 8, 8))
 
@@ -423,9 +423,8 @@ def test_several_rewards_are_their_weighted_sum_over_frames_that_are_decoded_onc
     assert mixture.name == "2 bright + -0.5 change + again"
     g = torch.tensor([[0, 3, 4, 8], [1, 2, 5, 7]])
     f = tar_weights(g, 9)
-    monkeypatch.setattr(train, "decode_frames", decode)
-    base = types.SimpleNamespace(vae=None)
-    R, logged = train.video_rewards(base, mixture, torch.zeros(2, 4, 9, 1, 1), g, CAPTIONS, train.Config(decode_chunk=chunk))
+    base, cfg = types.SimpleNamespace(decode_frames=decode_frames), train.Config(decode_chunk=chunk, frames=9)
+    R, logged = train.video_rewards(base, mixture, torch.zeros(2, 4, 9, 1, 1), g, CAPTIONS, cfg)
     assert decoded == [0, 3, 4, 8, 0, 3, 6]  # both image rewards' frames, then the video reward's
 
     frames = clip[torch.arange(2)[:, None], g]

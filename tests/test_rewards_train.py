@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("aside", "few_clips")
 def tiny():
     """(the base with fresh adapters, six clips)."""
     base = load_base("tiny")
-    lora.inject(base.unet, 4, generator=torch.Generator().manual_seed(0))
+    lora.inject(base.network, 4, generator=torch.Generator().manual_seed(0))
     return base, clips.clips(base, 16, 32)
 
 
@@ -45,9 +45,9 @@ def test_every_reward_trains_a_step(tiny, kind):
     base, dataset = tiny
     cfg = train.Config(reward=(kind,), reward_weights=("random:32",), batch_size=1, num_steps=2, tau=.5, segments=2,
                        guidance=3.)
-    reward, parameters = load_rewards(cfg, None), lora.parameters(base.unet)
+    reward, parameters = load_rewards(cfg, None), lora.parameters(base.network)
     before = [p.detach().clone() for p in parameters]
-    batch = train.draw_batch(dataset, 0, cfg, base.vae.config.scale, torch.device("cpu"))
+    batch = train.draw_batch(dataset, 0, cfg, base)
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0)
     R, _ = train.edit_rewards(base, reward, base.encode_text([""]), batch, cfg)
     (-R.mean()).backward()

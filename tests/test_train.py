@@ -33,7 +33,7 @@ from data import LatentDataset
 from evaluate import evaluate
 from formats import adapters, weights
 from formats.weights import TINY
-from model import decode_frames, load_base
+from model import load_base
 from reward import load_reward
 from support import run as run_folder, settings, videos
 from tiny import clips, world
@@ -77,7 +77,7 @@ CFG = train.Config(frames=4, segments=2, batch_size=2, num_steps=4, tau=.5, guid
 
 
 def batch_of(parts, cfg, step=0):
-    return train.draw_batch(parts[2], step, cfg, parts[0].vae.config.scale, CPU)
+    return train.draw_batch(parts[2], step, cfg, parts[0])
 
 
 class Recorder:
@@ -101,7 +101,7 @@ class Recorder:
 def loop(parts, cfg):
     """train.train for cfg.steps steps; afterwards the adapters are as they were."""
     base, reward, _ = parts
-    recorder, uncond = Recorder(lora.parameters(base.unet), cfg.steps), base.encode_text([""])
+    recorder, uncond = Recorder(lora.parameters(base.network), cfg.steps), base.encode_text([""])
     before = [p.detach().clone() for p in recorder.parameters]
     method = train.Method(lambda step: batch_of(parts, cfg, step),
                           lambda batch: train.edit_rewards(base, reward, uncond, batch, cfg))
@@ -117,7 +117,7 @@ def loop(parts, cfg):
 def test_the_gradient_reaches_every_adapter_and_nothing_else(parts):
     base, reward, _ = parts
     loop(parts, CFG)
-    for name, p in base.unet.named_parameters():
+    for name, p in base.network.named_parameters():
         if "lora_" in name:
             assert p.grad.abs().max() > 0, name
         else:
@@ -135,7 +135,7 @@ def test_the_loss_is_minus_the_mean_of_equation_8(parts, monkeypatch):
     real = sys.modules["sampler"].edit
     R, logged = train.edit_rewards(base, reward, base.encode_text([""]), batch, CFG)
     # By hand: each clip's frames one by one, weighted by their distance from the middle, F/2 = 2.
-    r = [[reward(decode_frames(base.vae, seen["z_0"][b:b + 1])[:, [i]], captions[b:b + 1]).item() for i in g[b]] for b in (0, 1)]
+    r = [[reward(base.decode_frames(seen["z_0"][b:b + 1])[:, [i]], captions[b:b + 1]).item() for i in g[b]] for b in (0, 1)]
     f = [[math.exp(-1.0 * abs(i - 2)) for i in g[b].tolist()] for b in (0, 1)]
     by_hand = [sum(x * y for x, y in zip(r[b], f[b])) / 2 for b in (0, 1)]
     assert R.tolist() == pytest.approx(by_hand, abs=1e-5)
@@ -242,10 +242,10 @@ def kept_for_backward(parts, cfg, checkpointed=False):
     """(number, bytes) of the tensors that a step's graph keeps."""
     base, reward, _ = parts
     sizes = []
-    base.unet.checkpoint_activations(checkpointed)
+    base.network.checkpoint_activations(checkpointed)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
         train.edit_rewards(base, reward, base.encode_text([""]), batch_of(parts, cfg), cfg)
-    base.unet.checkpoint_activations(False)
+    base.network.checkpoint_activations(False)
     return len(sizes), sum(sizes)
 
 
@@ -404,7 +404,7 @@ def test_it_ends_by_printing_before_and_after(whole):
 def test_evaluation_during_training_is_the_metric_of_evaluate(whole):
     """The last line of the run, computed again from its adapter: same prompts, same noise (the third video's), same numbers."""
     base = load_base("tiny")
-    lora.load(base.unet, whole[0] / "lora.safetensors")
+    lora.load(base.network, whole[0] / "lora.safetensors")
     prompts = train.prompt_sets(base, (), 1)["other"]
     table, _ = evaluate(base, load_reward(base_folder=base.folder), prompts, seed=run_folder.EVAL_SEED + 2, segments=2, frames=4,
                         num_steps=2)

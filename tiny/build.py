@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import model
-from data import sample_posterior
+from bases.modelscope import Base
 from formats.names import unet_to_diffusers, vae_to_diffusers
 from formats.reward_model import clip_normalize
 from rewards import action, removal
@@ -127,18 +127,18 @@ def render(scenes, seed, rates=world.FLAWS, trails=None):
 
 def encode(base, clips):
     """Clips -> moments (B, 2C, F, h, w)."""
-    return base.encode(clips.flatten(0, 1).float() * 2 - 1).unflatten(0, clips.shape[:2]).transpose(1, 2)
+    return base.encode(clips.flatten(0, 1).float() * 2 - 1)[0].unflatten(1, clips.shape[:2]).transpose(0, 1)
 
 
 def draw_latents(base, moments):
     """A fresh sample of the autoencoder's posterior, z (B, C, F, h, w), of moments in float16 as they are kept for training."""
     moments = moments.to(base.device).float()
-    return sample_posterior(moments, torch.randn_like(moments.chunk(2, dim=1)[0]), base.vae.config.scale)
+    return model.sample_posterior(moments, torch.randn_like(moments.chunk(2, dim=1)[0]), base.vae.config.scale)
 
 
 def decode(base, z):
     """z (B, C, F, h, w) -> clips."""
-    return model.decode_frames(base.vae, z).clamp(0, 1).half().cpu()
+    return base.decode_frames(z).clamp(0, 1).half().cpu()
 
 
 @torch.no_grad()
@@ -146,7 +146,7 @@ def through_autoencoder(base, clips):
     """Clips encoded and decoded, since a reward only ever sees what the autoencoder decodes."""
     copies = []
     for batch in progress(clips.split(8), desc="through the autoencoder"):
-        z = sample_posterior(encode(base, batch), 0., base.vae.config.scale)             # without noise: the mean
+        z = model.sample_posterior(encode(base, batch), 0., base.vae.config.scale)             # without noise: the mean
         copies.append(decode(base, z))
     return torch.cat(copies)
 
@@ -195,7 +195,7 @@ def build_vae(cfg):
         moments = vae.encode(x)
         mean, logvar = moments.chunk(2, dim=1)
         noise = torch.randn_like(mean)
-        y = vae.decode(sample_posterior(moments[:, :, None], noise[:, :, None], scale=1.)[:, :, 0])
+        y = vae.decode(model.sample_posterior(moments[:, :, None], noise[:, :, None], scale=1.)[:, :, 0])
         edges = F_.l1_loss(y.diff(dim=-1), x.diff(dim=-1)) + F_.l1_loss(y.diff(dim=-2), x.diff(dim=-2))
         kl = .5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         return F_.mse_loss(y, x) + .2 * F_.l1_loss(y, x) + .2 * edges + 1e-4 * kl
@@ -234,7 +234,7 @@ def build_unet(cfg):
     unet = model.UNet3D(UNET).to(cfg.device)
     start_as_identity(unet)
     text_encoder = model.load_text_encoder(cfg.out / "text_encoder").to(cfg.device)
-    base = model.Base(unet, model.load_vae(cfg.out / "vae").to(cfg.device), text_encoder, "tiny")
+    base = Base(unet, model.load_vae(cfg.out / "vae").to(cfg.device), text_encoder, "tiny")
     scenes = all_scenes()
     clips, _ = render(world.repeat(scenes, cfg.clips), cfg.seed + 3_000_000)
     batches = progress(clips.split(8), desc="encoding clips")

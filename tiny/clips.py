@@ -20,8 +20,7 @@ def clips(base, frames, pixels, count=None):
     moments = []
     for i, scene in enumerate(progress(scenes, "encoding clips", unit="clips")):
         clip, _ = world.make_clip(scene, CLIP_SEED + i)                                   # (F, 3, H, W) in [0, 1]
-        encoded = base.encode(clip * 2 - 1)                                               # (F, 2C, h, w)
-        moments.append(encoded.float().transpose(0, 1).cpu()[None])                       # (1, 2C, F, h, w)
+        moments.append(base.encode(clip * 2 - 1).float().cpu())                           # (1, 2C, F, h, w)
     captions = [scene.caption for scene in scenes]
     return LatentDataset(moments, list(base.encode_text(captions).cpu()), captions)
 

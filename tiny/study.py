@@ -31,7 +31,7 @@ import tyro
 import evaluate
 import train
 from generate import generate
-from model import decode_frames, load_base
+from model import load_base
 from support.files import read_json, write_text, write_whole
 from support.pictures import draw_gains, markdown, write_png
 from support.ranks import run_script
@@ -130,7 +130,7 @@ def videos(name):
     if name == "own-videos":
         base = load_base("tiny")
         for i, z_0 in generate(base, [scene.caption for scene in scenes], range(6_000_000, 6_000_000 + len(scenes))):
-            yield scenes[i].caption, decode_frames(base.vae, z_0[None])[0]
+            yield scenes[i].caption, base.decode_frames(z_0[None])[0]
     else:
         for i, scene in enumerate(scenes):
             yield scene.caption, world.make_clip(scene, clips.CLIP_SEED + i, {} if name == "clips-clean" else None)[0]
