@@ -121,7 +121,7 @@ def tuned_base(std=.1, dtype=torch.float32):
 
 def write_adapter(path):
     """A file with the adapters of tuned_base."""
-    lora.save(tuned_base().unet, path, base="tiny")
+    lora.save(tuned_base().network, path, base="tiny")
     return path
 
 

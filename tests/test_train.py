@@ -154,7 +154,8 @@ def test_settings_reach_the_method(parts, monkeypatch):
             return real(*args)
         monkeypatch.setattr(train, name, spy)
     line = loop(parts, replace(CFG, tau=.75, guidance=1.5, grad_steps=2, lambda_tar=0.)).lines[0]
-    assert calls["edit"][5:] == (.75, 4, 1.5, 2)  # tau, D, guidance, K
+    levels, *others = calls["edit"][5:]
+    assert len(levels.t) - 1 == 4 and others == [.75, 1.5, 2]  # D; tau, guidance, K
     assert calls["tar_weights"][1:] == (4, 0.)  # F, lambda
     assert line["loss"] == pytest.approx(-line["reward"])  # with lambda 0, R is the plain mean
 
@@ -215,11 +216,11 @@ def three_clips(parts):
 def test_saving_memory_leaves_the_gradient(parts, three_clips, setting, error):
     """Bit for bit, or but for the order in which it is added up."""
     cfg = replace(CFG, batch_size=3, **setting)
-    parts[0].unet.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)  # as main does
+    parts[0].network.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)  # as main does
     try:
         frugal = loop(parts, cfg)
     finally:
-        parts[0].unet.checkpoint_activations(False)
+        parts[0].network.checkpoint_activations(False)
     exact = three_clips.gradients[0]
     assert (frugal.gradients[0] - exact).norm() <= error * exact.norm()
     assert frugal.lines[0] == pytest.approx(three_clips.lines[0], abs=1e-5)
