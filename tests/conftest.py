@@ -7,16 +7,24 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import support.threads  # noqa: E402, F401  as in every script
 import json  # noqa: E402
+import runpy  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+import imageio.v3 as iio  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import lora  # noqa: E402
+import train  # noqa: E402
 from model import load_base  # noqa: E402
+from support import run as run_folder  # noqa: E402
 from tiny import clips, world  # noqa: E402
 
+ROOT = Path(__file__).resolve().parent.parent
+JUDGED = {"watermark", "sharpness", "saturation", "noise", "colour", "shape", "direction", "static", "motion", "fidelity",
+          "steadiness"}  # what the tiny world's judge measures
 torch.set_num_threads(1)
 
 
@@ -50,6 +58,44 @@ def short_clips(few_clips):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(world, "FRAMES", 4)
         yield
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Without curves and clips, which take half of a short run's time; their files are there, empty."""
+    monkeypatch.setattr(run_folder, "draw_curves", lambda lines, name, path, *watched: path.touch())
+    monkeypatch.setattr(run_folder, "write_video", lambda path, video, fps: path.touch())
+    monkeypatch.setattr(run_folder, "choose_comparisons", lambda prompts, rewards, files: [before.stat() for before, _ in files])
+    monkeypatch.setattr(run_folder, "write_comparisons",
+                        lambda path, *args: (path.touch(), path.with_suffix(".gif").touch()))
+
+
+def run(*argv):
+    """One run of train.py in this process; its exit status."""
+    return train.main([*map(str, argv)])
+
+
+def script(name, *argv):
+    """A script as it starts from a shell, but in this process; its exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [name, *map(str, argv)])
+        try:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as end:
+            return end.code
+    return 0
+
+
+def write_footage(count, folder=".", height=32, width=32):
+    """Clips of a moving texture, nine frames at eight a second, and the list of them, clips.txt."""
+    Path(folder).mkdir(exist_ok=True)
+    lines = []
+    for i in range(count):
+        texture = np.random.default_rng(i).integers(0, 255, (height, width + 9, 3), dtype=np.uint8)
+        frames = np.stack([texture[:, k:k + width] for k in range(9)])
+        iio.imwrite(Path(folder) / f"{i}.mp4", frames, plugin="pyav", codec="libx264", fps=8)
+        lines.append(f"{i}.mp4|||a red circle moving {('left', 'right', 'up', 'down')[i % 4]}\n")
+    Path("clips.txt").write_text("".join(lines))
 
 
 def contents(folder):

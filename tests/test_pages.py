@@ -3,14 +3,13 @@ import importlib
 import inspect
 import json
 import re
-import runpy
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, script
 
 import explain
 import sampler
@@ -20,7 +19,6 @@ from support.settings import to_record
 from support.videos import video_name, write_video
 from tests import browser as chromium
 
-ROOT = Path(__file__).resolve().parent.parent
 NASTY = 'a cat </script><script>document.title="taken"</script><b id="injected">'
 PROMPTS = [NASTY, "a red circle moving left", "a dog & a \"bird\"", "a green square"]
 SCROLL = "document.querySelectorAll('video')[1].scrollIntoView({behavior: 'instant'})"
@@ -36,6 +34,7 @@ APART = """new Promise(done => {
     if (seen.length === 25) { clearInterval(timer); done(seen.sort()[12]); }
   }, 40);
 })"""  # how far clips are apart, in seconds: the median over a second
+GAINS = (.1, -.2, .05, .3)  # of four prompts
 needs_browser = pytest.mark.skipif(chromium.PROGRAM is None, reason="no chromium here")
 pytestmark = pytest.mark.usefixtures("aside")
 
@@ -47,22 +46,10 @@ def browser(tmp_path_factory):
     opened.close()
 
 
-def script(name, *argv):
-    """A script as it starts from a shell, but in this process; its exit status."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [name, *map(str, argv)])
-        try:
-            runpy.run_path(str(ROOT / name), run_name="__main__")
-        except SystemExit as end:
-            return end.code
-    return 0
-
-
 def write_clip(path, seed, frames=8):
     """A small clip whose red says the frame's number, 20 times that; green and blue are its own."""
     pixels = np.full((frames, 32, 32, 3), np.random.default_rng(seed).integers(0, 255, 3), np.uint8)
-    for f in range(frames):
-        pixels[f, :, :, 0] = 20 * f
+    pixels[..., 0] = 20 * np.arange(frames)[:, None, None]
     write_video(path, pixels, 8)
 
 
@@ -214,33 +201,29 @@ def test_the_explain_page_in_a_browser(explained, browser):
 
 
 def test_a_report_puts_largest_and_smallest_gains_first():
-    a, b = write_run(Path("runs/a"), (.1, -.2, .05, .3)), write_run(Path("runs/b"), (.1, -.2, .05, .3), lr=.5)
-    assert script("report.py", a, b, ROOT / "tiny/studies/rank.json", "--out", "page") == 0
+    a, b = write_run(Path("runs/a"), GAINS), write_run(Path("runs/b"), GAINS, lr=.5)
+    assert script("report.py", "runs", ROOT / "tiny/studies/rank.json", "--out", "page") == 0  # all runs of the folder
     text = Path("page/report.html").read_text()
     assert text.index("a green square”") < text.index("Smallest gains") < text.index("a red circle moving left”")
+    assert "+0.0625" in text and "rank 16" in text and text.count("<video") == 24
     # What differs between the runs, and nothing else.
     runs = [run_pages.RunFiles(folder) for folder in (a, b)]
     assert run_pages.changed_settings(runs) == [("lr", [2e-3, .5])]
     change = run_pages.gains(runs)["HPStiny"]["runs/a"]["things"]
-    assert change["gain"] == pytest.approx(.0625)
-    assert change["error"] == pytest.approx(np.std([.1, -.2, .05, .3], ddof=1) / 2)
-    assert "+0.0625" in text and "rank 16" in text
+    assert (change["gain"], change["error"]) == pytest.approx((.0625, np.std(GAINS, ddof=1) / 2))
     runs[0].prompts = {"things": ["a", "a", "b", "b"]}  # videos of one prompt are no independent evidence
     change = run_pages.gains(runs)["HPStiny"]["runs/a"]["things"]
     assert (change["gain"], change["error"]) == pytest.approx((.0625, .1125))
-    assert script("report.py", "runs", "--out", "both") == 0  # a folder of runs is all of them
-    assert Path("both/report.html").read_text().count("<video") == 24
 
 
 def test_a_report_says_what_the_guard_says():
-    run = run_pages.RunFiles(write_run(Path("run"), (.1, .12, .11, .1), watch=("judge",)))
-    said = run.guard_says()
+    said = run_pages.RunFiles(write_run(Path("run"), (.1, .12, .11, .1), watch=("judge",))).guard_says()
     assert said.startswith("turned at step 20: judge -0.1500 ± 0.0000 since step 10, while the reward was +0.1075 ± ")
     assert said.endswith("; best.safetensors is step 10")
 
 
 def test_rewards_are_named_and_different_ones_never_taken_together():
-    a, b = write_run(Path("a"), (.1, -.2, .05, .3)), write_run(Path("b"), (9., 9., 9., 9.), reward="removal:watermark")
+    a, b = write_run(Path("a"), GAINS), write_run(Path("b"), (9., 9., 9., 9.), reward="removal:watermark")
     runs = [run_pages.RunFiles(folder) for folder in (a, b)]
     rows = run_pages.clip_rows(runs)
     assert [row["gain"] for part in rows.values() for row in part] == pytest.approx([.3, .1, -.2, .05])
@@ -258,7 +241,7 @@ def test_rewards_are_named_and_different_ones_never_taken_together():
 
 @needs_browser
 def test_the_report_in_a_browser(browser):
-    run, other = write_run(Path("run"), (.1, -.2, .05, .3)), write_run(Path("other"), (.1, -.2, .05, .3), reward="other reward")
+    run, other = write_run(Path("run"), GAINS), write_run(Path("other"), GAINS, reward="other reward")
     assert script("report.py", run, other, ROOT / "tiny/studies/rank.json", "--out", ".") == 0
     page = Path("report.html")
     check_in_browser(browser, page, study=True)
@@ -275,7 +258,7 @@ def test_the_report_in_a_browser(browser):
 
 
 def test_a_blind_page_does_not_say_which_side_is_which_and_the_key_does():
-    run = write_run(Path("secret-model"), (.1, -.2, .05, .3))
+    run = write_run(Path("secret-model"), GAINS)
     assert script("report.py", "--blind", f"{run}@0", run, "--out", "blind") == 0
     page, key = Path("blind/blind.html"), votes.read_key("blind/key.json")
     shown = data_of(page)["pairs"]
@@ -320,21 +303,20 @@ def test_voting_in_a_browser(browser):
     browser.js("document.querySelector('[data-question=alignment] [data-side=left]').click()")
     browser.wait_for("state.at === 3")
     browser.js("byId('rater').value = 'Anna B'; byId('rater').dispatchEvent(new Event('input'))")
-    folder = Path("downloads").resolve()
-    browser.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+    browser.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(Path.cwd()))
     browser.js("byId('export').click()")
-    chromium.wait_until(lambda: list(folder.glob("votes-anna-b.json")))
-    exported = json.loads((folder / "votes-anna-b.json").read_text())
-    assert exported == {"comparison": key["comparison"], "rater": "Anna B", "votes": [
+    exported = Path("votes-anna-b.json")
+    chromium.wait_until(exported.exists)
+    assert json.loads(exported.read_text()) == {"comparison": key["comparison"], "rater": "Anna B", "votes": [
         {"pair": 0, "quality": "left", "alignment": "right"}, {"pair": 1, "quality": "tie", "alignment": "tie"},
         {"pair": 2, "quality": "right", "alignment": "left"}]}
     assert browser.problems == []
-    assert script("report.py", "--tally", folder / "votes-anna-b.json", "--key", "blind/key.json", "--out", "count") == 0
+    assert script("report.py", "--tally", exported, "--key", "blind/key.json", "--out", "count") == 0
     counted = json.loads(Path("count/tally.json").read_text())
     quality = next(r for r in counted["rows"] if (r["question"], r["set"]) == ("quality", "all"))
     chosen = [key["pairs"][0]["left"], "tie", {"a": "b", "b": "a"}[key["pairs"][2]["left"]]]
-    for choice, share in quality["shares"].items():
-        assert share[0] == pytest.approx(chosen.count(choice) / 3)
+    assert {choice: share[0] for choice, share in quality["shares"].items()} == pytest.approx(
+        {choice: chosen.count(choice) / 3 for choice in quality["shares"]})
 
 
 def key_of(rewards):
@@ -376,8 +358,7 @@ def test_a_prompt_counts_once_however_many_voted():
     ("report.py", "give either run folders"), ("report.py run --blind a b", "found runs and blind"),
     ("report.py nothing", "nothing: holds no run"), ("report.py clips", "clips: holds no run (no config.json)"),
     (f"report.py {ROOT}/tiny/weights", "holds no run (no run.json)"), ("report.py norun", "run.json has no prompts"),
-    ("report.py broken.json", "not the file of a study"), ("report.py run --out broken.json", "is a file"),
-    ("report.py run --max-mb 0", "max_mb = 0.0"), ("report.py run --max-mb 0.001", "above --max-mb 0.001"),
+    ("report.py broken.json", "not the file of a study"), ("report.py run --max-mb 0.001", "above --max-mb 0.001"),
     ("report.py --blind run@7 run", "no evaluation at that step; there are 0, 10, 20"),
     ("report.py --blind run clips", "not in both"), ("report.py --blind clips wide", "must be alike"),
     ("report.py --tally run/config.json", "no key"),
@@ -385,7 +366,7 @@ def test_a_prompt_counts_once_however_many_voted():
     ("report.py --tally broken.json --key key.json", "another comparison"),
     ("report.py --tally bad.json --key key.json", "must be one of left, tie, right"),
     ("report.py --tally good.json good.json --key key.json", "each rater counts once"),
-    ("explain.py --tau 2", "tau = 2.0"), ("explain.py --step -1", "step = -1"), ("explain.py tiny --base random:64", "no clips"),
+    ("explain.py --step -1", "step = -1"), ("explain.py tiny --base random:64", "no clips"),
     ("explain.py --reward hpsv2 --reward action:left", "sees a clip as a whole")])
 def test_bad_input_is_one_line_and_nothing_is_written(words, message, capfd, inputs, monkeypatch):
     monkeypatch.chdir(inputs)
@@ -400,7 +381,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(words, message, capfd, inp
 def inputs(tmp_path_factory):
     """Files for the test above."""
     folder = tmp_path_factory.mktemp("inputs")
-    write_run(folder / "run", (.1, -.2, .05, .3))
+    write_run(folder / "run", GAINS)
     write_clips(folder / "clips", 2, 0)
     write_clips(folder / "wide", 2, 0, frames=7)
     (folder / "norun").mkdir()

@@ -74,20 +74,19 @@ def measures(*frames):
 
 def test_measures_of_known_clips():
     board = (torch.arange(8)[:, None] + torch.arange(8)).remainder(2).float().expand(3, 8, 8)
-    still = measures(board, board, board)
-    assert (still["motion"], still["flicker"]) == (0, 0) and still["consistency"] == pytest.approx(1)
-    there_and_back = measures(board, 1 - board, board)
-    assert (there_and_back["motion"], there_and_back["flicker"]) == (1, 2)
-    assert there_and_back["consistency"] == pytest.approx(-1, abs=.01)
-    fade = measures(0., .25, .5)  # changes, but steadily
-    assert fade["motion"] == pytest.approx(.25) and fade["flicker"] == 0 and fade["consistency"] == 1
-    assert measures(board, .5 + .5 * (board - .5))["consistency"] == pytest.approx(.8, abs=.01)  # paler: 2 c / (1 + c^2)
-    edge = torch.zeros(3, 8, 8)
+    edge, red = torch.zeros(3, 8, 8), torch.full((3, 8, 8), .1)
     edge[:, :, 4:] = .6
-    red = torch.full((3, 8, 8), .1)
     red[0, :2] = .8
-    assert measures(edge, edge)["sharpness"] == pytest.approx(.6) and measures(edge, edge)["saturation"] == 0
-    assert measures(red, red)["saturation"] == pytest.approx(.7) and measures(red, red)["sharpness"] == 0
+    exact, rough = 1e-6, .01
+    for frames, expected, error in (
+            ((board, board, board), {"motion": 0, "flicker": 0, "consistency": 1}, exact),
+            ((board, 1 - board, board), {"motion": 1, "flicker": 2}, exact),
+            ((board, 1 - board, board), {"consistency": -1}, rough),
+            ((0., .25, .5), {"motion": .25, "flicker": 0, "consistency": 1}, exact),  # changes, but steadily
+            ((board, .5 + .5 * (board - .5)), {"consistency": .8}, rough),            # paler: 2 c / (1 + c^2)
+            ((edge, edge), {"sharpness": .6, "saturation": 0}, exact), ((red, red), {"sharpness": 0, "saturation": .7}, exact)):
+        found = measures(*frames)
+        assert {name: found[name] for name in expected} == pytest.approx(expected, abs=error)
 
 
 def test_the_judge_has_the_same_sharpness_and_saturation():
@@ -97,9 +96,10 @@ def test_the_judge_has_the_same_sharpness_and_saturation():
     off_band = torch.cat([clip[..., :13, :], clip[..., 20:, :]], dim=-2)
     steepest = off_band.diff(dim=-1).abs().amax(dim=2).flatten(1)
     vivid = (clip.amax(dim=2) - clip.amin(dim=2)).flatten(1)
-    for name, pixels, values, q in (("sharpness", off_band, steepest, .99), ("saturation", clip, vivid, .9)):
-        assert torch.equal(judged[name], getattr(tables, name)(pixels))
-        torch.testing.assert_close(judged[name], values.quantile(q, dim=1))
+    assert torch.equal(judged["sharpness"], tables.sharpness(off_band))
+    assert torch.equal(judged["saturation"], tables.saturation(clip))
+    torch.testing.assert_close(judged["sharpness"], steepest.quantile(.99, dim=1))
+    torch.testing.assert_close(judged["saturation"], vivid.quantile(.9, dim=1))
 
 
 def test_diversity_is_among_the_videos_of_a_prompt():
@@ -113,11 +113,10 @@ def test_diversity_is_among_the_videos_of_a_prompt():
 
 
 def test_the_judges_score_is_the_mean_of_six():
-    base = {"motion": torch.tensor([.2, .6])}
     table = {"colour": [1., 0.], "shape": [1., 1.], "direction": [0., 1.], "fidelity": [.9, .5], "watermark": [.1, .3],
              "motion": [.1, .8]}  # motion kept: a quarter, and all of it
     table = {name: torch.tensor(values) for name, values in table.items()}
-    tables.add_judge(("hpsv2",), table, base)
-    assert "judge" not in table
-    tables.add_judge(("judge",), table, base)
+    for watched in (("hpsv2",), ("judge",)):
+        assert "judge" not in table
+        tables.add_judge(watched, table, {"motion": torch.tensor([.2, .6])})
     torch.testing.assert_close(table["judge"], torch.tensor([(1 + 1 + 0 + .9 + .9 + .25) / 6, (0 + 1 + 1 + .5 + .7 + 1) / 6]))
