@@ -99,14 +99,6 @@ def on_rank_0(function):
     return values[0]
 
 
-def check_alike(clips):
-    """ValueError, on every rank, unless all ranks have the same clips."""
-    for rank, other in enumerate(all_gather(clips)):
-        if other != clips:
-            mine = f"rank {rank_and_size()[0]} has {clips}"
-            raise ValueError(f"clips: rank {rank} has {other}, {mine}; they must be the same on every node")
-
-
 def all_gather(value):
     """What every rank has, on every rank, in order of rank."""
     values = [value] * rank_and_size()[1]

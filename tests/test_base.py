@@ -508,7 +508,7 @@ def test_resuming_from_damage_changes_nothing(finished, tmp_path, monkeypatch, n
     assert one_line(error) and contents(folder) == before
 
 
-def test_the_same_command_with_resume_continues(tmp_path, capsys):
+def test_the_same_command_with_resume_continues(tmp_path):
     """What a repeatable flag says takes the place of what the run has, and is not added to it."""
     flags = ["--reward", "hpsv2", "--reward", "action:left=0.5", "--watch", "motion", "--lr", "0.1", "--no-cache"]
     cfg = run_settings.parse(flags, train.PRESETS, "")
@@ -518,11 +518,10 @@ def test_the_same_command_with_resume_continues(tmp_path, capsys):
     assert run_settings.parse([*resume, "--steps", "50"], train.PRESETS, "") == replace(cfg, resume=tmp_path, steps=50)
     with pytest.raises(ValueError, match="watch would make it another run"):
         run_settings.parse([*resume, "--watch", "flicker"], train.PRESETS, "")
-    for name, value in (("steps", "many"), ("lr", None), ("seed", 1.5)):  # refused as on the command line, the flag named
+    for name, value in (("steps", "many"), ("lr", None), ("seed", 1.5)):  # not of the setting's type
         write(tmp_path / "config.json", run_settings.to_record(cfg) | {name: value})
-        with pytest.raises(SystemExit, match="2"):
+        with pytest.raises(ValueError, match=f"^settings {name}: cannot be read back from config.json"):
             run_settings.parse(resume, train.PRESETS, "")
-        assert name in capsys.readouterr().err
 
 
 def test_a_run_may_be_moved(finished, monkeypatch):
