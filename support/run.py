@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +109,9 @@ class Run:
         self.log_step(step, numbers, time.perf_counter() - self.started, finite)
         self.bad_steps = 0 if finite else self.bad_steps + 1
         if self.bad_steps == self.cfg.max_bad_steps:
-            raise RuntimeError(f"{self.bad_steps} steps in a row without a finite reward or gradient; "
-                               "the last checkpoint is good")
+            raise RuntimeError(f"{self.bad_steps} steps in a row without a finite reward or gradient; the last save is good")
         stopping = stopping and step % self.method.stop_every == 0
-        due = step % self.cfg.save_every == 0 or step == self.cfg.steps or self.evaluations.due(step)
-        if stopping or due:
+        if stopping or step % self.cfg.save_every == 0 or step == self.cfg.steps or self.evaluations.due(step):
             self.save(step)
         if not stopping:
             self.evaluate_if_due(step)
@@ -121,8 +120,7 @@ class Run:
     def evaluate_if_due(self, step):
         """An evaluation, unless none is due or a run that was continued has it already."""
         evaluations = self.evaluations
-        known = any(line["step"] == step and "eval" in line for line in self.lines)
-        if evaluations.due(step) and not known:
+        if evaluations.due(step) and not any(line["step"] == step and "eval" in line for line in self.lines):
             self.log(evaluations.look(step))
             turn = evaluations.turn()
             if is_main_process():
@@ -158,8 +156,8 @@ class Run:
         self.step = step
         if not is_main_process():
             return
-        state = {"version": VERSION, "step": step, "config": to_record(self.cfg),
-                 "adapters": self.adapters, "optimizer": self.optimizer.state_dict()}
+        state = {"version": VERSION, "step": step, "config": to_record(self.cfg), "adapters": self.adapters,
+                 "optimizer": self.optimizer.state_dict()}
         try:
             with write_whole(self.folder / "state.pt") as hidden:
                 torch.save(state, hidden)
@@ -236,17 +234,15 @@ class Evaluations:
 
     def show(self, step, tables, videos):
         """samples/step_000100.png with its clips as mp4, and .json with every video's numbers, for paired comparisons."""
-        shown = torch.cat([of_set[:SHOWN] for of_set in videos.values()])
-        captions = []
-        for set_name in videos:
-            captions += self.prompts[set_name][:SHOWN]
-        write_png(sample_file(self.folder, step, ".png"), contact_sheet([shown], captions, [f"step {step}"]))
+        shown, captions, numbers = [], [], {}
         for set_name, names in clip_names(self.prompts).items():
+            shown.append(videos[set_name][:SHOWN])
+            captions += self.prompts[set_name][:SHOWN]
+            numbers[set_name] = {measure: values.tolist() for measure, values in tables[set_name].items()}
             for name, video in zip(names, videos[set_name]):
                 write_video(sample_file(self.folder, step, f"_{name}.mp4"), to_pixels(video), self.cfg.fps)
-        numbers = {}
-        for name, table in tables.items():
-            numbers[name] = {measure: values.tolist() for measure, values in table.items()}
+        sheet = contact_sheet([torch.cat(shown)], captions, [f"step {step}"])
+        write_png(sample_file(self.folder, step, ".png"), sheet)
         write_text(sample_file(self.folder, step, ".json"), json.dumps(json_numbers(numbers)) + "\n")
 
     def compare(self):
@@ -275,23 +271,19 @@ class Evaluations:
         """Of each prompt set the best, the middle and the worst gain, as a picture and moving."""
         chosen = {}
         for set_name, names in clip_names(self.prompts).items():
-            rewards = [self.tables[step][set_name]["reward"].tolist() for step in (first, last)]
-            before = [sample_file(self.folder, first, f"_{name}.mp4") for name in names]
-            after = [sample_file(self.folder, last, f"_{name}.mp4") for name in names]
-            chosen[set_name] = choose_comparisons(self.prompts[set_name], list(zip(*rewards)), list(zip(before, after)))
+            rewards = zip(*(self.tables[step][set_name]["reward"].tolist() for step in (first, last)))
+            files = []
+            for name in names:
+                files.append([sample_file(self.folder, step, f"_{name}.mp4") for step in (first, last)])
+            chosen[set_name] = choose_comparisons(self.prompts[set_name], list(rewards), files)
         title = f"{self.reward_name} of the same prompts and noise, before and after {last} steps; a frame marks the higher one"
         write_comparisons(self.folder / "before_after.png", chosen, title, self.cfg.fps)
 
 
 def clip_names(prompts):
-    """
-    {set: the name of each video's clip}, with a number that tells videos of the same prompt apart. prompts: {set: captions}.
-
-    The first SHOWN of each set have the first numbers, so that these do not depend on how many more are kept.
-    """
-    names = {set_name: [] for set_name in prompts}
-    number = 0
-    for part in (slice(SHOWN), slice(SHOWN, None)):
+    """{set: the name of each video's clip}, which begins with a number, as prompts repeat. prompts: {set: captions}."""
+    names, number = {set_name: [] for set_name in prompts}, 0
+    for part in (slice(SHOWN), slice(SHOWN, None)):  # the first numbers do not depend on how many more are kept
         for set_name, captions in prompts.items():
             for caption in captions[part]:
                 names[set_name].append(video_name(number, caption))
@@ -325,10 +317,9 @@ def train_and_report(run, train):
 def print_end(run):
     """Where the adapter is, two commands that go on from it, and how an early end is overruled."""
     adapter, model = shlex.quote(str(run.folder / "lora.safetensors")), ""
-    for name in ("base", "vae", "text_encoder"):
-        value = getattr(run.cfg, name)
+    for flag, value in (("base", run.cfg.base), ("vae", run.cfg.vae), ("text-encoder", run.cfg.text_encoder)):
         if value not in (None, "tiny"):  # the defaults
-            model += f" --{name.replace('_', '-')} {shlex.quote(value)}"
+            model += f" --{flag} {shlex.quote(value)}"
     print(f"adapter: {adapter}\nnext: python generate.py{model} --lora {adapter} --prompt 'a red circle moving left'\n"
           f"      python report.py {shlex.quote(str(run.folder))}")
     if run.step < run.cfg.steps:
@@ -428,21 +419,19 @@ def take_folder(cfg):
     Yields (run folder, whether to continue what it holds), for rank 0, and keeps other processes out of the folder to the end.
 
     It is the one of --resume, of --out, or the first of out/PRESET, out/PRESET-2, ... that is new. An error before the first
-    step removes what was made here, so that the next try finds it free. The lock goes with the process. Not tried on network
-    disks (NFS): where they have no locks, or each node its own, two runs in one folder are not noticed.
+    step removes what was made here. Not tried on network disks (NFS): those that have no locks do not notice a second run.
     """
     named = cfg.resume or cfg.out
     check_folder(named or Path("out"))
-    folder, is_taken, number = named or Path("out", cfg.preset), False, 1
-    while not is_taken:
+    for number in count(1):
+        folder = named or Path("out", f"{cfg.preset}-{number}" if number > 1 else cfg.preset)
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         try:
             folder.mkdir(parents=True, exist_ok=bool(named))  # unlike a look, it cannot be overtaken by another process
-            is_taken = True
+            break
         except FileExistsError:
-            number += 1
-            folder = Path("out", f"{cfg.preset}-{number}")
-
+            if named:  # and a link to nothing
+                raise
     lock = open(folder / ".lock", "w")
     try:
         import fcntl

@@ -61,8 +61,8 @@ class TrainingSettings(RewardSettings):
     preset: tyro.conf.Suppress[str] = "tiny"
     """tiny, modelscope or wan: named first on the command line, not by a flag; it sets the defaults of the others"""
     data: Path | None = None
-    """clips and captions: a list of `path|||caption` lines, a .csv or .jsonl, or a folder of clips with .txt files, links to
-    folders followed; the tiny world draws its own"""
+    """clips and captions: a list of `path|||caption` lines, a .csv or .jsonl, or a folder of clips with .txt files; the tiny
+    world draws its own"""
     data_root: Path | None = None
     """folder that the list's paths start from; default the list's own"""
     max_skip: float = 0.1
@@ -89,8 +89,8 @@ class TrainingSettings(RewardSettings):
     overwrite: bool = False
     """replace the run that --out holds"""
     resume: Path | None = None
-    """continue the run of this folder, with its own settings; --steps may be given anew, and what changes numbers by rounding
-    at most: device, memory, workers, what is saved and shown how often, and early_stop"""
+    """continue the run of this folder, with its own settings; those that change numbers by rounding at most, --steps and
+    --early-stop may be given anew"""
     early_stop: bool = False
     """end at the evaluation at which what is watched has got worse while the reward was up (docs/runs.md)"""
     tensorboard: bool = False
@@ -170,9 +170,8 @@ GONE = {"keep"}  # settings of earlier versions that changed no number
 
 def parse(argv, presets, description):
     """
-    Command line -> settings. The first word may name one of the presets {name: settings}, else it is the first of them.
-
-    With --resume the run's own settings are the defaults; a flag that would make it another run is a ValueError.
+    Command line -> settings. The first word may name one of the presets {name: settings}, else it is the first of them. With
+    --resume the run's own settings are the defaults; a flag that would make it another run is a ValueError.
     """
     argv = list(argv)
     named = argv.pop(0) if argv and not argv[0].startswith("-") else None
@@ -198,10 +197,9 @@ def parse(argv, presets, description):
 
     if named is None and cfg.base != defaults.base:
         raise ValueError(f"base {cfg.base}: comes without settings for training; name a preset first, {' or '.join(presets)}")
-    hints = get_type_hints(type(cfg))
     for parent in type(cfg).__mro__[1:]:
         for name, hint in get_type_hints(parent).items():
-            if hints[name] != hint:
+            if get_type_hints(type(cfg))[name] != hint:
                 raise ValueError(f"setting {name}: {parent.__name__} has one of this name and of another type; rename yours")
     from_record(json.loads(json.dumps(asdict(cfg), default=str)), type(cfg))  # a run must not begin that cannot go on
     return cfg
@@ -219,20 +217,15 @@ def read_settings(folder, presets):
     known = to_record(defaults)
     for name in GONE & saved.keys():
         print(f"{file}: {name} = {saved.pop(name)} is no setting any more, and changes nothing")
-    unknown = sorted(saved.keys() - known.keys())
-    missing = sorted({"steps", "prompts_train"} & known.keys() - saved.keys())
-    if unknown or missing:
-        wrong = f"not known: {', '.join(unknown)}" if unknown else f"missing: {', '.join(missing)}"
-        raise ValueError(f"{file}: not the settings of this method or version; {wrong}")
+    for word, names in (("not known", saved.keys() - known.keys()),
+                        ("missing", {"steps", "prompts_train"} & known.keys() - saved.keys())):
+        if names:
+            raise ValueError(f"{file}: not the settings of this method or version; {word}: {', '.join(sorted(names))}")
     return from_record(known | saved, type(defaults))
 
 
 def from_record(value, hint):
-    """
-    What JSON holds, as its type has it: lists become tuples, words paths. hint: a class of settings, or the type of one.
-
-    ValueError names the settings that are not of their type, or of none of these: number, word, path, None, tuple of such.
-    """
+    """What JSON holds, as its type has it: lists become tuples, words paths. hint: a class of settings, or the type of one."""
     kind, parts = get_origin(hint), get_args(hint)
     if is_dataclass(hint):
         settings, wrong = {}, []
