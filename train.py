@@ -315,23 +315,23 @@ def plan_evaluations(cfg, folder, base, rewards):
 
 
 def main(argv, module=sys.modules[__name__]):
-    """
-    A run of a method, from the command line to the last line printed; returns the exit status.
-    module: its PRESETS, check(cfg) and method(cfg, base, rewards, folder).
-    """
+    """A run of a method, from the command line to the last line printed; returns the exit status.
+    module: its PRESETS, check(cfg) and method(cfg, base, rewards, folder)."""
     cfg = settings.parse(argv, module.PRESETS, module.__doc__)
     module.check(cfg)
     device = ranks.join_ranks(cfg.device)
     with ExitStack() as held:
         folder, resumed = ranks.on_rank_0(lambda: held.enter_context(run_folder.take_folder(cfg)))
+
         # 1. What is frozen, and the adapters.
         dtype = ranks.pick_dtype(cfg.dtype, device)
         base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype, device, cfg.seed)
         if cfg.guidance is None:
             cfg = replace(cfg, guidance=base.guidance)  # recorded with the run
-        parameters = base.network_file and lora.load_beside(base.network, base.network_file, cfg.rank)
+        network, file = base.network, base.network_file
+        parameters = file and lora.load_beside(network, file, cfg.rank)
         generator = ranks.sample_generator(cfg.seed, "lora")
-        parameters = parameters or lora.inject(base.network, cfg.rank, None, generator)
+        parameters = parameters or lora.inject(network, cfg.rank, None, generator)
         rewards = load_rewards(cfg, base.folder, dtype, device)
         evaluations = plan_evaluations(cfg, folder, base, rewards)
 
