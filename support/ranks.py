@@ -146,7 +146,7 @@ def catch_signals():
     CAUGHT.clear()
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for signal_number in (signal.SIGINT, signal.SIGTERM, HANGUP):
+        for signal_number in {signal.SIGINT, signal.SIGTERM, HANGUP}:
             if signal_number != HANGUP or signal.getsignal(HANGUP) != signal.SIG_IGN:
                 before[signal_number] = signal.signal(signal_number, catch)
     try:
