@@ -22,6 +22,7 @@ import support.threads  # noqa: F401  before torch is loaded
 import math
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -314,14 +315,14 @@ def plan_evaluations(cfg, folder, base, rewards):
 
 
 def main(argv, module=sys.modules[__name__]):
-    """
-    A run of a method, from the command line to the last line printed; returns the exit status.
-    module: its PRESETS, check(cfg) and method(cfg, base, rewards, folder).
-    """
+    """A run of a method, from the command line to the last line printed; returns the exit status.
+    module: its PRESETS, check(cfg) and method(cfg, base, rewards, folder)."""
     cfg = settings.parse(argv, module.PRESETS, module.__doc__)
     module.check(cfg)
     device = ranks.join_ranks(cfg.device)
-    with run_folder.take_folder(cfg) as (folder, resumed):
+    with ExitStack() as held:
+        folder, resumed = ranks.on_rank_0(lambda: held.enter_context(run_folder.take_folder(cfg)))
+
         # 1. What is frozen, and the adapters.
         dtype = ranks.pick_dtype(cfg.dtype, device)
         base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype, device, cfg.seed)
@@ -343,10 +344,9 @@ def main(argv, module=sys.modules[__name__]):
             base.network.compile()
 
         # 3. Train.
-        run = run_folder.Run(cfg, folder, lora.adapter_state(base.network), evaluations, method)
-        with ranks.catch_signals():
-            run.open(resumed)
-            return run_folder.train_and_report(run, lambda: train(cfg, parameters, method, run))
+        run = run_folder.Run(cfg, folder, resumed, lora.adapter_state(base.network), evaluations,
+                             method)
+        return run_folder.train_and_report(run, lambda: train(cfg, parameters, method, run))
 
 
 def start(module):

@@ -111,7 +111,7 @@ def check_hub_cache(folder):
     """ValueError if this is a folder of the hub's cache, which keeps the files of each version in a folder below it."""
     versions = [str(version) for version in (*folder.glob("snapshots/*"), *folder.glob("models--*/snapshots/*"))]
     if versions:
-        raise ValueError(f"{folder}: is the hub's cache; the files of a version are in a folder of it: {first_names(versions)}")
+        raise ValueError(f"{folder}: is the hub's cache; the files of a version are in a folder of it: {versions[0]}")
 
 
 def check_tensors(expected, tensors, what):

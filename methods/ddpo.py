@@ -88,7 +88,8 @@ def sample_path(base, noise, text, uncond, keys, cfg):
     for i in range(cfg.num_steps, 0, -1):
         mean, std = policy(base, path[-1], i, text, uncond, cfg)
         path.append(mean + std * common.fresh_noise(mean, generators))        # (B, C, F, h, w)
-        log_probs.append(log_prob(path[-1], mean, std))                       # (B,)
+        if std:  # the last step of a chain that ends without noise has no density
+            log_probs.append(log_prob(path[-1], mean, std))                   # (B,)
     return torch.stack(path, dim=1), torch.stack(log_probs, dim=1)
 
 
@@ -107,11 +108,10 @@ def sample_batch(base, rewards, videos, step, cfg):
 def pairs(batch, step, cfg):
     """The n pairs that an update learns from: chosen chain steps, each with all videos."""
     path, log_probs, mean_scores, _, captions, A = batch
-    # A chain that ends without noise has no density in its last step: nothing is learned there.
-    learned = log_probs[0].isfinite().nonzero().flatten().flip(0)
-    count = max(1, round(cfg.timestep_fraction * len(learned)))
+    learned = log_probs.shape[1]
+    count = max(1, round(cfg.timestep_fraction * learned))
     generator = sample_generator(cfg.seed, step, "timesteps")
-    at = learned[torch.randperm(len(learned), generator=generator)[:count]]   # of 0..D-1
+    at = learned - 1 - torch.randperm(learned, generator=generator)[:count]   # 0 is the first step
     steps = cfg.num_steps - at                                                # of D..1
     z_t, z_prev = path[:, at].transpose(0, 1), path[:, at + 1].transpose(0, 1)
     # A video's pairs share its advantage and its reward, so that it counts once.

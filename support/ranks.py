@@ -99,14 +99,6 @@ def on_rank_0(function):
     return values[0]
 
 
-def check_alike(clips):
-    """ValueError, on every rank, unless all ranks have the same clips."""
-    for rank, other in enumerate(all_gather(clips)):
-        if other != clips:
-            mine = f"rank {rank_and_size()[0]} has {clips}"
-            raise ValueError(f"clips: rank {rank} has {other}, {mine}; they must be the same on every node")
-
-
 def all_gather(value):
     """What every rank has, on every rank, in order of rank."""
     values = [value] * rank_and_size()[1]
@@ -120,7 +112,7 @@ def add_over_ranks(parameters, numbers, loss_scale=1.):
     Sum the parameters' gradients, in place, and a list of numbers over the ranks, in one message; returns the numbers.
 
     loss_scale: by which the loss was multiplied, so that its gradient did not vanish in 16 bits; taken out here, in float32.
-    DDP does the like, but expects one forward pass for each backward one, and a sampling chain has many.
+    DDP would expect one forward pass for each backward one, and a sampling chain has many.
     """
     flat = torch.cat([*(p.grad.flatten() for p in parameters), torch.tensor(numbers, device=parameters[0].device)])
     if rank_and_size()[1] > 1:
@@ -151,13 +143,12 @@ def catch_signals():
             tqdm.write("stopping: the step under way is finished and saved first", file=sys.stderr)
         CAUGHT.append(signal_number)
 
-    caught = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(HANGUP) != signal.SIG_IGN:
-        caught.append(HANGUP)
-    if threading.current_thread() is not threading.main_thread():
-        caught = []
     CAUGHT.clear()
-    before = {signal_number: signal.signal(signal_number, catch) for signal_number in caught}
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for signal_number in {signal.SIGINT, signal.SIGTERM, HANGUP}:
+            if signal_number != HANGUP or signal.getsignal(HANGUP) != signal.SIG_IGN:
+                before[signal_number] = signal.signal(signal_number, catch)
     try:
         yield
     finally:
@@ -181,8 +172,7 @@ def run_script(script, main, refused=(OSError,)):
     os.environ["MPLBACKEND"] = "agg"  # a notebook's, which matplotlib may not know here, is inherited; we draw into files alone
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # for letters that this terminal has not
-    rank = rank_and_size()[0]
-    failed, line = True, ""
+    rank, failed, line = rank_and_size()[0], True, ""
     try:
         status, failed = main() or 0, False
     except ValueError as error:
@@ -198,9 +188,9 @@ def run_script(script, main, refused=(OSError,)):
         leave(1)
     if line and (status == 1 or dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"):
         print(f"{script}: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr)
+    if failed and dist.is_initialized():
+        leave(status)
     if dist.is_initialized():
-        if failed:
-            leave(status)
         dist.destroy_process_group()
     sys.exit(status)
 
@@ -212,7 +202,7 @@ def leave(status):
     os._exit(status)
 
 
-# -- Progress bars. A log file or a notebook keeps all that is written, so there a bar is a line now and then. ----------
+# Progress bars. A log file or a notebook keeps all that is written, so there a bar is a line now and then.
 
 LINE_EVERY = 30.  # seconds between the lines of a job where nobody watches a terminal
 

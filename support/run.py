@@ -1,9 +1,8 @@
 """
 The run folder: what a run leaves behind, and how it goes on after an interruption.
 
-Run counts steps, logs and saves; Evaluations looks at videos now and then. How to save an adapter and how to evaluate are two
-functions that they are given, so any method that trains adapters can use them. Only rank 0 writes and prints; every file
-appears whole or not at all.
+Run counts steps, logs and saves; Evaluations looks at videos now and then. Both serve any method that trains adapters. Only rank
+0 writes and prints; every file appears whole or not at all.
 """
 import json
 import math
@@ -12,7 +11,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from support.files import check_folder, first_line, read_json, write_text, write_whole
 from support.pictures import choose_comparisons, contact_sheet, draw_curves, versions, write_comparisons, write_png
-from support.ranks import check_alike, is_main_process, on_rank_0, progress, rank_and_size, signalled
+from support.ranks import all_gather, catch_signals, is_main_process, on_rank_0, progress, rank_and_size, signalled
 from support.settings import tensorboard_writer, to_record
 from support.tables import add_judge, best_step, column, find_turn, json_numbers, or_nan, paired, summary, with_error
 from support.videos import to_pixels, video_name, write_video
@@ -42,53 +41,24 @@ class Run:
     """
     One training run: its steps, its log and its checkpoints. The loop that trains knows steps and finish_step alone.
 
-    cfg: the settings (steps, save_every, max_bad_steps, tensorboard are used here, all are recorded).
-    adapters: {name: tensor}, sharing memory with what is trained. evaluations: an Evaluations.
-    method: has data, which must be the same on all ranks and when continued, and stop_every.
+    adapters: {name: tensor}, sharing memory with what is trained. evaluations: an Evaluations. method: a train.Method.
     """
 
     cfg: Any
     folder: Path
+    resumed: bool
     adapters: dict
     evaluations: Any
     method: Any
     step: int = 0
     bad_steps: int = 0
     lines: list = field(default_factory=list)  # of metrics.jsonl
-    optimizer_state: dict | None = None
     board: Any = None  # TensorBoard's writer
-
-    def open(self, resumed):
-        """Take up what the folder holds, if the run is resumed, else remove an earlier run; then write what this one is."""
-        record = {"data": self.method.data, "watched": self.evaluations.watched, "prompts": self.evaluations.prompts,
-                  "reward": self.evaluations.reward_name, "versions": versions()}
-        check_alike(self.method.data)
-        if resumed:  # rank 0 alone reads: on other nodes, with disks of their own, there is no such folder
-            state, self.lines, tables = on_rank_0(lambda: read_run(self.folder, self.adapters, record["data"]))
-            self.evaluations.tables |= tables
-            self.evaluations.rewards |= mean_rewards(self.lines)
-            if state:
-                self.step = state["step"]
-                self.optimizer_state = state["optimizer"]["state"]
-                for name, tensor in state["adapters"].items():
-                    self.adapters[name].copy_(tensor)
-        if is_main_process():
-            if not resumed and any((self.folder / name).exists() for name in ("config.json", "state.pt")):
-                clear(self.folder)  # without these, files of such names are somebody else's
-            (self.folder / "samples").mkdir(exist_ok=True)
-            for half_written in [*self.folder.glob(".????????.*"), *self.folder.glob("samples/.????????.*")]:
-                half_written.unlink()  # by a killed run
-            if self.cfg.tensorboard:
-                self.board = tensorboard_writer()(self.folder / "tensorboard")
-            write_text(self.folder / "run.json", json.dumps(record, indent=1) + "\n")
-            write_text(self.folder / "config.json", json.dumps(to_record(self.cfg), indent=1) + "\n")
-            write_text(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def steps(self, optimizer):
         """The steps still to do, with a progress bar; before the first, an evaluation if one is due."""
         self.optimizer = optimizer
-        if self.optimizer_state:  # its moments; what else an optimizer saves follows from the settings
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": self.optimizer_state})
+        self.open()
         self.evaluate_if_due(self.step)
         if self.evaluations.ended_early():
             return
@@ -96,6 +66,39 @@ class Run:
             for step in range(self.step, self.cfg.steps):
                 self.started = time.perf_counter()
                 yield step
+
+    def open(self):
+        """Take up what the folder holds, if the run is resumed, else remove an earlier run; then write what this one is."""
+        data = self.method.data
+        for rank, other in enumerate(all_gather(data)):
+            if other != data:
+                raise ValueError(f"clips: rank {rank_and_size()[0]} has {data}, rank {rank} has {other}; they must be the same "
+                                 "on every node")
+        if self.resumed:  # rank 0 alone reads: on other nodes, with disks of their own, there is no such folder
+            state, self.lines, tables = on_rank_0(lambda: read_run(self.folder, self.adapters, data))
+            self.evaluations.tables |= tables
+            self.evaluations.rewards |= mean_rewards(self.lines)
+            if state:
+                self.step = state["step"]
+                for name, tensor in state["adapters"].items():
+                    self.adapters[name].copy_(tensor)
+                # Its moments alone; what else an optimizer saves follows from the settings.
+                self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
+        if not is_main_process():
+            return
+        if not self.resumed and any((self.folder / name).exists() for name in ("config.json", "state.pt")):
+            clear(self.folder)  # without these, files of such names are somebody else's
+        (self.folder / "samples").mkdir(exist_ok=True)
+        for half_written in [*self.folder.glob(".????????.*"), *self.folder.glob("samples/.????????.*")]:
+            half_written.unlink()  # by a killed run
+        if self.cfg.tensorboard:
+            self.board = tensorboard_writer()(self.folder / "tensorboard")
+        record = {"data": data, "watched": self.evaluations.watched, "prompts": self.evaluations.prompts,
+                  "reward": self.evaluations.reward_name, "versions": versions()}
+        write_text(self.folder / "run.json", json.dumps(record, indent=1) + "\n")
+        write_text(self.folder / "config.json", json.dumps(to_record(self.cfg), indent=1) + "\n")
+        write_text(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
+        print(f"run folder: {self.folder}" + (f", from step {self.step}" if self.step else ""))
 
     def finish_step(self, step, numbers, finite, stopping):
         """
@@ -106,11 +109,9 @@ class Run:
         self.log_step(step, numbers, time.perf_counter() - self.started, finite)
         self.bad_steps = 0 if finite else self.bad_steps + 1
         if self.bad_steps == self.cfg.max_bad_steps:
-            raise RuntimeError(f"{self.bad_steps} steps in a row without a finite reward or gradient; "
-                               "the last checkpoint is good")
+            raise RuntimeError(f"{self.bad_steps} steps in a row without a finite reward or gradient; the last save is good")
         stopping = stopping and step % self.method.stop_every == 0
-        due = step % self.cfg.save_every == 0 or step == self.cfg.steps or self.evaluations.due(step)
-        if stopping or due:
+        if stopping or step % self.cfg.save_every == 0 or step == self.cfg.steps or self.evaluations.due(step):
             self.save(step)
         if not stopping:
             self.evaluate_if_due(step)
@@ -118,12 +119,12 @@ class Run:
 
     def evaluate_if_due(self, step):
         """An evaluation, unless none is due or a run that was continued has it already."""
-        known = any(line["step"] == step and "eval" in line for line in self.lines)
-        if self.evaluations.due(step) and not known:
-            self.log(self.evaluations.look(step))
+        evaluations = self.evaluations
+        if evaluations.due(step) and not any(line["step"] == step and "eval" in line for line in self.lines):
+            self.log(evaluations.look(step))
+            turn = evaluations.turn()
             if is_main_process():
-                turn = self.evaluations.turn()
-                draw_curves(self.lines, self.evaluations.reward_name, self.folder / "curves.png", self.evaluations.watched,
+                draw_curves(self.lines, evaluations.reward_name, self.folder / "curves.png", evaluations.watched,
                             turn and turn.step)
 
     def log(self, line):
@@ -155,8 +156,8 @@ class Run:
         self.step = step
         if not is_main_process():
             return
-        state = {"version": VERSION, "step": step, "config": to_record(self.cfg),
-                 "adapters": self.adapters, "optimizer": self.optimizer.state_dict()}
+        state = {"version": VERSION, "step": step, "config": to_record(self.cfg), "adapters": self.adapters,
+                 "optimizer": self.optimizer.state_dict()}
         try:
             with write_whole(self.folder / "state.pt") as hidden:
                 torch.save(state, hidden)
@@ -171,8 +172,7 @@ class Evaluations:
     What is looked at while a run trains: videos from pure noise for held-out prompts, the same noise every time.
 
     prompts: {set: its prompts}. evaluate(prompts, seed, keep, move_on) -> ({measure: (n,)}, videos (keep, F, 3, H, W)) of one
-    set, calling move_on(how many videos) as it goes; the sets have noise of their own.
-    save_adapter(path): writes the adapters. reward_name: stands beside every score. watched: measures that the guard compares.
+    set; it calls move_on(how many videos) as it goes. watched: measures that the guard compares.
     """
 
     cfg: Any
@@ -207,9 +207,8 @@ class Evaluations:
 
     def measure(self, step):
         """Tables and a few videos of every set, {set: {measure: (n,)}} and {set: (k, F, 3, H, W)}."""
-        total = sum(map(len, self.prompts.values()))
         tables, videos = {}, {}
-        seed = EVAL_SEED
+        seed, total = EVAL_SEED, sum(map(len, self.prompts.values()))
         with progress(None, f"evaluating at step {step}", total, unit="videos", leave=False, shared=True) as bar:
             def move_on(done):
                 bar.update(done)
@@ -235,17 +234,15 @@ class Evaluations:
 
     def show(self, step, tables, videos):
         """samples/step_000100.png with its clips as mp4, and .json with every video's numbers, for paired comparisons."""
-        shown = torch.cat([of_set[:SHOWN] for of_set in videos.values()])
-        captions = []
-        for set_name in videos:
-            captions += self.prompts[set_name][:SHOWN]
-        write_png(sample_file(self.folder, step, ".png"), contact_sheet([shown], captions, [f"step {step}"]))
+        shown, captions, numbers = [], [], {}
         for set_name, names in clip_names(self.prompts).items():
+            shown.append(videos[set_name][:SHOWN])
+            captions += self.prompts[set_name][:SHOWN]
+            numbers[set_name] = {measure: values.tolist() for measure, values in tables[set_name].items()}
             for name, video in zip(names, videos[set_name]):
                 write_video(sample_file(self.folder, step, f"_{name}.mp4"), to_pixels(video), self.cfg.fps)
-        numbers = {}
-        for name, table in tables.items():
-            numbers[name] = {measure: values.tolist() for measure, values in table.items()}
+        sheet = contact_sheet([torch.cat(shown)], captions, [f"step {step}"])
+        write_png(sample_file(self.folder, step, ".png"), sheet)
         write_text(sample_file(self.folder, step, ".json"), json.dumps(json_numbers(numbers)) + "\n")
 
     def compare(self):
@@ -274,23 +271,19 @@ class Evaluations:
         """Of each prompt set the best, the middle and the worst gain, as a picture and moving."""
         chosen = {}
         for set_name, names in clip_names(self.prompts).items():
-            rewards = [self.tables[step][set_name]["reward"].tolist() for step in (first, last)]
-            before = [sample_file(self.folder, first, f"_{name}.mp4") for name in names]
-            after = [sample_file(self.folder, last, f"_{name}.mp4") for name in names]
-            chosen[set_name] = choose_comparisons(self.prompts[set_name], list(zip(*rewards)), list(zip(before, after)))
+            rewards = zip(*(self.tables[step][set_name]["reward"].tolist() for step in (first, last)))
+            files = []
+            for name in names:
+                files.append([sample_file(self.folder, step, f"_{name}.mp4") for step in (first, last)])
+            chosen[set_name] = choose_comparisons(self.prompts[set_name], list(rewards), files)
         title = f"{self.reward_name} of the same prompts and noise, before and after {last} steps; a frame marks the higher one"
         write_comparisons(self.folder / "before_after.png", chosen, title, self.cfg.fps)
 
 
 def clip_names(prompts):
-    """
-    {set: the name of each video's clip}, with a number that tells videos of the same prompt apart. prompts: {set: captions}.
-
-    The first SHOWN of each set have the first numbers, so that these do not depend on how many more are kept.
-    """
-    names = {set_name: [] for set_name in prompts}
-    number = 0
-    for part in (slice(SHOWN), slice(SHOWN, None)):
+    """{set: the name of each video's clip}, which begins with a number, as prompts repeat. prompts: {set: captions}."""
+    names, number = {set_name: [] for set_name in prompts}, 0
+    for part in (slice(SHOWN), slice(SHOWN, None)):  # the first numbers do not depend on how many more are kept
         for set_name, captions in prompts.items():
             for caption in captions[part]:
                 names[set_name].append(video_name(number, caption))
@@ -298,10 +291,9 @@ def clip_names(prompts):
     return names
 
 
+@catch_signals()
 def train_and_report(run, train):
     """Train to the end, or until a signal: what is then printed, and the exit status. train() -> whether it came to the end."""
-    if is_main_process():
-        print(f"run folder: {run.folder}" + (f", from step {run.step}" if run.step else ""))
     try:
         finished = train()
     except Stopped:
@@ -324,13 +316,12 @@ def train_and_report(run, train):
 
 def print_end(run):
     """Where the adapter is, two commands that go on from it, and how an early end is overruled."""
-    adapter = shlex.quote(str(run.folder / "lora.safetensors"))
-    model = ""  # as the run's, where it is not the default
-    for flag, name in (("base", run.cfg.base), ("vae", run.cfg.vae), ("text-encoder", run.cfg.text_encoder)):
-        if name not in (None, "tiny"):
-            model += f" --{flag} {shlex.quote(name)}"
-    print(f"adapter: {adapter}\nnext: python generate.py{model} --lora {adapter} --prompt 'a red circle moving left'")
-    print(f"      python report.py {shlex.quote(str(run.folder))}")
+    adapter, model = shlex.quote(str(run.folder / "lora.safetensors")), ""
+    for flag, value in (("base", run.cfg.base), ("vae", run.cfg.vae), ("text-encoder", run.cfg.text_encoder)):
+        if value not in (None, "tiny"):  # the defaults
+            model += f" --{flag} {shlex.quote(value)}"
+    print(f"adapter: {adapter}\nnext: python generate.py{model} --lora {adapter} --prompt 'a red circle moving left'\n"
+          f"      python report.py {shlex.quote(str(run.folder))}")
     if run.step < run.cfg.steps:
         print(f"ended early; to go on: the same command with --resume {run.folder} --no-early-stop")
 
@@ -367,29 +358,22 @@ def read_checkpoint(path, adapters):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle or the reader itself
         raise ValueError(f"{path}: cannot be read ({first_line(error)}); without it, --resume starts again") from None
-    version = state.get("version") if isinstance(state, dict) else None
-    if type(version) is not int or version != VERSION:
-        raise ValueError(f"{path}: version {version!r:.20}, expected {VERSION}")
     try:
+        if type(state["version"]) is not int or state["version"] != VERSION:
+            raise ValueError(f"{path}: version {state['version']!r:.20}, expected {VERSION}")
         if type(state["step"]) is not int or state["step"] < 1:
             raise TypeError(f"step {state['step']!r}")
-        check_shapes(state["adapters"], adapters)
+        pairs = [(state["adapters"], adapters)]
         for index, moments in state["optimizer"]["state"].items():
-            name = list(adapters)[index]
-            expected = {"step": torch.zeros(()), "exp_avg": adapters[name], "exp_avg_sq": adapters[name]}
-            check_shapes(moments, expected)
+            tensor = [*adapters.values()][index]
+            pairs.append((moments, {"step": torch.zeros(()), "exp_avg": tensor, "exp_avg_sq": tensor}))
+        for found, expected in pairs:
+            for name in found.keys() | expected.keys():
+                if found[name].shape != expected[name].shape or not found[name].is_floating_point():
+                    raise TypeError(f"tensor {name} is of another shape or kind")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a checkpoint of this run ({first_line(error)})") from None
     return state
-
-
-def check_shapes(found, expected):
-    """TypeError unless both {name: tensor} have the same names and shapes."""
-    for name in found.keys() | expected.keys():
-        if name not in found or name not in expected or found[name].shape != expected[name].shape:
-            raise TypeError(f"tensor {name} is missing, unknown or of another shape")
-        if not found[name].is_floating_point():
-            raise TypeError(f"tensor {name} is {found[name].dtype}")
 
 
 def read_metrics(path):
@@ -432,19 +416,33 @@ def mean_reward(measures):
 @contextmanager
 def take_folder(cfg):
     """
-    Yields (run folder, whether to continue what it holds) on all ranks; rank 0 keeps other processes out of it to the end.
+    Yields (run folder, whether to continue what it holds), for rank 0, and keeps other processes out of the folder to the end.
 
-    An error before the first step removes what was made here, so that the next try finds the folder free.
+    It is the one of --resume, of --out, or the first of out/PRESET, out/PRESET-2, ... that is new. An error before the first
+    step removes what was made here. Not tried on network disks (NFS): those that have no locks do not notice a second run.
     """
-    with ExitStack() as held:
-        yield on_rank_0(lambda: held.enter_context(hold_folder(cfg)))
-
-
-@contextmanager
-def hold_folder(cfg):
-    """take_folder of rank 0."""
-    folder, made = make_folder(cfg)
-    lock = lock_folder(folder)
+    named = cfg.resume or cfg.out
+    check_folder(named or Path("out"))
+    for number in count(1):
+        folder = named or Path("out", f"{cfg.preset}-{number}" if number > 1 else cfg.preset)
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=bool(named))  # unlike a look, it cannot be overtaken by another process
+            break
+        except FileExistsError:
+            if named:  # and a link to nothing
+                raise
+    lock = open(folder / ".lock", "w")
+    try:
+        import fcntl
+        os.register_at_fork(after_in_child=lock.close)  # a worker would hold the lock after this process was killed
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_free = os.fstat(lock.fileno()).st_nlink > 0  # else removed by a run that has just ended
+    except (OSError, ImportError) as error:  # a disk without locks, or Windows
+        is_free = not isinstance(error, BlockingIOError)
+    if not is_free:
+        lock.close()
+        raise ValueError(f"{folder}: another process is at work in it; wait for its end, or choose another folder with --out")
     try:
         yield folder, not made and is_continued(folder, cfg)
     except BaseException:
@@ -459,80 +457,36 @@ def hold_folder(cfg):
         lock.close()
 
 
-def make_folder(cfg):
-    """The folder of --resume, of --out, or the first of out/PRESET, out/PRESET-2, ... that is new; [folders that were made]."""
-    named = cfg.resume or cfg.out
-    check_folder(named or Path("out"))
-    folder = named or Path("out", cfg.preset)
-    for index in count(2):
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
-        with suppress(FileExistsError):  # mkdir, unlike a look, cannot be overtaken by another process
-            folder.mkdir(parents=True, exist_ok=bool(named))
-            return folder, made
-        folder = Path("out", f"{cfg.preset}-{index}")
-
-
-def lock_folder(folder):
-    """
-    An open file with a lock, .lock in a run's folder; ValueError if another process has it. It goes with the process.
-
-    Not tried on network disks (NFS): where they have no locks, or each node its own, two runs in one folder are not noticed.
-    """
-    file = open(folder / ".lock", "w")
-    try:
-        import fcntl
-        os.register_at_fork(after_in_child=file.close)  # a worker would hold the lock after this process was killed
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_free = os.fstat(file.fileno()).st_nlink > 0  # else removed by a run that has just ended
-    except (OSError, ImportError) as error:  # a disk without locks, or Windows
-        is_free = not isinstance(error, BlockingIOError)
-    if not is_free:
-        file.close()
-        raise ValueError(f"{folder}: another process is at work in it; wait for its end, or choose another folder with --out")
-    return file
-
-
 def is_continued(folder, cfg):
     """
     Whether to continue what the folder holds. Another run is never lost unasked: ValueError.
 
-    With --out an unfinished run of the same settings is continued, so the same command goes on after a crash; torchrun repeats
-    it when it restarts its workers, and then --overwrite, which was meant for an earlier run, does not count.
+    With --out it is an unfinished run of the same settings, so the same command goes on after a crash; torchrun repeats it when
+    it restarts its workers, and then --overwrite, which was meant for an earlier run, does not count.
     """
-    done = steps_done(folder)
+    done = 0
+    with suppress(Exception):  # no checkpoint, or a damaged one, which is named when it is read
+        done = int(torch.load(folder / "state.pt", map_location="meta", weights_only=True)["step"])
     if cfg.resume and done > cfg.steps:
         raise ValueError(f"steps = {cfg.steps}: must be at least {done}, where this run stands")
     if cfg.resume or not has_trained(folder):
         return cfg.resume is not None
-    is_same = holds_same_run(folder, cfg)
+    recorded = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    other = {name for name, value in to_record(cfg).items() if recorded.get(name, "missing") != value} - {"out", "overwrite"}
+    if cfg.guidance is None:
+        other.discard("guidance")  # recorded is the base's own
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if is_same and (restarted or done < cfg.steps and not cfg.overwrite):
+    if not other and (restarted or done < cfg.steps and not cfg.overwrite):
         return True
     if not cfg.overwrite:
-        raise ValueError(f"out {folder}: holds {'a finished' if is_same else 'another'} run; choose another folder, "
+        raise ValueError(f"out {folder}: holds {'another' if other else 'a finished'} run; choose another folder, "
                          f"--resume {folder}, or --overwrite")
     return False
-
-
-def steps_done(folder):
-    """Steps of the newest checkpoint, 0 if there is none; a damaged one is named when it is read."""
-    try:
-        done = torch.load(folder / "state.pt", map_location="meta", weights_only=True)["step"]
-    except Exception:
-        return 0
-    return done if isinstance(done, int) else 0
 
 
 def has_trained(folder):
     """Whether the folder holds a run that has done a step; without one, nothing is lost when it is replaced."""
     return (folder / "state.pt").exists() or any(line["step"] > 0 for line in read_metrics(folder / "metrics.jsonl"))
-
-
-def holds_same_run(folder, cfg):
-    """Whether the folder has a run of exactly these settings."""
-    recorded = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    any_will_do = {"out", "overwrite"} | ({"guidance"} if cfg.guidance is None else set())  # recorded is the base's own
-    return all(recorded.get(name, "missing") == value for name, value in to_record(cfg).items() if name not in any_will_do)
 
 
 def clear(folder):

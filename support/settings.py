@@ -3,17 +3,16 @@ Settings: the fields that several scripts share, checks that read as one line, a
 
 Every script has one frozen dataclass, from which tyro makes its command line; a field's docstring is its help.
 """
-import io
 import json
 import math
-from contextlib import redirect_stderr
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import get_type_hints
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
-from tqdm import tqdm
 
 from support.clips import read_list, read_prompt_sets
 from support.files import check_folder, read_json
@@ -62,8 +61,8 @@ class TrainingSettings(RewardSettings):
     preset: tyro.conf.Suppress[str] = "tiny"
     """tiny, modelscope or wan: named first on the command line, not by a flag; it sets the defaults of the others"""
     data: Path | None = None
-    """clips and captions: a list of `path|||caption` lines, a .csv or .jsonl, or a folder of clips with .txt files, links to
-    folders followed; the tiny world draws its own"""
+    """clips and captions: a list of `path|||caption` lines, a .csv or .jsonl, or a folder of clips with .txt files; the tiny
+    world draws its own"""
     data_root: Path | None = None
     """folder that the list's paths start from; default the list's own"""
     max_skip: float = 0.1
@@ -90,8 +89,8 @@ class TrainingSettings(RewardSettings):
     overwrite: bool = False
     """replace the run that --out holds"""
     resume: Path | None = None
-    """continue the run of this folder, with its own settings; --steps may be given anew, and what changes numbers by rounding
-    at most: device, memory, workers, what is saved and shown how often, and early_stop"""
+    """continue the run of this folder, with its own settings; those that change numbers by rounding at most, --steps and
+    --early-stop may be given anew"""
     early_stop: bool = False
     """end at the evaluation at which what is watched has got worse while the reward was up (docs/runs.md)"""
     tensorboard: bool = False
@@ -113,31 +112,26 @@ class TrainingSettings(RewardSettings):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks: ValueError says what was wrong and what is allowed. None means: decided once the model is loaded.
 
-def check_at_least(cfg, **least):
-    """Every named setting is a finite number of at least this, or several, or None; -inf allows any finite one."""
-    for name, smallest in least.items():
-        value = getattr(cfg, name)
+def check_at_least(cfg, *above_zero, **least):
+    """Every named setting is a finite number above 0 or of at least this, or several such, or None; -inf allows any."""
+    for name in (*above_zero, *least):
+        value, smallest = getattr(cfg, name), least.get(name, 0)
         for number in value if isinstance(value, tuple) else (value,):
-            if number is not None and not math.isfinite(number):
-                bound = "" if smallest == -math.inf else f" of at least {smallest}"
-                raise ValueError(f"{name} = {number}: must be a finite number{bound}")
-            if number is not None and number < smallest:
-                raise ValueError(f"{name} = {number}: must be at least {smallest}")
+            if number is not None and not (math.isfinite(number) and number >= smallest and (number or name in least)):
+                bound = f"at least {smallest}" if name in least else "a finite number above 0"
+                raise ValueError(f"{name} = {number}: must be {bound if smallest > -math.inf else 'a finite number'}")
 
 
 def check_positive(cfg, *names):
     """Every named setting is a finite number above 0."""
-    for name in names:
-        if not 0 < getattr(cfg, name) < math.inf:
-            raise ValueError(f"{name} = {getattr(cfg, name)}: must be a finite number above 0")
+    check_at_least(cfg, *names)
 
 
 def check_training(cfg, world_size):
     """What TrainingSettings and the steps and batches of every method must be."""
-    check_at_least(cfg, steps=1, batch_size=1, max_bad_steps=1, save_every=1, cache_interval=1, frames=1, size=1, fps=1, rank=1)
-    check_at_least(cfg, clips_at_once=0, eval_every=0, eval_count=0, workers=0, decode_chunk=0, max_skip=0, warmup=0)
-    check_at_least(cfg, offset_noise=0, lambda_tar=0, guidance=-math.inf)
-    check_positive(cfg, "lr", "clip_grad")
+    check_at_least(cfg, "lr", "clip_grad", steps=1, batch_size=1, max_bad_steps=1, save_every=1, cache_interval=1, frames=1,
+                   size=1, fps=1, rank=1, clips_at_once=0, eval_every=0, eval_count=0, workers=0, decode_chunk=0, max_skip=0,
+                   warmup=0, offset_noise=0, lambda_tar=0, guidance=-math.inf)
     if cfg.compile and cfg.cache_interval > 1:
         raise ValueError(f"compile: cannot be had with cache_interval = {cfg.cache_interval}, as it takes the UNet as a whole")
     if cfg.early_stop and not (cfg.watch and cfg.eval_every):
@@ -176,9 +170,8 @@ GONE = {"keep"}  # settings of earlier versions that changed no number
 
 def parse(argv, presets, description):
     """
-    Command line -> settings. The first word may name one of the presets {name: settings}, else it is the first of them.
-
-    With --resume the run's own settings are the defaults; a flag that would make it another run is a ValueError.
+    Command line -> settings. The first word may name one of the presets {name: settings}, else it is the first of them. With
+    --resume the run's own settings are the defaults; a flag that would make it another run is a ValueError.
     """
     argv = list(argv)
     named = argv.pop(0) if argv and not argv[0].startswith("-") else None
@@ -186,92 +179,76 @@ def parse(argv, presets, description):
         raise ValueError(f"preset {named!r}: must be one of {', '.join(presets)}")
     words = [*chain(*(word.split("=", 1) for word in argv))]
     folder = words[words.index("--resume") + 1] if "--resume" in words[:-1] else None  # before the rest can be parsed
-    if not folder:
-        defaults = presets[named or next(iter(presets))]
-        cfg = tyro.cli(type(defaults), args=argv, default=defaults, description=description)
-        if named is None and cfg.base != defaults.base:
-            raise ValueError(f"base {cfg.base}: comes without settings for training; name a preset first, {' or '.join(presets)}")
-        check_kept(cfg, defaults)
+    saved = read_settings(Path(folder), presets) if folder else None
+    defaults = saved or presets[named or next(iter(presets))]
+    flags = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv}
+    hints = get_type_hints(type(defaults), include_extras=True)
+    emptied = {name: () for name in hints.keys() & flags if "UseAppendAction" in str(hints[name])}  # else these are added to
+    cfg = tyro.cli(type(defaults), args=argv, default=replace(defaults, **emptied), description=description)
+    if saved:
+        old, new = to_record(saved), to_record(cfg)
+        changed = [name for name in old if old[name] != new[name] and name not in MAY_CHANGE]
+        if named not in (None, saved.preset):
+            changed.append("preset")
+        if changed:
+            raise ValueError(f"resume {folder}: {', '.join(changed)} would make it another run; only "
+                             f"{', '.join(sorted(MAY_CHANGE))} may change")
         return cfg
 
-    saved, defaults = saved_flags(Path(folder), presets)
-    before = tyro.cli(type(defaults), args=[*chain(*saved.values())], default=defaults, description=description)
-    given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv}
-    kept = [words for name, words in saved.items() if name not in given]  # what is given replaces the run's, repeatable flags too
-    after = tyro.cli(type(defaults), args=[*chain(*kept), *argv], default=defaults, description=description)
-    old, new = to_record(before), to_record(after)
-    changed = [name for name in old if old[name] != new[name] and name not in MAY_CHANGE]
-    if named not in (None, before.preset):
-        changed.append("preset")
-    if changed:
-        raise ValueError(f"resume {folder}: {', '.join(changed)} would make it another run; only "
-                         f"{', '.join(sorted(MAY_CHANGE))} may change")
-    return replace(after, resume=Path(folder))
-
-
-def check_kept(cfg, defaults):
-    """ValueError unless config.json can give back all settings, a method's own too: a run must not begin that cannot go on."""
-    hints = get_type_hints(type(cfg))
+    if named is None and cfg.base != defaults.base:
+        raise ValueError(f"base {cfg.base}: comes without settings for training; name a preset first, {' or '.join(presets)}")
     for parent in type(cfg).__mro__[1:]:
         for name, hint in get_type_hints(parent).items():
-            if hints[name] != hint:
+            if get_type_hints(type(cfg))[name] != hint:
                 raise ValueError(f"setting {name}: {parent.__name__} has one of this name and of another type; rename yours")
-
-    record = to_record(cfg)
-    flags = to_flags(record, defaults)
-    if str(read_back(flags, defaults)) != str(record):  # as text, since nan is not equal to itself
-        lost = [name for name in flags if str(read_back({name: flags[name]}, defaults).get(name)) != str(record[name])]
-        raise ValueError(f"settings {', '.join(lost)}: cannot be read back from config.json, so the run could not be continued; "
-                         "a setting must be a number, a word, a path, None, or a tuple of such")
+    from_record(json.loads(json.dumps(asdict(cfg), default=str)), type(cfg))  # a run must not begin that cannot go on
+    return cfg
 
 
-def read_back(flags, defaults):
-    """The record of the settings with these flags, {} if they cannot be parsed."""
-    try:
-        with redirect_stderr(io.StringIO()):
-            return to_record(tyro.cli(type(defaults), args=[*chain(*flags.values())], default=defaults))
-    except SystemExit:
-        return {}
-
-
-def saved_flags(folder, presets):
-    """to_flags of a run's config.json, and the preset whose settings they change."""
+def read_settings(folder, presets):
+    """The settings of a run folder's config.json; those that came later have defaults. ValueError if it is another method's."""
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"resume {folder}: holds no run (no config.json)")
     saved = read_json(file)
     if "grad_accum" in saved or isinstance(saved.get("reward", []), str):
         raise ValueError(f"resume {folder}: a run of an early version; continue it with that version, or start it anew")
-    defaults = presets.get(saved.get("preset"), next(iter(presets.values())))
-    known = to_record(defaults).keys()
+    defaults = presets.get(str(saved.get("preset")), next(iter(presets.values())))
+    known = to_record(defaults)
     for name in GONE & saved.keys():
-        tqdm.write(f"{file}: {name} = {saved.pop(name)} is no setting any more, and changes nothing")
-    unknown = sorted(saved.keys() - known)
-    missing = sorted({"steps", "prompts_train"} & known - saved.keys())  # settings that came later have defaults
-    if unknown or missing:
-        wrong = f"not known: {', '.join(unknown)}" if unknown else f"missing: {', '.join(missing)}"
-        raise ValueError(f"{file}: not the settings of this method or version; {wrong}")
-    return to_flags(saved, defaults), defaults
+        print(f"{file}: {name} = {saved.pop(name)} is no setting any more, and changes nothing")
+    for word, names in (("not known", saved.keys() - known.keys()),
+                        ("missing", {"steps", "prompts_train"} & known.keys() - saved.keys())):
+        if names:
+            raise ValueError(f"{file}: not the settings of this method or version; {word}: {', '.join(sorted(names))}")
+    return from_record(known | saved, type(defaults))
 
 
-def to_flags(record, defaults):
-    """{setting: its flag's words on a command line} of a record, for all that differ from the defaults."""
-    flags = {}
-    types = get_type_hints(type(defaults), include_extras=True)
-    for name, default in to_record(defaults).items():
-        flag = f"--{name.replace('_', '-')}"
-        value = record.get(name, default)
-        if value == default:
-            continue
-        if isinstance(default, bool):
-            flags[name] = [flag if value else flag.replace("--", "--no-", 1)]
-        elif not isinstance(value, list):
-            flags[name] = [f"{flag}={value}"]
-        elif "UseAppendAction" in str(types[name]):  # repeatable
-            flags[name] = [f"{flag}={item}" for item in value]
-        else:
-            flags[name] = [flag, *map(str, value)]
-    return flags
+def from_record(value, hint):
+    """What JSON holds, as its type has it: lists become tuples, words paths. hint: a class of settings, or the type of one."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if is_dataclass(hint):
+        settings, wrong = {}, []
+        for name, hint_of_name in get_type_hints(hint).items():
+            try:
+                settings[name] = from_record(value[name], hint_of_name)
+            except TypeError:
+                wrong.append(name)
+        if wrong:
+            raise ValueError(f"settings {', '.join(wrong)}: cannot be read back from config.json, so the run could not be "
+                             "continued; each must be of its type: a number, a word, a path, None, or a tuple of such")
+        return hint(**settings)
+    if kind in (Union, UnionType):
+        for part in parts:  # the first that fits, as on the command line
+            with suppress(TypeError):
+                return from_record(value, part)
+    if kind is tuple and isinstance(value, list):
+        return tuple(from_record(item, parts[0]) for item in value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if type(value) is hint or (hint is float and type(value) is int) or (kind is Literal and value in parts):
+        return value
+    raise TypeError
 
 
 def to_record(cfg):
@@ -280,7 +257,7 @@ def to_record(cfg):
 
     Paths to what is there are absolute, so it can be continued anywhere.
     """
-    record = json.loads(json.dumps(asdict(replace(cfg, resume=None)), default=str))  # tuples become lists, paths words
+    record = json.loads(json.dumps(asdict(replace(cfg, resume=None)), default=str))
     for name in ("data", "data_root", "vae", "text_encoder", "base", "prompts_train"):  # the last is not every method's
         if record.get(name):
             record[name] = absolute(record[name])
