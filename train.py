@@ -328,7 +328,8 @@ def main(argv, module=sys.modules[__name__]):
         base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype, device, cfg.seed)
         if cfg.guidance is None:
             cfg = replace(cfg, guidance=base.guidance)  # recorded with the run
-        parameters = lora.load_beside(base.network, base.network_file, cfg.rank)
+        file = base.network_file
+        parameters = file and lora.load_beside(base.network, file, cfg.rank)
         generator = ranks.sample_generator(cfg.seed, "lora")
         parameters = parameters or lora.inject(base.network, cfg.rank, None, generator)
         rewards = load_rewards(cfg, base.folder, dtype, device)
