@@ -196,7 +196,7 @@ def test_the_core_explains_itself():
 
 
 def test_little_runs_before_the_loop(tmp_path, few_clips):
-    """Functions of ours from main to load_base, and to the loop: but for constructors, networks, names of tensors, tiny, bases."""
+    """Functions of ours from main to load_base, and to the loop; no constructors, networks, names of tensors, tiny, bases."""
     seen = []
 
     def note(frame, event, argument):
