@@ -7,7 +7,7 @@ InstructVideo in one step: noise a real clip part of the way, and score what one
 Paper: InstructVideo (arXiv:2312.12490), Sec. 3.2.1, taken to its limit. The edit makes tau D calls
 to come back from t_noi; the network's guess of z_0 at t_noi is where the first of them points.
 
-Against train.py: (1) one call with gradient, and none without: a quarter of the work; (2) the noise
+Against train.py: (1) one call with gradient, and none without: a fifth of the work; (2) the noise
 level is drawn anew for each clip, from round(tau_low D) to round(tau_high D); (3) what is scored is
 the guessed z_0, which is smoother than an edit. It was there before: the reward half of T2V-Turbo
 (arXiv:2405.18750), ReFL on noised clips, Direct-Align of SRPO (arXiv:2509.06942) with its second
