@@ -15,8 +15,7 @@ Ours differs from the official trainer (tools/train/train_t2v_instructvideo_entr
 (3) the model is in eval mode, the reward frozen; (4) gradients are clipped, steps that are not
 finite are skipped; (5) no EMA; (6) a run can be interrupted and continued at any step.
 
-Letters: B clips, F frames, S segments, C channels, h and w latent rows and columns, N text tokens,
-E their width.
+Letters: B clips, F frames, S segments, C channels, h, w latent rows, columns, N tokens of width E.
 """
 import support.threads  # noqa: F401  before torch is loaded
 import math
@@ -326,6 +325,7 @@ def main(argv, module=sys.modules[__name__]):
         # 1. What is frozen, and the adapters.
         dtype = ranks.pick_dtype(cfg.dtype, device)
         base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype, device, cfg.seed)
+        base.chain_predict(cfg.cache_interval)  # refuses what the base cannot do
         if cfg.guidance is None:
             cfg = replace(cfg, guidance=base.guidance)  # recorded with the run
         file = base.network_file

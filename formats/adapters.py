@@ -98,6 +98,8 @@ def read_adapter(path, config=None):
 
 def read_peft(folder):
     """The tensors of a PEFT folder and what its settings record; ValueError unless it is plain LoRA on the base's own weights."""
+    if not (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder}: no adapter here; expected lora.safetensors, or adapter_config.json of a PEFT folder")
     settings = read_json(folder / "adapter_config.json")
     for key, value in settings.items():
         if value and key not in PEFT_FREE and value not in PEFT_PLAIN.get(key, ()):

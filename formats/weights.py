@@ -34,15 +34,15 @@ def find_base_file(base, given):
     (name of the file of bases/ that knows a base, its file or folder here; None for untrained weights), by its own configuration.
     given: paths that are taken for some of its parts.
     """
+    for path in given:  # before the base, which may be a download of gigabytes
+        if path and not Path(path).exists():
+            raise ValueError(f"{path}: no such file or folder")
     if base.partition(":")[0] == "random":
         return "modelscope", None
     if base.startswith("random-"):
         if base.removeprefix("random-") not in NETWORKS.values():
             raise ValueError(f"base {base!r}: must be one of random, random:WIDTH, random-{', random-'.join(NETWORKS.values())}")
         return base.removeprefix("random-"), None
-    for path in given:  # before the base, which may be a download of gigabytes
-        if path and not Path(path).exists():
-            raise ValueError(f"{path}: no such file or folder")
     path = find_base(base)
     config = path / "transformer/config.json"
     if not config.is_file():
@@ -123,5 +123,5 @@ def from_hub(repo):
     except Exception:  # not cached
         pass
     raise ValueError(f"base {repo!r}: no file or folder of that name here, and the hub's cannot be downloaded ({reason}); put "
-                     "the folders unet, vae and text_encoder of that repository, with config.json and a .safetensors or .bin in "
-                     "each, into one folder and give that as --base")
+                     "the folders of that repository, with config.json and a .safetensors or .bin in each, into one folder and "
+                     "give that as --base")

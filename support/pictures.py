@@ -173,6 +173,8 @@ def draw_curves(lines, reward_name, path, watched=(), turn=None):
         changing = {name: values for name, values in series.items() if len(values) == 1 or np.unique(values).size > 1}
         if changing:
             shown[title] = changing
+    if not shown:  # nothing has changed yet, or nothing is finite
+        return
 
     figure, axes = new_figure(len(shown), 2, (5, 3.6))
     for axis, (title, series) in zip(axes, shown.items()):

@@ -316,11 +316,13 @@ def train_and_report(run, train):
 
 def print_end(run):
     """Where the adapter is, two commands that go on from it, and how an early end is overruled."""
-    adapter, model = shlex.quote(str(run.folder / "lora.safetensors")), ""
-    for flag, value in (("base", run.cfg.base), ("vae", run.cfg.vae), ("text-encoder", run.cfg.text_encoder)):
-        if value not in (None, "tiny"):  # the defaults
-            model += f" --{flag} {shlex.quote(value)}"
-    print(f"adapter: {adapter}\nnext: python generate.py{model} --lora {adapter} --prompt 'a red circle moving left'\n"
+    adapter, flags, cfg = shlex.quote(str(run.folder / "lora.safetensors")), "", run.cfg
+    for flag, value, default in (("base", cfg.base, "tiny"), ("vae", cfg.vae, None), ("text-encoder", cfg.text_encoder, None),
+                                 ("frames", cfg.frames, 16), ("height", cfg.size, None), ("fps", cfg.fps, 8)):
+        if value != default:
+            flags += f" --{flag} {shlex.quote(str(value))}"
+    prompts = sum(run.evaluations.prompts.values(), []) or ["a red circle moving left"]
+    print(f"adapter: {adapter}\nnext: python generate.py{flags} --lora {adapter} --prompt {shlex.quote(prompts[0])}\n"
           f"      python report.py {shlex.quote(str(run.folder))}")
     if run.step < run.cfg.steps:
         print(f"ended early; to go on: the same command with --resume {run.folder} --no-early-stop")

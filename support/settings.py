@@ -29,7 +29,7 @@ BASES = {
 class ModelSettings:
     """Which text-to-video model, where and how precise."""
     base: str = "tiny"
-    """the text-to-video model: tiny, a folder, a file, a hub id, or random (random:64 is a small one)"""
+    """the text-to-video model: tiny, a folder, a file, a hub id, or random (random:64 and random-wan are small)"""
     vae: str | None = None
     """another autoencoder than the base's"""
     text_encoder: str | None = None

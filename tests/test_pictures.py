@@ -120,3 +120,11 @@ def test_the_judges_score_is_the_mean_of_six():
         assert "judge" not in table
         tables.add_judge(watched, table, {"motion": torch.tensor([.2, .6])})
     torch.testing.assert_close(table["judge"], torch.tensor([(1 + 1 + 0 + .9 + .9 + .25) / 6, (0 + 1 + 1 + .5 + .7 + 1) / 6]))
+
+
+def test_a_run_in_which_nothing_changes_has_no_curves(tmp_path):
+    """As one of a reward that is never finite: its numbers are null."""
+    lines = [{"step": 1, "reward": None}, {"step": 1, "eval": {"a": {"reward_mean": None, "reward_std": None, "n": 1}}},
+             {"step": 2, "eval": {"a": {"reward_mean": None, "reward_std": None, "n": 1}}}]
+    pictures.draw_curves(lines, "mine", tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()

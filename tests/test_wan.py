@@ -234,5 +234,11 @@ def test_a_folder_is_read_and_what_is_missing_is_named(base, tmp_path):
     (folder / "vae/config.json").unlink()
     with pytest.raises(ValueError, match="no vae/config.json"):
         load_base(str(folder))
+    with pytest.raises(ValueError, match="nowhere: no such file or folder"):
+        load_base("random-wan", vae="nowhere")
+
+
+def test_what_a_base_cannot_do_is_refused_before_clips_are_read(world):
     with pytest.raises(ValueError, match="cache_interval = 2: DeepCache needs a UNet"):
-        base.chain_predict(2)
+        train.main(["wan", *FLAGS, "--data", "clips.txt", "--cache-interval", "2", "--out", "refused"])
+    assert not Path("refused").exists()
