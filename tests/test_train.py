@@ -388,10 +388,11 @@ def test_it_ends_by_printing_before_and_after(whole):
     folder, said = whole
     first, last = (line["eval"]["new"]["reward_mean"] for line in (metrics(folder)[0], metrics(folder)[-1]))
     assert f"new        {first:.4f} -> {last:.4f}   {last - first:+.4f} ± undefined   n 1   watermark " in said
+    prompt = train.prompt_sets(load_base("tiny"), (), 1)["in_domain"][0]
     assert said.splitlines()[-5:] == [
         f"picture: {folder}/before_after.png", f"moving picture: {folder}/before_after.gif",
         f"adapter: {folder}/lora.safetensors",
-        f"next: python generate.py --lora {folder}/lora.safetensors --prompt 'a red circle moving left'",
+        f"next: python generate.py --frames 4 --lora {folder}/lora.safetensors --prompt '{prompt}'",
         f"      python report.py {folder}"]
     assert "HPStiny of videos from pure noise" in said
 
