@@ -25,7 +25,7 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
-from bases.diffusers_base import DiffusersBase, decode_in_order, frozen, load_parts
+from bases.diffusers_base import DiffusersBase, decode_in_order, find_parts, frozen, load_parts
 from model import sample_posterior
 from sampler import Levels, alpha_bars
 from support.files import read_json
@@ -100,7 +100,7 @@ class CogVideoX(DiffusersBase):
     def predict(self, z_t, level, text):
         """z_0 and eps in z_t (B,C,f,h,w) at level (t, alpha, sigma), in z_t's dtype; text (B,N,E). t says what alpha and sigma
         the network was trained at; those of a chain differ from them if its D does not divide 1000 (see `levels`)."""
-        t = torch.as_tensor(level[0], device=z_t.device).expand(len(z_t))                        # (B,)
+        t = torch.as_tensor(level[0], device=z_t.device).expand(len(z_t)).long()                 # (B,)
         alpha, sigma = [root.to(z_t.dtype) for root in self.at(t)]
         v = self.network(z_t.transpose(1, 2).to(self.dtype), text.to(self.dtype), t, return_dict=False,
                          image_rotary_emb=self.rotation(z_t))[0]                                # (B, f, C, h, w)
@@ -163,8 +163,8 @@ def load(base, folder, vae, text_encoder, dtype, device):
     schedule = expect(folder / "scheduler/scheduler_config.json", SCHEDULE)
     betas = {name: schedule[name] for name in ("beta_start", "beta_end") if name in schedule}
     alpha_bar = signal_power(schedule.get("snr_shift_scale", SNR_SHIFT), **betas)
-    classes = CogVideoXTransformer3DModel, AutoencoderKLCogVideoX, T5EncoderModel
-    parts = load_parts(base, folder, vae, text_encoder, dtype, device, classes)
+    folders = find_parts(base, folder, vae, text_encoder)
+    parts = load_parts(folders, (CogVideoXTransformer3DModel, AutoencoderKLCogVideoX, T5EncoderModel), dtype, device)
     return CogVideoX(*parts, name=base, folder=folder, alpha_bar=alpha_bar)
 
 

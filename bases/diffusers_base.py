@@ -128,28 +128,24 @@ def decode_in_order(decode, parts, part_of, context, memory=None):
     return frames
 
 
-def load_parts(base, folder, vae, text_encoder, dtype, device, classes):
+def find_parts(base, folder, vae, text_encoder):
     """
-    Network, autoencoder, tokenizer and text tower of a diffusers folder; the last two are None where there is no text tower.
+    Folders of a base's network, autoencoder, tokenizer and text tower; the last two are None where there is no text tower.
 
-    classes: of the three that have weights. ValueError for a part that is missing, before any is read. See model.load_base.
+    vae, text_encoder: folders to take instead. ValueError for a part, or a file of its weights, that is missing.
     """
     vae_folder, text_folder = [Path(path or folder / part) for path, part in ((vae, "vae"), (text_encoder, "text_encoder"))]
     if not (vae_folder / "config.json").is_file():
         raise ValueError(f"{base}: no vae/config.json; expected a diffusers folder with transformer/ and vae/")
     tokenizer_folder = text_folder.parent / "tokenizer"
-    has_text = (text_folder / "config.json").is_file()
-    if has_text and not tokenizer_folder.is_dir():
+    if not (text_folder / "config.json").is_file():
+        tokenizer_folder = text_folder = None
+    elif not tokenizer_folder.is_dir():
         raise ValueError(f"{tokenizer_folder}: no such folder; a text encoder's tokenizer is expected beside it")
-    for part in (folder / "transformer", vae_folder, *[text_folder] * has_text):
-        check_weights(part)
-
-    network = read_part(classes[0], folder / "transformer", device, torch_dtype=dtype)
-    autoencoder = read_part(classes[1], vae_folder, device, torch_dtype=torch.float32)
-    if not has_text:
-        return network, autoencoder, None, None
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-    return network, autoencoder, tokenizer, read_part(classes[2], text_folder, device, dtype=dtype)
+    for part in (folder / "transformer", vae_folder, text_folder):
+        if part is not None:
+            check_weights(part)
+    return folder / "transformer", vae_folder, tokenizer_folder, text_folder
 
 
 def check_weights(folder):
@@ -169,6 +165,17 @@ def read_part(of_class, folder, device, **dtype):
     if missing := sorted(found["missing_keys"]):
         raise ValueError(f"{folder}: {len(missing)} tensors missing ({first_names(missing)})")
     return frozen(part, device)
+
+
+def load_parts(folders, classes, dtype, device):
+    """What lies in the folders of find_parts, frozen. classes: of the three parts that have weights. All is float32 but network
+    and text tower."""
+    network = read_part(classes[0], folders[0], device, torch_dtype=dtype)
+    autoencoder = read_part(classes[1], folders[1], device, torch_dtype=torch.float32)
+    if folders[3] is None:
+        return network, autoencoder, None, None
+    tokenizer = AutoTokenizer.from_pretrained(folders[2], local_files_only=True)
+    return network, autoencoder, tokenizer, read_part(classes[2], folders[3], device, dtype=dtype)
 
 
 def frozen(part, device):

@@ -25,7 +25,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from bases.diffusers_base import DiffusersBase, decode_in_order, frozen, load_parts
+from bases.diffusers_base import DiffusersBase, decode_in_order, find_parts, frozen, load_parts
 from sampler import Levels
 from support.files import read_json
 from support.settings import BASES
@@ -148,9 +148,10 @@ def clean(caption):
 
 def load(base, folder, vae, text_encoder, dtype, device):
     """Of a diffusers folder, as WanPipeline.save_pretrained writes it. See model.load_base. A base without text tower loads."""
+    folders = find_parts(base, folder, vae, text_encoder)
     shift = read_shift(folder / "scheduler/scheduler_config.json")
-    classes = WanTransformer3DModel, AutoencoderKLWan, UMT5EncoderModel
-    return Wan(*load_parts(base, folder, vae, text_encoder, dtype, device, classes), name=base, folder=folder, shift=shift)
+    parts = load_parts(folders, (WanTransformer3DModel, AutoencoderKLWan, UMT5EncoderModel), dtype, device)
+    return Wan(*parts, name=base, folder=folder, shift=shift)
 
 
 def read_shift(path):

@@ -19,7 +19,7 @@ def to_published(tensors, scale, program):
     for name, tensor in tensors.items():
         match = OURS.fullmatch(name)
         if not match:
-            raise ValueError(f"{name}: is no layer of a transformer; --to {program} is for those of Wan and CogVideoX, --to peft for others")
+            raise ValueError(f"{name}: is no transformer's; --to {program} is for Wan and CogVideoX, --to peft for others")
         path, half = match.groups()
         stem = f"transformer.{path}"
         if program == "comfyui":
