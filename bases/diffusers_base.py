@@ -6,6 +6,7 @@ Letters: B clips, C latent channels, F frames, f latents in time, h and w latent
 """
 from pathlib import Path
 
+import sentencepiece
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer
@@ -174,8 +175,20 @@ def load_parts(folders, classes, dtype, device):
     autoencoder = read_part(classes[1], folders[1], device, torch_dtype=torch.float32)
     if folders[3] is None:
         return network, autoencoder, None, None
-    tokenizer = AutoTokenizer.from_pretrained(folders[2], local_files_only=True)
-    return network, autoencoder, tokenizer, read_part(classes[2], folders[3], device, dtype=dtype)
+    return network, autoencoder, read_tokenizer(folders[2]), read_part(classes[2], folders[3], device, dtype=dtype)
+
+
+def read_tokenizer(folder):
+    """
+    A folder's tokenizer. T5's published ones have spiece.model alone. What sentencepiece brings to look into that file needs a
+    later protobuf than hpsv2 lets in; transformers has the same for the earlier one, but does not take it by itself.
+    """
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError:
+        from transformers.utils import sentencepiece_model_pb2
+        sentencepiece.sentencepiece_model_pb2 = sentencepiece_model_pb2
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def frozen(part, device):

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from conftest import assert_same_run, metrics
 from diffusers import (
@@ -19,6 +20,7 @@ import lora
 import sampler
 import train
 from bases import cogvideox
+from bases.diffusers_base import read_tokenizer
 from formats import adapters
 from model import load_base
 from support.videos import write_video
@@ -288,6 +290,18 @@ def test_a_folder_is_read(base_5b, folder):
     assert_near(loaded.decode_frames(noise), base_5b.decode_frames(noise))
     with pytest.raises(ValueError, match="has no text encoder"):
         loaded.encode_text(["a cat"])
+
+
+def test_a_tokenizer_is_read_of_the_published_folders_one_file(tmp_path):
+    texts = tmp_path / "texts"
+    texts.write_text("a dog rides a bike\nthe quick brown fox\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(input=str(texts), model_prefix=str(tmp_path / "spiece"), vocab_size=24, pad_id=0,
+                                             eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 4}))
+    words = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
+    tokenizer = read_tokenizer(tmp_path)
+    for caption in ("a dog  rides", "the \ufb01fth bike", ""):
+        assert tokenizer(caption).input_ids == [*words.encode(caption), 1]
 
 
 def change(path, **values):
