@@ -97,7 +97,7 @@ class DiffusersBase:
         if index is None:
             index = torch.arange(4 * z.shape[2] - 3).expand(len(z), -1)
         decoded = [self.decode_clip(of_clip, frames) for of_clip, frames in zip(z.split(1), index.tolist())]
-        return (torch.stack(decoded) / 2 + .5).to(z.dtype)
+        return torch.stack(decoded).to(z.dtype) / 2 + .5
 
     def fingerprints(self):
         """Of the autoencoder, and of the text tower: their weights and precision."""
@@ -169,8 +169,7 @@ def read_part(of_class, folder, device, **dtype):
 
 
 def load_parts(folders, classes, dtype, device):
-    """What lies in the folders of find_parts, frozen. classes: of the three parts that have weights. All is float32 but network
-    and text tower."""
+    """What lies in the folders of find_parts, frozen. classes: of the three that have weights. The autoencoder is float32."""
     network = read_part(classes[0], folders[0], device, torch_dtype=dtype)
     autoencoder = read_part(classes[1], folders[1], device, torch_dtype=torch.float32)
     if folders[3] is None:

@@ -189,6 +189,19 @@ def test_gradient_reaches_the_chunks_of_the_context_and_is_the_decoders_own(base
         base.checkpoint_activations(False)
 
 
+def test_a_lower_precision_is_the_networks_and_the_decoders(base):
+    low = load_base("random-cogvideox", dtype=torch.bfloat16)
+    plain = load_base("random-cogvideox")
+    z, text, level = noise_like(base).requires_grad_(), base.encode_text(["a cat"]), (500, .5, .5)
+    assert [part.conv_in.conv.weight.dtype for part in (low.vae.encoder, low.vae.decoder)] == [torch.float32, torch.bfloat16]
+    frames = low.decode_frames(z)
+    for ours, theirs in zip([*low.predict(z, level, text), frames], [*plain.predict(z, level, text), plain.decode_frames(z)]):
+        assert ours.dtype == torch.float32
+        assert 0 < (ours - theirs).norm() / theirs.norm() < .03
+    frames.sum().backward()
+    assert z.grad.isfinite().all() and z.grad.any()
+
+
 # ------------------------------------------------------- Training ---------------------------------------------------------
 
 FLAGS = ["--base", "random-cogvideox", "--frames", "9", "--size", "32", "--num-steps", "4", "--batch-size", "2",
