@@ -23,7 +23,7 @@ from tqdm import tqdm
 from support.files import check_folder, first_line, read_json, write_text, write_whole
 from support.pictures import choose_comparisons, contact_sheet, draw_curves, versions, write_comparisons, write_png
 from support.ranks import all_gather, catch_signals, is_main_process, on_rank_0, progress, rank_and_size, signalled
-from support.settings import tensorboard_writer, to_record
+from support.settings import to_record
 from support.tables import add_judge, best_step, column, find_turn, json_numbers, or_nan, paired, summary, with_error
 from support.videos import to_pixels, video_name, write_video
 
@@ -53,7 +53,6 @@ class Run:
     step: int = 0
     bad_steps: int = 0
     lines: list = field(default_factory=list)  # of metrics.jsonl
-    board: Any = None  # TensorBoard's writer
 
     def steps(self, optimizer):
         """The steps still to do, with a progress bar; before the first, an evaluation if one is due."""
@@ -91,8 +90,6 @@ class Run:
         (self.folder / "samples").mkdir(exist_ok=True)
         for half_written in [*self.folder.glob(".????????.*"), *self.folder.glob("samples/.????????.*")]:
             half_written.unlink()  # by a killed run
-        if self.cfg.tensorboard:
-            self.board = tensorboard_writer()(self.folder / "tensorboard")
         record = {"data": data, "watched": self.evaluations.watched, "prompts": self.evaluations.prompts,
                   "reward": self.evaluations.reward_name, "versions": versions()}
         write_text(self.folder / "run.json", json.dumps(record, indent=1) + "\n")
@@ -133,12 +130,6 @@ class Run:
         if is_main_process():
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-        if self.board:
-            scalars = {name: value for name, value in line.items() if name not in ("step", "eval")}
-            for set_name, measures in line.get("eval", {}).items():
-                scalars |= {f"eval/{set_name}/{name}": value for name, value in measures.items()}
-            for name, value in scalars.items():
-                self.board.add_scalar(name, or_nan(value), line["step"])
 
     def log_step(self, step, numbers, seconds, finite):
         """A training line; numbers that are not finite become null, since JSON cannot hold them."""
@@ -301,9 +292,6 @@ def train_and_report(run, train):
     except torch.OutOfMemoryError:
         raise RuntimeError("out of memory; these need less: --clips-at-once 1, --decode-chunk 1, --checkpoint-activations, "
                            "--low-memory (docs/gpu.md)") from None
-    finally:
-        if run.board:  # which still holds something back
-            run.board.close()
     if finished or run.evaluations.ended_early():
         run.evaluations.compare()
         if is_main_process():
@@ -493,8 +481,7 @@ def has_trained(folder):
 
 def clear(folder):
     """Remove an earlier run's files, and nothing else; config.json goes last, so an interrupted clear still counts as a run."""
-    for name in ("samples", "tensorboard"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    shutil.rmtree(folder / "samples", ignore_errors=True)
     for pattern in ("state.pt", "state_*.pt", "lora.safetensors", "best.safetensors", "metrics.jsonl", "rewards.jsonl",
                     "round_*.safetensors", "curves.png", "before_after.png", "before_after.gif", "run.json", "config.json"):
         for file in folder.glob(pattern):

@@ -93,8 +93,6 @@ class TrainingSettings(RewardSettings):
     --early-stop may be given anew"""
     early_stop: bool = False
     """end at the evaluation at which what is watched has got worse while the reward was up (docs/runs.md)"""
-    tensorboard: bool = False
-    """also write the metrics for TensorBoard, if it is installed"""
 
     clips_at_once: int = 0
     """clips of a rank's share of the batch that are computed at once, which sets the memory, not the gradient; 0 is all of them.
@@ -140,8 +138,6 @@ def check_training(cfg, world_size):
         raise ValueError(f"batch_size = {cfg.batch_size}: must be a multiple of {world_size}, the number of ranks")
     if world_size > 1 and not (cfg.out or cfg.resume):
         raise ValueError("out: must be given with torchrun, whose restarted workers find their run in it")
-    if cfg.tensorboard:
-        tensorboard_writer()
     if cfg.data is not None:
         if cfg.cache:
             check_folder(cfg.cache_dir, "cache_dir")
@@ -150,22 +146,13 @@ def check_training(cfg, world_size):
         read_prompt_sets(cfg.prompts, cfg.base)
 
 
-def tensorboard_writer():
-    """TensorBoard's class of writers; ValueError where it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("tensorboard is not installed: `pip install tensorboard`, or leave --tensorboard out") from None
-    return SummaryWriter
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line of a script that trains
 
 # What a continued run may have otherwise than it began with: these change its numbers by rounding at most.
 MAY_CHANGE = {"steps", "device", "clips_at_once", "low_memory", "checkpoint_activations", "decode_chunk", "compile", "workers",
-              "cache", "cache_dir", "save_every", "eval_every", "early_stop", "tensorboard"}
-GONE = {"keep"}  # settings of earlier versions that changed no number
+              "cache", "cache_dir", "save_every", "eval_every", "early_stop"}
+GONE = {"keep", "tensorboard"}  # settings of earlier versions that changed no number
 
 
 def parse(argv, presets, description):
@@ -215,7 +202,7 @@ def read_settings(folder, presets):
         raise ValueError(f"resume {folder}: a run of an early version; continue it with that version, or start it anew")
     defaults = presets.get(str(saved.get("preset")), next(iter(presets.values())))
     known = to_record(defaults)
-    for name in GONE & saved.keys():
+    for name in sorted(GONE & saved.keys()):
         print(f"{file}: {name} = {saved.pop(name)} is no setting any more, and changes nothing")
     for word, names in (("not known", saved.keys() - known.keys()),
                         ("missing", {"steps", "prompts_train"} & known.keys() - saved.keys())):
