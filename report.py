@@ -2,6 +2,7 @@
 Look at runs: one page of them, a blind comparison of two models, and what the votes say.
 
     python report.py out/tiny                               # or several: clips, curves, tables, changes
+    python report.py out/tiny tiny/studies/tau.json --open
     python report.py --blind out/tiny@0 out/tiny            # or two folders of generate.py
     python report.py --tally votes-anna.json votes-ben.json
 
@@ -12,6 +13,7 @@ Paper: InstructVideo (arXiv:2312.12490), Table 2 and Appendix D: 100 prompts, 60
 """
 import support.threads  # noqa: F401  before torch is loaded
 import json
+import webbrowser
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +33,7 @@ from support.settings import check_positive
 class Config:
     """Look at runs, compare two models blindly, or count the votes."""
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """run folders, and folders of run folders"""
+    """run folders, folders of run folders, and studies' .json files"""
     blind: tuple[str, str] | None = None
     """two run folders, or folders of generate.py for the same prompts and seeds; FOLDER@STEP: that evaluation, else the last"""
     prompts: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
@@ -42,24 +44,37 @@ class Config:
     """for --tally: the key.json of the comparison; default the one beside the votes, else out/blind/key.json"""
     out: Path | None = None
     """folder of the page; default out/report or out/blind"""
+    open: bool = False
+    """show the page in the browser"""
     max_mb: float = 20.
     """largest size of a page; mail takes hardly more"""
 
 
+def finish(cfg, path, size, words=""):
+    """Say what was written, and open it if asked."""
+    print(f"written: {path} ({size:.1f} MB){words}")
+    if cfg.open:
+        webbrowser.open(path.resolve().as_uri())
+
+
 def report(cfg):
-    """One page of runs."""
+    """One page of runs and studies."""
     folders = []
+    studies = []
     for path in cfg.runs:
         inside = sorted(file.parent for file in path.glob("*/config.json"))
-        if inside and not (path / "config.json").is_file():
+        if path.suffix == ".json":
+            studies.append(run_pages.read_study(path))
+        elif inside and not (path / "config.json").is_file():
             folders += inside  # a folder of run folders is all of them
         else:
             folders.append(path)
     runs = [run_pages.RunFiles(folder) for folder in folders]
     path = (cfg.out or Path("out/report")) / "report.html"
-    size = write_page(path, "report.html", cfg.max_mb, title="Report", runs=runs, parts=run_pages.clip_rows(runs),
-                      changed=run_pages.changed_settings(runs), charts=run_pages.curves(runs), gains=run_pages.gains(runs))
-    print(f"written: {path} ({size:.1f} MB)")
+    size = write_page(path, "report.html", cfg.max_mb, title="Report", runs=runs, studies=studies,
+                      parts=run_pages.clip_rows(runs), changed=run_pages.changed_settings(runs),
+                      charts=run_pages.curves(runs), gains=run_pages.gains(runs))
+    finish(cfg, path, size)
 
 
 def blind(cfg):
@@ -77,8 +92,8 @@ def blind(cfg):
     size = write_page(out / "blind.html", "blind.html", cfg.max_mb, title="Which of the two?", comparison=key["comparison"],
                       pairs=shown, questions=QUESTIONS)
     write_text(out / "key.json", json.dumps(key, indent=1) + "\n")
-    print(f"written: {out / 'blind.html'} ({size:.1f} MB), {len(shown)} prompts; {out / 'key.json'} says whose clips are where: "
-          "keep it from the voters")
+    finish(cfg, out / "blind.html", size,
+           f", {len(shown)} prompts; {out / 'key.json'} says whose clips are where: keep it from the voters")
 
 
 def count_votes(cfg):

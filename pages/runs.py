@@ -139,6 +139,15 @@ def clip_rows(runs):
     return {title: part for title, part in parts.items() if part}
 
 
+def read_study(path):
+    """A study's file, without what it saw while training. ValueError if it is none."""
+    study = read_json(path)
+    rows = [row for row in study.get("rows", []) if row.get("set") != "curve"]
+    if not rows or not all({"label", "set", "measures"} <= row.keys() for row in rows):
+        raise ValueError(f"{path}: not the file of a study (no rows of label, set and measures)")
+    return study | {"name": path.stem, "rows": rows}
+
+
 # ----------------------------------------------------------------------------------------------
 # Two folders for a blind comparison
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 import lora  # noqa: E402
 import train  # noqa: E402
 from model import load_base  # noqa: E402
+from reward import load_reward  # noqa: E402
 from support import run as run_folder  # noqa: E402
 from tiny import clips, world  # noqa: E402
 
@@ -130,14 +131,51 @@ def write_file(path, content, **settings):
     return path
 
 
+def seeded(seed=0):
+    """A generator of its own."""
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=seeded(seed), dtype=dtype)
+
+
+def built(make, seed=0):
+    """A module with seeded weights, frozen."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make().eval().requires_grad_(False)
+
+
 def tuned_base(std=.1, dtype=torch.float32):
     """The tiny base with adapters that change what it does."""
-    base, generator = load_base("tiny", dtype=dtype), torch.Generator().manual_seed(0)
+    base, generator = load_base("tiny", dtype=dtype), seeded()
     lora.inject(base.network, 4, generator=generator)
     with torch.no_grad():
         for layer in lora.layers(base.network).values():
             layer.lora_B.normal_(std=std, generator=generator)
     return base
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """(base with adapters that do something, reward, the empty caption's features)."""
+    base = tuned_base(.05)
+    return base, load_reward(base_folder=base.folder), base.encode_text([""])
+
+
+CAPTIONS = ["a red circle moving left", "a green square moving up"]
+
+
+def inputs(base, seed=0):
+    """(noise, text, g, captions) of two videos of four frames."""
+    noise = torch.randn(2, 4, 4, *base.latent_shape(4, 32, 32)[2:], generator=seeded(seed))
+    return noise, base.encode_text(CAPTIONS), torch.tensor([[0, 3], [1, 2]]), CAPTIONS
+
+
+def gradient(base, R):
+    """Gradient of R's sum in the adapters, as one vector."""
+    return torch.cat([p.flatten() for p in torch.autograd.grad(R.sum(), lora.parameters(base.network))])
 
 
 def write_adapter(path):
@@ -169,3 +207,5 @@ def assert_same_run(a, b):
     assert listing(a) == listing(b)
     for path in Path(b).glob("*.safetensors"):
         assert same_tensors(Path(a) / path.name, path), path.name
+    if (Path(b) / "rewards.jsonl").is_file():  # DDPO's
+        assert (Path(a) / "rewards.jsonl").read_text() == (Path(b) / "rewards.jsonl").read_text()

@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -360,13 +360,6 @@ def test_a_wrong_value_ends_a_script_with_a_line_and_leaves_nothing(name, argv, 
     assert sorted(Path().rglob("*")) == before
 
 
-def test_a_process_of_its_own_says_the_same():
-    command = [sys.executable, ROOT / "generate.py", "--prompt", "x", "--frames", "0"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "generate.py: frames = 0: must be at least 1\n"
-
-
 def test_a_script_draws_and_writes_whatever_a_notebook_or_the_locale_has_set():
     code = ("from pathlib import Path; from support import files, pictures, ranks\n"
             "def main():\n"
@@ -379,10 +372,3 @@ def test_a_script_draws_and_writes_whatever_a_notebook_or_the_locale_has_set():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ | odd | {"PYTHONPATH": str(ROOT)})
     assert (done.returncode, done.stdout) == (0, b"\\u732b\n"), done.stderr
     assert listing() == ["figure.png", "words.txt"] and Path("words.txt").read_bytes() == "猫".encode()
-
-
-@pytest.mark.parametrize("config", [train.Config, generate.Config, evaluate.Config], ids=lambda c: c.__module__)
-def test_help_lists_every_option_but_the_preset_which_is_a_word(config, capfd):
-    assert script(f"{config.__module__}.py", "--help") == 0
-    said = capfd.readouterr().out
-    assert all(f"--{field.name.replace('_', '-')}" in said for field in fields(config) if field.name != "preset")

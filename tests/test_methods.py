@@ -7,23 +7,21 @@ import ast
 import importlib.util
 import json
 import math
-import multiprocessing
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import types
 from dataclasses import fields, replace
 from pathlib import Path
 
-import imageio.v3 as iio
-import numpy as np
 import pytest
 import torch
+from conftest import CAPTIONS, ROOT, assert_same_run, gradient, inputs, metrics, write_footage
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file
+from test_ranks import two_ranks
 
 import lora
 import sampler
@@ -31,29 +29,12 @@ import train
 from formats.tensors import fingerprint
 from methods import common, ddpo, dpo, draft, refl, rwr, vader
 from model import load_base
-from reward import load_reward
-from support import run as run_folder, settings
+from support import ranks as processes, run as run_folder, settings
 
-ROOT = Path(__file__).resolve().parent.parent
 METHODS = {"draft": draft, "refl": refl, "vader": vader, "ddpo": ddpo, "rwr": rwr, "dpo": dpo}
 SHORT = ["--device", "cpu", "--batch-size", "2", "--num-steps", "2", "--frames", "4", "--segments", "2", "--eval-every", "0"]
 MORE = {"ddpo": ["--updates", "2"], "rwr": ["--rounds", "2", "--videos", "4"], "dpo": ["--rounds", "2", "--pairs", "2"]}
 pytestmark = pytest.mark.usefixtures("aside")
-
-
-@pytest.fixture(scope="module")
-def parts():
-    """(base with adapters that do something, reward, the empty caption's features)."""
-    base = load_base("tiny")
-    g = torch.Generator().manual_seed(0)
-    lora.inject(base.network, 4, generator=g)
-    with torch.no_grad():
-        for layer in lora.layers(base.network).values():
-            layer.lora_B.normal_(std=.05, generator=g)
-    return base, load_reward(base_folder=base.folder), base.encode_text([""])
-
-
-CAPTIONS = ["a red circle moving left", "a green square moving up"]
 
 
 def config(module, **changes):
@@ -63,18 +44,6 @@ def config(module, **changes):
 def of(module, cfg, base, reward):
     """The method as train.train takes it, with this folder for what it keeps."""
     return module.method(cfg, base, reward, Path())
-
-
-def inputs(base, seed=0):
-    """(noise, text, g, captions) of two videos of four frames."""
-    g = torch.Generator().manual_seed(seed)
-    return (torch.randn(2, 4, 4, *base.latent_shape(4, 32, 32)[2:], generator=g), base.encode_text(CAPTIONS),
-            torch.tensor([[0, 3], [1, 2]]), CAPTIONS)
-
-
-def gradient(base, R):
-    """Gradient of R's sum in the adapters, as one vector."""
-    return torch.cat([p.flatten() for p in torch.autograd.grad(R.sum(), lora.parameters(base.network))])
 
 
 def apart(a, b):
@@ -532,21 +501,6 @@ def run(name, *argv):
     return train.main([*map(str, argv)], METHODS[name])
 
 
-def metrics(folder):
-    lines = [json.loads(text) for text in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
-
-
-def assert_same_files(a, b):
-    """The same files; tensors and rewards bit for bit."""
-    assert sorted(path.name for path in Path(a).iterdir()) == sorted(path.name for path in Path(b).iterdir())
-    for path in Path(b).glob("*.safetensors"):
-        x, y = load_file(Path(a, path.name)), load_file(path)
-        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in y), path.name
-    if Path(b, "rewards.jsonl").is_file():
-        assert Path(a, "rewards.jsonl").read_text() == Path(b, "rewards.jsonl").read_text()
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_a_mix_with_a_video_reward_trains_by_every_method(name):
     """Image rewards see the method's own frames, video rewards whole clips in order; both are logged beside their sum."""
@@ -590,8 +544,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(name, monkeypatch, capsys):
     assert "stopped; to go on: the same command with --resume run" in capsys.readouterr().out
     assert torch.load("run/state.pt", weights_only=True)["step"] == saved_at
     assert run(name, "--resume", "run") == 0
-    assert metrics("run") == metrics("whole") and [line["step"] for line in metrics("run")] == [*range(1, steps + 1)]
-    assert_same_files("run", "whole")
+    assert_same_run("run", "whole")
+    assert [line["step"] for line in metrics("run")] == [*range(1, steps + 1)]
     # It has learned something, and the frozen base has not.
     assert any(v.any() for k, v in load_file("run/lora.safetensors").items() if "lora_B" in k)
     fresh = load_base("tiny")
@@ -619,8 +573,7 @@ def test_killed_in_the_middle_of_a_round(name, monkeypatch):
             run(name, *flags, "--out", "run")
     assert torch.load("run/state.pt", weights_only=True)["step"] == more[-1] and metrics("run")[-1]["step"] == 3
     assert run(name, "--resume", "run") == 0
-    assert metrics("run") == metrics("whole")
-    assert_same_files("run", "whole")
+    assert_same_run("run", "whole")
 
 
 def test_a_signal_while_a_round_is_sampled_leaves_no_round(monkeypatch):
@@ -677,34 +630,14 @@ def test_a_batch_is_the_same_on_one_rank_and_on_two(parts, monkeypatch, name):
     assert len({fingerprint({"z": z}) for z in whole[0]}) == 4  # and all of them differ
 
 
-def be_rank(name, argv, rank, port):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
-    try:
-        status = train.main(argv, METHODS[name])
-    finally:
-        torch.distributed.destroy_process_group()
-    sys.exit(status)
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_two_real_ranks_give_what_one_gives(name):
     flags = [*map(str, [*SHORT, *MORE.get(name, []), "--steps", 2, "--batch-size", 4, "--lr", "1e-3", "--warmup", 0])]
     assert run(name, *flags, "--out", "one") == 0
-    port, start = free_port(), multiprocessing.get_context("spawn")
-    ranks = [start.Process(target=be_rank, args=(name, [*flags, "--out", "two"], rank, port)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(300)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    shared = [*flags, "--out", "two"]
+    ended, _ = two_ranks(lambda rank: processes.run_script("train.py", lambda: train.main(shared, METHODS[name])))
+    assert [status for status, _, _ in ended] == [0, 0], ended
     for a, b in zip(metrics("one"), metrics("two"), strict=True):
         assert a["reward"] == pytest.approx(b["reward"], abs=1e-5) and a["loss"] == pytest.approx(b["loss"], abs=2e-3)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-2)
@@ -719,13 +652,6 @@ def test_two_real_ranks_give_what_one_gives(name):
 
 # ------------------------------------------------- Settings -------------------------------------------------
 
-def write_clips():
-    for i in range(2):
-        texture = np.random.default_rng(i).integers(0, 255, (32, 48, 3), dtype=np.uint8)
-        iio.imwrite(f"{i}.mp4", np.stack([texture[:, k:k + 32] for k in range(9)]), plugin="pyav", codec="libx264", fps=8)
-    Path("clips.txt").write_text("0.mp4|||a red circle moving left\n1.mp4|||a blue ring moving up\n")
-
-
 @pytest.mark.parametrize("name, flags", [
     ("draft", ["--truncate", "random", "--grad-steps", "2", "--guidance", "1", "--lambda-tar", "0", "--low-memory",
                "--cache-interval", "2"]),
@@ -738,7 +664,7 @@ def write_clips():
     ("dpo", ["--rounds", "1", "--pairs", "3", "--beta", "100", "--clips-at-once", "1", "--checkpoint-activations"]),
 ], ids=lambda v: v if isinstance(v, str) else v[0])
 def test_every_option_runs(name, flags):
-    write_clips()
+    write_footage(2)
     Path("prompts.txt").write_text("a blue ring moving up\nx.mp4|||a green square moving left|||16\na red cross moving right\n")
     if "--data" not in flags:
         flags = [*flags, "--prompts-train", "prompts.txt"]
@@ -770,7 +696,7 @@ def test_videos_that_are_compared_are_scored_on_the_same_frames(parts, monkeypat
 
 def test_rwr_weights_real_clips_by_their_own_reward(parts, monkeypatch):
     base, reward, _ = parts
-    write_clips()
+    write_footage(2)
     cfg = config(rwr, data=Path("clips.txt"), size=32, cache=False, workers=0)
     z, eps, text, w, plain, t = of(rwr, cfg, base, reward).draw(0)
     batch = train.draw_batch(train.read_clips(cfg, base), 0, cfg, base)
