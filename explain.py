@@ -58,8 +58,6 @@ class Config(train.Config):
     lora: Path | None = None
     """adapters to start from; default fresh ones, as a run starts"""
     cache_interval: Suppress[Fixed[int]] = 1
-    max_mb: float = 20.
-    """largest size of the page; mail takes hardly more"""
 
 
 PRESETS = {name: Config(**vars(preset)) for name, preset in train.PRESETS.items()}
@@ -248,12 +246,11 @@ def main(cfg):
     out = cfg.out or Path("out/explain")
     cfg = replace(cfg, batch_size=1, eval_every=0, early_stop=False, watch=(), out=None)
     settings.check_at_least(cfg, step=0)
-    settings.check_positive(cfg, "max_mb")
     train.check(cfg)
     check_folder(out)
     setup = Setup(cfg)
     page, strip = explain(setup)
-    size = write_page(out / "explain.html", "explain.html", cfg.max_mb, title="One training step, taken apart", **page)
+    size = write_page(out / "explain.html", "explain.html", title="One training step, taken apart", **page)
     draw_step(out / "explain.png", **strip)
     print(f"written: {out}/explain.html ({size:.1f} MB), explain.png")
 

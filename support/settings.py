@@ -184,10 +184,6 @@ def parse(argv, presets, description):
 
     if named is None and cfg.base != defaults.base:
         raise ValueError(f"base {cfg.base}: comes without settings for training; name a preset first, {' or '.join(presets)}")
-    for parent in type(cfg).__mro__[1:]:
-        for name, hint in get_type_hints(parent).items():
-            if get_type_hints(type(cfg))[name] != hint:
-                raise ValueError(f"setting {name}: {parent.__name__} has one of this name and of another type; rename yours")
     from_record(json.loads(json.dumps(asdict(cfg), default=str)), type(cfg))  # a run must not begin that cannot go on
     return cfg
 

@@ -104,17 +104,12 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def one_line(error):
-    """The message of a pytest.raises, which must be one line."""
-    assert str(error.value).isprintable()
-    return str(error.value)
-
-
 def refused(message, call, *args, **settings):
     """The line in which a call's ValueError says what was wrong; it matches the message."""
     with pytest.raises(ValueError, match=message) as error:
         call(*args, **settings)
-    return one_line(error)
+    assert str(error.value).isprintable()  # and so one line
+    return str(error.value)
 
 
 def write_file(path, content, **settings):

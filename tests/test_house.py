@@ -146,8 +146,8 @@ def test_methods_import_of_each_other_what_is_common(path):
 
 @pytest.mark.parametrize("path", named(path for path in FILES if path.parent.name == "rewards"))
 def test_rewards_are_short(path):
-    assert lines(path) <= (180 if path.stem == "hub" else 120)
-    assert not [line for line in path.read_text().splitlines() if len(line) > (130 if path.stem in ("hub", "own") else 100)]
+    assert lines(path) <= 120
+    assert not [line for line in path.read_text().splitlines() if len(line) > 100]
 
 
 def test_rooms_are_small():
