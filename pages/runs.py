@@ -65,7 +65,7 @@ class RunFiles:
             return None
         turn = find_turn(self.tables, self.prompts, watched)
         verdict = turn.words("the reward") if turn else f"none of {', '.join(watched)} has turned"
-        return f"{verdict}; best.safetensors is step {best_step(mean_rewards(self.lines), turn)}"
+        return f"{verdict}; best.safetensors is step {best_step(mean_rewards(self.tables), turn)}"
 
 
 def changed_settings(runs):

@@ -76,7 +76,6 @@ class Run:
         if self.resumed:  # rank 0 alone reads: on other nodes, with disks of their own, there is no such folder
             state, self.lines, tables = on_rank_0(lambda: read_run(self.folder, self.adapters, data))
             self.evaluations.tables |= tables
-            self.evaluations.rewards |= mean_rewards(self.lines)
             if state:
                 self.step = state["step"]
                 for name, tensor in state["adapters"].items():
@@ -173,8 +172,7 @@ class Evaluations:
     save_adapter: Callable
     reward_name: str
     watched: list
-    tables: dict = field(default_factory=dict)   # {step: {set: {measure: (n,)}}}
-    rewards: dict = field(default_factory=dict)  # {step: mean reward over the sets}
+    tables: dict = field(default_factory=dict)  # {step: {set: {measure: (n,)}}}
 
     def due(self, step):
         """Whether the settings ask for an evaluation after so many steps."""
@@ -185,16 +183,14 @@ class Evaluations:
         tables, videos = self.measure(step)
         turned_before = self.turn() is not None
         self.tables[step] = tables
-        measures = json_numbers({name: summary(table) for name, table in tables.items()})
-        self.rewards[step] = mean_reward(measures)
         turn = self.turn()
         if is_main_process():
             self.show(step, tables, videos)
-            if best_step(self.rewards, turn) == step:
+            if best_step(mean_rewards(self.tables), turn) == step:
                 self.save_adapter(self.folder / "best.safetensors")
             if turn and not turned_before:
                 tqdm.write(f"guard: {turn.words(self.reward_name)}")
-        return {"step": step, "eval": measures}
+        return {"step": step, "eval": json_numbers({name: summary(table) for name, table in tables.items()})}
 
     def measure(self, step):
         """Tables and a few videos of every set, {set: {measure: (n,)}} and {set: (k, F, 3, H, W)}."""
@@ -238,7 +234,7 @@ class Evaluations:
 
     def compare(self):
         """Before and after, paired over the same prompts and noise: text, before_after.png and before_after.gif."""
-        steps = sorted(self.rewards)
+        steps = sorted(self.tables)
         if not is_main_process() or len(steps) < 2:
             return
         before, after = self.tables[steps[0]], self.tables[steps[-1]]
@@ -256,7 +252,7 @@ class Evaluations:
         if self.watched:
             turn = self.turn()
             print(f"guard: {turn.words(self.reward_name) if turn else 'nothing that is watched has turned'}; "
-                  f"best.safetensors is step {best_step(self.rewards, turn)}")
+                  f"best.safetensors is step {best_step(mean_rewards(self.tables), turn)}")
 
     def draw_comparison(self, first, last):
         """Of each prompt set the best, the middle and the worst gain, as a picture and moving."""
@@ -375,8 +371,8 @@ def read_metrics(path):
             line = json.loads(text)
             if type(line["step"]) is not int:
                 raise TypeError(f"step {line['step']!r}")
-            if "eval" in line:
-                float(mean_reward(line["eval"]))
+            for measures in line.get("eval", {}).values():
+                float(or_nan(measures["reward_mean"]))
             lines.append(line)
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             if i < len(texts):
@@ -389,15 +385,13 @@ def sample_file(folder, step, ending):
     return folder / "samples" / f"step_{step:06d}{ending}"
 
 
-def mean_rewards(lines):
-    """{step: mean_reward of its evaluation} of the lines of metrics.jsonl."""
-    return {line["step"]: mean_reward(line["eval"]) for line in lines if "eval" in line}
-
-
-def mean_reward(measures):
-    """Mean reward over the prompt sets of an evaluation, by which the best is chosen: never one that is not finite."""
-    mean = sum(or_nan(m["reward_mean"]) for m in measures.values()) / len(measures)
-    return mean if math.isfinite(mean) else -math.inf
+def mean_rewards(tables):
+    """{step: mean reward over its prompt sets} of evaluations, by which the best is chosen: never one that is not finite."""
+    means = {}
+    for step, by_set in tables.items():
+        mean = sum(table["reward"].mean().item() for table in by_set.values()) / len(by_set)
+        means[step] = mean if math.isfinite(mean) else -math.inf
+    return means
 
 
 # ---------------------------------------------------------------------------------------------------------------------
