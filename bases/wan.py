@@ -36,6 +36,10 @@ SETTINGS = BASES["wan"]
 SHIFT = 3.  # of the noise levels, towards noise (the hub's scheduler, for 480p; 5 for 720p)
 TRAIN_STEPS = 1000  # the network is told 1000 sigma
 MAX_TOKENS = 512
+# Constructor arguments of network, autoencoder and text tower, where the classes have others.
+SMALL = (dict(num_attention_heads=2, attention_head_dim=12, text_dim=32, freq_dim=16, ffn_dim=48, num_layers=2),
+         dict(base_dim=4), dict(d_model=32, d_kv=8, d_ff=64, num_heads=4))
+PUBLISHED = (dict(num_attention_heads=12, ffn_dim=8960, num_layers=30), {}, dict(d_model=4096, d_ff=10240, num_heads=64))
 
 
 def shifted(u, shift):
@@ -250,13 +254,18 @@ def read_shift(path):
     return float(config.get("flow_shift", config.get("shift", SHIFT)))
 
 
-def random(base, seed, dtype, device):
+def random(base, seed, dtype, device, sizes=SMALL):
     """Seeded random weights at small width, in Wan's classes, to try a pipeline without a download. See model.load_base."""
+    of_network, of_vae, of_text = sizes
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone
-        network = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
-                                        text_dim=32, freq_dim=16, ffn_dim=48, num_layers=2)
-        vae = AutoencoderKLWan(base_dim=4, z_dim=16)
-        text = UMT5EncoderModel(UMT5Config(vocab_size=384, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4))
+        network = WanTransformer3DModel(**of_network)
+        vae = AutoencoderKLWan(**of_vae)
+        text = UMT5EncoderModel(UMT5Config(vocab_size=384, num_layers=1, **of_text))
     network = network if dtype == torch.float32 else network.to(dtype)
     return Wan(frozen(network, device), frozen(vae, device), ByT5Tokenizer(), frozen(text, device), base)
+
+
+def published(base, seed, dtype, device):
+    """The same at the published size, to count and time a step. Its text tower, which no step runs, has one layer of 24."""
+    return random(base, seed, dtype, device, PUBLISHED)
