@@ -147,7 +147,7 @@ def preset(module, base):
 
 def copy_to_meta(base, reward, frames):
     """Copies without memory. Text is encoded once a caption and not once a step, so its features are computed here. Which frames
-    are wanted cannot be read on meta: it is the middle one of each segment of `frames`, as a causal decoder's work depends on it."""
+    are wanted cannot be read on meta: the middle ones of the segments of `frames`, as a causal decoder's work depends on it."""
     base = copy.deepcopy(base, {id(base.world): base.world})  # a module, which cannot be copied
     reward = copy.deepcopy(reward).to("meta")
     for network in (base.network, base.vae, base.text_encoder):

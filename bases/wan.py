@@ -1,7 +1,7 @@
 """
 Wan 2.1 (arXiv:2503.20314): a transformer trained as a rectified flow, and a causal video autoencoder.
 
-    python train.py --base Wan-AI/Wan2.1-T2V-1.3B-Diffusers --data clips.txt --prompts animals=animals.txt
+    python train.py wan --data clips.txt --prompts animals=animals.txt
 
 Its networks are diffusers' WanTransformer3DModel and AutoencoderKLWan, its text tower is transformers' UMT5 encoder.
 
@@ -19,6 +19,7 @@ Letters: B clips, C latent channels, F frames, f latents in time, h and w latent
 """
 import html
 import re
+from functools import partial
 from pathlib import Path
 
 import ftfy
@@ -65,9 +66,8 @@ class Wan:
     latent_context = 2           # latents, of those that a frame is decoded from, that carry gradient
 
     def __init__(self, network, vae, tokenizer, text_encoder, name, folder=None, shift=SHIFT):
-        self.network, self.vae, self.name, self.folder = network, vae, name, folder
+        self.network, self.vae, self.name, self.folder, self.shift = network, vae, name, folder, shift
         self.tokenizer, self.text_encoder = tokenizer, text_encoder
-        self.shift = shift
         self.texts = {}  # {caption: its features}
 
     @property
@@ -123,8 +123,7 @@ class Wan:
         return torch.cat([self.encode_caption(caption) for caption in captions])
 
     def encode_caption(self, caption):
-        tokens = self.tokenizer([clean(caption)], padding="max_length", max_length=MAX_TOKENS, truncation=True,
-                                return_tensors="pt")
+        tokens = self.tokenizer([clean(caption)], padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
         device = self.text_encoder.device
         mask = tokens.attention_mask.to(device)
         features = self.text_encoder(tokens.input_ids.to(device), mask).last_hidden_state
@@ -245,9 +244,7 @@ def frozen(part, device):
 
 def read_shift(path):
     """The shift of a published scheduler's config. ValueError for one that was made for another prediction."""
-    if not path.is_file():
-        return SHIFT
-    config = read_json(path)
+    config = read_json(path) if path.is_file() else {}
     prediction = config.get("prediction_type", "flow_prediction")
     if prediction != "flow_prediction":
         raise ValueError(f"{path}: prediction_type {prediction!r}; Wan's is flow_prediction")
@@ -266,6 +263,4 @@ def random(base, seed, dtype, device, sizes=SMALL):
     return Wan(frozen(network, device), frozen(vae, device), ByT5Tokenizer(), frozen(text, device), base)
 
 
-def published(base, seed, dtype, device):
-    """The same at the published size, to count and time a step. Its text tower, which no step runs, has one layer of 24."""
-    return random(base, seed, dtype, device, PUBLISHED)
+published = partial(random, sizes=PUBLISHED)  # to count and time a step; of the text tower, which no step runs, one layer of 24
