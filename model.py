@@ -639,8 +639,8 @@ def load_text_encoder(path, tokenizer=None, dtype=torch.float32):
 def load_base(base, vae=None, text_encoder=None, dtype=torch.float32, device="cpu", seed=0):
     """
     What a script's --base names, frozen: "tiny", a folder, a file, a hub id, or untrained weights:
-    "random" and "random:64" (ModelScopeT2V at full size, or 64 channels wide), "random-wan" (small)
-    and "random-wan:full".
+    "random" and "random:64" (ModelScopeT2V at full size, or 64 channels wide), "random-NAME" of a
+    file in bases/ (small), and "random-NAME:full".
 
     What a base can do is in its file of bases/, which is found by its own configuration; the first
     is bases/modelscope.py. vae, text_encoder: a file or folder to take instead of its own.

@@ -237,11 +237,9 @@ class Config(settings.TrainingSettings):
 
 FULL_SIZE = dict(steps=20_000, batch_size=8, lr=1e-5, eval_every=1000, eval_count=0, save_every=500,
                  clips_at_once=1)
-PRESETS = {
-    "tiny": Config(),
-    "modelscope": Config(preset="modelscope", base=HUB_BASES["modelscope"], offset_noise=0.1,
-                         **settings.BASES["modelscope"] | FULL_SIZE),
-    "wan": Config(preset="wan", base=HUB_BASES["wan"], **settings.BASES["wan"] | FULL_SIZE)}
+PRESETS = {"tiny": Config()}
+for name, of_base in settings.BASES.items():
+    PRESETS[name] = Config(preset=name, base=HUB_BASES[name], **of_base | FULL_SIZE)
 
 
 def check(cfg, needs_clips=True):

@@ -20,15 +20,13 @@ Letters: B clips, C latent channels, F frames, f latents in time, h and w latent
 import html
 import re
 from functools import partial
-from pathlib import Path
 
 import ftfy
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from torch.utils.checkpoint import checkpoint
-from transformers import AutoTokenizer, ByT5Tokenizer, UMT5Config, UMT5EncoderModel
+from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from formats.tensors import fingerprint
+from bases.diffusers_base import DiffusersBase, decode_in_order, find_parts, frozen, load_parts
 from sampler import Levels
 from support.files import read_json
 from support.settings import BASES
@@ -58,32 +56,21 @@ def levels(num_steps, shape=None, published=False, shift=SHIFT):
     return Levels([TRAIN_STEPS * s for s in sigma], [1 - s for s in sigma], sigma)
 
 
-class Wan:
+class Wan(DiffusersBase):
     """The base as train.py and all methods know it; `load` and `random` make one, frozen."""
     default_size = SETTINGS["size"]
     guidance = SETTINGS["guidance"]
-    world = network_file = None  # no clips of its own, and no adapters beside its weights
-    latent_context = 2           # latents, of those that a frame is decoded from, that carry gradient
+    max_tokens = MAX_TOKENS
 
-    def __init__(self, network, vae, tokenizer, text_encoder, name, folder=None, shift=SHIFT):
-        self.network, self.vae, self.name, self.folder, self.shift = network, vae, name, folder, shift
-        self.tokenizer, self.text_encoder = tokenizer, text_encoder
-        self.texts = {}  # {caption: its features}
-
-    @property
-    def device(self):
-        return self.network.patch_embedding.weight.device
-
-    @property
-    def dtype(self):
-        return self.network.patch_embedding.weight.dtype
+    def __init__(self, *parts, name, folder=None, shift=SHIFT):
+        super().__init__(*parts, name, folder)
+        self.shift = shift
 
     def latent_shape(self, frames, height, width):
         """(C, f, h, w) of a clip's latents. ValueError unless it has 4k + 1 frames, and rows and columns in sixteens."""
         if frames < 1 or frames % 4 != 1:
             raise ValueError(f"frames = {frames}: {self.name} makes 4k + 1 frames: 1, 5, 9, 13, 17, ...")
-        if height < 16 or width < 16 or height % 16 or width % 16:
-            raise ValueError(f"height {height} and width {width}: must be multiples of 16")
+        self.check_size(height, width)
         return self.vae.config.z_dim, (frames - 1) // 4 + 1, height // 8, width // 8
 
     def levels(self, num_steps, shape=None, published=False):
@@ -105,45 +92,14 @@ class Wan:
         """The loss that such a network is trained by, (B,), of what `predict` says: the mean square error of v."""
         return ((eps - z_0) - (noise - z)).square().flatten(1).mean(dim=1)
 
-    def chain_predict(self, interval):
-        """`predict` for one chain. ValueError for DeepCache, which needs a UNet."""
-        if interval != 1:
-            raise ValueError(f"cache_interval = {interval}: DeepCache needs a UNet; {self.name} has none, so it must be 1")
-        return self.predict
-
-    def checkpoint_activations(self, on=True):
-        """Keep the inputs of transformer blocks only, and recompute the rest in the backward pass."""
-        (self.network.enable_gradient_checkpointing if on else self.network.disable_gradient_checkpointing)()
-
-    @torch.no_grad()
-    def encode_captions(self, captions):
-        """(B, N, E), not kept. Each is encoded alone, so that the result does not depend on the batch."""
-        if self.text_encoder is None:
-            raise ValueError(f"{self.name} has no text encoder: its folder needs text_encoder/ and tokenizer/")
-        return torch.cat([self.encode_caption(caption) for caption in captions])
+    def clean(self, caption):
+        return clean(caption)
 
     def encode_caption(self, caption):
-        tokens = self.tokenizer([clean(caption)], padding="max_length", max_length=MAX_TOKENS, truncation=True,
-                                return_tensors="pt")
-        device = self.text_encoder.device
-        mask = tokens.attention_mask.to(device)
-        features = self.text_encoder(tokens.input_ids.to(device), mask).last_hidden_state
-        return features * mask[..., None].to(features.dtype)                                    # (1, N, E)
-
-    def is_cut(self, caption):
-        """Whether a caption is longer than the text encoder reads."""
-        return bool(self.tokenizer) and len(self.tokenizer(clean(caption)).input_ids) > MAX_TOKENS
-
-    def encode_text(self, captions):
-        """Captions [B] -> (B, N, E); each is encoded once, and kept."""
-        for caption in captions:
-            if caption not in self.texts:
-                self.texts[caption] = self.encode_captions([caption])[0].to(self.device)
-        return torch.stack([self.texts[caption] for caption in captions])
-
-    def unconditional(self, text=None):
-        """The empty caption's features, (1, N, E)."""
-        return self.encode_text([""])
+        """(1, N, E): tokens after a caption's end are zeros."""
+        tokens = self.tokens(caption)
+        features = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        return features * tokens.attention_mask[..., None].to(features.dtype)
 
     def draw_latents(self, moments, generator):
         """z (C, f, h, w), of what `encode` gives: these are the latents already."""
@@ -158,29 +114,9 @@ class Wan:
         mean, std = statistics(self.vae, z)
         return (z - mean) / std
 
-    def decode_frames(self, z, index=None):
-        """
-        Frames index (B, S), or all of them, of z (B,C,f,h,w) -> (B,S,3,H,W), about [0, 1], not clamped.
-
-        Pixels are exact. Gradient flows through the `latent_context` latents that end at a frame's own, not through all that
-        the decoder remembers: what a latent far back changes is little, and each costs the memory of one more decoding.
-        """
-        if index is None:
-            index = torch.arange(4 * z.shape[2] - 3).expand(len(z), -1)
-        clips = zip(to_vae(self.vae, z).split(1), index.tolist())
-        decoded = [decode_clip(self.vae, latents, of_clip, self.latent_context) for latents, of_clip in clips]
-        return (torch.stack(decoded) / 2 + .5).to(z.dtype)
-
-    def fingerprints(self):
-        """Of the autoencoder, and of the text tower: their weights and precision."""
-        parts = [self.vae, self.text_encoder]
-        return ["none" if part is None else f"{fingerprint(part.state_dict())} {part.dtype}" for part in parts]
-
-    def release_encoders(self):
-        """Free accelerator memory, once every caption and clip has been encoded."""
-        self.vae.encoder.to("cpu")
-        if self.text_encoder is not None:
-            self.text_encoder.to("cpu")
+    def decode_clip(self, z, index):
+        """Frames index [S] of z (1,C,f,h,w) -> (S,3,H,W), about [-1, 1]."""
+        return decode_clip(self.vae, to_vae(self.vae, z), index, self.latent_context)
 
 
 def statistics(vae, z):
@@ -198,21 +134,14 @@ def to_vae(vae, z):
 
 def decode_clip(vae, latents, index, context):
     """Frames index [S] of latents (1,C,f,h,w), in one pass up to the last that is needed: (S, 3, H, W) about [-1, 1]."""
-    def decode_latent(latent, first, *memory):
+    def decode_latent(latent, j, memory):
         memory = list(memory)
-        return vae.decoder(latent, feat_cache=memory, feat_idx=[0], first_chunk=first), *memory
+        return vae.decoder(latent, feat_cache=memory, feat_idx=[0], first_chunk=j == 0), memory
 
     latents = vae.post_quant_conv(latents)
     latent_of = [(i + 3) // 4 for i in index]  # 0, then 1 1 1 1, 2 2 2 2, ...
     memory = [None] * vae._cached_conv_counts["decoder"]
-    frames = {}
-    for j in range(max(latent_of) + 1):
-        with_grad = torch.is_grad_enabled() and any(0 <= last - j < context for last in latent_of)
-        inputs = (latents[:, :, j:j + 1], j == 0, *memory)
-        with torch.set_grad_enabled(with_grad):
-            made, *memory = (checkpoint(decode_latent, *inputs, use_reentrant=False) if with_grad
-                             else decode_latent(*inputs))
-        frames[j] = made[0].transpose(0, 1)                                                     # (1 or 4, 3, H, W)
+    frames = decode_in_order(decode_latent, latents.split(1, dim=2), latent_of, context, memory)
     return torch.stack([frames[j][(i + 3) % 4 if i else 0] for i, j in zip(index, latent_of)])
 
 
@@ -224,22 +153,10 @@ def clean(caption):
 
 def load(base, folder, vae, text_encoder, dtype, device):
     """Of a diffusers folder, as WanPipeline.save_pretrained writes it. See model.load_base. A base without text tower loads."""
-    vae_folder, text_folder = [Path(path or folder / part) for path, part in ((vae, "vae"), (text_encoder, "text_encoder"))]
-    if not (vae_folder / "config.json").is_file():
-        raise ValueError(f"{base}: no vae/config.json; expected a diffusers folder with transformer/ and vae/")
+    folders = find_parts(base, folder, vae, text_encoder)
     shift = read_shift(folder / "scheduler/scheduler_config.json")
-    network = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=dtype, local_files_only=True)
-    autoencoder = AutoencoderKLWan.from_pretrained(vae_folder, torch_dtype=torch.float32, local_files_only=True)
-    made = Wan(frozen(network, device), frozen(autoencoder, device), None, None, base, folder, shift)
-    if (text_folder / "config.json").is_file():
-        made.tokenizer = AutoTokenizer.from_pretrained(text_folder.parent / "tokenizer", local_files_only=True)
-        text = UMT5EncoderModel.from_pretrained(text_folder, dtype=dtype, local_files_only=True)
-        made.text_encoder = frozen(text, device)
-    return made
-
-
-def frozen(part, device):
-    return part.requires_grad_(False).eval().to(device)
+    parts = load_parts(folders, (WanTransformer3DModel, AutoencoderKLWan, UMT5EncoderModel), dtype, device)
+    return Wan(*parts, name=base, folder=folder, shift=shift)
 
 
 def read_shift(path):
@@ -260,7 +177,7 @@ def random(base, seed, dtype, device, sizes=SMALL):
         vae = AutoencoderKLWan(**of_vae)
         text = UMT5EncoderModel(UMT5Config(vocab_size=384, num_layers=1, **of_text))
     network = network if dtype == torch.float32 else network.to(dtype)
-    return Wan(frozen(network, device), frozen(vae, device), ByT5Tokenizer(), frozen(text, device), base)
+    return Wan(frozen(network, device), frozen(vae, device), ByT5Tokenizer(), frozen(text, device), name=base)
 
 
 published = partial(random, sizes=PUBLISHED)  # to count and time a step; of the text tower, which no step runs, one layer of 24

@@ -149,8 +149,8 @@ class Export:
     """lora.safetensors of a run, a PEFT folder, or a fine-tuned official .pth"""
     to: Literal["peft", "official", "diffusers", "diffusers-lora", "comfyui"]
     """peft: an adapter folder. official: a .pth, with --base the whole state dict that the official inference loads, else the
-    adapters alone. diffusers: a UNet folder, the adapters merged into its weights. Of Wan's adapters, diffusers-lora: a file that
-    a pipeline's load_lora_weights reads; comfyui: one for ComfyUI"""
+    adapters alone. diffusers: a UNet folder, the adapters merged into its weights. For transformers, diffusers-lora: a file
+    that a pipeline's load_lora_weights reads; comfyui, of Wan's alone: one for ComfyUI"""
     out: Path
     """file (official, diffusers-lora, comfyui) or folder to write; nothing may be there yet"""
     base: str | None = None

@@ -1,5 +1,5 @@
 """
-Adapters of a transformer (Wan) under the names that other programs read.
+Adapters of a transformer (Wan, CogVideoX) under the names that other programs read.
 
 diffusers: a file for `pipe.load_lora_weights`. comfyui: under the names of Wan's own code, which ComfyUI's LoRA loader reads, and
 diffusers, too. Both programs take alpha for the rank where a file says nothing, so our scale goes into B.
@@ -19,12 +19,12 @@ def to_published(tensors, scale, program):
     for name, tensor in tensors.items():
         match = OURS.fullmatch(name)
         if not match:
-            raise ValueError(f"{name}: is no layer of a transformer; --to {program} is for adapters of Wan, --to peft for others")
+            raise ValueError(f"{name}: is no transformer's; --to {program} is for Wan and CogVideoX, --to peft for others")
         path, half = match.groups()
         stem = f"transformer.{path}"
         if program == "comfyui":
             block, _, layer = path.partition(".attn")
-            if f"attn{layer}" not in COMFYUI:
+            if f"attn{layer}" not in COMFYUI or not block.startswith("blocks."):
                 raise ValueError(f"{name}: is no layer of Wan's, whose names alone ComfyUI's are known for")
             stem = f"diffusion_model.{block}.{COMFYUI[f'attn{layer}']}"
         made[f"{stem}.lora_{half}.weight"] = tensor.float() * (scale if half == "B" else 1)

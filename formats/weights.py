@@ -8,14 +8,16 @@ from formats.tensors import check_hub_cache, weight_files
 from support.files import first_line, read_json
 
 TINY = Path(__file__).resolve().parents[1] / "tiny" / "weights"
-HUB_BASES = {"modelscope": "ali-vilab/text-to-video-ms-1.7b", "wan": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}
+HUB_BASES = {"modelscope": "ali-vilab/text-to-video-ms-1.7b", "wan": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+             "cogvideox": "THUDM/CogVideoX-2b"}
 PARTS = {  # what a folder may call each part: diffusers' components, then the files of the two ModelScope hub folders
     "unet": ("unet", "text2video_pytorch_model.pth", "model_scope_v1-4_0600000.pth"),
     "vae": ("vae", "VQGAN_autoencoder.pth", "v2-1_512-ema-pruned.ckpt"),
     "text_encoder": ("text_encoder", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.safetensors",
                      "stable-diffusion-v/open_clip_pytorch_model.bin")}
 TRANSFORMER_PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")  # folders of the other bases' repositories
-NETWORKS = {"WanTransformer3DModel": "wan"}  # class of a diffusers folder's transformer: the file of bases/ that knows it
+# Class of a diffusers folder's transformer: the file of bases/ that knows it.
+NETWORKS = {"WanTransformer3DModel": "wan", "CogVideoXTransformer3DModel": "cogvideox"}
 
 
 def find_base(base):
