@@ -160,7 +160,7 @@ class Config(RewardSettings):
     sheet: int = 8
     """videos of each set on the contact sheet"""
     vbench: bool = False
-    """also write each model's videos as VBench reads them (at the first D and guidance; --out/MODEL)"""
+    """also write each model's videos as VBench reads them (of the first D and guidance)"""
     per_prompt: int = 5
     """with --vbench: videos of each prompt, as VBench's suite wants (generate.py)"""
     fps: int = 8
@@ -219,7 +219,7 @@ def main(cfg):
             strengths[name] = scale
 
     # 3. Measure both.
-    sets, writers = vbench.open_folders(cfg, sets, strengths)  # as they are, none: no --vbench
+    sets, writers = vbench.open_folders(cfg, sets, strengths)  # as they are without --vbench
     results, sheets = compare(cfg, base, rewards, sets, strengths, (height, width), writers)
     if rank_and_size()[0] == 0:
         official_gaps = []
