@@ -25,7 +25,7 @@ import tyro
 
 import lora
 from formats import vbench
-from formats.reward_model import spread_frames
+from formats.reward_model import frames_of
 from formats.reward_names import requested_rewards
 from generate import generate, load_model
 from reward import as_rewards, first_frames, load_rewards
@@ -112,9 +112,9 @@ def measure(rewards, frames, video, captions):
     """
     scores = []
     for reward in rewards.every:
-        seen, wanted = frames, getattr(reward, "num_frames", None)
+        seen, wanted = frames, frames_of(reward, video.shape[1])
         if wanted:  # a video reward sees its own
-            seen = video[:, spread_frames(video.shape[1], wanted).to(video.device)]
+            seen = video[:, list(wanted)]
         scores.append(reward(seen, captions).mean().item())
 
     measures = {"reward": sum(weight * score for (weight, _), score in zip(rewards.parts, scores))}
