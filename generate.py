@@ -21,6 +21,7 @@ import tyro
 from tqdm import tqdm
 
 import lora
+from formats import vbench
 from model import load_base
 from sampler import ddpm_step, sample
 from support import ranks
@@ -95,13 +96,17 @@ class Config(ModelSettings):
     """videos at a time; changes time and memory, not the videos"""
     gif: bool = False
     """also write each video as .gif"""
+    vbench: bool = False
+    """write videos as VBench reads them, with its lists beside them, and print its command"""
+    per_prompt: int = 5
+    """with --vbench: videos of each prompt, each with a seed of its own (VBench's suite: 5)"""
     out: Path = Path("out/videos")
     """folder of the videos, each with its prompt in a .txt beside it, as train.py --data takes it;
     files of the same name are replaced"""
 
 
 def check(cfg):
-    """All prompts. ValueError for what can be known to be wrong before anything is loaded."""
+    """{seed of a video: (its file, its prompt)}. ValueError for what can be known to be wrong now."""
     prompts = list(cfg.prompt)
     if cfg.prompts:
         prompts += read_prompts(cfg.prompts)
@@ -109,12 +114,17 @@ def check(cfg):
     if not prompts or not all(p.strip() for p in prompts):
         raise ValueError("no prompt given, or an empty one: name some by --prompt or --prompts")
 
-    check_at_least(cfg, frames=1, fps=1, batch_size=1, guidance=-math.inf, lora_scale=-math.inf)
+    check_at_least(cfg, frames=1, fps=1, batch_size=1, per_prompt=1, guidance=-math.inf,
+                   lora_scale=-math.inf)
     rows_columns(cfg.size)
     ddpm_step(cfg.num_steps, cfg.num_steps)  # refuses a D that the schedule has not
     check_folder(cfg.out)
     check_exists(cfg.lora)
-    return prompts
+    if cfg.vbench and cfg.gif:
+        raise ValueError("vbench: its folder has files of one kind; leave gif or vbench out")
+    if cfg.vbench:
+        return vbench.plan_files(prompts, cfg.seed, cfg.per_prompt, cfg.out)
+    return {cfg.seed + i: (video_name(i, p), p) for i, p in enumerate(prompts)}
 
 
 def load_model(cfg, device):
@@ -129,28 +139,30 @@ def load_model(cfg, device):
     return base, bool(adapted)
 
 
-def write_all(made, base, prompts, cfg):
+def write_all(made, base, files, cfg):
     """Decode what this rank makes; rank 0 writes one video of every rank at a time."""
     world_size = ranks.rank_and_size()[1]
     suffixes = (".mp4", ".gif") if cfg.gif else (".mp4",)
-    for start in range(0, len(prompts), world_size):
+    for start in range(0, len(files), world_size):
         _, z_0 = next(made, (None, None))                                     # (C, F, h, w)
         pixels = None  # of a rank that has no more to make
         if z_0 is not None:
             pixels = to_pixels(base.decode_frames(z_0[None])[0])         # (F, H, W, 3)
         made_now = [video for video in ranks.all_gather(pixels) if video is not None]
         for i, video in enumerate(made_now if ranks.is_main_process() else (), start):
+            name, prompt = files[cfg.seed + i]
             for suffix in suffixes:
-                path = cfg.out / (video_name(i, prompts[i]) + suffix)
+                path = cfg.out / (name + suffix)
                 write_video(path, video, cfg.fps)
                 tqdm.write(str(path))
-            # With its caption beside each video, the folder is what train.py takes as --data.
-            write_text(path.with_suffix(".txt"), prompts[i] + "\n")
+            if not cfg.vbench:
+                # With its caption beside each video, the folder is what train.py takes as --data.
+                write_text(path.with_suffix(".txt"), prompt + "\n")
 
 
 def main(cfg):
     """Load, generate, write."""
-    prompts = check(cfg)
+    files = check(cfg)
     device = ranks.join_ranks(cfg.device)
     rank, world_size = ranks.rank_and_size()
 
@@ -161,6 +173,7 @@ def main(cfg):
     height, width = rows_columns(cfg.size, base.default_size)
     base.latent_shape(cfg.frames, height, width)
 
+    prompts = [prompt for _, prompt in files.values()]  # of each video, in the order of seeds
     if rank == 0:
         report_long(prompts, base)
 
@@ -170,7 +183,9 @@ def main(cfg):
         made = generate(base, [prompts[i] for i in mine], [cfg.seed + i for i in mine],
                         cfg.num_steps, cfg.guidance, cfg.frames, height, width, cfg.batch_size,
                         bar.update)
-        write_all(made, base, prompts, cfg)
+        write_all(made, base, files, cfg)
+    if cfg.vbench and rank == 0:
+        vbench.finish(vbench.Folder(cfg.out, files))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 import lora
 from data import ClipConfig, batch_indices, encode_clips, read_list
 from evaluate import evaluate, prompt_sets
-from formats.reward_model import spread_frames
+from formats.reward_model import frames_of
 from formats.reward_names import requested_rewards
 from formats.weights import HUB_BASES
 from model import load_base
@@ -66,8 +66,8 @@ def video_rewards(base, rewards, z_0, g, captions, cfg):
     R, logged, decoded = 0., {"reward": 0.}, {}
     for weight, reward in parts:
         # 1. Decode one frame of each segment, once for all rewards. A video reward has its own.
-        wanted = getattr(reward, "num_frames", None)
-        index = spread_frames(F, wanted).expand(len(g), -1) if wanted else g  # (B, S)
+        wanted = frames_of(reward, F)
+        index = torch.tensor(wanted).expand(len(g), -1) if wanted else g      # (B, S)
         if wanted not in decoded:
             decoded[wanted] = decode_chosen(base, z_0, index, chunk)          # (B, S, 3, H, W)
 

@@ -39,7 +39,7 @@ def random_frames(B=2, S=3, H=40, W=56, seed=0):
 
 
 def frames_for(kind):
-    return random_frames(S=16 if kind.startswith(("videomae", "vjepa")) else 3)
+    return random_frames(S={"videomae": 16, "vjepa": 16, "videoreward": 4, "viclip": 8}.get(kind.partition(":")[0], 3))
 
 
 def refused(message, call, *args, **settings):
@@ -278,7 +278,7 @@ def test_hpsv2_says_how_it_takes_its_pictures():
 
 # ---------------------------------------------- What all have in common -----------------------------------------------
 
-@pytest.mark.parametrize("kind", ["hpsv2", *KINDS])
+@pytest.mark.parametrize("kind", ["hpsv2", *KINDS, "videoreward", "viclip"])
 def test_random_rewards_are_seeded_frozen_and_named(kind, monkeypatch):
     monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("every device was seeded"))
     state = torch.random.get_rng_state()
