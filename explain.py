@@ -90,7 +90,8 @@ class Setup:
         for _, reward in self.rewards.parts:
             if reward.num_frames:
                 raise ValueError(f"reward {reward.name}: sees a clip as a whole; the page shows rewards of single frames")
-        self.cfg = cfg if cfg.guidance is not None else replace(cfg, guidance=self.base.guidance)
+        guidance = self.base.guidance if cfg.guidance is None else cfg.guidance
+        self.cfg = replace(cfg, guidance=guidance, dtype=str(dtype).removeprefix("torch."))  # as train.main
         if cfg.lora:
             self.parameters = lora.load(self.base.network, cfg.lora)
         else:

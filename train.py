@@ -299,10 +299,9 @@ def plan_evaluations(cfg, folder, base, rewards):
 
     def evaluate_prompts(captions, **more):
         exact.to(base.device)
-        batch_size = min(cfg.clips_at_once or cfg.batch_size, 8)
         measured = evaluate(base, exact, captions, num_steps=cfg.num_steps, guidance=cfg.guidance,
                             segments=cfg.segments, frames=cfg.frames, height=size, width=size,
-                            batch_size=batch_size, judge=judge, **more)
+                            batch_size=cfg.videos_at_once, judge=judge, **more)
         exact.to(waits_on)
         return measured
 
@@ -326,8 +325,8 @@ def main(argv, module=sys.modules[__name__]):
         dtype = ranks.pick_dtype(cfg.dtype, device)
         base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype, device, cfg.seed)
         base.chain_predict(cfg.cache_interval)  # refuses what the base cannot do
-        if cfg.guidance is None:
-            cfg = replace(cfg, guidance=base.guidance)  # recorded with the run
+        guidance = base.guidance if cfg.guidance is None else cfg.guidance
+        cfg = replace(cfg, guidance=guidance, dtype=str(dtype).removeprefix("torch."))  # recorded
         file = base.network_file
         parameters = file and lora.load_beside(base.network, file, cfg.rank)
         generator = ranks.sample_generator(cfg.seed, "lora")

@@ -64,7 +64,7 @@ class Wan:
         self.network, self.vae, self.name, self.folder = network, vae, name, folder
         self.tokenizer, self.text_encoder = tokenizer, text_encoder
         self.shift = shift
-        self.texts = {}  # {caption: its features}
+        self.texts = {}  # {caption: its features}, on the CPU
 
     @property
     def device(self):
@@ -131,11 +131,11 @@ class Wan:
         return bool(self.tokenizer) and len(self.tokenizer(clean(caption)).input_ids) > MAX_TOKENS
 
     def encode_text(self, captions):
-        """Captions [B] -> (B, N, E); each is encoded once, and kept."""
+        """Captions [B] -> (B, N, E); each is encoded once, and kept on the CPU: there may be many."""
         for caption in captions:
             if caption not in self.texts:
-                self.texts[caption] = self.encode_captions([caption])[0].to(self.device)
-        return torch.stack([self.texts[caption] for caption in captions])
+                self.texts[caption] = self.encode_captions([caption])[0].cpu()
+        return torch.stack([self.texts[caption] for caption in captions]).to(self.device)
 
     def unconditional(self, text=None):
         """The empty caption's features, (1, N, E)."""

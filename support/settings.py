@@ -37,7 +37,8 @@ class ModelSettings:
     device: str | None = None
     """cuda, mps or cpu; default the first of these that is there"""
     dtype: str | None = None
-    """float32, bfloat16 or float16 of the frozen weights; default bfloat16 on cuda, else float32. Adapters are float32"""
+    """float32, bfloat16 or float16 of the frozen weights; default on cuda bfloat16, on a card without it float16, else float32.
+    Adapters are float32"""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class TrainingSettings(RewardSettings):
 
     clips_at_once: int = 0
     """clips of a rank's share of the batch that are computed at once, which sets the memory, not the gradient; 0 is all of them.
-    Evaluations compute as many videos at once, at most 8"""
+    Without gradient up to 8 are computed at once, unless a flag below that saves memory asks for less"""
     checkpoint_activations: bool = False
     """recompute the UNet's blocks in the backward pass: less memory, more time, the same gradient"""
     decode_chunk: int = 0
@@ -107,6 +108,12 @@ class TrainingSettings(RewardSettings):
     """checkpoint_activations and decode_chunk 1"""
     compile: bool = False
     """torch.compile the UNet"""
+
+    @property
+    def videos_at_once(self):
+        """How many are computed at once without gradient: eight take less than one with, unless that one saves memory."""
+        at_once = self.clips_at_once if self.checkpoint_activations or self.low_memory else 0
+        return min(at_once or self.batch_size, 8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
