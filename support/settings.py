@@ -99,7 +99,7 @@ class TrainingSettings(RewardSettings):
 
     clips_at_once: int = 0
     """clips of a rank's share of the batch that are computed at once, which sets the memory, not the gradient; 0 is all of them.
-    Without gradient up to 8 are computed at once, unless a flag below that saves memory asks for less"""
+    Evaluations compute up to 8 videos at once; where a flag below saves memory, as many as clips at once"""
     checkpoint_activations: bool = False
     """recompute the UNet's blocks in the backward pass: less memory, more time, the same gradient"""
     decode_chunk: int = 0
@@ -111,7 +111,7 @@ class TrainingSettings(RewardSettings):
 
     @property
     def videos_at_once(self):
-        """How many are computed at once without gradient: eight take less than one with, unless that one saves memory."""
+        """How many an evaluation computes at once: eight need less memory than a clip with gradient, unless that saves it."""
         at_once = self.clips_at_once if self.checkpoint_activations or self.low_memory else 0
         return min(at_once or self.batch_size, 8)
 
