@@ -153,7 +153,7 @@ def copy_to_meta(base, reward, frames):
     for network in (base.network, base.vae, base.text_encoder):
         network.to("meta")
     base.texts.clear()
-    with ReadAsZero():
+    with ReadAsZero():  # they are kept on the CPU
         base.encode_text(["", CAPTION])
     reward.text_features([CAPTION])
     decode = base.decode_frames
@@ -382,7 +382,7 @@ def count_row(base, reward, cfg):
 def now(device):
     """Seconds, read once the device has done all that it was given."""
     if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+        torch.cuda.synchronize(device) if device.type == "cuda" else torch.mps.synchronize()
     return time.perf_counter()
 
 
@@ -390,15 +390,16 @@ def time_step(contender, optimizer, batch, device):
     """{"seconds" of an optimizer step as in train.train, "peak_gib" of GPU memory: its own weights and what the step adds}."""
     on_cuda = device.type == "cuda"
     if on_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        other_weights = torch.cuda.memory_allocated() - sum(storages(of_step(*contender.networks)).values())
+        torch.cuda.reset_peak_memory_stats(device)
+        other_weights = torch.cuda.memory_allocated(device) - sum(storages(of_step(*contender.networks)).values())
     start = now(device)
     optimizer.zero_grad(set_to_none=False)
     (-contender.score(batch).mean()).backward()                                           # Eq. (9)
     nn.utils.clip_grad_norm_(contender.parameters, train.Config.clip_grad)
     optimizer.step()
     seconds = now(device) - start
-    return {"seconds": seconds, "peak_gib": (torch.cuda.max_memory_allocated() - other_weights) / GIB if on_cuda else None}
+    peak = (torch.cuda.max_memory_allocated(device) - other_weights) / GIB if on_cuda else None
+    return {"seconds": seconds, "peak_gib": peak}
 
 
 def time_contenders(base, reward, cfg, device):

@@ -297,10 +297,9 @@ def plan_evaluations(cfg, folder, base, rewards):
 
     def evaluate_prompts(captions, **more):
         exact.to(base.device)
-        batch_size = min(cfg.clips_at_once or cfg.batch_size, 8)
         measured = evaluate(base, exact, captions, num_steps=cfg.num_steps, guidance=cfg.guidance,
                             segments=cfg.segments, frames=cfg.frames, size=cfg.size,
-                            batch_size=batch_size, judge=judge, **more)
+                            batch_size=cfg.videos_at_once, judge=judge, **more)
         exact.to(waits_on)
         return measured
 

@@ -203,10 +203,13 @@ class Rounds:
                 save_file(whole, hidden)
 
 
-def fresh_noise(mean, generators):
-    """New noise for a chain step of each video, from a generator of its own: as mean (B, ...)."""
-    noise = [torch.randn(mean.shape[1:], generator=generator) for generator in generators]
-    return torch.stack(noise).to(mean)
+def fresh_noise(z, generators, num_steps):
+    """New noise for so many chain steps, a generator for each video of z (B, ...): (num_steps, B, ...). It goes to the device
+    at once, since each copy would make it wait."""
+    noise = []
+    for _ in range(num_steps):
+        noise += [torch.randn(z.shape[1:], generator=generator) for generator in generators]
+    return torch.stack(noise).view(num_steps, *z.shape).to(z)
 
 
 class RewardHistory:

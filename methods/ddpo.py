@@ -84,10 +84,11 @@ def policy(base, z_t, i, text, uncond, cfg):
 def sample_path(base, noise, text, uncond, keys, cfg):
     """The chains of a batch, z_T to z_0 (B, D + 1, C, F, h, w), and log p of their steps (B, D)."""
     generators = [sample_generator(*key) for key in keys]
+    fresh = common.fresh_noise(noise, generators, cfg.num_steps)              # (D, B, C, F, h, w)
     path, log_probs = [noise], []
     for i in range(cfg.num_steps, 0, -1):
         mean, std = policy(base, path[-1], i, text, uncond, cfg)
-        path.append(mean + std * common.fresh_noise(mean, generators))        # (B, C, F, h, w)
+        path.append(mean + std * fresh[cfg.num_steps - i])                    # (B, C, F, h, w)
         if std:  # the last step of a chain that ends without noise has no density
             log_probs.append(log_prob(path[-1], mean, std))                   # (B,)
     return torch.stack(path, dim=1), torch.stack(log_probs, dim=1)

@@ -36,7 +36,7 @@ def vader_rewards(base, rewards, uncond, batch, cfg):
     noise, text, g, captions, keys = batch
     levels = base.levels(cfg.num_steps)
     generators = [sample_generator(*key) for key in keys]
-    fresh = (fresh_noise(noise, generators) for _ in range(cfg.num_steps))
+    fresh = fresh_noise(noise, generators, cfg.num_steps)                     # (D, B, C, F, h, w)
 
     # 1. The whole chain; fresh noise comes in at every step, and the last K build a graph.
     z_0 = chain(base.chain_predict(cfg.cache_interval), levels.start * noise, text, uncond, levels,

@@ -32,10 +32,13 @@ def pick_device(name=None):
 
 
 def pick_dtype(name, device):
-    """Precision of the frozen weights: the named one, or bfloat16 on cuda and float32 elsewhere."""
+    """Precision of the frozen weights: the named one, or on cuda bfloat16, float16 where a card lacks that, else float32."""
     if name is not None and name not in DTYPES:
         raise ValueError(f"dtype {name!r}: must be one of {', '.join(DTYPES)}")
-    return DTYPES[name or ("bfloat16" if device.type == "cuda" else "float32")]
+    if name is None and device.type == "cuda":
+        with torch.cuda.device(device):
+            name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return DTYPES[name or "float32"]
 
 
 def move_to(module, device):

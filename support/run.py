@@ -457,8 +457,9 @@ def is_continued(folder, cfg):
         return cfg.resume is not None
     recorded = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     other = {name for name, value in to_record(cfg).items() if recorded.get(name, "missing") != value} - {"out", "overwrite"}
-    if cfg.guidance is None:
-        other.discard("guidance")  # recorded is the base's own
+    for name in ("guidance", "dtype"):
+        if getattr(cfg, name) is None:
+            other.discard(name)  # recorded is the base's own, or the device's
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if not other and (restarted or done < cfg.steps and not cfg.overwrite):
         return True

@@ -39,7 +39,8 @@ class ModelSettings:
     device: str | None = None
     """cuda, mps or cpu; default the first of these that is there"""
     dtype: str | None = None
-    """float32, bfloat16 or float16 of the frozen weights; default bfloat16 on cuda, else float32. Adapters are float32"""
+    """float32, bfloat16 or float16 of the frozen weights; default on cuda bfloat16, on a card without it float16, else float32.
+    Adapters are float32"""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class TrainingSettings(RewardSettings):
 
     clips_at_once: int = 0
     """clips of a rank's share of the batch that are computed at once, which sets the memory, not the gradient; 0 is all of them.
-    Evaluations compute as many videos at once, at most 8"""
+    Evaluations compute up to 8 videos at once; where a flag below saves memory, as many as clips at once"""
     checkpoint_activations: bool = False
     """recompute the UNet's blocks in the backward pass: less memory, more time, the same gradient"""
     decode_chunk: int = 0
@@ -110,6 +111,12 @@ class TrainingSettings(RewardSettings):
     decoder remembers earlier latents"""
     compile: bool = False
     """torch.compile the UNet"""
+
+    @property
+    def videos_at_once(self):
+        """How many an evaluation computes at once: eight need less memory than a clip with gradient, unless that saves it."""
+        at_once = self.clips_at_once if self.checkpoint_activations or self.low_memory else 0
+        return min(at_once or self.batch_size, 8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,7 +147,8 @@ def fit_to_base(cfg, base):
             raise ValueError(f"latent_context = {cfg.latent_context}: base {base.name} decodes frames from no latents but their "
                              "own, so it cannot be set")
         base.latent_context = cfg.latent_context
-    return cfg if cfg.guidance is not None else replace(cfg, guidance=base.guidance)
+    guidance = base.guidance if cfg.guidance is None else cfg.guidance
+    return replace(cfg, guidance=guidance, dtype=str(base.dtype).removeprefix("torch."))  # recorded with the run
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import support.threads  # noqa: E402, F401  as in every script
 import json  # noqa: E402
+import re  # noqa: E402
 import runpy  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -27,6 +28,25 @@ ROOT = Path(__file__).resolve().parent.parent
 JUDGED = {"watermark", "sharpness", "saturation", "noise", "colour", "shape", "direction", "static", "motion", "fidelity",
           "steadiness"}  # what the tiny world's judge measures
 torch.set_num_threads(1)
+
+
+GPU_TABLE = []  # of test_gpu.py: (what, as measured, as expected)
+
+
+def hide_gpus(asked):
+    """Tests are of the CPU, on any machine, unless -m asks for those of a GPU; torch has not looked for one yet."""
+    if not re.search(r"(?<!not )\bgpu\b", asked):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_configure(config):
+    hide_gpus(config.option.markexpr)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What a GPU was measured to do, to paste into an issue."""
+    for row in [("check", "measured", "expected"), ("---",) * 3, *GPU_TABLE] if GPU_TABLE else ():
+        terminalreporter.write_line(f"| {' | '.join(row)} |")
 
 
 def pytest_collection_finish():

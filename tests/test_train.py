@@ -371,7 +371,7 @@ def test_the_run_folder_holds_what_the_readme_lists(whole):
 
     config = json.loads((folder / "config.json").read_text())
     own = load_base("tiny").guidance  # what --guidance is by default
-    asked = replace(parse([*SHORT, *WHOLE, "--out", str(folder)]), guidance=own)
+    asked = replace(parse([*SHORT, *WHOLE, "--out", str(folder)]), guidance=own, dtype="float32")  # and the device's
     assert parse(["--resume", str(folder)]) == replace(asked, resume=folder) and config == settings.to_record(asked)
     record = json.loads((folder / "run.json").read_text())
     assert record["versions"]["torch"] == torch.__version__ and record["versions"].keys() >= {"python", "machine"}
