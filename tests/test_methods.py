@@ -29,15 +29,16 @@ import lora
 import sampler
 import train
 from formats.tensors import fingerprint
-from methods import common, ddpo, dpo, draft, refl, rwr, vader
+from methods import adjoint, common, ddpo, dpo, draft, nft, refl, rwr, vader
 from model import load_base
 from reward import load_reward
 from support import run as run_folder, settings
 
 ROOT = Path(__file__).resolve().parent.parent
-METHODS = {"draft": draft, "refl": refl, "vader": vader, "ddpo": ddpo, "rwr": rwr, "dpo": dpo}
+METHODS = {"draft": draft, "refl": refl, "vader": vader, "ddpo": ddpo, "rwr": rwr, "dpo": dpo, "nft": nft, "adjoint": adjoint}
 SHORT = ["--device", "cpu", "--batch-size", "2", "--num-steps", "2", "--frames", "4", "--segments", "2", "--eval-every", "0"]
-MORE = {"ddpo": ["--updates", "2"], "rwr": ["--rounds", "2", "--videos", "4"], "dpo": ["--rounds", "2", "--pairs", "2"]}
+MORE = {"ddpo": ["--updates", "2"], "rwr": ["--rounds", "2", "--videos", "4"], "dpo": ["--rounds", "2", "--pairs", "2"],
+        "nft": ["--updates", "2", "--group", "2"], "adjoint": ["--steps-learned", "1"]}
 pytestmark = pytest.mark.usefixtures("aside")
 
 
@@ -736,6 +737,9 @@ def write_clips():
     ("rwr", ["--rounds", "1", "--videos", "3", "--temperature", "0.5", "--offset-noise", "0.1", "--clips-at-once", "1"]),
     ("rwr", ["--data", "clips.txt", "--size", "32", "--workers", "0", "--no-cache", "--offset-noise", "0.1"]),
     ("dpo", ["--rounds", "1", "--pairs", "3", "--beta", "100", "--clips-at-once", "1", "--checkpoint-activations"]),
+    ("nft", ["--updates", "1", "--group", "2", "--beta", "0.1", "--kl", "0", "--timestep-fraction", "1", "--clips-at-once", "1",
+             "--sampling-guidance", "2"]),
+    ("adjoint", ["--reward-scale", "10", "--steps-learned", "1", "--clips-at-once", "1", "--checkpoint-activations"]),
 ], ids=lambda v: v if isinstance(v, str) else v[0])
 def test_every_option_runs(name, flags):
     write_clips()
@@ -753,7 +757,7 @@ def test_every_option_runs(name, flags):
         assert load_file("run/round_000.safetensors")["prompt"].max() < 3  # of the file's three
 
 
-@pytest.mark.parametrize("name", ["ddpo", "rwr", "dpo"])
+@pytest.mark.parametrize("name", ["ddpo", "rwr", "dpo", "nft"])
 def test_videos_that_are_compared_are_scored_on_the_same_frames(parts, monkeypatch, name):
     """TAR's weights depend on the frames: by frames of their own, videos that are all alike would get different R."""
     base, _, _ = parts
@@ -762,7 +766,7 @@ def test_videos_that_are_compared_are_scored_on_the_same_frames(parts, monkeypat
 
     def alike(frames, captions):
         return torch.ones(frames.shape[:2])
-    more = {"ddpo": {}, "rwr": {"videos": 4, "rounds": 1}, "dpo": {"pairs": 2}}[name]
+    more = {"ddpo": {}, "rwr": {"videos": 4, "rounds": 1}, "dpo": {"pairs": 2}, "nft": {"group": 2}}[name]
     of(METHODS[name], config(METHODS[name], frames=16, num_steps=1, **more), base, alike).draw(0)
     R = torch.cat([R for R, _ in found])
     assert len(R) == 4 and (R == R[0]).all()
@@ -794,7 +798,7 @@ def test_an_evaluation_before_and_after(monkeypatch, capsys):
 @pytest.mark.parametrize("name", METHODS)
 def test_the_modelscope_preset_on_a_reduced_structure(name, capsys):
     Path("prompts.txt").write_text("a cat walking\na dog running\n")
-    more = {"ddpo": ["--updates", 1], "rwr": ["--rounds", 1, "--videos", 2], "dpo": ["--pairs", 2]}.get(name, [])
+    more = {"ddpo": ["--updates", 1], "rwr": ["--rounds", 1, "--videos", 2], "dpo": ["--pairs", 2]}.get(name, MORE.get(name, []))
     flags = ["--base", "random:32", "--reward-weights", "random:32", *SHORT, "--size", 32, *more, "--steps", 1, "--out", "run"]
     with pytest.raises(ValueError, match="no prompts to train on: --prompts-train FILE must name some"):
         run(name, "modelscope", *flags)
@@ -825,7 +829,12 @@ def test_the_modelscope_preset_on_a_reduced_structure(name, capsys):
     ("rwr", "--rounds 3", "steps = 40: must be a multiple of 3, the rounds"),
     ("rwr", "--videos 0", "videos = 0: must be at least 1"),
     ("dpo", "--beta 0", "beta = 0.0: must be a finite number above 0"),
-    ("dpo", "--rounds 0", "rounds = 0: must be at least 1")])
+    ("dpo", "--rounds 0", "rounds = 0: must be at least 1"),
+    ("nft", "--group 1", "group = 1: must be at least 2"),
+    ("nft", "--beta 0", "beta = 0.0: must be a finite number above 0"),
+    ("nft", "--kl -1", "kl = -1.0: must be at least 0"),
+    ("adjoint", "--reward-scale -1", "reward_scale = -1.0: must be at least 0"),
+    ("adjoint", "--steps-learned 20", "steps_learned = 20: must be below num_steps = 20")])
 def test_what_is_refused_is_refused_in_one_line_and_writes_nothing(name, argv, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         run(name, "--device", "cpu", *argv.split(), "--out", "run")
