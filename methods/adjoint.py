@@ -11,10 +11,10 @@ from there. The optimum of this one has the base's diversity, tilted by the rewa
 
 Against train.py: (1) it starts from pure noise, needs prompts only, and runs the whole chain with
 as much fresh noise as DDPM has; (2) the reward's gradient at z_0 is carried back through the frozen
-base, a step at a time, which gives the adjoint a of each step; memory does not grow with D; (3) some
-steps of the chain learn to move their mean by -std^2 a from the base's.
+base, a step at a time, which gives the adjoint a of each step; memory does not grow with D; (3)
+some steps of the chain learn to move their mean by -std^2 a from the base's.
 
-Ours differs from microsoft/soc-fine-tuning-sd: (1) a is that after the step, with which the gradient
+Ours differs from microsoft/soc-fine-tuning-sd: (1) a is that after the step, so that the gradient
 at the base is exactly the reward's through the whole chain (a test says so); (2) the noise levels
 are the base's own (there, others); (3) no videos are dropped for a large loss.
 
@@ -92,7 +92,7 @@ def chosen_steps(step, fresh, cfg):
 
 
 def pairs(base, rewards, uncond, part, step, cfg):
-    """The n pairs of some videos: z_t, the base's mean, a, chain steps [n], captions, reward (n,)."""
+    """n pairs of some videos, in rows: z_t, the base's mean, a, chain step, caption, reward."""
     noise, text, g, captions, keys = part
     path = sample_path(base, noise, text, uncond, keys, cfg)
     z_0 = path[-1].requires_grad_()
@@ -113,7 +113,7 @@ def pairs(base, rewards, uncond, part, step, cfg):
 class Config(common.PromptConfig):
     """Fine-tune a text-to-video model by Adjoint Matching, from prompts."""
     reward_scale: float = 1000.0
-    """lambda: how far the reward outweighs staying at the base (authors: 1 to 100, for a reward that
+    """lambda: how far the reward outweighs staying at the base (authors: 1 to 100, for one that
     spreads by 1; HPStiny spreads by 0.1, HPSv2 by 0.015)"""
     steps_learned: int = 4
     """chain steps that an update learns from, half from the noisy 60% (authors: 4 of 50)"""

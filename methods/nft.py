@@ -45,8 +45,8 @@ def optimality(rewards, group):
 
 
 def scaled_error(guess, z):
-    """|guess - z|^2 / |guess - z|, means over a video's elements, (B,). The divisor has no gradient:
-    it keeps noisy levels, where guesses are far off, from outweighing the others."""
+    """|guess - z|^2 / |guess - z|, means over a video's elements, (B,). The divisor, which has no
+    gradient, keeps noisy levels, where guesses are far off, from outweighing the others."""
     off = guess - z                                                           # (B, C, F, h, w)
     distance = off.detach().abs().flatten(1).mean(dim=1).clamp(min=1e-5)
     return off.square().flatten(1).mean(dim=1) / distance                     # (B,)
@@ -70,7 +70,7 @@ def put_adapters(network, values):
 
 
 def nft_rewards(base, old, batch, cfg):
-    """Minus the loss (n,) of pairs: z, eps (n, C, F, h, w), r (n,), chain steps [n], text (n, N, E);
+    """Minus the loss (n,) of pairs: z, eps (n, C, F, h, w), r (n,), steps [n] and text (n, N, E);
     old: the old model's adapters."""
     z, eps, r, steps, text = batch
     chain = base.levels(cfg.num_steps)
@@ -98,7 +98,7 @@ def nft_rewards(base, old, batch, cfg):
 
 @torch.no_grad()
 def sample_batch(base, rewards, videos, step, cfg):
-    """A step's videos z (B, C, F, h, w), their keys [B], the reward and R (B,), and captions [B]."""
+    """A step's videos z (B, C, F, h, w), their keys [B], reward and R (B,), and captions [B]."""
     whole = videos.start(videos.share(step, cfg.batch_size, cfg.group), cfg.seed, step)
     levels, parts = base.levels(cfg.num_steps), []
     for noise, text, g, captions, _ in train.split_batch(whole, cfg.clips_at_once):
@@ -126,7 +126,7 @@ class Config(common.RoundConfig):
     group: int = 4
     """videos of each prompt, which are compared (authors: 24)"""
     beta: float = 1.0
-    """how far the two mixtures are from the old model, in steps to the new one (authors: 1 or 0.1)"""
+    """how far the mixtures are from the old model, in steps to the new one (authors: 1 or 0.1)"""
     kl: float = 1e-4
     """weight of the distance to the base's predictions (authors); 0 spares a call"""
     timestep_fraction: float = 0.25

@@ -117,7 +117,7 @@ def test_drafts_gradient_is_that_of_the_chain_cut_by_hand(parts, K):
     base, reward, uncond = parts
     noise, text, g, captions = inputs(base)
     cfg = config(draft, grad_steps=K)
-    R, logged = draft.draft_rewards(base, reward, uncond, (noise, text, g, captions, [K, K]), cfg)
+    R, logged = draft.draft_rewards(base, reward, uncond, (noise, text, g, captions, [[*range(1, K + 1)]] * 2), cfg)
 
     # Ordinary backpropagation through all four steps, cut before the last K: with K = D it is not cut at all.
     z, levels = noise, base.levels(4)
@@ -136,7 +136,7 @@ def test_the_edit_from_tau_1_of_an_empty_clip_is_draft(parts):
     base, reward, uncond = parts
     noise, text, g, captions = inputs(base)
     cfg = config(draft)
-    R, _ = draft.draft_rewards(base, reward, uncond, (noise, text, g, captions, [1, 1]), cfg)
+    R, _ = draft.draft_rewards(base, reward, uncond, (noise, text, g, captions, [[1], [1]]), cfg)
     eps = noise / (1 - sampler.alpha_bars()[751].item()) ** .5
     edit, _ = train.edit_rewards(base, reward, uncond, (torch.zeros_like(noise), eps, text, g, captions), cfg)
     assert cfg.tau == 1.
@@ -146,9 +146,45 @@ def test_the_edit_from_tau_1_of_an_empty_clip_is_draft(parts):
 
 def test_the_random_cut_takes_every_k_and_is_the_same_for_all_ranks():
     cfg = config(draft, truncate="random", grad_steps=4)
-    drawn = [draft.last_steps(step, cfg) for step in range(60)]
-    assert set(drawn) == {1, 2, 3, 4} and drawn == [draft.last_steps(step, cfg) for step in range(60)]
-    assert {draft.last_steps(step, replace(cfg, truncate="fixed")) for step in range(9)} == {4}
+    drawn = [len(draft.chosen_steps(step, cfg)) for step in range(60)]
+    assert set(drawn) == {1, 2, 3, 4} and drawn == [len(draft.chosen_steps(step, cfg)) for step in range(60)]
+    assert {len(draft.chosen_steps(step, replace(cfg, truncate="fixed"))) for step in range(9)} == {4}
+
+
+def test_drtunes_gradient_is_the_sum_by_hand_with_the_networks_input_detached(parts):
+    """z_prev = c z_t + d eps(z_t) at each step, with DDIM's own c and d; only the chosen eps have a gradient, times later c."""
+    base, reward, uncond = parts
+    noise, text, g, captions = inputs(base)
+    cfg = config(draft, detach_input=True, grad_at="uniform", grad_steps=2)
+    assert draft.chosen_steps(0, cfg) == [4, 2]
+    R, _ = draft.draft_rewards(base, reward, uncond, (noise, text, g, captions, [[4, 2]] * 2), cfg)
+    z, levels, ahead, total = noise, base.levels(4), [], 0.
+    for i in (4, 3, 2, 1):
+        _, eps = sampler.guided(base.predict, z.detach(), levels, i, text, uncond, cfg.guidance)
+        c = levels.alpha[i - 1] / levels.alpha[i]
+        d = levels.sigma[i - 1] - c * levels.sigma[i]
+        ahead = [(c * factor, chosen) for factor, chosen in ahead] + ([(d, eps)] if i in (4, 2) else [])
+        z = (c * z + d * eps).detach()
+    for factor, eps in ahead:
+        total = total + factor * (eps - eps.detach())
+    scores = train.score_frames(reward, train.decode_chosen(base, z + total, g), captions)
+    by_hand = (scores * torch.exp(-1. * (g - 2).abs())).mean(dim=1)
+    torch.testing.assert_close(R, by_hand, rtol=0, atol=1e-5)
+    assert apart(gradient(base, R), gradient(base, by_hand)) < 1e-3
+    assert all(p.requires_grad for p in lora.parameters(base.network))
+
+
+def test_detaching_what_the_last_step_alone_reads_changes_nothing(parts):
+    base, reward, uncond = parts
+    batch = *inputs(base), [[1], [1]]
+    plain, _ = draft.draft_rewards(base, reward, uncond, batch, config(draft))
+    detached, _ = draft.draft_rewards(base, reward, uncond, batch, config(draft, detach_input=True))
+    assert apart(gradient(base, detached), gradient(base, plain)) < 1e-4
+
+
+def test_random_steps_with_gradient_are_any_of_the_chain():
+    drawn = [draft.chosen_steps(step, config(draft, detach_input=True, grad_at="random", grad_steps=2)) for step in range(40)]
+    assert {*sum(drawn, [])} == {1, 2, 3, 4} and all(len({*steps}) == 2 for steps in drawn)
 
 
 # -------------------------------------------------------- ReFL --------------------------------------------------------
@@ -190,10 +226,10 @@ def test_vader_without_fresh_noise_is_draft_at_lambda_0(parts):
     *batch, captions = inputs(base)
     keys = [(0, 0, 0, "chain"), (0, 0, 1, "chain")]
     R, _ = vader.vader_rewards(base, reward, uncond, (*batch, captions, keys), config(vader, eta=0.))
-    expected, _ = draft.draft_rewards(base, reward, uncond, (*batch, captions, [1, 1]), config(draft, lambda_tar=0.))
+    expected, _ = draft.draft_rewards(base, reward, uncond, (*batch, captions, [[1], [1]]), config(draft, lambda_tar=0.))
     assert torch.equal(R, expected) and torch.equal(gradient(base, R), gradient(base, expected))
     weighted, _ = vader.vader_rewards(base, reward, uncond, (*batch, captions, keys), config(vader, eta=0., lambda_tar=1.))
-    expected, _ = draft.draft_rewards(base, reward, uncond, (*batch, captions, [1, 1]), config(draft))
+    expected, _ = draft.draft_rewards(base, reward, uncond, (*batch, captions, [[1], [1]]), config(draft))
     assert torch.equal(weighted, expected)  # the comparison has it both ways
 
 
@@ -730,6 +766,7 @@ def write_clips():
 @pytest.mark.parametrize("name, flags", [
     ("draft", ["--truncate", "random", "--grad-steps", "2", "--guidance", "1", "--lambda-tar", "0", "--low-memory",
                "--cache-interval", "2"]),
+    ("draft", ["--detach-input", "--grad-at", "random", "--grad-steps", "1", "--checkpoint-activations"]),
     ("refl", ["--late", "1", "--cache-interval", "2", "--decode-chunk", "1", "--checkpoint-activations"]),
     ("vader", ["--eta", "0.5", "--frames-scored", "3", "--grad-steps", "2", "--lambda-tar", "1", "--clips-at-once", "1",
                "--cache-interval", "3"]),
@@ -812,6 +849,9 @@ def test_the_modelscope_preset_on_a_reduced_structure(name, capsys):
 
 @pytest.mark.parametrize("name, argv, message", [
     ("draft", "--truncate all", "truncate 'all': must be fixed or random"),
+    ("draft", "--grad-at first", "grad_at 'first': must be last, or with detach_input uniform or random"),
+    ("draft", "--grad-at random", "grad_at 'random': must be last, or with detach_input"),
+    ("draft", "--detach-input --cache-interval 2", "detach_input: cannot be had with a cache_interval above 1"),
     ("draft", "--grad-steps 21", "grad_steps = 21: must be from 1 to 20"),
     ("draft", "--prompts-train nowhere.txt", "prompts nowhere.txt: cannot be read"),
     ("refl", "--late 0", "late = 0.0: must be above 0 and at most 1"),
