@@ -52,6 +52,18 @@ class PromptConfig(NoiseConfig):
     cache_dir: Suppress[Fixed[Path]] = Path("cache")
 
 
+@dataclass(frozen=True)
+class RoundConfig(PromptConfig):
+    """The same for a method whose rounds are sampled for a few optimizer steps, whose reward needs
+    no gradient, and whose steps learn at several levels of the chain."""
+    updates: int = 2
+    """optimizer steps that learn from one round of videos (kvablack/ddpo-pytorch: 2 to 4)"""
+    clips_at_once: int = 8
+    """videos that are sampled, or pairs of a video and a chain step learned from, at once"""
+    grad_steps: Suppress[Fixed[int]] = 1
+    cache_interval: Suppress[Fixed[int]] = 1
+
+
 def presets(config_class, **full_size):
     """The tiny world's settings, and train.py's at full size with a method's own in their place."""
     made = {}
@@ -243,6 +255,42 @@ class RewardHistory:
             with open(self.path, "a", encoding="utf-8") as file:
                 line = {"step": step, "prompts": prompts, "rewards": rewards}
                 file.write(json.dumps(line) + "\n")
+
+
+def check_updates(cfg, *above_zero, group=1, **least):
+    """ValueError for what can be known to be wrong with the settings of such a method; its own as
+    support.settings.check_at_least takes them."""
+    check(cfg)
+    check_at_least(cfg, "timestep_fraction", *above_zero, updates=1, group=group, **least)
+    if cfg.timestep_fraction > 1:
+        raise ValueError(f"timestep_fraction = {cfg.timestep_fraction}: must be at most 1")
+    check_multiple(cfg, cfg.group, "group", "batch_size")
+    check_multiple(cfg, cfg.updates, "the updates of a round", "steps", "save_every", "eval_every")
+
+
+def sample_round(sample_batch, base, rewards, videos, step, cfg):
+    """The batches of a round, which begins with this step, and prompts and R (n,) of all its videos
+    over all ranks. sample_batch -> this rank's of a step, which ends with R (B,), captions [B]."""
+    sampled = []
+    for k in ranks.progress(range(step, step + cfg.updates), "sampling"):
+        sampled.append(sample_batch(base, rewards, videos, k, cfg))
+    prompts, R = gathered([(captions, R.tolist()) for *_, R, captions in sampled])
+    return sampled, prompts, torch.tensor(R)
+
+
+def of_rank(values, cfg):
+    """This rank's part (updates, B) of values (n,) of all videos of a round."""
+    rank, world_size = rank_and_size()
+    return values.view(cfg.updates, world_size, -1)[:, rank]
+
+
+def chain_steps(cfg, step, last):
+    """Chain steps that an update learns from, of D..D - last + 1: random ones, the same for all of
+    its videos."""
+    count = max(1, round(cfg.timestep_fraction * last))
+    generator = sample_generator(cfg.seed, step, "timesteps")
+    at = last - 1 - torch.randperm(last, generator=generator)[:count]         # 0 is the first step
+    return (cfg.num_steps - at).tolist()
 
 
 def gathered(scored):

@@ -27,15 +27,13 @@ if not __package__:
     sys.exit(2)
 
 import torch
-from tyro.conf import Fixed, Suppress
 
 import train
 from methods import common
 from reward import first_frames
 from sampler import guided, step
 from support.clips import say_once
-from support.ranks import progress, rank_and_size, sample_generator, take
-from support.settings import check_at_least, check_positive
+from support.ranks import sample_generator, take
 
 BUFFER = 16  # rewards of a prompt that its statistics need (kvablack: config/base.py)
 
@@ -109,11 +107,8 @@ def sample_batch(base, rewards, videos, step, cfg):
 def pairs(batch, step, cfg):
     """The n pairs that an update learns from: chosen chain steps, each with all videos."""
     path, log_probs, mean_scores, _, captions, A = batch
-    learned = log_probs.shape[1]
-    count = max(1, round(cfg.timestep_fraction * learned))
-    generator = sample_generator(cfg.seed, step, "timesteps")
-    at = learned - 1 - torch.randperm(learned, generator=generator)[:count]   # 0 is the first step
-    steps = cfg.num_steps - at                                                # of D..1
+    steps = torch.tensor(common.chain_steps(cfg, step, log_probs.shape[1]))   # of D..1
+    at, count = cfg.num_steps - steps, len(steps)                             # 0 is the first step
     z_t, z_prev = path[:, at].transpose(0, 1), path[:, at + 1].transpose(0, 1)
     # A video's pairs share its advantage and its reward, so that it counts once.
     return (z_t.flatten(0, 1), z_prev.flatten(0, 1), log_probs[:, at].T.flatten(),
@@ -122,10 +117,8 @@ def pairs(batch, step, cfg):
 
 
 @dataclass(frozen=True)
-class Config(common.PromptConfig):
+class Config(common.RoundConfig):
     """Fine-tune a text-to-video model by DDPO, from prompts."""
-    updates: int = 2
-    """optimizer steps that learn from one round of videos (kvablack: 2 to 4)"""
     group: int = 1
     """videos of each prompt in a batch; above 1, those of a round are compared (GRPO)"""
     clip_range: float = 1e-4
@@ -134,10 +127,6 @@ class Config(common.PromptConfig):
     """share of the chain's steps that an update learns from, random ones (kvablack: all)"""
     batch_size: int = 8
     """videos behind an optimizer step, over all ranks"""
-    clips_at_once: int = 8
-    """videos that are sampled, or pairs of a chain step and a video learned from, at once"""
-    grad_steps: Suppress[Fixed[int]] = 1
-    cache_interval: Suppress[Fixed[int]] = 1
 
 
 PRESETS = common.presets(Config, updates=4, batch_size=64, lr=3e-4)
@@ -145,14 +134,7 @@ PRESETS = common.presets(Config, updates=4, batch_size=64, lr=3e-4)
 
 def check(cfg):
     """All that can be known before anything is loaded; ValueError in one line."""
-    common.check(cfg)
-    check_at_least(cfg, updates=1, group=1)
-    check_positive(cfg, "clip_range", "timestep_fraction")
-    if cfg.timestep_fraction > 1:
-        raise ValueError(f"timestep_fraction = {cfg.timestep_fraction}: must be at most 1")
-    common.check_multiple(cfg, cfg.group, "group", "batch_size")
-    common.check_multiple(cfg, cfg.updates, "the updates of a round",
-                          "steps", "save_every", "eval_every")
+    common.check_updates(cfg, "clip_range")
 
 
 def method(cfg, base, rewards, folder):
@@ -165,14 +147,11 @@ def method(cfg, base, rewards, folder):
 
     def sample_round(step):
         """The batches of a round, which begins with this step, each with its advantages (B,)."""
-        steps = range(step, step + cfg.updates)
-        sampled = [sample_batch(base, rewards, videos, k, cfg) for k in progress(steps, "sampling")]
+        sampled, prompts, R = common.sample_round(sample_batch, base, rewards, videos, step, cfg)
         # Statistics are over the whole round, in order of step and rank.
-        prompts, R = common.gathered([(captions, R.tolist()) for *_, R, captions in sampled])
-        A = advantages(torch.tensor(R), prompts, history.before(step), cfg.group)
-        history.add(step, prompts, R)
-        rank, world_size = rank_and_size()
-        A = A.view(cfg.updates, world_size, -1)[:, rank].to(base.device)      # (updates, B)
+        A = advantages(R, prompts, history.before(step), cfg.group)
+        history.add(step, prompts, R.tolist())
+        A = common.of_rank(A, cfg).to(base.device)                            # (updates, B)
         return [(*batch, A[k]) for k, batch in enumerate(sampled)]
 
     def draw(step):

@@ -50,7 +50,7 @@ def refl_rewards(base, reward, uncond, batch, cfg):
 
 
 @pytest.mark.parametrize(("step", "config", "last"), [
-    (train.edit_rewards, train.Config(tau=1.), None), (draft.draft_rewards, draft.Config(), [1, 1]),
+    (train.edit_rewards, train.Config(tau=1.), None), (draft.draft_rewards, draft.Config(), [[1], [1]]),
     (refl_rewards, refl.Config(), [1, 1]), (vader.vader_rewards, vader.Config(), KEYS)],
     ids=["InstructVideo", "draft", "refl", "vader"])
 def test_a_step_saves_calls_and_the_fewer_the_nearer_is_its_gradient(parts, step, config, last):

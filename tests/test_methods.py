@@ -27,13 +27,14 @@ import lora
 import sampler
 import train
 from formats.tensors import fingerprint
-from methods import common, ddpo, dpo, draft, refl, rwr, vader
+from methods import adjoint, common, ddpo, dpo, draft, nft, refl, rwr, vader
 from model import load_base
 from support import ranks as processes, run as run_folder, settings
 
-METHODS = {"draft": draft, "refl": refl, "vader": vader, "ddpo": ddpo, "rwr": rwr, "dpo": dpo}
+METHODS = {"draft": draft, "refl": refl, "vader": vader, "ddpo": ddpo, "rwr": rwr, "dpo": dpo, "nft": nft, "adjoint": adjoint}
 SHORT = ["--device", "cpu", "--batch-size", "2", "--num-steps", "2", "--frames", "4", "--segments", "2", "--eval-every", "0"]
-MORE = {"ddpo": ["--updates", "2"], "rwr": ["--rounds", "2", "--videos", "4"], "dpo": ["--rounds", "2", "--pairs", "2"]}
+MORE = {"ddpo": ["--updates", "2"], "rwr": ["--rounds", "2", "--videos", "4"], "dpo": ["--rounds", "2", "--pairs", "2"],
+        "nft": ["--updates", "2", "--group", "2"], "adjoint": ["--steps-learned", "1"]}
 pytestmark = pytest.mark.usefixtures("aside")
 
 
@@ -85,7 +86,7 @@ def test_drafts_gradient_is_that_of_the_chain_cut_by_hand(parts, K):
     base, reward, uncond = parts
     noise, text, g, captions = inputs(base)
     cfg = config(draft, grad_steps=K)
-    R, logged = draft.draft_rewards(base, reward, uncond, (noise, text, g, captions, [K, K]), cfg)
+    R, logged = draft.draft_rewards(base, reward, uncond, (noise, text, g, captions, [[*range(1, K + 1)]] * 2), cfg)
 
     # Ordinary backpropagation through all four steps, cut before the last K: with K = D it is not cut at all.
     z, levels = noise, base.levels(4)
@@ -104,7 +105,7 @@ def test_the_edit_from_tau_1_of_an_empty_clip_is_draft(parts):
     base, reward, uncond = parts
     noise, text, g, captions = inputs(base)
     cfg = config(draft)
-    R, _ = draft.draft_rewards(base, reward, uncond, (noise, text, g, captions, [1, 1]), cfg)
+    R, _ = draft.draft_rewards(base, reward, uncond, (noise, text, g, captions, [[1], [1]]), cfg)
     eps = noise / (1 - sampler.alpha_bars()[751].item()) ** .5
     edit, _ = train.edit_rewards(base, reward, uncond, (torch.zeros_like(noise), eps, text, g, captions), cfg)
     assert cfg.tau == 1.
@@ -114,9 +115,45 @@ def test_the_edit_from_tau_1_of_an_empty_clip_is_draft(parts):
 
 def test_the_random_cut_takes_every_k_and_is_the_same_for_all_ranks():
     cfg = config(draft, truncate="random", grad_steps=4)
-    drawn = [draft.last_steps(step, cfg) for step in range(60)]
-    assert set(drawn) == {1, 2, 3, 4} and drawn == [draft.last_steps(step, cfg) for step in range(60)]
-    assert {draft.last_steps(step, replace(cfg, truncate="fixed")) for step in range(9)} == {4}
+    drawn = [len(draft.chosen_steps(step, cfg)) for step in range(60)]
+    assert set(drawn) == {1, 2, 3, 4} and drawn == [len(draft.chosen_steps(step, cfg)) for step in range(60)]
+    assert {len(draft.chosen_steps(step, replace(cfg, truncate="fixed"))) for step in range(9)} == {4}
+
+
+def test_drtunes_gradient_is_the_sum_by_hand_with_the_networks_input_detached(parts):
+    """z_prev = c z_t + d eps(z_t) at each step, with DDIM's own c and d; only the chosen eps have a gradient, times later c."""
+    base, reward, uncond = parts
+    noise, text, g, captions = inputs(base)
+    cfg = config(draft, detach_input=True, grad_at="uniform", grad_steps=2)
+    assert draft.chosen_steps(0, cfg) == [4, 2]
+    R, _ = draft.draft_rewards(base, reward, uncond, (noise, text, g, captions, [[4, 2]] * 2), cfg)
+    z, levels, ahead, total = noise, base.levels(4), [], 0.
+    for i in (4, 3, 2, 1):
+        _, eps = sampler.guided(base.predict, z.detach(), levels, i, text, uncond, cfg.guidance)
+        c = levels.alpha[i - 1] / levels.alpha[i]
+        d = levels.sigma[i - 1] - c * levels.sigma[i]
+        ahead = [(c * factor, chosen) for factor, chosen in ahead] + ([(d, eps)] if i in (4, 2) else [])
+        z = (c * z + d * eps).detach()
+    for factor, eps in ahead:
+        total = total + factor * (eps - eps.detach())
+    scores = train.score_frames(reward, train.decode_chosen(base, z + total, g), captions)
+    by_hand = (scores * torch.exp(-1. * (g - 2).abs())).mean(dim=1)
+    torch.testing.assert_close(R, by_hand, rtol=0, atol=1e-5)
+    assert apart(gradient(base, R), gradient(base, by_hand)) < 1e-3
+    assert all(p.requires_grad for p in lora.parameters(base.network))
+
+
+def test_detaching_what_the_last_step_alone_reads_changes_nothing(parts):
+    base, reward, uncond = parts
+    batch = *inputs(base), [[1], [1]]
+    plain, _ = draft.draft_rewards(base, reward, uncond, batch, config(draft))
+    detached, _ = draft.draft_rewards(base, reward, uncond, batch, config(draft, detach_input=True))
+    assert apart(gradient(base, detached), gradient(base, plain)) < 1e-4
+
+
+def test_random_steps_with_gradient_are_any_of_the_chain():
+    drawn = [draft.chosen_steps(step, config(draft, detach_input=True, grad_at="random", grad_steps=2)) for step in range(40)]
+    assert {*sum(drawn, [])} == {1, 2, 3, 4} and all(len({*steps}) == 2 for steps in drawn)
 
 
 # -------------------------------------------------------- ReFL --------------------------------------------------------
@@ -158,10 +195,10 @@ def test_vader_without_fresh_noise_is_draft_at_lambda_0(parts):
     *batch, captions = inputs(base)
     keys = [(0, 0, 0, "chain"), (0, 0, 1, "chain")]
     R, _ = vader.vader_rewards(base, reward, uncond, (*batch, captions, keys), config(vader, eta=0.))
-    expected, _ = draft.draft_rewards(base, reward, uncond, (*batch, captions, [1, 1]), config(draft, lambda_tar=0.))
+    expected, _ = draft.draft_rewards(base, reward, uncond, (*batch, captions, [[1], [1]]), config(draft, lambda_tar=0.))
     assert torch.equal(R, expected) and torch.equal(gradient(base, R), gradient(base, expected))
     weighted, _ = vader.vader_rewards(base, reward, uncond, (*batch, captions, keys), config(vader, eta=0., lambda_tar=1.))
-    expected, _ = draft.draft_rewards(base, reward, uncond, (*batch, captions, [1, 1]), config(draft))
+    expected, _ = draft.draft_rewards(base, reward, uncond, (*batch, captions, [[1], [1]]), config(draft))
     assert torch.equal(weighted, expected)  # the comparison has it both ways
 
 
@@ -654,6 +691,7 @@ def test_two_real_ranks_give_what_one_gives(name):
 @pytest.mark.parametrize("name, flags", [
     ("draft", ["--truncate", "random", "--grad-steps", "2", "--guidance", "1", "--lambda-tar", "0", "--low-memory",
                "--cache-interval", "2"]),
+    ("draft", ["--detach-input", "--grad-at", "random", "--grad-steps", "1", "--checkpoint-activations"]),
     ("refl", ["--late", "1", "--cache-interval", "2", "--decode-chunk", "1", "--checkpoint-activations"]),
     ("vader", ["--eta", "0.5", "--frames-scored", "3", "--grad-steps", "2", "--lambda-tar", "1", "--clips-at-once", "1",
                "--cache-interval", "3"]),
@@ -661,6 +699,9 @@ def test_two_real_ranks_give_what_one_gives(name):
     ("rwr", ["--rounds", "1", "--videos", "3", "--temperature", "0.5", "--offset-noise", "0.1", "--clips-at-once", "1"]),
     ("rwr", ["--data", "clips.txt", "--size", "32", "--workers", "0", "--no-cache", "--offset-noise", "0.1"]),
     ("dpo", ["--rounds", "1", "--pairs", "3", "--beta", "100", "--clips-at-once", "1", "--checkpoint-activations"]),
+    ("nft", ["--updates", "1", "--group", "2", "--beta", "0.1", "--kl", "0", "--timestep-fraction", "1", "--clips-at-once", "1",
+             "--sampling-guidance", "2"]),
+    ("adjoint", ["--reward-scale", "10", "--steps-learned", "1", "--clips-at-once", "1", "--checkpoint-activations"]),
 ], ids=lambda v: v if isinstance(v, str) else v[0])
 def test_every_option_runs(name, flags):
     write_footage(2)
@@ -678,7 +719,7 @@ def test_every_option_runs(name, flags):
         assert load_file("run/round_000.safetensors")["prompt"].max() < 3  # of the file's three
 
 
-@pytest.mark.parametrize("name", ["ddpo", "rwr", "dpo"])
+@pytest.mark.parametrize("name", ["ddpo", "rwr", "dpo", "nft"])
 def test_videos_that_are_compared_are_scored_on_the_same_frames(parts, monkeypatch, name):
     """TAR's weights depend on the frames: by frames of their own, videos that are all alike would get different R."""
     base, _, _ = parts
@@ -687,7 +728,7 @@ def test_videos_that_are_compared_are_scored_on_the_same_frames(parts, monkeypat
 
     def alike(frames, captions):
         return torch.ones(frames.shape[:2])
-    more = {"ddpo": {}, "rwr": {"videos": 4, "rounds": 1}, "dpo": {"pairs": 2}}[name]
+    more = {"ddpo": {}, "rwr": {"videos": 4, "rounds": 1}, "dpo": {"pairs": 2}, "nft": {"group": 2}}[name]
     of(METHODS[name], config(METHODS[name], frames=16, num_steps=1, **more), base, alike).draw(0)
     R = torch.cat([R for R, _ in found])
     assert len(R) == 4 and (R == R[0]).all()
@@ -719,7 +760,7 @@ def test_an_evaluation_before_and_after(monkeypatch, capsys):
 @pytest.mark.parametrize("name", METHODS)
 def test_the_modelscope_preset_on_a_reduced_structure(name, capsys):
     Path("prompts.txt").write_text("a cat walking\na dog running\n")
-    more = {"ddpo": ["--updates", 1], "rwr": ["--rounds", 1, "--videos", 2], "dpo": ["--pairs", 2]}.get(name, [])
+    more = {"ddpo": ["--updates", 1], "rwr": ["--rounds", 1, "--videos", 2], "dpo": ["--pairs", 2]}.get(name, MORE.get(name, []))
     flags = ["--base", "random:32", "--reward-weights", "random:32", *SHORT, "--size", 32, *more, "--steps", 1, "--out", "run"]
     refused("no prompts to train on: --prompts-train FILE must name some", run, name, "modelscope", *flags)
     if name in ("draft", "dpo"):  # the others differ in nothing that matters here
@@ -732,6 +773,9 @@ def test_the_modelscope_preset_on_a_reduced_structure(name, capsys):
 
 @pytest.mark.parametrize("name, argv, message", [
     ("draft", "--truncate all", "truncate 'all': must be fixed or random"),
+    ("draft", "--grad-at first", "grad_at 'first': must be last, or with detach_input uniform or random"),
+    ("draft", "--grad-at random", "grad_at 'random': must be last, or with detach_input"),
+    ("draft", "--detach-input --cache-interval 2", "detach_input: cannot be had with a cache_interval above 1"),
     ("draft", "--grad-steps 21", "grad_steps = 21: must be from 1 to 20"),
     ("draft", "--prompts-train nowhere.txt", "prompts nowhere.txt: cannot be read"),
     ("refl", "--late 0", "late = 0.0: must be above 0 and at most 1"),
@@ -749,7 +793,12 @@ def test_the_modelscope_preset_on_a_reduced_structure(name, capsys):
     ("rwr", "--rounds 3", "steps = 40: must be a multiple of 3, the rounds"),
     ("rwr", "--videos 0", "videos = 0: must be at least 1"),
     ("dpo", "--beta 0", "beta = 0.0: must be a finite number above 0"),
-    ("dpo", "--rounds 0", "rounds = 0: must be at least 1")])
+    ("dpo", "--rounds 0", "rounds = 0: must be at least 1"),
+    ("nft", "--group 1", "group = 1: must be at least 2"),
+    ("nft", "--beta 0", "beta = 0.0: must be a finite number above 0"),
+    ("nft", "--kl -1", "kl = -1.0: must be at least 0"),
+    ("adjoint", "--reward-scale -1", "reward_scale = -1.0: must be at least 0"),
+    ("adjoint", "--steps-learned 20", "steps_learned = 20: must be below num_steps = 20")])
 def test_what_is_refused_is_refused_in_one_line_and_writes_nothing(name, argv, message):
     refused(re.escape(message), run, name, "--device", "cpu", *argv.split(), "--out", "run")
     assert not Path("run").exists()
