@@ -25,7 +25,8 @@ from support.files import first_names, read_json, write_folder, write_whole
 
 TENSOR = "base_model.model.{}.lora_{}.weight"  # what PEFT calls half "A" or "B" of the adapter of the layer at a path
 NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-PROJECTION = re.compile(r"(^|\.)(to_[qkv]|to_out\.0)$")  # which layers are adapted: those of every attention
+# Which layers are adapted: those of every attention. The second half is Open-Sora's.
+PROJECTION = re.compile(r"(^|\.)(to_[qkv]|to_out\.0|attn\.(qkv|proj)|cross_attn\.(q_linear|kv_linear|proj))$")
 ATTENTION = re.compile(r"(attentions\.\d+|transformer_in)$")  # the blocks that have them
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 VERSION = "1"

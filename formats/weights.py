@@ -8,14 +8,16 @@ from formats.tensors import check_hub_cache, weight_files
 from support.files import first_line, read_json
 
 TINY = Path(__file__).resolve().parents[1] / "tiny" / "weights"
-HUB_BASES = {"modelscope": "ali-vilab/text-to-video-ms-1.7b", "wan": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}
+HUB_BASES = {"modelscope": "ali-vilab/text-to-video-ms-1.7b", "wan": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+             "opensora": "hpcai-tech/OpenSora-STDiT-v3"}
 PARTS = {  # what a folder may call each part: diffusers' components, then the files of the two ModelScope hub folders
     "unet": ("unet", "text2video_pytorch_model.pth", "model_scope_v1-4_0600000.pth"),
     "vae": ("vae", "VQGAN_autoencoder.pth", "v2-1_512-ema-pruned.ckpt"),
     "text_encoder": ("text_encoder", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.safetensors",
                      "stable-diffusion-v/open_clip_pytorch_model.bin")}
 TRANSFORMER_PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")  # folders of the other bases' repositories
-NETWORKS = {"WanTransformer3DModel": "wan"}  # class of a diffusers folder's transformer: the file of bases/ that knows it
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+NETWORKS = {"WanTransformer3DModel": "wan", "STDiT3": "opensora"}  # class of a network: the file of bases/ that knows it
 
 
 def find_base(base):
@@ -35,7 +37,7 @@ def find_base_file(base, given):
     given: paths that are taken for some of its parts.
     """
     for path in given:  # before the base, which may be a download of gigabytes
-        if path and not Path(path).exists():
+        if path and not Path(path).exists() and not HUB_ID.fullmatch(str(path)):
             raise ValueError(f"{path}: no such file or folder")
     if base.partition(":")[0] == "random":
         return "modelscope", None
@@ -44,6 +46,8 @@ def find_base_file(base, given):
             raise ValueError(f"base {base!r}: must be one of random, random:WIDTH, random-{', random-'.join(NETWORKS.values())}")
         return base.removeprefix("random-"), None
     path = find_base(base)
+    if is_opensora(path):
+        return "opensora", path
     config = path / "transformer/config.json"
     if not config.is_file():
         return "modelscope", path
@@ -51,6 +55,12 @@ def find_base_file(base, given):
     if network not in NETWORKS:
         raise ValueError(f"{config}: network {network!r}: must be one of {', '.join(NETWORKS)}")
     return NETWORKS[network], path
+
+
+def is_opensora(path):
+    """Whether a folder is Open-Sora's network, or has it in net/: its config.json is of no class of diffusers."""
+    configs = [read_json(file) for file in (path / "net/config.json", path / "config.json") if file.is_file()]
+    return bool(configs) and "input_sq_size" in configs[0]
 
 
 def find_parts(base, folder, given):
@@ -90,6 +100,8 @@ def hub_files(files):
         for name in files:
             chosen.get(name.partition("/")[0], []).append(name)
         return chosen
+    if "config.json" in files:  # a repository of one part, Open-Sora's: its weights, and a text encoder's tokenizer
+        return {"part": [name for name in files if "/" not in name and name.endswith((*weight_files(files), ".json", ".model"))]}
     chosen = {}
     for part, names in PARTS.items():
         inside = [name.removeprefix(f"{part}/") for name in files if name.startswith(f"{part}/")]
@@ -103,7 +115,7 @@ def hub_files(files):
 
 def from_hub(repo):
     """Folder of a hub repository's three parts, downloaded once by huggingface_hub, or from its cache without a network."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+    if not HUB_ID.fullmatch(repo):
         raise ValueError(f"base {repo!r}: no such file or folder; must be tiny, random, a path, or a hub id like "
                          f"{HUB_BASES['modelscope']}")
     import huggingface_hub

@@ -22,7 +22,8 @@ from support.files import check_folder, read_json
 # frames, so that the last frame counts as it does there.
 BASES = {
     "modelscope": dict(frames=16, size=None, fps=8, guidance=3., num_steps=20, tau=.6, lambda_tar=1.),
-    "wan": dict(frames=17, size=256, fps=16, guidance=5., num_steps=20, tau=.4, lambda_tar=16 / 17)}
+    "wan": dict(frames=17, size=256, fps=16, guidance=5., num_steps=20, tau=.4, lambda_tar=16 / 17),
+    "opensora": dict(frames=51, size=256, fps=24, guidance=7., num_steps=20, tau=.5, lambda_tar=16 / 51)}
 
 
 @dataclass(frozen=True)
