@@ -3,28 +3,24 @@ Open-Sora 1.2 (arXiv:2412.20404), one of VADER's bases: a transformer trained as
 
     python train.py opensora --data clips.txt --prompts animals=animals.txt
 
-Both networks are here, under the published tensor names, but for the autoencoder's 2D stage, which is model.py's; the text tower
-is transformers' T5 encoder. The published code (github.com/hpcaitech/Open-Sora, v1.2.0) also needs colossalai, mmengine, xformers.
+Both are here, under the published tensor names; the autoencoder's 2D stage is model.py's, the text tower is in t5.py. The
+published code (github.com/hpcaitech/Open-Sora, v1.2.0) also needs colossalai, mmengine and xformers.
 
-Against ModelScopeT2V: (1) z_t = (1 - sigma) z_0 + sigma eps, and the network tells the velocity v = z_0 - eps, Wan's with the other
-sign; (2) noise levels depend on the size and the frames, and the network is told the size and the frames a second; (3) windows of
-17 pictures are compressed in time, to 5 latents; (4) text is a dict, features of 300 tokens and a mask of the real ones; (5) without
-a caption the network reads features that it has learnt, as many as the caption has tokens.
+Against ModelScopeT2V: (1) z_t = (1 - sigma) z_0 + sigma eps, and the network tells the velocity v = z_0 - eps; (2) noise levels
+depend on size and frames, and the network is told the size and the frames a second; (3) windows of 17 pictures are compressed in
+time, to 5 latents; (4) text is a dict, features of 300 tokens and a mask of the real ones; (5) for no caption the network has
+learnt features, of which it reads as many as the caption has tokens.
 
-Ours differs from the published code: (1) the posteriors' modes are taken, where it draws samples; (2) columns must divide by 8:
-its 426 at 240p become 53 latents, and 424 again; (3) RWR and DPO draw levels as for 51 frames of 256 x 256.
+Ours differs from the published code: (1) the posteriors' modes are taken, not samples; (2) columns must divide by 8: its 426 at
+240p become 53 latents, and 424 again; (3) RWR and DPO draw levels as for 51 frames of 256 x 256.
 
-Traps: in 16 bits the step that the network is told is rounded to them, as in its training. The temporal decoder normalises over all
-of its window, so that fewer latents give other pixels: VADER decodes one of five alone. A single picture is told as 120 frames a
-second. The last half of the network's channels means nothing.
+Traps: in 16 bits the step that the network is told is rounded, as in its training. The temporal decoder normalises over all of a
+window, so that fewer latents give other pixels: VADER decodes one of five alone. A single picture is told as 120 frames a second.
 
 Letters: B clips, C latent channels, F frames, f latents in time, h and w latent rows and columns, n windows or pictures; in the
 transformer T frames of S patches, each E wide, l tokens of n rows that attend to each other, N text tokens.
 """
-import math
 from collections import OrderedDict
-from functools import partial
-from inspect import signature
 
 import torch
 import torch.nn.functional as F_
@@ -32,8 +28,8 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bases.t5 import load_tower, random_tower
-from formats import names
+from bases.t5 import ReadsT5, load_tower, random_tower
+from formats.names import expect, vae_from_diffusers, vae_to_diffusers
 from formats.tensors import build_empty, fingerprint, load_strict, read_config, read_tensors
 from formats.weights import HUB_BASES, find_base, find_part
 from model import Autoencoder, VAEConfig, time_features
@@ -42,13 +38,12 @@ from support.ranks import move_to
 from support.settings import BASES
 
 SETTINGS = BASES["opensora"]
-TRAIN_STEPS = 1000  # the network is told 1000 sigma
 WINDOW = 17  # pictures that are compressed together, to 5 latents
+CHANNELS = 4  # C
 HUB_PARTS = {"vae": "hpcai-tech/OpenSora-VAE-v1.2", "text_encoder": "DeepFloyd/t5-v1_1-xxl"}  # of the hub's base
 
 
-# -- The noise levels -------------------------------------------------------------------------------------------------------------
-
+# -- The noise levels ------------------------------------------------------------------------------------------------------------
 def latent_frames(frames):
     return 1 if frames == 1 else frames // WINDOW * 5
 
@@ -56,18 +51,17 @@ def latent_frames(frames):
 def shifted(u, shape=None):
     """sigma of u in [0, 1], nearer to 1 the more pixels there are (SD3, arXiv:2403.03206, Eq. (23)): (frames, height, width)."""
     frames, height, width = shape or (SETTINGS["frames"], SETTINGS["size"], SETTINGS["size"])
-    shift = math.sqrt(height * width) / 512 * math.sqrt(latent_frames(frames))  # 1 for a picture of 512 x 512
+    shift = (height * width * latent_frames(frames)) ** .5 / 512  # 1 for a picture of 512 x 512
     return shift * u / (1 + (shift - 1) * u)
 
 
 def levels(num_steps, shape=None, published=False):
     """sigma from 0 to 1 over i = 0..D. shape: (frames, height, width), default SETTINGS'. The published ones are the default."""
     sigma = [shifted(i / num_steps, shape) for i in range(num_steps + 1)]
-    return Levels([TRAIN_STEPS * s for s in sigma], [1 - s for s in sigma], sigma)
+    return Levels([1000 * s for s in sigma], [1 - s for s in sigma], sigma)
 
 
-# -- The transformer --------------------------------------------------------------------------------------------------------------
-
+# -- The transformer -------------------------------------------------------------------------------------------------------------
 def mlp(width, inner, out):
     return nn.Sequential(OrderedDict(fc1=nn.Linear(width, inner), act=nn.GELU("tanh"), fc2=nn.Linear(inner, out)))
 
@@ -126,11 +120,11 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**.5)
 
     def forward(self, x, text, mask, level, freqs=None):
-        level = (self.scale_shift_table + level)[:, :, None, None]                    # (B, 6, 1, 1, E)
+        level = (self.scale_shift_table + level)[:, :, None, None]                        # (B, 6, 1, 1, E)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = level.unbind(1)
-        h = modulate(x, shift, scale)                                                 # (B, T, S, E)
+        h = modulate(x, shift, scale)                                                     # (B, T, S, E)
         if freqs is None:
-            h = self.attn(h.flatten(0, 1)).view_as(x)                                 # (B T), S
+            h = self.attn(h.flatten(0, 1)).view_as(x)                                     # (B T), S
         else:
             h = rearrange(self.attn(rearrange(h, "b t s e -> (b s) t e"), freqs), "(b s) t e -> b t s e", b=len(x))
         x = x + gate * h
@@ -141,75 +135,77 @@ class Block(nn.Module):
 class STDiT3(nn.Module):
     """The velocity z_0 - eps in z_t (B, C, f, h, w), told t (B,), the text and its mask, frames a second, pixel rows, columns."""
 
-    def __init__(self, hidden_size=1152, depth=28, num_heads=16, in_channels=4, caption_channels=4096, model_max_length=300,
-                 input_sq_size=512):  # as config.json has them
+    def __init__(self, hidden_size=1152, depth=28, num_heads=16, caption_channels=4096, model_max_length=300, input_sq_size=512,
+                 **others):  # all as config.json has them
         super().__init__()
-        E, C, heads = hidden_size, in_channels, num_heads
+        expect(others, dict(in_channels=CHANNELS, patch_size=[1, 2, 2], mlp_ratio=4., pred_sigma=True, qk_norm=True))
+        E, C, heads = hidden_size, CHANNELS, num_heads
         self.input_sq_size, self.recompute = input_sq_size, False
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv3d(C, E, (1, 2, 2), (1, 2, 2))})
-        self.t_embedder, self.fps_embedder = [
-            nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(256, E), nn.SiLU(), nn.Linear(E, E))}) for _ in range(2)]
+        self.t_embedder = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(256, E), nn.SiLU(), nn.Linear(E, E))})
+        self.fps_embedder = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(256, E), nn.SiLU(), nn.Linear(E, E))})
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(E, 6 * E))
         self.y_embedder = nn.ModuleDict({"y_proj": mlp(caption_channels, E, E)})
         self.y_embedder.register_buffer("y_embedding", torch.randn(model_max_length, caption_channels))
         self.rope = nn.ParameterDict({"freqs": 10_000. ** -(torch.arange(0, E // heads, 2) / (E // heads))})
-        self.spatial_blocks, self.temporal_blocks = [
-            nn.ModuleList(Block(E, heads) for _ in range(depth)) for _ in range(2)]
+        self.spatial_blocks = nn.ModuleList(Block(E, heads) for _ in range(depth))
+        self.temporal_blocks = nn.ModuleList(Block(E, heads) for _ in range(depth))
         self.final_layer = nn.ModuleDict({"linear": nn.Linear(E, 2 * 2 * 2 * C)})
         self.final_layer.scale_shift_table = nn.Parameter(torch.randn(2, E) / E**.5)
 
     def positions(self, rows, columns, height, width):
         """Of each patch, its column's and its row's sinusoids, (S, E): as far apart as they are in the picture, of any size."""
-        side = round((rows * columns) ** .5) * self.input_sq_size / math.sqrt(height * width)
-        waves = []
+        side = round((rows * columns) ** .5) * self.input_sq_size / (height * width) ** .5
+        weight, waves = self.t_block[1].weight, []
         for count in (rows, columns):
-            cosines, sines = time_features(torch.arange(count) * side / count, self.t_block[1].in_features // 2).chunk(2, dim=1)
-            waves.append(torch.cat([sines, cosines], dim=1))                          # (count, E/2)
+            places = torch.arange(count, device=weight.device) * side / count
+            cosines, sines = time_features(places, weight.shape[1] // 2).chunk(2, dim=1)
+            waves.append(torch.cat([sines, cosines], dim=1))                              # (count, E/2)
         of_column, of_row = waves[1].expand(rows, -1, -1), waves[0][:, None].expand(-1, columns, -1)
         return torch.cat([of_column, of_row], dim=2).flatten(0, 1)
 
     def forward(self, z_t, t, text, mask, fps, height, width):
         B, C, _, h, w = z_t.shape
-        dtype = self.x_embedder["proj"].weight.dtype
+        dtype = self.x_embedder.proj.weight.dtype
 
         # 1. Patches of 2 x 2 latents, with their places. Odd rows and columns get one more, of zeros.
-        x = self.x_embedder["proj"](F_.pad(z_t.to(dtype), (0, w % 2, 0, h % 2)))      # (B, E, T, rows, columns)
+        x = self.x_embedder.proj(F_.pad(z_t.to(dtype), (0, w % 2, 0, h % 2)))             # (B, E, T, rows, columns)
         rows, columns = x.shape[-2:]
-        x = rearrange(x, "b e t h w -> b t (h w) e")                                  # (B, T, S, E)
+        x = rearrange(x, "b e t h w -> b t (h w) e")                                      # (B, T, S, E)
         x = x + self.positions(rows, columns, height, width).to(x)
 
         # 2. The noise level and the caption.
         fps = torch.full((B,), float(fps), device=z_t.device)
-        t = self.t_embedder["mlp"](time_features(t.to(dtype), 256).to(dtype))         # (B, E)
-        t = t + self.fps_embedder["mlp"](time_features(fps, 256).to(dtype))
-        level = self.t_block(t).unflatten(1, (6, -1))                                 # (B, 6, E)
-        text = self.y_embedder["y_proj"](text.to(dtype))                              # (B, N, E)
+        t = self.t_embedder.mlp(time_features(t.to(dtype), 256).to(dtype))                # (B, E)
+        t = t + self.fps_embedder.mlp(time_features(fps, 256).to(dtype))
+        level = self.t_block(t).unflatten(1, (6, -1))                                     # (B, 6, E)
+        text = self.y_embedder.y_proj(text.to(dtype))                                     # (B, N, E)
 
         # 3. Within the frames, then along time, and so on.
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks):
-            for block, freqs in ((spatial, None), (temporal, self.rope["freqs"])):
+            for block, freqs in ((spatial, None), (temporal, self.rope.freqs)):
                 inputs = x, text, mask.bool(), level, freqs
                 x = checkpoint(block, *inputs, use_reentrant=False) if self.recompute else block(*inputs)
 
         # 4. Back to latents.
         shift, scale = (self.final_layer.scale_shift_table + t[:, None])[:, :, None, None].unbind(1)
-        v = self.final_layer["linear"](modulate(x, shift, scale))                     # (B, T, S, 2 2 2C)
+        v = self.final_layer.linear(modulate(x, shift, scale))                            # (B, T, S, 2 2 2C)
         v = rearrange(v, "b t (h w) (p q c) -> b c t (h p) (w q)", h=rows, p=2, q=2)
-        return v[:, :C, :, :h, :w]                                                    # (B, C, f, h, w)
+        return v[:, :C, :, :h, :w]                                                        # (B, C, f, h, w)
 
 
-# -- The autoencoder --------------------------------------------------------------------------------------------------------------
-
+# -- The autoencoder -------------------------------------------------------------------------------------------------------------
 class CausalConv(nn.Module):
-    """A convolution over time, rows and columns that sees no later frame: time is padded in front alone."""
+    """A 3D convolution that sees no later frame: time is padded in front alone. double: its channels are those of two frames."""
 
-    def __init__(self, c_in, c_out, size=3, stride=1, bias=True):
+    def __init__(self, c_in, c_out, size=3, stride=1, bias=True, double=False):
         super().__init__()
-        self.padding = (size // 2,) * 4 + (size - stride, 0)
+        self.padding, self.double = (size // 2,) * 4 + (size - stride, 0), double
         self.conv = nn.Conv3d(c_in, c_out, size, (stride, 1, 1), bias=bias)
 
     def forward(self, x):                                                             # (n, C, f, h, w)
-        return self.conv(F_.pad(x, self.padding))
+        x = self.conv(F_.pad(x, self.padding))
+        return rearrange(x, "n (c two) f h w -> n c (f two) h w", two=2) if self.double else x
 
 
 class ResBlock(nn.Module):
@@ -226,61 +222,55 @@ class ResBlock(nn.Module):
 
 class TemporalStage(nn.Module):
     """
-    Half of the temporal stage: pictures' latents (n, C, 20, h, w) to moments (n, 2C, 5, h, w), or latents (n, C, 5, h, w) back.
-
-    Each level has a list of blocks, and between two of them time may be halved, or doubled. A decoder runs through the encoder's
-    levels from the last to the first; its lists are numbered as the encoder's.
+    Encodes pictures' latents (n, C, 20, h, w) as moments (n, 2C, 5, h, w), or decodes (n, C, 5, h, w) to such latents: blocks of
+    one width, half the time or not, blocks of the next width, and so on. A decoder has this order backwards.
     """
 
-    def __init__(self, is_decoder, filters, num_res_blocks, channel_multipliers, temporal_downsample, num_groups, latent_embed_dim):
+    def __init__(self, is_decoder, filters=128, num_res_blocks=4, channel_multipliers=(1, 2, 2, 4),
+                 temporal_downsample=(False, True, True), num_groups=32, **others):
         super().__init__()
-        self.is_decoder, self.halved = is_decoder, temporal_downsample
+        expect(others, dict(in_out_channels=CHANNELS, latent_embed_dim=CHANNELS))
         widths = [filters * m for m in channel_multipliers]
-        first, last = (widths[-1], widths[0]) if is_decoder else (widths[0], widths[-1])
+        if is_decoder:
+            neighbours, resample = [*widths[1:], widths[-1]], [CausalConv(c, 2 * c, double=True) for c in widths[1:]]
+        else:
+            neighbours, resample = [widths[0], *widths], [CausalConv(c, c, stride=2) for c in widths[:-1]]
 
         def blocks(c_in, c):
             return nn.Sequential(*[ResBlock(c if j else c_in, c, num_groups) for j in range(num_res_blocks)])
 
-        before = [*widths[1:], first] if is_decoder else [first, *widths]  # the width that a level is given
-        self.block_res_blocks = nn.ModuleList(blocks(c_in, c) for c_in, c in zip(before, widths))
+        self.block_res_blocks = nn.ModuleList(blocks(c_in, c) for c_in, c in zip(neighbours, widths))
+        self.conv_blocks = nn.ModuleList(conv if halved else nn.Identity() for conv, halved in zip(resample, temporal_downsample))
         self.res_blocks = blocks(widths[-1], widths[-1])
-        self.norm1 = nn.GroupNorm(num_groups, last)
+        self.norm1 = nn.GroupNorm(num_groups, widths[0] if is_decoder else widths[-1])
+        middle = [self.block_res_blocks[0]]
+        for conv, next_blocks in zip(self.conv_blocks, self.block_res_blocks[1:]):
+            middle += [conv, next_blocks]
         if is_decoder:
-            resample = [CausalConv(c, 2 * c) for c in widths[1:]]  # twice the channels, then a frame of each half
-            self.conv1, self.conv_out = CausalConv(latent_embed_dim, first), CausalConv(last, 4)
+            self.conv1, self.conv_out = CausalConv(CHANNELS, widths[-1]), CausalConv(widths[0], CHANNELS)
+            self.layers = [self.conv1, self.res_blocks, *reversed(middle), self.norm1, nn.SiLU(), self.conv_out]
         else:
-            resample = [CausalConv(c, c, stride=2) for c in widths[:-1]]
-            self.conv_in, self.conv2 = CausalConv(4, first, bias=False), CausalConv(last, 2 * latent_embed_dim, size=1)
-        self.conv_blocks = nn.ModuleList(conv if halved else nn.Identity() for conv, halved in zip(resample, self.halved))
+            self.conv_in, self.conv2 = CausalConv(CHANNELS, filters, bias=False), CausalConv(widths[-1], 2 * CHANNELS, size=1)
+            self.layers = [self.conv_in, *middle, self.res_blocks, self.norm1, nn.SiLU(), self.conv2]
 
     def forward(self, x):
-        levels = range(len(self.block_res_blocks))
-        if not self.is_decoder:
-            x = self.conv_in(x)
-            for i in levels:
-                x = self.block_res_blocks[i](x)
-                x = self.conv_blocks[i](x) if i < levels[-1] else x
-            return self.conv2(F_.silu(self.norm1(self.res_blocks(x))))
-        x = self.res_blocks(self.conv1(x))
-        for i in reversed(levels):
-            x = self.block_res_blocks[i](x)
-            if i > 0 and self.halved[i - 1]:
-                x = rearrange(self.conv_blocks[i - 1](x), "n (c two) t h w -> n c (t two) h w", two=2)
-        return self.conv_out(F_.silu(self.norm1(x)))
+        for layer in self.layers:
+            x = layer(x)
+        return x
 
 
 class VideoAutoencoder(nn.Module):
-    """Both stages. Their latents less `shift`, over `scale`, are z: about 0 and 1 are the mean and deviation of each channel."""
+    """Both stages. Of each channel, z has a mean of about 0 and a deviation of about 1, by `shift` and `scale`."""
 
-    def __init__(self, spatial, filters=128, num_res_blocks=4, channel_multipliers=(1, 2, 2, 4),
-                 temporal_downsample=(False, True, True), num_groups=32, latent_embed_dim=4):  # as config.json has them
+    def __init__(self, vae_2d=None, vae_temporal=None, **others):  # the published config.json says no sizes: the classes' own
         super().__init__()
-        self.config, C = spatial, latent_embed_dim
-        sizes = filters, num_res_blocks, channel_multipliers, temporal_downsample, num_groups, C
+        expect(others, {"micro_frame_size": WINDOW})
+        spatial = vae_from_diffusers(vae_2d, VAEConfig) if "block_out_channels" in (vae_2d or {}) else VAEConfig()
+        self.spatial_scale, sizes, C = spatial.scale, vae_temporal or {}, CHANNELS
         self.spatial_vae = nn.ModuleDict({"module": Autoencoder(spatial)})
         self.temporal_vae = nn.ModuleDict({
-            "encoder": TemporalStage(False, *sizes), "quant_conv": CausalConv(2 * C, 2 * C, size=1),
-            "decoder": TemporalStage(True, *sizes), "post_quant_conv": CausalConv(C, C, size=1)})
+            "encoder": TemporalStage(False, **sizes), "quant_conv": CausalConv(2 * C, 2 * C, size=1),
+            "decoder": TemporalStage(True, **sizes), "post_quant_conv": CausalConv(C, C, size=1)})
         self.register_buffer("shift", torch.tensor([-.1, .34, .27, .98]).view(1, -1, 1, 1, 1))
         self.register_buffer("scale", torch.tensor([3.85, 2.32, 2.33, 3.06]).view(1, -1, 1, 1, 1))
 
@@ -288,45 +278,33 @@ class VideoAutoencoder(nn.Module):
         """Frames (F, 3, H, W) in [-1, 1] -> z (1, C, f, h, w): the mode of both posteriors, window by window."""
         latents = []
         for window in frames.split(WINDOW):
-            mean = self.spatial_vae["module"].encode(window).chunk(2, dim=1)[0] * self.config.scale  # (17, C, h, w)
+            mean = self.spatial_vae.module.encode(window).chunk(2, dim=1)[0] * self.spatial_scale  # (17, C, h, w)
             x = F_.pad(mean.transpose(0, 1)[None], (0, 0, 0, 0, -len(window) % 4, 0))  # zeros in front: (1, C, 20, h, w)
-            moments = self.temporal_vae["quant_conv"](self.temporal_vae["encoder"](x))
-            latents.append(moments.chunk(2, dim=1)[0])
+            latents.append(self.temporal_vae.quant_conv(self.temporal_vae.encoder(x)).chunk(2, dim=1)[0])
         return (torch.cat(latents, dim=2) - self.shift) / self.scale
 
     def decode_windows(self, z):
         """Windows of z (n, C, 5, h, w) -> latents of their pictures (n, C, 17, h, w); of one latent, one picture."""
-        conv = self.temporal_vae["post_quant_conv"]
+        conv = self.temporal_vae.post_quant_conv
         x = conv((z * self.scale + self.shift).to(conv.conv.weight.dtype))
-        return self.temporal_vae["decoder"](x)[:, :, -(4 * z.shape[2] - 3):]
-
-    def decode_pictures(self, latents):
-        """(n, C, h, w) -> (n, 3, H, W), about [-1, 1]."""
-        return self.spatial_vae["module"].decode(latents / self.config.scale)
+        return self.temporal_vae.decoder(x)[:, :, -(4 * z.shape[2] - 3):]
 
 
-# -- The base ---------------------------------------------------------------------------------------------------------------------
-
-class OpenSora:
+# -- The base --------------------------------------------------------------------------------------------------------------------
+class OpenSora(ReadsT5):
     """The base as train.py and all methods know it; `load` and `random` make one, frozen."""
     default_size, guidance, fps = SETTINGS["size"], SETTINGS["guidance"], SETTINGS["fps"]
     world = network_file = None  # no clips of its own, and no adapters beside its weights
+    levels = staticmethod(levels)
 
     def __init__(self, network, vae, text_encoder, name, folder=None):
         self.network, self.vae, self.text_encoder, self.name, self.folder = network, vae, text_encoder, name, folder
+        self.device, self.dtype = network.t_block[1].weight.device, network.t_block[1].weight.dtype
         self.texts = {}  # {caption: its features and mask}
         # What runs in every step gets the network's precision. The encoders stay float32: they run once.
-        for stage in (vae.spatial_vae["module"], vae.temporal_vae):
-            for part in (stage.decoder, stage.post_quant_conv):
-                part.to(self.dtype)
-
-    @property
-    def device(self):
-        return self.network.t_block[1].weight.device
-
-    @property
-    def dtype(self):
-        return self.network.t_block[1].weight.dtype
+        for stage in (vae.spatial_vae.module, vae.temporal_vae):
+            stage.decoder.to(self.dtype)
+            stage.post_quant_conv.to(self.dtype)
 
     def latent_shape(self, frames, height, width):
         """(C, f, h, w) of a clip's latents. ValueError unless it has 1 frame or 17 k, and rows and columns in eights."""
@@ -334,23 +312,20 @@ class OpenSora:
             raise ValueError(f"frames = {frames}: {self.name} makes 1 frame, or a multiple of 17: 17, 34, 51, ...")
         if height < 8 or width < 8 or height % 8 or width % 8:
             raise ValueError(f"height {height} and width {width}: must be multiples of 8")
-        return len(self.vae.shift[0]), latent_frames(frames), height // 8, width // 8
-
-    def levels(self, num_steps, shape=None, published=False):
-        return levels(num_steps, shape)
+        return CHANNELS, latent_frames(frames), height // 8, width // 8
 
     def level(self, u):
-        """Training levels of u (B,) in [0, 1): t (B,), alpha, sigma (B,1,1,1,1). The logit of sigma is normal before its shift."""
+        """Training levels of u (B,) in [0, 1): t (B,), alpha, sigma (B,1,1,1,1). Less the shift, sigma's logit is normal."""
         sigma = shifted(torch.special.ndtri(u).sigmoid())
-        return TRAIN_STEPS * sigma, (1 - sigma).view(-1, 1, 1, 1, 1), sigma.view(-1, 1, 1, 1, 1)
+        return 1000 * sigma, (1 - sigma).view(-1, 1, 1, 1, 1), sigma.view(-1, 1, 1, 1, 1)
 
     def predict(self, z_t, level, text):
         """z_0 and eps in z_t (B,C,f,h,w) at level (t, alpha, sigma): numbers, or as `level` has them. text: as encode_text's."""
         t, alpha, sigma = level
-        t = torch.as_tensor(t, dtype=torch.float32, device=z_t.device).expand(len(z_t))          # (B,)
+        t = torch.as_tensor(t, dtype=torch.float32, device=z_t.device).expand(len(z_t))   # (B,)
         fps, height, width = self.fps if z_t.shape[2] > 1 else 120, 8 * z_t.shape[3], 8 * z_t.shape[4]
         v = self.network(z_t, t, text["text"], text["mask"], fps, height, width).to(z_t.dtype)
-        return z_t + sigma * v, z_t - alpha * v                                                 # (B, C, f, h, w)
+        return z_t + sigma * v, z_t - alpha * v                                           # (B, C, f, h, w)
 
     def error(self, z_0, eps, z, noise, level):
         """The loss that the network was trained by, (B,), of what `predict` says: the mean square error of v."""
@@ -366,26 +341,9 @@ class OpenSora:
         """Keep the inputs of transformer blocks only, and recompute the rest in the backward pass."""
         self.network.recompute = on
 
-    def encode_captions(self, captions):
-        """{"text": (B, N, E), "mask": (B, N), which tokens are real}, not kept."""
-        if self.text_encoder is None:
-            raise ValueError(f"{self.name} has no text encoder: it needs text_encoder/ and tokenizer/, or --text-encoder")
-        return self.text_encoder(captions)
-
-    def encode_text(self, captions):
-        """The same of captions [B]; each is encoded once, and kept."""
-        for caption in captions:
-            if caption not in self.texts:
-                self.texts[caption] = {name: t.to(self.device) for name, t in self.encode_captions([caption]).items()}
-        return {name: torch.cat([self.texts[caption][name] for caption in captions]) for name in ("text", "mask")}
-
-    def is_cut(self, caption):
-        """Whether a caption is longer than the text encoder reads."""
-        return self.text_encoder is not None and self.text_encoder.is_cut(caption)
-
     def unconditional(self, text=None):
         """The learnt features of no caption, as many as each clip's text has tokens; without a text, all of them."""
-        learnt = self.network.y_embedder.y_embedding[None]                                      # (1, N, E)
+        learnt = self.network.y_embedder.y_embedding[None]                                # (1, N, E)
         mask = torch.ones_like(learnt[..., 0], dtype=torch.bool) if text is None else text["mask"]
         return {"text": learnt.expand(len(mask), -1, -1), "mask": mask}
 
@@ -400,20 +358,16 @@ class OpenSora:
         return moments.float()
 
     def decode_frames(self, z, index=None):
-        """
-        Frames index (B, S), or all, of z (B,C,f,h,w) -> (B,S,3,H,W), about [0, 1], not clamped. Exact, with the whole gradient:
-        the windows that frames are wanted of are decoded in time, each once, and then these frames in 2D.
-        """
+        """Frames index (B, S), or all, of z (B,C,f,h,w) -> (B,S,3,H,W), about [0, 1], not clamped; exact, with all gradient."""
+        # Each window that a frame is wanted of is decoded in time, once; then these frames alone in 2D.
         frames = WINDOW if z.shape[2] > 1 else 1
         windows = rearrange(z, "b c (n f) h w -> b n c f h w", f=latent_frames(frames))
-        if index is None:
-            index = torch.arange(windows.shape[1] * frames).expand(len(z), -1)
-        index = index.cpu()
-        window_of = torch.arange(len(z))[:, None] * windows.shape[1] + index // frames          # (B, S), of all clips'
+        index = torch.arange(windows.shape[1] * frames).expand(len(z), -1) if index is None else index.cpu()
+        window_of = torch.arange(len(z))[:, None] * windows.shape[1] + index // frames    # (B, S), of all clips'
         wanted, place = window_of.unique(return_inverse=True)
-        latents = self.vae.decode_windows(windows.flatten(0, 1)[wanted])                        # (n, C, 17, h, w)
-        latents = latents[place, :, index % frames].flatten(0, 1)                               # (B*S, C, h, w)
-        pictures = torch.cat([self.vae.decode_pictures(part) for part in latents.split(WINDOW)])
+        latents = self.vae.decode_windows(windows.flatten(0, 1)[wanted])                  # (n, C, 17, h, w)
+        latents = latents[place, :, index % frames].flatten(0, 1) / self.vae.spatial_scale      # (B*S, C, h, w)
+        pictures = torch.cat([self.vae.spatial_vae.module.decode(part) for part in latents.split(WINDOW)])
         return (pictures.to(z.dtype) / 2 + .5).unflatten(0, index.shape)
 
     def fingerprints(self):
@@ -423,58 +377,44 @@ class OpenSora:
 
     def release_encoders(self):
         """Free accelerator memory, once every caption and clip has been encoded."""
-        for part in (self.vae.spatial_vae["module"].encoder, self.vae.temporal_vae["encoder"], self.text_encoder):
-            if part is not None:
-                part.to("cpu")
+        for part in filter(None, (self.vae.spatial_vae.module.encoder, self.vae.temporal_vae.encoder, self.text_encoder)):
+            part.to("cpu")
 
 
 def load(base, folder, vae, text_encoder, dtype, device):
     """Of one folder with net/, vae/, text_encoder/ and tokenizer/, or of a folder or hub id for each. See model.load_base."""
-    paths = {"net": folder / "net" if (folder / "net").is_dir() else folder}
-    for part, given in (("vae", vae), ("text_encoder", text_encoder)):
-        given = given or (HUB_PARTS[part] if base == HUB_BASES["opensora"] else None)
-        paths[part] = find_base(given) if given else find_part(folder, [part])
-    if paths["vae"] is None:
+    if base == HUB_BASES["opensora"]:
+        vae, text_encoder = vae or HUB_PARTS["vae"], text_encoder or HUB_PARTS["text_encoder"]
+    vae = find_base(vae) if vae else find_part(folder, ["vae"])
+    text_encoder = find_base(text_encoder) if text_encoder else find_part(folder, ["text_encoder"])
+    if vae is None:
         raise ValueError(f"{base}: no vae found in {folder}; expected net/ and vae/, or --vae, like {HUB_PARTS['vae']}")
-    network = read_part(paths["net"], network_of, dtype, device)
-    autoencoder = read_part(paths["vae"], autoencoder_of, torch.float32, device)
+    network = read_part(folder / "net" if (folder / "net").is_dir() else folder, STDiT3, dtype, device)
+    autoencoder = read_part(vae, VideoAutoencoder, torch.float32, device)
     max_tokens, width = network.y_embedder.y_embedding.shape
-    text = paths["text_encoder"] and move_to(load_tower(paths["text_encoder"], width, max_tokens, dtype), device)
+    text = text_encoder and move_to(load_tower(text_encoder, width, max_tokens, dtype), device)
     return OpenSora(network, autoencoder, text, base, folder)
 
 
-def read_part(path, structure, dtype, device):
-    """A network of a folder's weights, frozen, of what structure(its config.json) makes. It leaves the host before the next."""
-    make = read_config(path, structure)
-    if make is None:
-        raise ValueError(f"{path}: no config.json; expected a folder with that and model.safetensors")
-    return move_to(load_strict(build_empty(make, path), read_tensors(path), path, dtype), device)
+def read_part(path, of_class, dtype, device):
+    """A network of a folder's config.json and weights, frozen. It leaves the host's memory before the next is read."""
+    module = build_empty(lambda: of_class(**read_config(path, dict) or {}), path)
+    return move_to(load_strict(module, read_tensors(path), path, dtype), device)
 
 
-def network_of(content):
-    names.expect(content, {"patch_size": [1, 2, 2], "mlp_ratio": 4., "pred_sigma": True, "qk_norm": True})
-    return partial(STDiT3, **chosen(content, STDiT3))
-
-
-def autoencoder_of(content):
-    """Without sizes, the 2D stage is as large as Stable Diffusion's, and the temporal one as the published one."""
-    names.expect(content, {"micro_frame_size": WINDOW})
-    spatial = content["vae_2d"]
-    structure = names.vae_from_diffusers(spatial, VAEConfig) if "block_out_channels" in spatial else VAEConfig()
-    return partial(VideoAutoencoder, structure, **chosen(content["vae_temporal"], VideoAutoencoder))
-
-
-def chosen(content, make):
-    """Of a published config, what a class of ours is made by."""
-    return {name: content[name] for name in signature(make).parameters if name in content}
-
-
-def random(base, seed, dtype, device):
+def random(base, seed, dtype, device, full=False):
     """Seeded random weights at small width, to try a pipeline without a download. See model.load_base."""
+    network = dict(hidden_size=32, depth=2, num_heads=2, caption_channels=32, model_max_length=64)
+    vae = dict(vae_2d=vae_to_diffusers(VAEConfig((4, 8, 8, 8), 1, norm_groups=2)),
+               vae_temporal=dict(filters=4, num_res_blocks=1, num_groups=2))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone
-        network = STDiT3(hidden_size=32, depth=2, num_heads=2, caption_channels=32, model_max_length=64)
-        vae = VideoAutoencoder(VAEConfig((4, 8, 8, 8), 1, norm_groups=2), filters=4, num_res_blocks=1, num_groups=2)
-        text = random_tower(32, 64)
-    parts = [part.eval().requires_grad_(False) for part in (network.to(dtype), vae, text)]
-    return OpenSora(*[move_to(part, device) for part in parts], base)
+        network, vae = [STDiT3(), VideoAutoencoder()] if full else [STDiT3(**network), VideoAutoencoder(**vae)]
+        max_tokens, width = network.y_embedder.y_embedding.shape
+        parts = network.to(dtype), vae, random_tower(width, max_tokens)
+    return OpenSora(*[move_to(part.eval().requires_grad_(False), device) for part in parts], base)
+
+
+def published(base, seed, dtype, device):
+    """The same at the published size, to count and time a step. Its text tower, which no step runs, has one layer."""
+    return random(base, seed, dtype, device, full=True)

@@ -1,8 +1,8 @@
 """
 T5's encoder as a text tower, by transformers, and the cleaning that captions had in the training of Open-Sora.
 
-The cleaning is DeepFloyd IF's: what it takes out is what alt texts of web pictures have besides a description. Captions go through
-it twice, as in the published code, in which BeautifulSoup reads the HTML; Python's own parser, on which that is built, does here.
+The cleaning is DeepFloyd IF's: what it takes out is what texts of web pictures have besides a description. Captions go through it
+twice, as in the published code, where BeautifulSoup reads the HTML; here Python's own parser does, on which that is built.
 
 Letters: B captions, N tokens of each, E their width.
 """
@@ -21,7 +21,8 @@ FILE_TYPES = "(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
 LINKS = [("<person>", "person")] + [(rf"\b(?:{scheme}:(?:/{{1,3}}|[a-z0-9%])|{SITE})", "") for scheme in ("https?", "www")]
 SIGNS = [  # (pattern, what takes its place), in this order
     (r"@\w+\b", ""), ("[\u31c0-\u9fff]+", ""),                                           # nicknames; Chinese characters
-    ("[-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d]+", "-"),
+    ("[-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d]+",
+     "-"),
     ("[`´«»“”¨]", '"'), ("[‘’]", "'"), ("&quot;?", ""), ("&amp", ""),
     (r"\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}", " "), (r"\d:\d\d\s+$", ""), (r"\\n", " "),   # addresses; numbers of articles
     (r"#\d{1,3}\b", ""), (r"#\d{5,}\b", ""), (r"\b\d{6,}\b", ""), (rf"\S+\.{FILE_TYPES}", ""),
@@ -90,6 +91,27 @@ class T5Tower(nn.Module):
         return len(self.tokenizer(clean_caption(caption)).input_ids) > self.max_tokens
 
 
+class ReadsT5:
+    """What a base does with captions: its `text_encoder` is a T5Tower or None, `texts` are the features that it keeps."""
+
+    def encode_captions(self, captions):
+        """As T5Tower, not kept. ValueError where there is no text tower."""
+        if self.text_encoder is None:
+            raise ValueError(f"{self.name} has no text encoder: it needs text_encoder/ and tokenizer/, or --text-encoder")
+        return self.text_encoder(captions)
+
+    def encode_text(self, captions):
+        """The same; each caption is encoded once, and kept."""
+        for caption in captions:
+            if caption not in self.texts:
+                self.texts[caption] = {name: t.to(self.device) for name, t in self.encode_captions([caption]).items()}
+        return {name: torch.cat([self.texts[caption][name] for caption in captions]) for name in ("text", "mask")}
+
+    def is_cut(self, caption):
+        """Whether a caption is longer than the text encoder reads."""
+        return self.text_encoder is not None and self.text_encoder.is_cut(caption)
+
+
 def load_tower(folder, width, max_tokens, dtype):
     """Of a folder with T5's weights; the tokenizer lies in it, as on the hub, or in tokenizer/ beside it."""
     files = "tokenizer_config.json", "tokenizer.json", "spiece.model"
@@ -104,5 +126,5 @@ def load_tower(folder, width, max_tokens, dtype):
 
 def random_tower(width, max_tokens):
     """Small, with random weights; its tokens are bytes."""
-    config = T5Config(vocab_size=384, d_model=width, d_kv=8, d_ff=2 * width, num_layers=1, num_heads=4, feed_forward_proj="gated-gelu")
-    return T5Tower(ByT5Tokenizer(), T5EncoderModel(config), max_tokens)
+    sizes = dict(vocab_size=384, d_model=width, d_kv=8, d_ff=2 * width, num_layers=1, num_heads=4)
+    return T5Tower(ByT5Tokenizer(), T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu")), max_tokens)
