@@ -26,13 +26,14 @@ import train
 from methods.common import PromptConfig, check as check_common, presets, read_videos
 from sampler import chain
 from support.ranks import sample_generator
+from support.settings import chain_levels
 
 
 def draft_rewards(base, rewards, uncond, batch, cfg):
     """Algorithm 1: noise (B, C, F, h, w), text (B, N, E), g (B, S), captions [B], K [B], which is
     the same for all; uncond (1, N, E). Returns as train.edit_rewards."""
     noise, text, g, captions, grad_steps = batch
-    levels = base.levels(cfg.num_steps)
+    levels = chain_levels(base, cfg)
     # The whole chain; only its last K steps build a graph.
     z_0 = chain(base.chain_predict(cfg.cache_interval), levels.start * noise, text, uncond, levels,
                 cfg.num_steps, cfg.guidance, grad_steps[0])                   # (B, C, F, h, w)

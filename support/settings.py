@@ -30,7 +30,7 @@ BASES = {
 class ModelSettings:
     """Which text-to-video model, where and how precise."""
     base: str = "tiny"
-    """the text-to-video model: tiny, a folder, a file, a hub id, or random (random:64 and random-wan are small)"""
+    """the text-to-video model: tiny, a folder, a file, a hub id, or random (random:64, random-wan, ... are small)"""
     vae: str | None = None
     """another autoencoder than the base's"""
     text_encoder: str | None = None
@@ -60,7 +60,7 @@ class RewardSettings(ModelSettings):
 class TrainingSettings(RewardSettings):
     """The same, which clips to train on, how much memory to use, and what to leave behind. Each method adds its own."""
     preset: tyro.conf.Suppress[str] = "tiny"
-    """tiny, modelscope or wan: named first on the command line, not by a flag; it sets the defaults of the others"""
+    """tiny, modelscope, wan or opensora: named first on the command line, not by a flag; it sets the defaults of the others"""
     data: Path | None = None
     """clips and captions: a list of `path|||caption` lines, a .csv or .jsonl, or a folder of clips with .txt files; the tiny
     world draws its own"""
@@ -108,6 +108,12 @@ class TrainingSettings(RewardSettings):
     """checkpoint_activations and decode_chunk 1"""
     compile: bool = False
     """torch.compile the UNet"""
+
+
+def chain_levels(base, cfg):
+    """The noise levels of a run's chain. Some bases' depend on how large its clips are."""
+    size = cfg.size or base.default_size
+    return base.levels(cfg.num_steps, (cfg.frames, size, size))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
