@@ -36,8 +36,9 @@ def find_base_file(base, given):
     (name of the file of bases/ that knows a base, its file or folder here; None for untrained weights), by its own configuration.
     given: paths that are taken for some of its parts.
     """
-    for path in given:  # before the base, which may be a download of gigabytes
-        if path and not Path(path).exists() and not HUB_ID.fullmatch(str(path)):
+    missing = [path for path in given if path and not Path(path).exists()]
+    for path in missing:  # before the base, which may be a download of gigabytes; Open-Sora's parts may be, too
+        if base.startswith("random") or not HUB_ID.fullmatch(path):
             raise ValueError(f"{path}: no such file or folder")
     if base.partition(":")[0] == "random":
         return "modelscope", None
@@ -48,6 +49,8 @@ def find_base_file(base, given):
     path = find_base(base)
     if is_opensora(path):
         return "opensora", path
+    if missing:
+        raise ValueError(f"{missing[0]}: no such file or folder")
     config = path / "transformer/config.json"
     if not config.is_file():
         return "modelscope", path
@@ -100,8 +103,10 @@ def hub_files(files):
         for name in files:
             chosen.get(name.partition("/")[0], []).append(name)
         return chosen
-    if "config.json" in files:  # a repository of one part, Open-Sora's: its weights, and a text encoder's tokenizer
-        return {"part": [name for name in files if "/" not in name and name.endswith((*weight_files(files), ".json", ".model"))]}
+    if "config.json" in files:  # a repository of one part, as Open-Sora's are; a text encoder's has a tokenizer in it
+        files = [name for name in files if "/" not in name]
+        weights = weight_files(files)
+        return {"part": weights and [name for name in files if name in weights or name.endswith((".json", ".model"))]}
     chosen = {}
     for part, names in PARTS.items():
         inside = [name.removeprefix(f"{part}/") for name in files if name.startswith(f"{part}/")]
