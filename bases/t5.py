@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, ByT5Tokenizer, T5Config, T5EncoderModel
 
+from support.ranks import map_tensors
+
 SITE = r"[a-z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
 FILE_TYPES = "(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
 LINKS = [("<person>", "person")] + [(rf"\b(?:{scheme}:(?:/{{1,3}}|[a-z0-9%])|{SITE})", "") for scheme in ("https?", "www")]
@@ -104,8 +106,8 @@ class ReadsT5:
         """The same; each caption is encoded once, and kept."""
         for caption in captions:
             if caption not in self.texts:
-                self.texts[caption] = {name: t.to(self.device) for name, t in self.encode_captions([caption]).items()}
-        return {name: torch.cat([self.texts[caption][name] for caption in captions]) for name in ("text", "mask")}
+                self.texts[caption] = map_tensors(lambda t: t.to(self.device), self.encode_captions([caption]))
+        return map_tensors(lambda *kept: torch.cat(kept), *[self.texts[caption] for caption in captions])
 
     def is_cut(self, caption):
         """Whether a caption is longer than the text encoder reads."""
@@ -114,14 +116,14 @@ class ReadsT5:
 
 def load_tower(folder, width, max_tokens, dtype):
     """Of a folder with T5's weights; the tokenizer lies in it, as on the hub, or in tokenizer/ beside it."""
-    files = "tokenizer_config.json", "tokenizer.json", "spiece.model"
-    places = [place for place in (folder.parent / "tokenizer", folder) if any((place / name).is_file() for name in files)]
-    if not places:
-        raise ValueError(f"{folder}: no tokenizer in it, nor in tokenizer/ beside it; expected {', '.join(files[1:])}")
+    beside = folder.parent / "tokenizer"
+    place = beside if beside.is_dir() else folder
+    if not {"tokenizer_config.json", "tokenizer.json", "spiece.model"} & {file.name for file in place.iterdir()}:
+        raise ValueError(f"{folder}: no tokenizer in it, nor in tokenizer/ beside it; expected tokenizer.json or spiece.model")
     encoder = T5EncoderModel.from_pretrained(folder, dtype=dtype, local_files_only=True).eval().requires_grad_(False)
     if encoder.config.d_model != width:
         raise ValueError(f"{folder}: its features are {encoder.config.d_model} wide, the network reads {width}")
-    return T5Tower(AutoTokenizer.from_pretrained(places[0], local_files_only=True), encoder, max_tokens)
+    return T5Tower(AutoTokenizer.from_pretrained(place, local_files_only=True), encoder, max_tokens)
 
 
 def random_tower(width, max_tokens):

@@ -47,8 +47,9 @@ def find_base_file(base, given):
             raise ValueError(f"base {base!r}: must be one of random, random:WIDTH, random-{', random-'.join(NETWORKS.values())}")
         return base.removeprefix("random-"), None
     path = find_base(base)
-    if is_opensora(path):
-        return "opensora", path
+    for config in (path / "net/config.json", path / "config.json"):  # Open-Sora's are of no class of diffusers
+        if config.is_file() and "input_sq_size" in read_json(config):
+            return "opensora", path
     if missing:
         raise ValueError(f"{missing[0]}: no such file or folder")
     config = path / "transformer/config.json"
@@ -58,12 +59,6 @@ def find_base_file(base, given):
     if network not in NETWORKS:
         raise ValueError(f"{config}: network {network!r}: must be one of {', '.join(NETWORKS)}")
     return NETWORKS[network], path
-
-
-def is_opensora(path):
-    """Whether a folder is Open-Sora's network, or has it in net/: its config.json is of no class of diffusers."""
-    configs = [read_json(file) for file in (path / "net/config.json", path / "config.json") if file.is_file()]
-    return bool(configs) and "input_sq_size" in configs[0]
 
 
 def find_parts(base, folder, given):
