@@ -66,7 +66,7 @@ PRESETS = {name: Config(**vars(preset)) for name, preset in train.PRESETS.items(
 @torch.no_grad()
 def guess_clips(base, z, eps, text, uncond, cfg):
     """What the model thinks the clip is at each step of an edit, from the noise it sees there: [(t, z_0)]."""
-    levels = base.levels(cfg.num_steps)
+    levels = settings.chain_levels(base, cfg)
     first = edit_steps(cfg.tau, cfg.num_steps)
     z_t = add_noise(z, eps, levels, first)
     guesses = []
@@ -119,7 +119,7 @@ class Setup:
     @torch.no_grad()
     def edit(self, tau):
         """The clip noised to t_noi, its edit, and numbers of them, R of Eq. (8) among these."""
-        levels = self.base.levels(self.cfg.num_steps)
+        levels = settings.chain_levels(self.base, self.cfg)
         first = edit_steps(tau, levels.num_steps)
         noised = add_noise(self.z, self.eps, levels, first)
         z_0 = edit(self.base.predict, self.z, self.eps, self.text, self.uncond, levels, tau, self.cfg.guidance)

@@ -43,7 +43,7 @@ def generate(base, prompts, seeds, num_steps=20, guidance=None, frames=16, heigh
     """
     shape = base.latent_shape(frames, height, width)                          # (C, f, h, w)
     guidance = base.guidance if guidance is None else guidance
-    levels = base.levels(num_steps)
+    levels = base.levels(num_steps, (frames, height, width))
 
     for start in range(0, len(prompts), batch_size):
         batch = range(start, min(start + batch_size, len(prompts)))

@@ -55,7 +55,7 @@ def edit_rewards(base, rewards, uncond, batch, cfg):
 
     # Noise the real clip part of the way, and denoise it back (Eqs. 3-5). Score it (Eqs. 6-8).
     z_0 = edit(base.chain_predict(cfg.cache_interval), z, eps, text, uncond,
-               base.levels(cfg.num_steps), cfg.tau, cfg.guidance, cfg.grad_steps)
+               settings.chain_levels(base, cfg), cfg.tau, cfg.guidance, cfg.grad_steps)
     return video_rewards(base, rewards, z_0, g, captions, cfg)
 
 

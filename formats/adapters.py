@@ -25,7 +25,8 @@ from support.files import first_names, read_json, write_folder, write_whole
 
 TENSOR = "base_model.model.{}.lora_{}.weight"  # what PEFT calls half "A" or "B" of the adapter of the layer at a path
 NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-PROJECTION = re.compile(r"(^|\.)(to_[qkv]|to_out\.0)$")  # which layers are adapted: those of every attention
+# Which layers are adapted: those of every attention. The second half is Open-Sora's.
+PROJECTION = re.compile(r"(^|\.)(to_[qkv]|to_out\.0|attn\.(qkv|proj)|cross_attn\.(q_linear|kv_linear|proj))$")
 ATTENTION = re.compile(r"(attentions\.\d+|transformer_in)$")  # the blocks that have them
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 VERSION = "1"
@@ -189,8 +190,9 @@ def export(adapter, to, out, base=None, config=None):
     if to == "peft":
         if trained.base == "tiny":
             print("note: the tiny base is no UNet that diffusers can build, so this adapter fits none of theirs")
+        layers = sorted({PROJECTION.search(NAME.fullmatch(name)[1])[2] for name in trained.tensors})
         settings = {"peft_type": "LORA", "r": trained.rank, "lora_alpha": trained.alpha, "bias": "none", "inference_mode": True,
-                    "target_modules": LAYERS, "base_model_name_or_path": str(base) if base else trained.base}
+                    "target_modules": layers, "base_model_name_or_path": str(base) if base else trained.base}
         write_folder(out, "adapter_config.json", settings, "adapter_model.safetensors", trained.tensors)
     elif to == "diffusers":
         export_diffusers(trained, weights, out, config, base or adapter)

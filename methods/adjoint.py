@@ -35,14 +35,14 @@ import train
 from methods import common
 from sampler import guided, step
 from support.ranks import sample_generator, take
-from support.settings import check_at_least
+from support.settings import chain_levels, check_at_least
 
 NOISY = .6  # the first part of a chain, from which half of the steps are drawn (am_trainer.py)
 
 
 def policy(base, z_t, i, text, uncond, guidance, cfg):
     """Mean and std of chain step i, p(z_prev | z_t), with eta = 1: the "memoryless" noise."""
-    levels = base.levels(cfg.num_steps)
+    levels = chain_levels(base, cfg)
     z_0, eps = guided(base.predict, z_t, levels, i, text, uncond, guidance)
     return step(z_0, eps, levels, i, eta=1.)
 
@@ -52,7 +52,7 @@ def sample_path(base, noise, text, uncond, keys, cfg):
     """The chain of each video from noise (B, C, F, h, w): [z_T, ..., z_0], D + 1 of them."""
     generators = [sample_generator(*key) for key in keys]
     fresh = common.fresh_noise(noise, generators, cfg.num_steps)              # (D, B, C, F, h, w)
-    path = [base.levels(cfg.num_steps).start * noise]
+    path = [chain_levels(base, cfg).start * noise]
     for i in range(cfg.num_steps, 0, -1):
         mean, std = policy(base, path[-1], i, text, uncond, cfg.guidance, cfg)
         path.append(mean + std * fresh[cfg.num_steps - i])                    # (B, C, F, h, w)
@@ -101,7 +101,7 @@ def pairs(base, rewards, part, step, cfg):
     a, = torch.autograd.grad(-cfg.reward_scale * R.sum(), z_0)                # (B, C, F, h, w)
     found = adjoints(base, path, a, text, cfg)
 
-    steps, rows = chosen_steps(step, base.levels(cfg.num_steps).fresh, cfg), []
+    steps, rows = chosen_steps(step, chain_levels(base, cfg).fresh, cfg), []
     for i in steps:
         base_mean, a = found[i]
         for b, caption in enumerate(captions):

@@ -34,6 +34,7 @@ from reward import first_frames
 from sampler import guided, step
 from support.clips import say_once
 from support.ranks import sample_generator, take
+from support.settings import chain_levels
 
 BUFFER = 16  # rewards of a prompt that its statistics need (kvablack: config/base.py)
 
@@ -73,7 +74,7 @@ def advantages(rewards, prompts, last=None, group=1):
 
 def policy(base, z_t, i, text, uncond, cfg):
     """Mean and std of chain step i, p(z_prev | z_t), with eta = 1 and guidance."""
-    levels = base.levels(cfg.num_steps)
+    levels = chain_levels(base, cfg)
     z_0, eps = guided(base.predict, z_t, levels, i, text, uncond, cfg.guidance)
     return step(z_0, eps, levels, i, eta=1.)
 
@@ -83,7 +84,7 @@ def sample_path(base, noise, text, uncond, keys, cfg):
     """The chains of a batch, z_T to z_0 (B, D + 1, C, F, h, w), and log p of their steps (B, D)."""
     generators = [sample_generator(*key) for key in keys]
     fresh = common.fresh_noise(noise, generators, cfg.num_steps)              # (D, B, C, F, h, w)
-    path, log_probs = [base.levels(cfg.num_steps).start * noise], []
+    path, log_probs = [chain_levels(base, cfg).start * noise], []
     for i in range(cfg.num_steps, 0, -1):
         mean, std = policy(base, path[-1], i, text, uncond, cfg)
         path.append(mean + std * fresh[cfg.num_steps - i])                    # (B, C, F, h, w)
@@ -140,7 +141,7 @@ def check(cfg):
 def method(cfg, base, rewards, folder):
     """DDPO as train.train takes it."""
     videos = common.read_videos(cfg, base, lambda _: first_frames(cfg.frames, cfg.segments))
-    if base.levels(cfg.num_steps).fresh[1] == 0:
+    if chain_levels(base, cfg).fresh[1] == 0:
         say_once("the last chain step adds no noise, so the others alone are learned from")
     history = common.RewardHistory(folder)
     batches = []  # of the round

@@ -35,7 +35,7 @@ from methods import common
 from reward import first_frames
 from sampler import sample
 from support.ranks import map_tensors, rank_and_size, sample_generator
-from support.settings import check_positive
+from support.settings import chain_levels, check_positive
 
 
 def dpo_loss(error_w, error_l, ref_error_w, ref_error_l, beta=5000.):
@@ -59,7 +59,7 @@ def pair_errors(base, z_w, z_l, eps, u, text):
 @torch.no_grad()
 def sample_pairs(base, rewards, videos, round_number, cfg):
     """This rank's pairs of a round, 4 at a time: {winner, loser, reward, prompt}."""
-    share, levels = videos.share(round_number, cfg.pairs), base.levels(cfg.num_steps)
+    share, levels = videos.share(round_number, cfg.pairs), chain_levels(base, cfg)
     for start in range(0, len(share), 4):
         part = share[start:start + 4]
         z, R, mean_scores = [], [], []

@@ -31,13 +31,14 @@ import train
 from methods.common import PromptConfig, check as check_common, presets, read_videos
 from sampler import chain, guided, step
 from support.ranks import sample_generator
+from support.settings import chain_levels
 
 
 def draft_rewards(base, rewards, uncond, batch, cfg):
     """Algorithm 1: noise (B, C, F, h, w), text (B, N, E), g (B, S), captions [B], the steps with
     gradient [B], the same for all; uncond (1, N, E). Returns as train.edit_rewards."""
     noise, text, g, captions, grad_steps = batch
-    levels = base.levels(cfg.num_steps)
+    levels = chain_levels(base, cfg)
     z = levels.start * noise                                                  # (B, C, F, h, w)
     if cfg.detach_input:
         z_0 = detached_chain(base, z, text, uncond, levels, grad_steps[0], cfg)

@@ -1,9 +1,7 @@
 """
-DiffusionNFT, for rewards without gradient: towards good videos, and away from bad ones.
+DiffusionNFT (arXiv:2509.16117), for rewards without gradient: towards good videos, away from bad.
 
     python -m methods.nft --timestep-fraction 0.5             # the tiny world, half of all levels
-
-Paper: DiffusionNFT (arXiv:2509.16117).
 
 Against train.py: (1) it starts from pure noise and needs prompts only; (2) no gradient passes
 through the reward or the chain; (3) a round samples the videos of --updates optimizer steps, and
@@ -31,6 +29,7 @@ from methods import common
 from reward import first_frames
 from sampler import sample
 from support.ranks import sample_generator
+from support.settings import chain_levels
 
 LARGEST = 5.  # advantage, and the weight of the loss (authors: config/nft.py, adv_clip_max)
 
@@ -73,7 +72,7 @@ def nft_rewards(base, old, batch, cfg):
     """Minus the loss (n,) of pairs: z, eps (n, C, F, h, w), r (n,), steps [n] and text (n, N, E);
     old: the old model's adapters."""
     z, eps, r, steps, text = batch
-    chain = base.levels(cfg.num_steps)
+    chain = chain_levels(base, cfg)
     t, alpha, sigma = torch.tensor([chain.t, chain.alpha, chain.sigma])[:, steps].to(z.device)
     alpha, sigma = alpha.view(-1, 1, 1, 1, 1), sigma.view(-1, 1, 1, 1, 1)     # a row per pair
     z_t, level = alpha * z + sigma * eps, (t, alpha, sigma)                   # Eq. (5)
@@ -98,7 +97,7 @@ def nft_rewards(base, old, batch, cfg):
 def sample_batch(base, rewards, videos, step, cfg):
     """A step's videos z (B, C, F, h, w), their keys [B], reward and R (B,), and captions [B]."""
     whole = videos.start(videos.share(step, cfg.batch_size, cfg.group), cfg.seed, step)
-    levels, parts = base.levels(cfg.num_steps), []
+    levels, parts = chain_levels(base, cfg), []
     for noise, text, g, captions, _ in train.split_batch(whole, cfg.clips_at_once):
         z = sample(base.predict, noise, text, base.unconditional(text), levels,
                    cfg.sampling_guidance)

@@ -30,13 +30,14 @@ import train
 from data import batch_indices
 from sampler import Levels, add_noise, edit_steps, guided
 from support.ranks import rank_and_size, sample_generator
+from support.settings import chain_levels
 
 
 def onestep_rewards(base, rewards, uncond, batch, cfg):
     """Noise z (B, C, f, h, w) to the level of chain step i [B], guess z_0 with gradient, score it:
     text (B, N, E), g (B, S), captions [B]; uncond (1, N, E). Returns as train.edit_rewards."""
     z, eps, text, g, captions, steps = batch
-    levels = base.levels(cfg.num_steps)
+    levels = chain_levels(base, cfg)
     t, alpha, sigma = torch.tensor([levels.t, levels.alpha, levels.sigma])[:, steps].to(z.device)
     alpha, sigma = alpha.view(-1, 1, 1, 1, 1), sigma.view(-1, 1, 1, 1, 1)          # a row per clip
     # A chain of one step, each clip's own.

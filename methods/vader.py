@@ -28,13 +28,14 @@ import train
 from methods.common import PromptConfig, check as check_common, fresh_noise, presets, read_videos
 from sampler import chain
 from support.ranks import sample_generator
+from support.settings import chain_levels
 
 
 def vader_rewards(base, rewards, uncond, batch, cfg):
     """Algorithm 1: noise (B, C, F, h, w), text (B, N, E), g (B, n), captions and keys [B];
     uncond (1, N, E). Returns as train.edit_rewards."""
     noise, text, g, captions, keys = batch
-    levels = base.levels(cfg.num_steps)
+    levels = chain_levels(base, cfg)
     generators = [sample_generator(*key) for key in keys]
     fresh = fresh_noise(noise, generators, cfg.num_steps)                     # (D, B, C, F, h, w)
 

@@ -24,7 +24,8 @@ from support.files import check_folder, read_json
 BASES = {
     "modelscope": dict(frames=16, size=None, fps=8, guidance=3., num_steps=20, tau=.6, lambda_tar=1., offset_noise=.1),
     "wan": dict(frames=17, size=256, fps=16, guidance=5., num_steps=20, tau=.4, lambda_tar=16 / 17),
-    "cogvideox": dict(frames=17, size=256, fps=8, guidance=6., num_steps=20, tau=.35, lambda_tar=16 / 17)}
+    "cogvideox": dict(frames=17, size=256, fps=8, guidance=6., num_steps=20, tau=.35, lambda_tar=16 / 17),
+    "opensora": dict(frames=51, size=256, fps=24, guidance=7., num_steps=20, tau=.5, lambda_tar=16 / 51)}
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class RewardSettings(ModelSettings):
 class TrainingSettings(RewardSettings):
     """The same, which clips to train on, how much memory to use, and what to leave behind. Each method adds its own."""
     preset: tyro.conf.Suppress[str] = "tiny"
-    """tiny, modelscope, wan or cogvideox: named first on the command line, not by a flag; it sets the defaults of the others"""
+    """tiny, or a base's (docs/bases.md): named first on the command line, not by a flag; it sets the defaults of the others"""
     data: Path | None = None
     """clips and captions: a list of `path|||caption` lines, a .csv or .jsonl, or a folder of clips with .txt files; the tiny
     world draws its own"""
@@ -149,6 +150,11 @@ def fit_to_base(cfg, base):
         base.latent_context = cfg.latent_context
     guidance = base.guidance if cfg.guidance is None else cfg.guidance
     return replace(cfg, guidance=guidance, dtype=str(base.dtype).removeprefix("torch."))  # recorded with the run
+
+
+def chain_levels(base, cfg):
+    """The noise levels of a run's chain. Some bases' depend on how large its clips are."""
+    return base.levels(cfg.num_steps, (cfg.frames, *rows_columns(cfg.size, base.default_size)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
