@@ -86,6 +86,7 @@ class Setup:
         device = pick_device(cfg.device)
         dtype = pick_dtype(cfg.dtype, device)
         self.base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype, device, cfg.seed)
+        self.base.fps = cfg.fps
         self.rewards = as_rewards(load_rewards(cfg, self.base.folder, dtype, device))
         for _, reward in self.rewards.parts:
             if reward.num_frames:
@@ -95,7 +96,8 @@ class Setup:
             self.parameters = lora.load(self.base.network, cfg.lora)
         else:
             found = lora.load_beside(self.base.network, self.base.network_file, cfg.rank)
-            self.parameters = found or lora.inject(self.base.network, cfg.rank, None, sample_generator(cfg.seed, "lora"))
+            generator = sample_generator(cfg.seed, "lora")
+            self.parameters = found or lora.inject(self.base.network, cfg.rank, cfg.lora_alpha, generator, cfg.lora_layers)
         if cfg.data:
             self.dataset = train.read_clips(cfg, self.base)
         else:

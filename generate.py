@@ -89,7 +89,7 @@ class Config(ModelSettings):
     width: int | None = None
     """pixels; default as height"""
     fps: int = 8
-    """frames a second of the file (official code: 8)"""
+    """frames a second of the file (official code: 8); VideoCrafter2's network is told them"""
     seed: int = 0
     """video i has seed + i"""
     batch_size: int = 4
@@ -122,6 +122,7 @@ def load_model(cfg, device):
     """The base with the adapters of --lora or of its own file, and whether there are any."""
     dtype = ranks.pick_dtype(cfg.dtype, device)
     base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype=dtype, device=device)
+    base.fps = cfg.fps  # some networks are told it
 
     # A fine-tuned official file brings its adapters along; --lora replaces them.
     adapted = lora.load_beside(base.network, base.network_file)

@@ -237,11 +237,9 @@ class Config(settings.TrainingSettings):
 
 FULL_SIZE = dict(steps=20_000, batch_size=8, lr=1e-5, eval_every=1000, eval_count=0, save_every=500,
                  clips_at_once=1)
-PRESETS = {
-    "tiny": Config(),
-    "modelscope": Config(preset="modelscope", base=HUB_BASES["modelscope"], offset_noise=0.1,
-                         **settings.BASES["modelscope"] | FULL_SIZE),
-    "wan": Config(preset="wan", base=HUB_BASES["wan"], **settings.BASES["wan"] | FULL_SIZE)}
+PRESETS = {"tiny": Config()}
+for name, of_base in settings.BASES.items():
+    PRESETS[name] = Config(preset=name, base=HUB_BASES[name], **of_base | FULL_SIZE)
 
 
 def check(cfg, needs_clips=True):
@@ -325,13 +323,15 @@ def main(argv, module=sys.modules[__name__]):
         # 1. What is frozen, and the adapters.
         dtype = ranks.pick_dtype(cfg.dtype, device)
         base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype, device, cfg.seed)
+        base.fps = cfg.fps  # some networks are told it
         base.chain_predict(cfg.cache_interval)  # refuses what the base cannot do
         if cfg.guidance is None:
             cfg = replace(cfg, guidance=base.guidance)  # recorded with the run
         file = base.network_file
         parameters = file and lora.load_beside(base.network, file, cfg.rank)
         generator = ranks.sample_generator(cfg.seed, "lora")
-        parameters = parameters or lora.inject(base.network, cfg.rank, None, generator)
+        parameters = parameters or lora.inject(base.network, cfg.rank, cfg.lora_alpha, generator,
+                                               cfg.lora_layers)
         rewards = load_rewards(cfg, base.folder, dtype, device)
         evaluations = plan_evaluations(cfg, folder, base, rewards)
 

@@ -16,7 +16,7 @@ import tyro
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from formats import names
+from formats import names, videocrafter
 from formats.names import official_unet_blocks, split_lora, unet_from_official
 from formats.tensors import check_numbers, check_tensors, fingerprint, read_config, read_tensors
 from formats.transformer_lora import from_published, to_published
@@ -34,6 +34,12 @@ VERSION = "1"
 PEFT_FREE = """auto_mapping base_model_name_or_path exclude_modules inference_mode layers_pattern layers_to_transform lora_alpha
 lora_dropout megatron_core peft_version qalora_group_size r revision target_modules task_type""".split()
 PEFT_PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal")}
+
+
+def adapted(path, letters):
+    """Whether the layer at a path is one of these projections of an attention. letters: "qkvo", or fewer."""
+    match = PROJECTION.search(path)
+    return bool(match) and match[2][3] in letters                                        # the letter after "to_"
 
 
 def official_names(config):
@@ -56,6 +62,7 @@ class Adapter:
     alpha: float
     base: str | None
     fingerprint: str | None
+    letters: str  # "qkvo", or fewer: the projections that it has
     weights: dict  # the base's tensors, under official names, if the file is a fine-tuned official one that has them beside
 
 
@@ -71,7 +78,11 @@ def read_adapter(path, config=None):
         tensors = read_tensors(path)
         rest, official = split_lora(tensors)
         ours = from_published(tensors)
-        if ours.keys() != tensors.keys():
+        of_vader = videocrafter.adapter_tensors(tensors, config or names.MODELSCOPE)
+        if of_vader:
+            tensors = of_vader
+            recorded = {"rank": common_rank(tensors, path), "alpha": videocrafter.ADAPTER_ALPHA}
+        elif ours.keys() != tensors.keys():
             tensors = ours
             recorded = dict.fromkeys(("rank", "alpha"), common_rank(tensors, path))
         elif official:
@@ -93,7 +104,9 @@ def read_adapter(path, config=None):
     if str(recorded.get("rank")) != str(rank) or not 0 < alpha < math.inf:
         raise ValueError(f"{path}: records rank {recorded.get('rank')!r} and alpha {recorded.get('alpha')!r}; expected rank "
                          f"{rank}, as its tensors have, and an alpha above 0, which tells their scale")
-    return Adapter(tensors, rank, alpha, recorded.get("base"), recorded.get("base_fingerprint"), weights)
+    paths = {NAME.fullmatch(name)[1] for name in tensors}
+    letters = "".join(letter for letter in "qkvo" if any(adapted(path, letter) for path in paths)) or "qkvo"
+    return Adapter(tensors, rank, alpha, recorded.get("base"), recorded.get("base_fingerprint"), letters, weights)
 
 
 def read_peft(folder):
@@ -178,7 +191,7 @@ def export(adapter, to, out, base=None, config=None):
     trained_on = f"was trained on {trained.base!r}" if trained.base else "does not say what it was trained on"
     if weights:
         projections = {name.removesuffix(".weight"): t.shape for name, t in weights.items()}
-        shapes = {path: shape for path, shape in projections.items() if PROJECTION.search(path)}
+        shapes = {path: shape for path, shape in projections.items() if adapted(path, trained.letters)}
         check_adapter(trained, shapes, fingerprint(weights), adapter)
     elif to == "diffusers":
         raise ValueError(f"{adapter}: {trained_on}; --to diffusers writes the whole UNet: --base must name its weights")
@@ -189,8 +202,9 @@ def export(adapter, to, out, base=None, config=None):
     if to == "peft":
         if trained.base == "tiny":
             print("note: the tiny base is no UNet that diffusers can build, so this adapter fits none of theirs")
+        layers = [layer for layer in LAYERS if adapted(layer, trained.letters)]
         settings = {"peft_type": "LORA", "r": trained.rank, "lora_alpha": trained.alpha, "bias": "none", "inference_mode": True,
-                    "target_modules": LAYERS, "base_model_name_or_path": str(base) if base else trained.base}
+                    "target_modules": layers, "base_model_name_or_path": str(base) if base else trained.base}
         write_folder(out, "adapter_config.json", settings, "adapter_model.safetensors", trained.tensors)
     elif to == "diffusers":
         export_diffusers(trained, weights, out, config, base or adapter)

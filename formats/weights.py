@@ -4,18 +4,21 @@ import re
 from itertools import product
 from pathlib import Path
 
-from formats.tensors import check_hub_cache, weight_files
+from formats.tensors import check_hub_cache, read_tensors, weight_files
 from support.files import first_line, read_json
 
 TINY = Path(__file__).resolve().parents[1] / "tiny" / "weights"
-HUB_BASES = {"modelscope": "ali-vilab/text-to-video-ms-1.7b", "wan": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}
+HUB_BASES = {"modelscope": "ali-vilab/text-to-video-ms-1.7b", "wan": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+             "videocrafter": "VideoCrafter/VideoCrafter2"}
 PARTS = {  # what a folder may call each part: diffusers' components, then the files of the two ModelScope hub folders
     "unet": ("unet", "text2video_pytorch_model.pth", "model_scope_v1-4_0600000.pth"),
     "vae": ("vae", "VQGAN_autoencoder.pth", "v2-1_512-ema-pruned.ckpt"),
     "text_encoder": ("text_encoder", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.safetensors",
                      "stable-diffusion-v/open_clip_pytorch_model.bin")}
 TRANSFORMER_PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")  # folders of the other bases' repositories
-NETWORKS = {"WanTransformer3DModel": "wan"}  # class of a diffusers folder's transformer: the file of bases/ that knows it
+NETWORKS = {"WanTransformer3DModel": "wan",  # class of a folder's network: the file of bases/ that knows it
+            "UNet3DVideoCrafterConditionModel": "videocrafter"}
+WHOLE = "model.ckpt"  # VideoCrafter2's only file
 
 
 def find_base(base):
@@ -44,13 +47,16 @@ def find_base_file(base, given):
             raise ValueError(f"base {base!r}: must be one of random, random:WIDTH, random-{', random-'.join(NETWORKS.values())}")
         return base.removeprefix("random-"), None
     path = find_base(base)
-    config = path / "transformer/config.json"
-    if not config.is_file():
-        return "modelscope", path
-    network = read_json(config).get("_class_name")
-    if network not in NETWORKS:
-        raise ValueError(f"{config}: network {network!r}: must be one of {', '.join(NETWORKS)}")
-    return NETWORKS[network], path
+    if (path / WHOLE).is_file() or path.is_file() and any(".fps_embedding." in name for name in read_tensors(path)):
+        return "videocrafter", path
+    for part in ("transformer", "unet", ""):
+        config = path / part / "config.json"
+        network = read_json(config).get("_class_name") if config.is_file() else None
+        if network in NETWORKS:
+            return NETWORKS[network], path
+        if part == "transformer" and config.is_file():
+            raise ValueError(f"{config}: network {network!r}: must be one of {', '.join(NETWORKS)}")
+    return "modelscope", path
 
 
 def find_parts(base, folder, given):
@@ -90,6 +96,10 @@ def hub_files(files):
         for name in files:
             chosen.get(name.partition("/")[0], []).append(name)
         return chosen
+    if WHOLE in files:
+        return {"all": [WHOLE]}
+    if "config.json" in files and weight_files(files):  # a network alone
+        return {"network": ["config.json", *weight_files(files)]}
     chosen = {}
     for part, names in PARTS.items():
         inside = [name.removeprefix(f"{part}/") for name in files if name.startswith(f"{part}/")]

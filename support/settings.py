@@ -21,8 +21,10 @@ from support.files import check_folder, read_json
 # says, 256. tau: where as much of a clip is left as at ModelScopeT2V's 0.6, the paper's. lambda_tar: 16 / F for more than 16
 # frames, so that the last frame counts as it does there.
 BASES = {
-    "modelscope": dict(frames=16, size=None, fps=8, guidance=3., num_steps=20, tau=.6, lambda_tar=1.),
-    "wan": dict(frames=17, size=256, fps=16, guidance=5., num_steps=20, tau=.4, lambda_tar=16 / 17)}
+    "modelscope": dict(frames=16, size=None, fps=8, guidance=3., num_steps=20, tau=.6, lambda_tar=1.,
+                       offset_noise=.1),  # official code
+    "wan": dict(frames=17, size=256, fps=16, guidance=5., num_steps=20, tau=.4, lambda_tar=16 / 17),
+    "videocrafter": dict(frames=16, size=None, fps=28, guidance=12., num_steps=20, tau=.5, lambda_tar=1.)}
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class RewardSettings(ModelSettings):
 class TrainingSettings(RewardSettings):
     """The same, which clips to train on, how much memory to use, and what to leave behind. Each method adds its own."""
     preset: tyro.conf.Suppress[str] = "tiny"
-    """tiny, modelscope or wan: named first on the command line, not by a flag; it sets the defaults of the others"""
+    """tiny, modelscope, or another base: named first on the command line, not by a flag; it sets the defaults of the others"""
     data: Path | None = None
     """clips and captions: a list of `path|||caption` lines, a .csv or .jsonl, or a folder of clips with .txt files; the tiny
     world draws its own"""
@@ -96,6 +98,11 @@ class TrainingSettings(RewardSettings):
     tensorboard: bool = False
     """also write the metrics for TensorBoard, if it is installed"""
 
+    lora_alpha: float | None = None
+    """the adapters' scale is this over their rank; default the rank, which is a scale of 1"""
+    lora_layers: Literal["qkvo", "qkv"] = "qkvo"
+    """projections of each attention that are adapted: query, key, value and output (paper, Appendix C), or not the output"""
+
     clips_at_once: int = 0
     """clips of a rank's share of the batch that are computed at once, which sets the memory, not the gradient; 0 is all of them.
     Evaluations compute as many videos at once, at most 8"""
@@ -129,6 +136,7 @@ def check_positive(cfg, *names):
 
 def check_training(cfg, world_size):
     """What TrainingSettings and the steps and batches of every method must be."""
+    check_positive(cfg, "lora_alpha")
     check_at_least(cfg, "lr", "clip_grad", steps=1, batch_size=1, max_bad_steps=1, save_every=1, cache_interval=1, frames=1,
                    size=1, fps=1, rank=1, clips_at_once=0, eval_every=0, eval_count=0, workers=0, decode_chunk=0, max_skip=0,
                    warmup=0, offset_noise=0, lambda_tar=0, guidance=-math.inf)
