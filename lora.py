@@ -112,7 +112,8 @@ def projections(module, adapted="qkvo"):
     adapted: which of query, key, value and output."""
     found = {}
     for path, layer in module.named_modules():
-        if adapters.adapted(path, adapted) and isinstance(layer, (nn.Linear, LoRALinear)):
+        match = adapters.PROJECTION.search(path)
+        if match and match[1] in adapted and isinstance(layer, (nn.Linear, LoRALinear)):
             found[path] = layer
     if not found:
         raise ValueError(f"no attention in {type(module).__name__}: expected linear layers called "
@@ -133,7 +134,8 @@ def inject(module, rank=4, alpha=None, generator=None, adapted="qkvo"):
     Put adapters on every attention of `module` and freeze all else (Appendix C).
 
     alpha: default rank, so that the scale is 1 (official). generator: draws A, on the CPU; default
-    one seeded with 0. adapted: which of query, key, value, output. Returns the new parameters, A and B in turn, in tree order.
+    one seeded with 0. adapted: which of query, key, value and output. Returns the new parameters, A
+    and B in turn, in tree order.
     Convert the module (dtype) before, not after: .to(dtype) would take the adapters along.
     ValueError: rank below 1, alpha not above 0, no attention, or adapters already there.
     """

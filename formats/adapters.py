@@ -25,7 +25,7 @@ from support.files import first_names, read_json, write_folder, write_whole
 
 TENSOR = "base_model.model.{}.lora_{}.weight"  # what PEFT calls half "A" or "B" of the adapter of the layer at a path
 NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-PROJECTION = re.compile(r"(^|\.)(to_[qkv]|to_out\.0)$")  # which layers are adapted: those of every attention
+PROJECTION = re.compile(r"(?:^|\.)to_([qkv]$|o(?=ut\.0$))")  # what can be adapted, in every attention; its letter
 ATTENTION = re.compile(r"(attentions\.\d+|transformer_in)$")  # the blocks that have them
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 VERSION = "1"
@@ -34,12 +34,6 @@ VERSION = "1"
 PEFT_FREE = """auto_mapping base_model_name_or_path exclude_modules inference_mode layers_pattern layers_to_transform lora_alpha
 lora_dropout megatron_core peft_version qalora_group_size r revision target_modules task_type""".split()
 PEFT_PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal")}
-
-
-def adapted(path, letters):
-    """Whether the layer at a path is one of these projections of an attention. letters: "qkvo", or fewer."""
-    match = PROJECTION.search(path)
-    return bool(match) and match[2][3] in letters                                        # the letter after "to_"
 
 
 def official_names(config):
@@ -104,8 +98,8 @@ def read_adapter(path, config=None):
     if str(recorded.get("rank")) != str(rank) or not 0 < alpha < math.inf:
         raise ValueError(f"{path}: records rank {recorded.get('rank')!r} and alpha {recorded.get('alpha')!r}; expected rank "
                          f"{rank}, as its tensors have, and an alpha above 0, which tells their scale")
-    paths = {NAME.fullmatch(name)[1] for name in tensors}
-    letters = "".join(letter for letter in "qkvo" if any(adapted(path, letter) for path in paths)) or "qkvo"
+    found = {match[1] for name in tensors if (match := PROJECTION.search(NAME.fullmatch(name)[1]))}
+    letters = "".join(letter for letter in "qkvo" if letter in found) or "qkvo"
     return Adapter(tensors, rank, alpha, recorded.get("base"), recorded.get("base_fingerprint"), letters, weights)
 
 
@@ -190,8 +184,8 @@ def export(adapter, to, out, base=None, config=None):
     weights = weights or unet_from_official(trained.weights, config)
     trained_on = f"was trained on {trained.base!r}" if trained.base else "does not say what it was trained on"
     if weights:
-        projections = {name.removesuffix(".weight"): t.shape for name, t in weights.items()}
-        shapes = {path: shape for path, shape in projections.items() if adapted(path, trained.letters)}
+        adapted, projections = trained.letters, {name.removesuffix(".weight"): t.shape for name, t in weights.items()}
+        shapes = {path: shape for path, shape in projections.items() if (m := PROJECTION.search(path)) and m[1] in adapted}
         check_adapter(trained, shapes, fingerprint(weights), adapter)
     elif to == "diffusers":
         raise ValueError(f"{adapter}: {trained_on}; --to diffusers writes the whole UNet: --base must name its weights")
@@ -202,7 +196,7 @@ def export(adapter, to, out, base=None, config=None):
     if to == "peft":
         if trained.base == "tiny":
             print("note: the tiny base is no UNet that diffusers can build, so this adapter fits none of theirs")
-        layers = [layer for layer in LAYERS if adapted(layer, trained.letters)]
+        layers = [layer for layer in LAYERS if PROJECTION.search(layer)[1] in trained.letters]
         settings = {"peft_type": "LORA", "r": trained.rank, "lora_alpha": trained.alpha, "bias": "none", "inference_mode": True,
                     "target_modules": layers, "base_model_name_or_path": str(base) if base else trained.base}
         write_folder(out, "adapter_config.json", settings, "adapter_model.safetensors", trained.tensors)
