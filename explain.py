@@ -86,12 +86,11 @@ class Setup:
         device = pick_device(cfg.device)
         dtype = pick_dtype(cfg.dtype, device)
         self.base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype, device, cfg.seed)
-        self.base.fps = cfg.fps
         self.rewards = as_rewards(load_rewards(cfg, self.base.folder, dtype, device))
         for _, reward in self.rewards.parts:
             if reward.num_frames:
                 raise ValueError(f"reward {reward.name}: sees a clip as a whole; the page shows rewards of single frames")
-        self.cfg = cfg if cfg.guidance is not None else replace(cfg, guidance=self.base.guidance)
+        self.cfg = settings.fit_to_base(cfg, self.base)
         if cfg.lora:
             self.parameters = lora.load(self.base.network, cfg.lora)
         else:

@@ -21,6 +21,7 @@ tau = .6 of ModelScopeT2V leaves as much of a clip as tau = .5 does here, since 
 Letters: B clips, C latent channels, F frames, h and w latent rows and columns, N text tokens, E their width.
 """
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -85,6 +86,7 @@ class VideoCrafterUNet(UNet3D):
 @dataclass
 class Base(modelscope.Base):
     """The base as train.py and all methods know it; `load` and `random` make one, frozen. text_encoder may be None."""
+    default_size = SETTINGS["size"]
     guidance: float = SETTINGS["guidance"]
     fps: float = SETTINGS["fps"]                                     # what the network is told
 
@@ -132,7 +134,7 @@ def load(base, folder, vae, text_encoder, dtype, device):
     if file.is_file():
         folder, whole = file.parent, read_tensors(file)
         found = read_config(folder, lambda content: files.structures(content, UNetConfig, VAEConfig))
-        config, vae_config = found or (UNetConfig(sample_size=files.SAMPLE_SIZE), VAEConfig())
+        config, vae_config = found or (UNetConfig(), VAEConfig())
         tensors = names.of_part(whole, files.UNET)
         paths = {"unet": file, "vae": file if names.of_part(whole, files.VAE) else None,
                  "text_encoder": file if names.of_part(whole, files.TEXT) else None}
@@ -154,9 +156,9 @@ def load(base, folder, vae, text_encoder, dtype, device):
     return assembled(network, autoencoder, text, base, folder, dtype, device)
 
 
-def random(base, seed, dtype, device):
+def random(base, seed, dtype, device, width="random:32"):
     """Seeded random weights at small width, to try a pipeline without a download. See model.load_base."""
-    unet, vae, text = names.random_sizes("random:32")
+    unet, vae, text = names.random_sizes(width)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone
         parts = [VideoCrafterUNet(UNetConfig(**unet)), Autoencoder(VAEConfig(**vae)), TextEncoder(TextConfig(**text))]
@@ -166,3 +168,6 @@ def random(base, seed, dtype, device):
 def assembled(network, vae, text, name, folder, dtype, device):
     made = Base(move_to(network, device), move_to(vae, device), text and move_to(text, device), name, folder)
     return modelscope.in_precision(made, dtype)
+
+
+published = partial(random, width="random")  # of the published size, to count and time a step

@@ -2,14 +2,11 @@
 VideoCrafter2's published files: model.ckpt, which holds all parts, its port to diffusers' names, and VADER's adapters.
 Its UNet is ModelScope's with a frame rate embedding; the few names that differ are brought to ModelScope's.
 """
-from dataclasses import replace
-
 from formats import names
 
 UNET, TEXT, VAE = "model.diffusion_model.", "cond_stage_model.model.", "first_stage_model."  # the parts of model.ckpt
 TO_MODELSCOPE = [("init_attn.0.", "input_blocks.0.1."), (".0.op.", ".op."), ("fps_embedding.0.", "fps_embedding.linear_1."),
                  ("fps_embedding.2.", "fps_embedding.linear_2.")]
-SAMPLE_SIZE = 40  # latent rows that it was trained on; no published config says it
 ADAPTER = "base_model.model."  # PEFT's prefix, which VADER has before UNET, since it adapts the whole model
 ADAPTER_ALPHA = 8  # PEFT's default: VADER sets none, and its files do not say it
 
@@ -40,7 +37,7 @@ def structures(content, unet_class, vae_class):
     of_unet = unet_class(
         in_channels=unet["in_channels"], out_channels=unet["out_channels"], channels=channels,
         blocks_per_level=unet["num_res_blocks"], context_dim=unet["context_dim"], head_dim=unet["num_head_channels"],
-        attention_levels=tuple(2**i in unet["attention_resolutions"] for i in range(len(channels))), sample_size=SAMPLE_SIZE)
+        attention_levels=tuple(2**i in unet["attention_resolutions"] for i in range(len(channels))))
     of_vae = vae_class(
         channels=tuple(vae["ch"] * factor for factor in vae["ch_mult"]), blocks_per_level=vae["num_res_blocks"],
         latent_channels=vae["z_channels"], scale=content.get("scale_factor", vae_class.scale))
@@ -52,5 +49,4 @@ def structures(content, unet_class, vae_class):
 def port_structure(content, unet_class):
     """The config.json of the port -> the structure of its UNet."""
     names.expect(content, {"_class_name": "UNet3DVideoCrafterConditionModel", "fps_cond": True})
-    config = names.unet_from_diffusers(content | {"_class_name": "UNet3DConditionModel"}, unet_class)
-    return replace(config, sample_size=content.get("sample_size") or SAMPLE_SIZE)
+    return names.unet_from_diffusers(content | {"_class_name": "UNet3DConditionModel"}, unet_class)

@@ -43,9 +43,11 @@ def find_base_file(base, given):
     if base.partition(":")[0] == "random":
         return "modelscope", None
     if base.startswith("random-"):
-        if base.removeprefix("random-") not in NETWORKS.values():
-            raise ValueError(f"base {base!r}: must be one of random, random:WIDTH, random-{', random-'.join(NETWORKS.values())}")
-        return base.removeprefix("random-"), None
+        name = base.removeprefix("random-").removesuffix(":full")
+        if name not in NETWORKS.values():
+            raise ValueError(f"base {base!r}: must be one of random, random:WIDTH, random-{', random-'.join(NETWORKS.values())}, "
+                             "the last ones also with :full")
+        return name, None
     path = find_base(base)
     if (path / WHOLE).is_file() or path.is_file() and any(".fps_embedding." in name for name in read_tensors(path)):
         return "videocrafter", path

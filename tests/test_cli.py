@@ -55,7 +55,7 @@ def make(out, *argv):
 
 def test_videos_as_mp4_and_gif(capfd):
     made = make("videos", "--prompt", PROMPT, "--prompt", "Blue stripes, drifting up.", "--gif", "--fps", 5, "--frames", 6,
-                "--height", 32, "--width", 48, "--guidance", 1.5)
+                "--size", "32x48", "--guidance", 1.5)
     assert list(made) == ["0000-a-red-circle-moving-left.gif", "0000-a-red-circle-moving-left.mp4",
                           "0001-blue-stripes-drifting-up.gif", "0001-blue-stripes-drifting-up.mp4"]
     gif, mp4 = made["0000-a-red-circle-moving-left.gif"], made["0000-a-red-circle-moving-left.mp4"]
@@ -247,7 +247,7 @@ def test_a_quick_look_on_other_noise_than_training_selects_by(monkeypatch, capfd
 def test_the_base_is_measured_without_adapters_and_its_parts_by_path_are_the_same(adapter):
     """Also where strength 0 is all that is asked. Other sizes than the judge's go without it."""
     Path("p.txt").write_text(f"{PROMPT}\n")
-    flags = [*EVALUATE, "--prompts", "p=p.txt", "--count", 0, "--frames", 4, "--sheet", 0, "--height", 32, "--width", 48]
+    flags = [*EVALUATE, "--prompts", "p=p.txt", "--count", 0, "--frames", 4, "--sheet", 0, "--size", "32x48"]
     assert script("evaluate.py", *flags, "--lora", adapter, "--lora-scale", 0, 0, "--official-hps") == 0
     assert script("evaluate.py", *flags, "--out", "second", "--base", TINY, "--vae", TINY / "vae", "--text-encoder",
                   TINY / "text_encoder", "--reward", "hpsv2.1", "--reward-weights", TINY / "reward", "--dtype", "float32") == 0
