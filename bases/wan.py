@@ -123,7 +123,8 @@ class Wan:
         return torch.cat([self.encode_caption(caption) for caption in captions])
 
     def encode_caption(self, caption):
-        tokens = self.tokenizer([clean(caption)], padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+        tokens = self.tokenizer([clean(caption)], padding="max_length", max_length=MAX_TOKENS, truncation=True,
+                                return_tensors="pt")
         device = self.text_encoder.device
         mask = tokens.attention_mask.to(device)
         features = self.text_encoder(tokens.input_ids.to(device), mask).last_hidden_state
@@ -166,9 +167,8 @@ class Wan:
         """
         if index is None:
             index = torch.arange(4 * z.shape[2] - 3).expand(len(z), -1)
-        decoded = []
-        for latents, of_clip in zip(to_vae(self.vae, z).split(1), index.tolist()):
-            decoded.append(decode_clip(self.vae, latents, of_clip, self.latent_context))
+        clips = zip(to_vae(self.vae, z).split(1), index.tolist())
+        decoded = [decode_clip(self.vae, latents, of_clip, self.latent_context) for latents, of_clip in clips]
         return (torch.stack(decoded) / 2 + .5).to(z.dtype)
 
     def fingerprints(self):
