@@ -148,6 +148,8 @@ class Config(RewardSettings):
     """frames of a video (paper, Sec. 3.3)"""
     size: int | str | None = None
     """pixel rows and columns, 256 or 480x832; default what the base was trained on"""
+    fps: int | None = None
+    """frames a second that a network is told which was trained so; default the base's own"""
     seed: int = REPORT_SEED
     """video i has seed + i, counted through all sets; training, which selects, has others"""
     batch_size: int = 8
@@ -202,6 +204,8 @@ def main(cfg):
 
     # 1. The base, the prompts and the reward. Scores are in float32 whatever the base's precision.
     base, adapted = load_model(cfg, device)
+    if cfg.fps:
+        base.fps = cfg.fps
     sets = prompt_sets(base, cfg.prompts, 64 if cfg.count is None else cfg.count)
     size = rows_columns(cfg.size, base.default_size)
     base.latent_shape(cfg.frames, *size)

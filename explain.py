@@ -93,7 +93,8 @@ class Setup:
             self.parameters = lora.load(self.base.network, cfg.lora)
         else:
             found = lora.load_beside(self.base.network, self.base.network_file, cfg.rank)
-            self.parameters = found or lora.inject(self.base.network, cfg.rank, None, sample_generator(cfg.seed, "lora"))
+            generator = sample_generator(cfg.seed, "lora")
+            self.parameters = found or lora.inject(self.base.network, cfg.rank, cfg.lora_alpha, generator, cfg.lora_layers)
         if cfg.data:
             self.dataset = train.read_clips(cfg, self.base)
         else:

@@ -89,7 +89,7 @@ class Config(ModelSettings):
     """pixel rows and columns, 256 or 480x832; default what the base was trained on, 256 for
     ModelScopeT2V (paper, Sec. 3.3)"""
     fps: int = 8
-    """frames a second of the file (official code: 8)"""
+    """frames a second of the file (official code: 8); VideoCrafter2's network is told them"""
     seed: int = 0
     """video i has seed + i"""
     batch_size: int = 4
@@ -168,6 +168,7 @@ def main(cfg):
 
     # The size of a video is the base's own, unless asked.
     base, adapted = load_model(cfg, device)
+    base.fps = cfg.fps  # some networks are told it
     if adapted:
         lora.set_scale(base.network, cfg.lora_scale)
     height, width = rows_columns(cfg.size, base.default_size)

@@ -324,7 +324,8 @@ def main(argv, module=sys.modules[__name__]):
         file = base.network_file
         parameters = file and lora.load_beside(base.network, file, cfg.rank)
         generator = ranks.sample_generator(cfg.seed, "lora")
-        parameters = parameters or lora.inject(base.network, cfg.rank, None, generator)
+        parameters = parameters or lora.inject(base.network, cfg.rank, cfg.lora_alpha, generator,
+                                               cfg.lora_layers)
         rewards = load_rewards(cfg, base.folder, dtype, device)
         evaluations = plan_evaluations(cfg, folder, base, rewards)
 

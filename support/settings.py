@@ -22,7 +22,9 @@ from support.files import check_folder, read_json
 # says, 256. tau: where as much of a clip is left as at ModelScopeT2V's 0.6, the paper's. lambda_tar: 16 / F for more than 16
 # frames, so that the last frame counts as it does there.
 BASES = {
-    "modelscope": dict(frames=16, size=None, fps=8, guidance=3., num_steps=20, tau=.6, lambda_tar=1., offset_noise=.1),
+    "modelscope": dict(frames=16, size=None, fps=8, guidance=3., num_steps=20, tau=.6, lambda_tar=1.,
+                       offset_noise=.1),  # official code
+    "videocrafter": dict(frames=16, size="320x512", fps=28, guidance=12., num_steps=20, tau=.5, lambda_tar=1.),
     "wan": dict(frames=17, size=256, fps=16, guidance=5., num_steps=20, tau=.4, lambda_tar=16 / 17),
     "cogvideox": dict(frames=17, size=256, fps=8, guidance=6., num_steps=20, tau=.35, lambda_tar=16 / 17),
     "opensora": dict(frames=51, size=256, fps=24, guidance=7., num_steps=20, tau=.5, lambda_tar=16 / 51)}
@@ -98,6 +100,11 @@ class TrainingSettings(RewardSettings):
     early_stop: bool = False
     """end at the evaluation at which what is watched has got worse while the reward was up (docs/runs.md)"""
 
+    lora_alpha: float | None = None
+    """the adapters' scale is this over their rank; default the rank, which is a scale of 1"""
+    lora_layers: Literal["qkvo", "qkv"] = "qkvo"
+    """projections of each attention that are adapted: query, key, value and output (paper, Appendix C), or not the output"""
+
     clips_at_once: int = 0
     """clips of a rank's share of the batch that are computed at once, which sets the memory, not the gradient; 0 is all of them.
     Evaluations compute up to 8 videos at once; where a flag below saves memory, as many as clips at once"""
@@ -143,6 +150,7 @@ def fit_to_base(cfg, base):
     if made_for != kind and {made_for, kind} <= BASES.keys():
         raise ValueError(f"preset {cfg.preset}: is not for base {base.name}, whose own is {kind}")
     base.chain_predict(cfg.cache_interval)  # refuses what it cannot do
+    base.fps = cfg.fps  # some networks are told it
     if cfg.latent_context is not None:
         if not hasattr(base, "latent_context"):
             raise ValueError(f"latent_context = {cfg.latent_context}: base {base.name} decodes frames from no latents but their "
@@ -177,9 +185,9 @@ def check_positive(cfg, *names):
 
 def check_training(cfg, world_size):
     """What TrainingSettings and the steps and batches of every method must be."""
-    check_at_least(cfg, "lr", "clip_grad", steps=1, batch_size=1, max_bad_steps=1, save_every=1, cache_interval=1, frames=1,
+    check_at_least(cfg, "lr", "clip_grad", "lora_alpha", steps=1, batch_size=1, max_bad_steps=1, save_every=1, frames=1,
                    fps=1, rank=1, clips_at_once=0, eval_every=0, eval_count=0, workers=0, decode_chunk=0, max_skip=0, warmup=0,
-                   offset_noise=0, lambda_tar=0, guidance=-math.inf, latent_context=1)
+                   offset_noise=0, lambda_tar=0, cache_interval=1, guidance=-math.inf, latent_context=1)
     if cfg.size is not None:
         rows_columns(cfg.size)
     if cfg.compile and cfg.cache_interval > 1:
