@@ -24,7 +24,8 @@ import torch
 import tyro
 
 import lora
-from formats.reward_model import spread_frames
+from formats import vbench
+from formats.reward_model import frames_of
 from formats.reward_names import requested_rewards
 from generate import generate, load_model
 from reward import as_rewards, first_frames, load_rewards
@@ -34,7 +35,7 @@ from support.files import check_exists, check_folder
 from support.pictures import evaluation_bar, save_evaluation
 from support.ranks import all_gather, join_ranks, rank_and_size, run_script
 from support.run import EVAL_SEED
-from support.settings import RewardSettings, check_at_least
+from support.settings import RewardSettings, check_at_least, rows_columns
 from support.tables import add_judge, check_watched, paired, pixel_measures, summary, table_of
 
 REPORT_SEED = 2_000_000  # not EVAL_SEED: what was chosen by some noise is measured on other
@@ -57,28 +58,29 @@ def prompt_sets(base, named_files, count):
 
 @torch.no_grad()
 def evaluate(base, rewards, prompts, *, seed=EVAL_SEED, num_steps=20, guidance=None, segments=4,
-             frames=16, height=None, width=None, batch_size=8, judge=None, keep=0, move_on=None):
+             frames=16, size=None, batch_size=8, judge=None, keep=0, move_on=None, write=None):
     """
     Measures of one video for each prompt: {measure: (n,)}, and the first `keep` videos.
 
     Video i has seed + i. "reward" is the mean over the first frame of each segment (Sec. 3.3);
     judge(clips (1, F, 3, H, W), [caption]) -> {measure: (1,)} adds its own. The ranks share the
     work and all return the whole. Videos: (keep, F, 3, H, W) in about [0, 1], or None for none.
+    write(seed, video (F, 3, H, W)): called with every video.
     """
     rewards = as_rewards(rewards)
     in_order = rewards.pixels or any(getattr(r, "num_frames", None) for r in rewards.every)
     rank, world_size = rank_and_size()
     mine = list(range(rank, len(prompts), world_size))
     index = first_frames(frames, segments)[None]                              # (1, S)
+    height, width = rows_columns(size, base.default_size)
     made = generate(base, [prompts[i] for i in mine], [seed + i for i in mine], num_steps,
-                    guidance, frames, height or base.default_size, width or base.default_size,
-                    batch_size, move_on)
+                    guidance, frames, height, width, batch_size, move_on)
     rows, videos = {}, {}
     for j, z_0 in made:
         i = mine[j]
 
         # 1. Decode all frames only where somebody looks at them.
-        whole = judge is not None or i < keep or in_order
+        whole = judge is not None or i < keep or in_order or write is not None
         video = base.decode_frames(z_0[None], None if whole else index)  # (1, F or S, 3, H, W)
         scored = video[:, index[0].to(video.device)] if whole else video      # (1, S, 3, H, W)
 
@@ -88,6 +90,8 @@ def evaluate(base, rewards, prompts, *, seed=EVAL_SEED, num_steps=20, guidance=N
             rows[i] |= judge(video.clamp(0, 1), [prompts[i]])
         if i < keep:
             videos[i] = video[0].cpu()
+        if write:
+            write(seed + i, video[0])                                         # (F, 3, H, W)
 
     # 3. Put together what the ranks have measured.
     for other_rows, other_videos in all_gather((rows, videos)):
@@ -107,9 +111,9 @@ def measure(rewards, frames, video, captions):
     """
     scores = []
     for reward in rewards.every:
-        seen, wanted = frames, getattr(reward, "num_frames", None)
+        seen, wanted = frames, frames_of(reward, video.shape[1])
         if wanted:  # a video reward sees its own
-            seen = video[:, spread_frames(video.shape[1], wanted).to(video.device)]
+            seen = video[:, list(wanted)]
         scores.append(reward(seen, captions).mean().item())
 
     measures = {"reward": sum(weight * score for (weight, _), score in zip(rewards.parts, scores))}
@@ -142,10 +146,10 @@ class Config(RewardSettings):
     """S: the first frame of each of S segments is scored (paper, Sec. 3.3)"""
     frames: int = 16
     """frames of a video (paper, Sec. 3.3)"""
-    height: int | None = None
-    """pixels; default what the base was trained on"""
-    width: int | None = None
-    """pixels; default what the base was trained on"""
+    size: int | str | None = None
+    """pixel rows and columns, 256 or 480x832; default what the base was trained on"""
+    fps: int | None = None
+    """frames a second that a network is told which was trained so; default the base's own"""
     seed: int = REPORT_SEED
     """video i has seed + i, counted through all sets; training, which selects, has others"""
     batch_size: int = 8
@@ -154,6 +158,12 @@ class Config(RewardSettings):
     """score with the hpsv2 package itself as well, and report how far the two are apart"""
     sheet: int = 8
     """videos of each set on the contact sheet"""
+    vbench: bool = False
+    """also write each model's videos as VBench reads them (of the first D and guidance)"""
+    per_prompt: int = 5
+    """with --vbench: videos of each prompt, as VBench's suite wants (generate.py)"""
+    fps: int = 8
+    """with --vbench: frames a second of the files"""
     out: Path = Path("out/evaluation")
     """folder of table.md, table.json and sheet.png"""
     overwrite: bool = False
@@ -162,8 +172,9 @@ class Config(RewardSettings):
 
 def check(cfg):
     """ValueError for what can be known to be wrong before anything is loaded or written."""
-    check_at_least(cfg, frames=1, height=1, width=1, batch_size=1, count=0, sheet=0,
+    check_at_least(cfg, frames=1, batch_size=1, count=0, sheet=0, per_prompt=1, fps=1,
                    lora_scale=-math.inf, guidance=-math.inf)
+    rows_columns(cfg.size)
     if not cfg.num_steps or not cfg.lora_scale:
         raise ValueError("num_steps, lora_scale: must have at least one value each")
     for steps in cfg.num_steps:
@@ -179,7 +190,8 @@ def check(cfg):
     check_folder(cfg.out)
     if (cfg.out / "table.json").exists() and not cfg.overwrite:
         raise ValueError(f"out {cfg.out}: holds results; choose another folder, or --overwrite")
-    read_prompt_sets(cfg.prompts, cfg.base)
+    sets = read_prompt_sets(cfg.prompts, cfg.base)
+    vbench.open_folders(cfg, sets, ["base"])  # refuses prompts that name no file
     check_exists(cfg.lora)
 
 
@@ -192,9 +204,11 @@ def main(cfg):
 
     # 1. The base, the prompts and the reward. Scores are in float32 whatever the base's precision.
     base, adapted = load_model(cfg, device)
+    if cfg.fps:
+        base.fps = cfg.fps
     sets = prompt_sets(base, cfg.prompts, 64 if cfg.count is None else cfg.count)
-    height, width = cfg.height or base.default_size, cfg.width or base.default_size
-    base.latent_shape(cfg.frames, height, width)
+    size = rows_columns(cfg.size, base.default_size)
+    base.latent_shape(cfg.frames, *size)
     rewards = load_rewards(cfg, base.folder, device=device)
 
     # 2. The base is the tuned model with its adapters at strength 0.
@@ -207,7 +221,8 @@ def main(cfg):
             strengths[name] = scale
 
     # 3. Measure both.
-    results, sheets = compare(cfg, base, rewards, sets, strengths, (height, width))
+    sets, writers = vbench.open_folders(cfg, sets, strengths)  # as they are without --vbench
+    results, sheets = compare(cfg, base, rewards, sets, strengths, size, writers)
     if rank_and_size()[0] == 0:
         official_gaps = []
         if cfg.official_hps:
@@ -215,9 +230,10 @@ def main(cfg):
             index = first_frames(cfg.frames, cfg.segments)                    # (S,)
             official_gaps = official_distances(rewards, sheets, sets, index)
         save_evaluation(cfg, results, sheets, sets, list(strengths), rewards.name, official_gaps)
+        vbench.finish(*writers.values())
 
 
-def compare(cfg, base, rewards, sets, strengths, size):
+def compare(cfg, base, rewards, sets, strengths, size, writers):
     """The rows of the report, and {set: [videos of each model]} at the first setting."""
     judge = base.world and base.world.judge(base, cfg.frames, *size, sets)
     check_watched(cfg.watch, sets, judge)
@@ -228,16 +244,17 @@ def compare(cfg, base, rewards, sets, strengths, size):
     results, sheets = [], {}
     with evaluation_bar(sets, settings, strengths) as bar:
         for name, (steps, guidance), model_name in itertools.product(sets, settings, strengths):
-            # Videos are shown at the first setting only.
+            # Videos are shown and written at the first setting only.
             if len(strengths) > 1:
                 lora.set_scale(base.network, strengths[model_name])
-            shown = 0
+            shown, write = 0, None
             if (steps, guidance) == settings[0]:
+                write = writers.get(model_name)
                 shown = max(cfg.sheet, 1) if cfg.official_hps else cfg.sheet
             table, videos = evaluate(
                 base, rewards, sets[name], seed=start[name], num_steps=steps, guidance=guidance,
-                segments=cfg.segments, frames=cfg.frames, height=size[0], width=size[1],
-                batch_size=cfg.batch_size, judge=judge, keep=shown,
+                segments=cfg.segments, frames=cfg.frames, size=cfg.size, batch_size=cfg.batch_size,
+                judge=judge, keep=shown, write=write,
                 move_on=lambda done, steps=steps: bar.update(done * steps))
             if videos is not None:
                 sheets.setdefault(name, []).append(videos)

@@ -58,8 +58,6 @@ class Config(train.Config):
     lora: Path | None = None
     """adapters to start from; default fresh ones, as a run starts"""
     cache_interval: Suppress[Fixed[int]] = 1
-    max_mb: float = 20.
-    """largest size of the page; mail takes hardly more"""
 
 
 PRESETS = {name: Config(**vars(preset)) for name, preset in train.PRESETS.items()}
@@ -68,7 +66,7 @@ PRESETS = {name: Config(**vars(preset)) for name, preset in train.PRESETS.items(
 @torch.no_grad()
 def guess_clips(base, z, eps, text, uncond, cfg):
     """What the model thinks the clip is at each step of an edit, from the noise it sees there: [(t, z_0)]."""
-    levels = base.levels(cfg.num_steps)
+    levels = settings.chain_levels(base, cfg)
     first = edit_steps(cfg.tau, cfg.num_steps)
     z_t = add_noise(z, eps, levels, first)
     guesses = []
@@ -90,19 +88,20 @@ class Setup:
         for _, reward in self.rewards.parts:
             if reward.num_frames:
                 raise ValueError(f"reward {reward.name}: sees a clip as a whole; the page shows rewards of single frames")
-        self.cfg = cfg if cfg.guidance is not None else replace(cfg, guidance=self.base.guidance)
+        self.cfg = settings.fit_to_base(cfg, self.base)
         if cfg.lora:
             self.parameters = lora.load(self.base.network, cfg.lora)
         else:
             found = lora.load_beside(self.base.network, self.base.network_file, cfg.rank)
-            self.parameters = found or lora.inject(self.base.network, cfg.rank, None, sample_generator(cfg.seed, "lora"))
+            generator = sample_generator(cfg.seed, "lora")
+            self.parameters = found or lora.inject(self.base.network, cfg.rank, cfg.lora_alpha, generator, cfg.lora_layers)
         if cfg.data:
             self.dataset = train.read_clips(cfg, self.base)
         else:
             self.dataset = self.base.world.clips(self.base, cfg.frames, cfg.size or self.base.default_size, CLIPS)
-        self.uncond = self.base.encode_text([""])
         self.batch = self.draw(cfg.segments)
         self.z, self.eps, self.text, self.g, self.captions = self.batch
+        self.uncond = self.base.unconditional(self.text)
 
     def draw(self, segments):
         """The step's batch; with other segments the same clip and noise, and other frames of it."""
@@ -121,7 +120,7 @@ class Setup:
     @torch.no_grad()
     def edit(self, tau):
         """The clip noised to t_noi, its edit, and numbers of them, R of Eq. (8) among these."""
-        levels = self.base.levels(self.cfg.num_steps)
+        levels = settings.chain_levels(self.base, self.cfg)
         first = edit_steps(tau, levels.num_steps)
         noised = add_noise(self.z, self.eps, levels, first)
         z_0 = edit(self.base.predict, self.z, self.eps, self.text, self.uncond, levels, tau, self.cfg.guidance)
@@ -248,12 +247,11 @@ def main(cfg):
     out = cfg.out or Path("out/explain")
     cfg = replace(cfg, batch_size=1, eval_every=0, early_stop=False, watch=(), out=None)
     settings.check_at_least(cfg, step=0)
-    settings.check_positive(cfg, "max_mb")
     train.check(cfg)
     check_folder(out)
     setup = Setup(cfg)
     page, strip = explain(setup)
-    size = write_page(out / "explain.html", "explain.html", cfg.max_mb, title="One training step, taken apart", **page)
+    size = write_page(out / "explain.html", "explain.html", title="One training step, taken apart", **page)
     draw_step(out / "explain.png", **strip)
     print(f"written: {out}/explain.html ({size:.1f} MB), explain.png")
 

@@ -21,12 +21,13 @@ import tyro
 from tqdm import tqdm
 
 import lora
+from formats import vbench
 from model import load_base
 from sampler import ddpm_step, sample
 from support import ranks
 from support.clips import read_prompts, report_long
 from support.files import check_exists, check_folder, write_text
-from support.settings import ModelSettings, check_at_least
+from support.settings import ModelSettings, check_at_least, rows_columns
 from support.videos import to_pixels, video_name, write_video
 
 
@@ -41,9 +42,8 @@ def generate(base, prompts, seeds, num_steps=20, guidance=None, frames=16, heigh
     own. move_on: called after each batch with its size.
     """
     shape = base.latent_shape(frames, height, width)                          # (C, f, h, w)
-    uncond = base.unconditional()                                             # (1, N, E)
     guidance = base.guidance if guidance is None else guidance
-    levels = base.levels(num_steps)
+    levels = base.levels(num_steps, (frames, height, width))
 
     for start in range(0, len(prompts), batch_size):
         batch = range(start, min(start + batch_size, len(prompts)))
@@ -57,6 +57,7 @@ def generate(base, prompts, seeds, num_steps=20, guidance=None, frames=16, heigh
 
         # 2. The whole chain, for a batch at once.
         text = base.encode_text([prompts[i] for i in batch])                  # (B, N, E)
+        uncond = base.unconditional(text)                                     # (1 or B, N, E)
         z_0 = sample(base.predict, noise, text, uncond, levels, guidance)     # (B, C, F, h, w)
         if move_on:
             move_on(len(batch))
@@ -84,25 +85,28 @@ class Config(ModelSettings):
     modules/config.py:74)"""
     frames: int = 16
     """frames of a video (paper, Sec. 3.3)"""
-    height: int | None = None
-    """pixels; default what the base was trained on, 256 for ModelScopeT2V (paper, Sec. 3.3)"""
-    width: int | None = None
-    """pixels; default as height"""
+    size: int | str | None = None
+    """pixel rows and columns, 256 or 480x832; default what the base was trained on, 256 for
+    ModelScopeT2V (paper, Sec. 3.3)"""
     fps: int = 8
-    """frames a second of the file (official code: 8)"""
+    """frames a second of the file (official code: 8); VideoCrafter2's network is told them"""
     seed: int = 0
     """video i has seed + i"""
     batch_size: int = 4
     """videos at a time; changes time and memory, not the videos"""
     gif: bool = False
     """also write each video as .gif"""
+    vbench: bool = False
+    """write videos as VBench reads them, with its lists beside them, and print its command"""
+    per_prompt: int = 5
+    """with --vbench: videos of each prompt, each with a seed of its own (VBench's suite: 5)"""
     out: Path = Path("out/videos")
     """folder of the videos, each with its prompt in a .txt beside it, as train.py --data takes it;
     files of the same name are replaced"""
 
 
 def check(cfg):
-    """All prompts. ValueError for what can be known to be wrong before anything is loaded."""
+    """{seed of a video: (its file, its prompt)}. ValueError for what can be known to be wrong now."""
     prompts = list(cfg.prompt)
     if cfg.prompts:
         prompts += read_prompts(cfg.prompts)
@@ -110,12 +114,17 @@ def check(cfg):
     if not prompts or not all(p.strip() for p in prompts):
         raise ValueError("no prompt given, or an empty one: name some by --prompt or --prompts")
 
-    check_at_least(cfg, frames=1, height=1, width=1, fps=1, batch_size=1, guidance=-math.inf,
+    check_at_least(cfg, frames=1, fps=1, batch_size=1, per_prompt=1, guidance=-math.inf,
                    lora_scale=-math.inf)
+    rows_columns(cfg.size)
     ddpm_step(cfg.num_steps, cfg.num_steps)  # refuses a D that the schedule has not
     check_folder(cfg.out)
     check_exists(cfg.lora)
-    return prompts
+    if cfg.vbench and cfg.gif:
+        raise ValueError("vbench: its folder has files of one kind; leave gif or vbench out")
+    if cfg.vbench:
+        return vbench.plan_files(prompts, cfg.seed, cfg.per_prompt, cfg.out)
+    return {cfg.seed + i: (video_name(i, p), p) for i, p in enumerate(prompts)}
 
 
 def load_model(cfg, device):
@@ -130,39 +139,42 @@ def load_model(cfg, device):
     return base, bool(adapted)
 
 
-def write_all(made, base, prompts, cfg):
+def write_all(made, base, files, cfg):
     """Decode what this rank makes; rank 0 writes one video of every rank at a time."""
     world_size = ranks.rank_and_size()[1]
     suffixes = (".mp4", ".gif") if cfg.gif else (".mp4",)
-    for start in range(0, len(prompts), world_size):
+    for start in range(0, len(files), world_size):
         _, z_0 = next(made, (None, None))                                     # (C, F, h, w)
         pixels = None  # of a rank that has no more to make
         if z_0 is not None:
             pixels = to_pixels(base.decode_frames(z_0[None])[0])         # (F, H, W, 3)
         made_now = [video for video in ranks.all_gather(pixels) if video is not None]
         for i, video in enumerate(made_now if ranks.is_main_process() else (), start):
+            name, prompt = files[cfg.seed + i]
             for suffix in suffixes:
-                path = cfg.out / (video_name(i, prompts[i]) + suffix)
+                path = cfg.out / (name + suffix)
                 write_video(path, video, cfg.fps)
                 tqdm.write(str(path))
-            # With its caption beside each video, the folder is what train.py takes as --data.
-            write_text(path.with_suffix(".txt"), prompts[i] + "\n")
+            if not cfg.vbench:
+                # With its caption beside each video, the folder is what train.py takes as --data.
+                write_text(path.with_suffix(".txt"), prompt + "\n")
 
 
 def main(cfg):
     """Load, generate, write."""
-    prompts = check(cfg)
+    files = check(cfg)
     device = ranks.join_ranks(cfg.device)
     rank, world_size = ranks.rank_and_size()
 
     # The size of a video is the base's own, unless asked.
     base, adapted = load_model(cfg, device)
+    base.fps = cfg.fps  # some networks are told it
     if adapted:
         lora.set_scale(base.network, cfg.lora_scale)
-    height = cfg.height or base.default_size
-    width = cfg.width or height
+    height, width = rows_columns(cfg.size, base.default_size)
     base.latent_shape(cfg.frames, height, width)
 
+    prompts = [prompt for _, prompt in files.values()]  # of each video, in the order of seeds
     if rank == 0:
         report_long(prompts, base)
 
@@ -172,7 +184,9 @@ def main(cfg):
         made = generate(base, [prompts[i] for i in mine], [cfg.seed + i for i in mine],
                         cfg.num_steps, cfg.guidance, cfg.frames, height, width, cfg.batch_size,
                         bar.update)
-        write_all(made, base, prompts, cfg)
+        write_all(made, base, files, cfg)
+    if cfg.vbench and rank == 0:
+        vbench.finish(vbench.Folder(cfg.out, files))
 
 
 if __name__ == "__main__":

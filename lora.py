@@ -107,11 +107,12 @@ class LoRALinear(nn.Module):
 # ----------------------------------------------------------------------------------------------
 # All layers of a module
 
-def projections(module):
-    """{path: nn.Linear or LoRALinear} of every attention, by name: in our UNet and diffusers'."""
+def projections(module, adapted="qkvo"):
+    """{path: nn.Linear or LoRALinear} of every attention, by name: in our UNet and diffusers'.
+    adapted: which of query, key, value and output."""
     found = {}
     for path, layer in module.named_modules():
-        if adapters.PROJECTION.search(path) and isinstance(layer, (nn.Linear, LoRALinear)):
+        if adapters.is_adapted(path, adapted) and isinstance(layer, (nn.Linear, LoRALinear)):
             found[path] = layer
     if not found:
         raise ValueError(f"no attention in {type(module).__name__}: expected linear layers called "
@@ -127,12 +128,13 @@ def layers(module):
     return found
 
 
-def inject(module, rank=4, alpha=None, generator=None):
+def inject(module, rank=4, alpha=None, generator=None, adapted="qkvo"):
     """
     Put adapters on every attention of `module` and freeze all else (Appendix C).
 
     alpha: default rank, so that the scale is 1 (official). generator: draws A, on the CPU; default
-    one seeded with 0. Returns the new parameters, A and B in turn, in tree order.
+    one seeded with 0. adapted: which of query, key, value and output. Returns the new parameters, A
+    and B in turn, in tree order.
     Convert the module (dtype) before, not after: .to(dtype) would take the adapters along.
     ValueError: rank below 1, alpha not above 0, no attention, or adapters already there.
     """
@@ -143,7 +145,7 @@ def inject(module, rank=4, alpha=None, generator=None):
         raise ValueError(f"rank {rank}: must be at least 1")
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha {alpha}: must be above 0")
-    found = projections(module)
+    found = projections(module, adapted)
     if any(isinstance(layer, LoRALinear) for layer in found.values()):
         raise ValueError(f"{type(module).__name__} has adapters already")
 
@@ -241,12 +243,16 @@ def load(module, path):
     adapter = adapters.read_adapter(path, structure)
 
     # 2. Compare everything that can be compared, before anything is changed.
-    found = projections(module)
+    found = projections(module, adapter.letters)
     shapes = {name: layer.weight.shape for name, layer in found.items()}
     adapters.check_adapter(adapter, shapes, base_fingerprint(module), path)
     layer = next(iter(found.values()))
-    if not isinstance(layer, LoRALinear):
-        inject(module, adapter.rank, adapter.alpha)
+    before = [at for at, other in module.named_modules() if isinstance(other, LoRALinear)]
+    if not before:
+        inject(module, adapter.rank, adapter.alpha, adapted=adapter.letters)
+    elif before != [*found]:
+        raise ValueError(f"{path}: adapts {len(found)} projections ({adapter.letters}), the "
+                         f"model's adapters {len(before)}")
     elif (len(layer.lora_A), layer.alpha) != (adapter.rank, adapter.alpha):
         raise ValueError(f"{path}: has rank {adapter.rank} and alpha {adapter.alpha:g}, the "
                          f"model's adapters have {len(layer.lora_A)} and {layer.alpha:g}")

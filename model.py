@@ -335,6 +335,12 @@ def time_features(t, dim):
     return torch.cat([angles.cos(), angles.sin()], dim=-1)                    # (B, dim)
 
 
+def embed(number, layers, dtype):
+    """A number of each clip, such as its step, for all layers to see: (B,) -> (B, E)."""
+    features = time_features(number, layers["linear_1"].in_features).to(dtype)  # (B, C)
+    return layers["linear_2"](F_.silu(layers["linear_1"](features)))          # (B, E)
+
+
 class UNet3D(nn.Module):
     """
     ModelScopeT2V's denoiser, eps(z_t, t, text). 1,411,233,860 parameters at full size.
@@ -391,12 +397,13 @@ class UNet3D(nn.Module):
             level.recompute = on
 
     def forward(self, z_t, t, text):
+        return self.denoise(z_t, embed(t, self.time_embedding, z_t.dtype), text)
+
+    def denoise(self, z_t, emb, text):
+        """The same, of what the step became: emb (B, E)."""
         num_frames = z_t.shape[2]
 
-        # 1. The step, as one embedding for all frames of a clip.
-        emb = time_features(t, self.config.channels[0]).to(z_t.dtype)
-        emb = self.time_embedding["linear_1"](emb)                            # (B, E)
-        emb = self.time_embedding["linear_2"](F_.silu(emb))                   # (B, E)
+        # 1. One embedding for all frames of a clip.
         emb = emb.repeat_interleave(num_frames, dim=0)                        # (B*F, E)
 
         # 2. In: frames are images from here on.
@@ -639,8 +646,8 @@ def load_text_encoder(path, tokenizer=None, dtype=torch.float32):
 def load_base(base, vae=None, text_encoder=None, dtype=torch.float32, device="cpu", seed=0):
     """
     What a script's --base names, frozen: "tiny", a folder, a file, a hub id, or untrained weights:
-    "random" and "random:64" (ModelScopeT2V at full size, or 64 channels wide), "random-wan",
-    "random-cogvideox".
+    "random" and "random:64" (ModelScopeT2V at full size, or 64 channels wide), "random-NAME" of a
+    file in bases/ (small), and "random-NAME:full".
 
     What a base can do is in its file of bases/, which is found by its own configuration; the first
     is bases/modelscope.py. vae, text_encoder: a file or folder to take instead of its own.
@@ -649,7 +656,8 @@ def load_base(base, vae=None, text_encoder=None, dtype=torch.float32, device="cp
     name, folder = find_base_file(base, (vae, text_encoder))
     module = importlib.import_module(f"bases.{name}")
     if folder is None:
-        return module.random(base, seed, dtype, device)
+        make = module.published if base.endswith(":full") else module.random
+        return make(base, seed, dtype, device)
     made = module.load(base, folder, vae, text_encoder, dtype, device)
     if (folder / "judge.safetensors").is_file():  # the tiny world's clips, prompts and judge
         made.world = importlib.import_module("tiny.clips")

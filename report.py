@@ -26,7 +26,6 @@ from support.clips import read_prompt_sets
 from support.files import check_folder, write_text
 from support.pictures import markdown
 from support.ranks import run_script
-from support.settings import check_positive
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,6 @@ class Config:
     """folder of the page; default out/report or out/blind"""
     open: bool = False
     """show the page in the browser"""
-    max_mb: float = 20.
-    """largest size of a page; mail takes hardly more"""
 
 
 def finish(cfg, path, size, words=""):
@@ -71,7 +68,7 @@ def report(cfg):
             folders.append(path)
     runs = [run_pages.RunFiles(folder) for folder in folders]
     path = (cfg.out or Path("out/report")) / "report.html"
-    size = write_page(path, "report.html", cfg.max_mb, title="Report", runs=runs, studies=studies,
+    size = write_page(path, "report.html", title="Report", runs=runs, studies=studies,
                       parts=run_pages.clip_rows(runs), changed=run_pages.changed_settings(runs),
                       charts=run_pages.curves(runs), gains=run_pages.gains(runs))
     finish(cfg, path, size)
@@ -89,7 +86,7 @@ def blind(cfg):
         run_pages.check_sizes(pair["files"])
         sides = {side: clip_uri(pair["files"][unblind(pair, side)]) for side in ("left", "right")}
         shown.append({"caption": pair["caption"]} | sides)
-    size = write_page(out / "blind.html", "blind.html", cfg.max_mb, title="Which of the two?", comparison=key["comparison"],
+    size = write_page(out / "blind.html", "blind.html", title="Which of the two?", comparison=key["comparison"],
                       pairs=shown, questions=QUESTIONS)
     write_text(out / "key.json", json.dumps(key, indent=1) + "\n")
     finish(cfg, out / "blind.html", size,
@@ -134,7 +131,6 @@ def main(cfg):
     if len(chosen) != 1:
         raise ValueError("give either run folders, or --blind A B, or --tally FILE...; "
                          f"found {' and '.join(chosen) or 'none of them'}")
-    check_positive(cfg, "max_mb")
     if cfg.out:
         check_folder(cfg.out)
     actions[chosen[0]](cfg)

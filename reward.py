@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F_
 
 from formats import reward_model as published
-from formats.reward_model import RewardModel, expect_clip_config, load_clip, spread_frames
+from formats.reward_model import RewardModel, expect_clip_config, frames_of, load_clip
 from formats.reward_names import HPS_FILES, find_reward, requested_rewards, split_reward
 from formats.tensors import read_config
 from formats.words import read_words
@@ -268,8 +268,7 @@ def load_rewards(cfg, base_folder, dtype=torch.float32, device="cpu"):
     loaded = []
     for asked in [*(asked for _, asked in optimised), *watched]:
         reward = load_reward(asked, paths.get(asked), base_folder, dtype, device)
-        if reward.num_frames:
-            spread_frames(cfg.frames, reward.num_frames)
+        frames_of(reward, cfg.frames)  # refuses a clip that is too short
         loaded.append(reward)
 
     names = [reward.name for reward in loaded]

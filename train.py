@@ -22,7 +22,7 @@ import math
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from safetensors import SafetensorError
@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 import lora
 from data import ClipConfig, batch_indices, encode_clips, read_list
 from evaluate import evaluate, prompt_sets
-from formats.reward_model import spread_frames
+from formats.reward_model import frames_of
 from formats.reward_names import requested_rewards
 from formats.weights import HUB_BASES
 from model import load_base
@@ -55,7 +55,7 @@ def edit_rewards(base, rewards, uncond, batch, cfg):
 
     # Noise the real clip part of the way, and denoise it back (Eqs. 3-5). Score it (Eqs. 6-8).
     z_0 = edit(base.chain_predict(cfg.cache_interval), z, eps, text, uncond,
-               base.levels(cfg.num_steps), cfg.tau, cfg.guidance, cfg.grad_steps)
+               settings.chain_levels(base, cfg), cfg.tau, cfg.guidance, cfg.grad_steps)
     return video_rewards(base, rewards, z_0, g, captions, cfg)
 
 
@@ -66,8 +66,8 @@ def video_rewards(base, rewards, z_0, g, captions, cfg):
     R, logged, decoded = 0., {"reward": 0.}, {}
     for weight, reward in parts:
         # 1. Decode one frame of each segment, once for all rewards. A video reward has its own.
-        wanted = getattr(reward, "num_frames", None)
-        index = spread_frames(F, wanted).expand(len(g), -1) if wanted else g  # (B, S)
+        wanted = frames_of(reward, F)
+        index = torch.tensor(wanted).expand(len(g), -1) if wanted else g      # (B, S)
         if wanted not in decoded:
             decoded[wanted] = decode_chosen(base, z_0, index, chunk)          # (B, S, 3, H, W)
 
@@ -157,7 +157,7 @@ def split_batch(batch, part_size):
     part_size = part_size or len(batch[0])
     split = []
     for start in range(0, len(batch[0]), part_size):
-        split.append([item[start:start + part_size] for item in batch])
+        split.append([ranks.take(item, slice(start, start + part_size)) for item in batch])
     return split
 
 
@@ -181,8 +181,7 @@ def draw_batch(dataset, step, cfg, base):
         text.append(words)                                                    # (N, E)
         g.append(segment_frames(cfg.frames, cfg.segments, 1, generator)[0])   # (S,)
         captions.append(caption)
-    tensors = [torch.stack(v).to(base.device, non_blocking=True) for v in (z, eps, text, g)]
-    return *tensors, captions
+    return *(ranks.stack(v, base.device) for v in (z, eps, text, g)), captions
 
 
 # ----------------------------------------------------------------------------------------------
@@ -195,9 +194,9 @@ class Config(settings.TrainingSettings):
     `train.py modelscope` has the paper's defaults, these are the tiny world's."""
     frames: int = 16
     """F (paper, Sec. 3.3)"""
-    size: int | None = None
-    """pixel rows and columns of a clip; default what the base was trained on, 256 for ModelScopeT2V
-    (paper, Sec. 3.3)"""
+    size: int | str | None = None
+    """pixel rows and columns of a clip, 256 or 480x832; default what the base was trained on, 256
+    for ModelScopeT2V (paper, Sec. 3.3)"""
     fps: int = 8
     """frames a second that clips are read at (official configuration)"""
 
@@ -238,9 +237,8 @@ class Config(settings.TrainingSettings):
 FULL_SIZE = dict(steps=20_000, batch_size=8, lr=1e-5, eval_every=1000, eval_count=0, save_every=500,
                  clips_at_once=1)
 PRESETS = {"tiny": Config()}
-for name, hub_id in HUB_BASES.items():
-    PRESETS[name] = Config(preset=name, base=hub_id, **settings.BASES[name] | FULL_SIZE)
-PRESETS["modelscope"] = replace(PRESETS["modelscope"], offset_noise=0.1)
+for name, of_base in settings.BASES.items():
+    PRESETS[name] = Config(preset=name, base=HUB_BASES[name], **of_base | FULL_SIZE)
 
 
 def check(cfg, needs_clips=True):
@@ -260,34 +258,33 @@ def check(cfg, needs_clips=True):
 def method(cfg, base, rewards, folder):
     """InstructVideo as the loop takes it, on the clips of --data or the base's own."""
     dataset = read_clips(cfg, base)
-    uncond = base.unconditional()                                             # (1, N, E)
 
     def draw(step):
         return draw_batch(dataset, step, cfg, base)
 
     def score(batch):
-        return edit_rewards(base, rewards, uncond, batch, cfg)
+        return edit_rewards(base, rewards, base.unconditional(batch[2]), batch, cfg)
 
     return Method(draw, score, dataset.description)
 
 
 def read_clips(cfg, base):
     """The clips to edit: those of --data, encoded now or read from the cache, or the base's own."""
-    pixels = cfg.size or base.default_size
-    base.latent_shape(cfg.frames, pixels, pixels)  # refuses a size that has no latents
+    height, width = settings.rows_columns(cfg.size, base.default_size)
+    base.latent_shape(cfg.frames, height, width)  # refuses a size that has no latents
     if not cfg.data:
-        return base.world.clips(base, cfg.frames, pixels)
+        return base.world.clips(base, cfg.frames, cfg.size or base.default_size)
 
     clips = ranks.on_rank_0(lambda: read_list(cfg.data, cfg.data_root))
-    return encode_clips(clips, ClipConfig(cfg.frames, cfg.fps, pixels, pixels), base,
+    return encode_clips(clips, ClipConfig(cfg.frames, cfg.fps, height, width), base,
                         cfg.cache_dir if cfg.cache else None, cfg.workers, cfg.max_skip)
 
 
 def plan_evaluations(cfg, folder, base, rewards):
     """What is looked at while a run trains, with functions that score videos and save adapters."""
     prompts = prompt_sets(base, cfg.prompts, cfg.eval_count) if cfg.eval_every else {}
-    size = cfg.size or base.default_size
-    judge = base.world and base.world.judge(base, cfg.frames, size, size, prompts)
+    size = settings.rows_columns(cfg.size, base.default_size)
+    judge = base.world and base.world.judge(base, cfg.frames, *size, prompts)
     check_watched(cfg.watch, prompts, judge)
 
     # Evaluations score in float32, since best.safetensors is chosen by these scores and bfloat16
@@ -298,10 +295,9 @@ def plan_evaluations(cfg, folder, base, rewards):
 
     def evaluate_prompts(captions, **more):
         exact.to(base.device)
-        batch_size = min(cfg.clips_at_once or cfg.batch_size, 8)
         measured = evaluate(base, exact, captions, num_steps=cfg.num_steps, guidance=cfg.guidance,
-                            segments=cfg.segments, frames=cfg.frames, height=size, width=size,
-                            batch_size=batch_size, judge=judge, **more)
+                            segments=cfg.segments, frames=cfg.frames, size=cfg.size,
+                            batch_size=cfg.videos_at_once, judge=judge, **more)
         exact.to(waits_on)
         return measured
 
@@ -324,19 +320,18 @@ def main(argv, module=sys.modules[__name__]):
         # 1. What is frozen, and the adapters.
         dtype = ranks.pick_dtype(cfg.dtype, device)
         base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype, device, cfg.seed)
-        base.chain_predict(cfg.cache_interval)  # refuses what the base cannot do
-        if cfg.guidance is None:
-            cfg = replace(cfg, guidance=base.guidance)  # recorded with the run
+        cfg = settings.fit_to_base(cfg, base)  # refuses what the base cannot do
         file = base.network_file
         parameters = file and lora.load_beside(base.network, file, cfg.rank)
         generator = ranks.sample_generator(cfg.seed, "lora")
-        parameters = parameters or lora.inject(base.network, cfg.rank, None, generator)
+        parameters = parameters or lora.inject(base.network, cfg.rank, cfg.lora_alpha, generator,
+                                               cfg.lora_layers)
         rewards = load_rewards(cfg, base.folder, dtype, device)
         evaluations = plan_evaluations(cfg, folder, base, rewards)
 
         # 2. Clips and captions go through the encoders once, which then may leave the accelerator.
         method = module.method(cfg, base, rewards, folder)
-        for captions in (*evaluations.prompts.values(), [""]):
+        for captions in evaluations.prompts.values():
             base.encode_text(captions)
         base.release_encoders()
         base.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)

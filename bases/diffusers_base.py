@@ -24,7 +24,7 @@ class DiffusersBase:
     def __init__(self, network, vae, tokenizer, text_encoder, name, folder=None):
         self.network, self.vae, self.name, self.folder = network, vae, name, folder
         self.tokenizer, self.text_encoder = tokenizer, text_encoder
-        self.texts = {}  # {caption: its features}
+        self.texts = {}  # {caption: its features}, on the CPU
 
     @property
     def device(self):
@@ -74,11 +74,11 @@ class DiffusersBase:
         return bool(self.tokenizer) and len(self.tokenizer(self.clean(caption)).input_ids) > self.max_tokens
 
     def encode_text(self, captions):
-        """Captions [B] -> (B, N, E); each is encoded once, and kept."""
+        """Captions [B] -> (B, N, E); each is encoded once, and kept on the CPU: there may be many."""
         for caption in captions:
             if caption not in self.texts:
-                self.texts[caption] = self.encode_captions([caption])[0].to(self.device)
-        return torch.stack([self.texts[caption] for caption in captions])
+                self.texts[caption] = self.encode_captions([caption])[0].cpu()
+        return torch.stack([self.texts[caption] for caption in captions]).to(self.device)
 
     def unconditional(self, text=None):
         """The empty caption's features, (1, N, E)."""
@@ -108,6 +108,7 @@ class DiffusersBase:
         """Free accelerator memory, once every caption and clip has been encoded."""
         self.vae.encoder.to("cpu")
         if self.text_encoder is not None:
+            self.unconditional()  # the empty caption is read in every step
             self.text_encoder.to("cpu")
 
 

@@ -44,7 +44,7 @@ class Base:
     network_file: Path | None = None                                # a file may hold LoRA tensors
     guidance: float = GUIDANCE                                      # w
     world: object = None                                            # tiny.clips, the tiny base's
-    texts: dict = field(default_factory=dict)                       # {caption: its features}
+    texts: dict = field(default_factory=dict)                       # {caption: its features}, on the CPU
 
     @property
     def device(self):
@@ -109,11 +109,11 @@ class Base:
 
     @torch.no_grad()
     def encode_text(self, captions):
-        """Captions [B] -> (B, N, E), each encoded once and kept, whatever the batch."""
+        """Captions [B] -> (B, N, E), each encoded once, whatever the batch, and kept on the CPU: there may be many."""
         for caption in captions:
             if caption not in self.texts:
-                self.texts[caption] = self.encode_captions([caption])[0].to(self.device)
-        return torch.stack([self.texts[caption] for caption in captions])
+                self.texts[caption] = self.encode_captions([caption])[0].cpu()
+        return torch.stack([self.texts[caption] for caption in captions]).to(self.device)
 
     @torch.no_grad()
     def encode_captions(self, captions):
@@ -150,7 +150,8 @@ class Base:
         return [f"{fingerprint(part.state_dict())} {dtype}" for part in (self.vae, self.text_encoder)]
 
     def release_encoders(self):
-        """Free accelerator memory, once every caption and clip has been encoded."""
+        """Free accelerator memory, once every caption and clip has been encoded, and here the empty caption too."""
+        self.unconditional()
         self.text_encoder.to("cpu")
         self.vae.encoder.to("cpu")
 

@@ -16,7 +16,7 @@ import tyro
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from formats import names
+from formats import names, videocrafter
 from formats.names import official_unet_blocks, split_lora, unet_from_official
 from formats.tensors import check_numbers, check_tensors, fingerprint, read_config, read_tensors
 from formats.transformer_lora import from_published, to_published
@@ -25,7 +25,10 @@ from support.files import first_names, read_json, write_folder, write_whole
 
 TENSOR = "base_model.model.{}.lora_{}.weight"  # what PEFT calls half "A" or "B" of the adapter of the layer at a path
 NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-PROJECTION = re.compile(r"(^|\.)(to_[qkv]|to_out\.0)$")  # which layers are adapted: those of every attention
+# Which layers are adapted, in every attention: {name: its letters}. The second half is Open-Sora's.
+LETTERS = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o",
+           "attn.qkv": "qkv", "attn.proj": "o", "cross_attn.q_linear": "q", "cross_attn.kv_linear": "kv", "cross_attn.proj": "o"}
+PROJECTION = re.compile(rf"(?:^|\.)({'|'.join(map(re.escape, LETTERS))})$")
 ATTENTION = re.compile(r"(attentions\.\d+|transformer_in)$")  # the blocks that have them
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 VERSION = "1"
@@ -34,6 +37,18 @@ VERSION = "1"
 PEFT_FREE = """auto_mapping base_model_name_or_path exclude_modules inference_mode layers_pattern layers_to_transform lora_alpha
 lora_dropout megatron_core peft_version qalora_group_size r revision target_modules task_type""".split()
 PEFT_PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal")}
+
+
+def letters_of(path):
+    """Which of query, key, value and output a layer computes, "" if it is no projection of an attention."""
+    match = PROJECTION.search(path)
+    return LETTERS[match[1]] if match else ""
+
+
+def is_adapted(path, letters):
+    """Whether adapters of these letters have one for the layer at a path."""
+    of_layer = letters_of(path)
+    return bool(of_layer) and {*of_layer} <= {*letters}
 
 
 def official_names(config):
@@ -56,6 +71,7 @@ class Adapter:
     alpha: float
     base: str | None
     fingerprint: str | None
+    letters: str  # "qkvo", or fewer: the projections that it has
     weights: dict  # the base's tensors, under official names, if the file is a fine-tuned official one that has them beside
 
 
@@ -71,7 +87,11 @@ def read_adapter(path, config=None):
         tensors = read_tensors(path)
         rest, official = split_lora(tensors)
         ours = from_published(tensors)
-        if ours.keys() != tensors.keys():
+        of_vader = videocrafter.adapter_tensors(tensors, config or names.MODELSCOPE)
+        if of_vader:
+            tensors = of_vader
+            recorded = {"rank": common_rank(tensors, path), "alpha": videocrafter.ADAPTER_ALPHA}
+        elif ours.keys() != tensors.keys():
             tensors = ours
             recorded = dict.fromkeys(("rank", "alpha"), common_rank(tensors, path))
         elif official:
@@ -93,7 +113,9 @@ def read_adapter(path, config=None):
     if str(recorded.get("rank")) != str(rank) or not 0 < alpha < math.inf:
         raise ValueError(f"{path}: records rank {recorded.get('rank')!r} and alpha {recorded.get('alpha')!r}; expected rank "
                          f"{rank}, as its tensors have, and an alpha above 0, which tells their scale")
-    return Adapter(tensors, rank, alpha, recorded.get("base"), recorded.get("base_fingerprint"), weights)
+    found = {letter for name in tensors for letter in letters_of(NAME.fullmatch(name)[1])}
+    letters = "".join(letter for letter in "qkvo" if letter in found) or "qkvo"
+    return Adapter(tensors, rank, alpha, recorded.get("base"), recorded.get("base_fingerprint"), letters, weights)
 
 
 def read_peft(folder):
@@ -178,7 +200,7 @@ def export(adapter, to, out, base=None, config=None):
     trained_on = f"was trained on {trained.base!r}" if trained.base else "does not say what it was trained on"
     if weights:
         projections = {name.removesuffix(".weight"): t.shape for name, t in weights.items()}
-        shapes = {path: shape for path, shape in projections.items() if PROJECTION.search(path)}
+        shapes = {path: shape for path, shape in projections.items() if is_adapted(path, trained.letters)}
         check_adapter(trained, shapes, fingerprint(weights), adapter)
     elif to == "diffusers":
         raise ValueError(f"{adapter}: {trained_on}; --to diffusers writes the whole UNet: --base must name its weights")
@@ -189,8 +211,9 @@ def export(adapter, to, out, base=None, config=None):
     if to == "peft":
         if trained.base == "tiny":
             print("note: the tiny base is no UNet that diffusers can build, so this adapter fits none of theirs")
+        layers = sorted({PROJECTION.search(NAME.fullmatch(name)[1])[1] for name in trained.tensors})
         settings = {"peft_type": "LORA", "r": trained.rank, "lora_alpha": trained.alpha, "bias": "none", "inference_mode": True,
-                    "target_modules": LAYERS, "base_model_name_or_path": str(base) if base else trained.base}
+                    "target_modules": layers, "base_model_name_or_path": str(base) if base else trained.base}
         write_folder(out, "adapter_config.json", settings, "adapter_model.safetensors", trained.tensors)
     elif to == "diffusers":
         export_diffusers(trained, weights, out, config, base or adapter)

@@ -55,6 +55,11 @@ def replace_all(name, pairs):
     return name
 
 
+def of_part(tensors, prefix):
+    """Of a file that holds several parts, the tensors of one under that part's own names; {} if it does not have it."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
 def add_renamed(tensors, name, t):
     """Put t under its new name. If a file holds a tensor twice, the second gets an unknown name, so loading fails."""
     tensors[f"{name} (a second one)" if name in tensors else name] = t
@@ -239,6 +244,7 @@ def text_from_transformers(tensors):
 
 def text_tower(tensors, path):
     """The tensors of a text tower up to its penultimate block, under OpenCLIP's names, and the number of blocks that is."""
+    tensors = of_part(tensors, "cond_stage_model.model.") or tensors
     ends_early = any("self_attn.q_proj" in k for k in tensors)  # transformers' text_encoder has no block after the penultimate
     if ends_early:
         try:
@@ -264,8 +270,9 @@ def expect_text_config(content, heads, layers):
 
 
 def expect_fitting(unet, vae, text, paths):
-    """ValueError, naming the files, unless a UNet takes the latents and the text features that a base's other parts make."""
-    if (unet.in_channels, unet.out_channels, unet.context_dim) != (vae.latent_channels, vae.latent_channels, text.width):
+    """ValueError, naming the files, unless a UNet takes the latents and text features that the other parts, if there, make."""
+    width = text.width if text else unet.context_dim
+    if (unet.in_channels, unet.out_channels, unet.context_dim) != (vae.latent_channels, vae.latent_channels, width):
         raise ValueError(f"{paths['unet']}: the UNet takes {unet.in_channels} and gives {unet.out_channels} latent channels, "
                          f"text of width {unet.context_dim}; {paths['vae']} has {vae.latent_channels}, "
-                         f"{paths['text_encoder']} {text.width}")
+                         f"{paths['text_encoder']} {width}")

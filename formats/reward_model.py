@@ -21,10 +21,11 @@ from formats.tensors import build_empty, load_strict, read_tensors
 class RewardModel(nn.Module):
     """A reward that stays frozen and in eval mode."""
 
-    def __init__(self, name, num_frames=None):
+    def __init__(self, name, num_frames=None, rule="first"):
         super().__init__()
         self.name = name
         self.num_frames = num_frames
+        self.rule = rule  # which frames those are: spread_frames
         self.training = False
         self._texts = {}
         self._texts_of = None  # what tells the weights that they were computed with
@@ -89,13 +90,13 @@ def stretch(x, size):
     return F_.interpolate(x, (size, size), mode="bilinear", align_corners=False)
 
 
-def crop_centre(x, size, shortest=None, mode="bicubic"):
+def crop_centre(x, size, shortest=None, mode="bicubic", antialias=True):
     """CLIP's own resize, rounded as torchvision's: shortest side to `shortest` (default `size`), then the middle square."""
     H, W = x.shape[-2:]
     shortest = shortest or size
     h, w = (shortest, shortest * W // H) if H <= W else (shortest * H // W, shortest)
     # Published code resizes 8-bit pictures, which cannot overshoot.
-    x = limit(F_.interpolate(x, (h, w), mode=mode, align_corners=False, antialias=True))    # (N, 3, h, w)
+    x = limit(F_.interpolate(x, (h, w), mode=mode, align_corners=False, antialias=antialias))    # (N, 3, h, w)
     top, left = round((h - size) / 2), round((w - size) / 2)
     return x[..., top:top + size, left:left + size]
 
@@ -106,11 +107,21 @@ def clip_normalize(x, mean=CLIP_MEAN, std=CLIP_STD):
     return (x - mean) / std
 
 
-def spread_frames(num_frames, wanted):
-    """Which frames a video reward sees: `wanted` of 0..num_frames-1, evenly spread and in order -> (wanted,)."""
+def spread_frames(num_frames, wanted, rule="first"):
+    """Which frames a video reward sees: `wanted` of 0..num_frames-1, evenly spread and in order -> (wanted,).
+    rule: the "first" of each of `wanted` equal parts, or its "middle"; "ends": from the very first to the very last."""
     if num_frames < wanted:
         raise ValueError(f"frames = {num_frames}: this reward sees {wanted} frames of a clip, in order; it must have as many")
-    return torch.tensor([i * num_frames // wanted for i in range(wanted)])
+    if rule == "ends":
+        return torch.tensor([round(i * (num_frames - 1) / (wanted - 1)) for i in range(wanted)])
+    edges = [i * num_frames // wanted for i in range(wanted + 1)]
+    return torch.tensor([(a + b - 1) // 2 if rule == "middle" else a for a, b in zip(edges, edges[1:])])
+
+
+def frames_of(reward, num_frames):
+    """The frames of a clip that a video reward sees, by its own rule, as a tuple; None for an image reward, which sees any."""
+    wanted = getattr(reward, "num_frames", None)
+    return tuple(spread_frames(num_frames, wanted, getattr(reward, "rule", "first")).tolist()) if wanted else None
 
 
 # -- Modules from files -----------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from support.files import first_line, read_text
 from support.tables import JUDGE, PIXELS
 
 FOLDER = ("config.json", "model.safetensors")
-# NAME: what follows it after a colon, as CLASS (any), [ACTION] (any or nothing) or left|right (one of these); the frames of a
-# clip that it sees in order, None for any; its hub repository, None for the tiny world's own; which files of it are needed.
+# NAME: what follows it after a colon, as CLASS (any), left|right (one of these), in [] what may be left out; the frames of a clip
+# that it sees in order, None for any; its hub repository, None for the tiny world's own; which files of it are needed.
 REWARDS = {
     "pickscore": ("", None, "yuvalkirstain/PickScore_v1", FOLDER),
     "aesthetic": ("", None, "openai/clip-vit-large-patch14", FOLDER),
@@ -21,6 +21,8 @@ REWARDS = {
     "yolos": ("CLASS", None, "hustvl/yolos-tiny", FOLDER),
     "videomae": ("[ACTION]", 16, "MCG-NJU/videomae-base-finetuned-kinetics", FOLDER),
     "vjepa": ("", 16, "facebook/vjepa2-vitl-fpc64-256", FOLDER),
+    "videoreward": ("[VQ|MQ|TA]", 4, "KlingTeam/VideoReward", ("model_config.json",)),
+    "viclip": ("[vbench|imagenet]", 8, "OpenGVLab/ViCLIP-L-14-hf", ("model.safetensors",)),
     "action": ("left|right|up|down", 16, None, ()),
     "removal": ("watermark", None, None, ())}
 HPS_REPO = "xswu/HPSv2"  # of each version's files here the first is downloaded, any may lie in the base's folder
@@ -37,8 +39,9 @@ def split_reward(reward):
         return name, argument
     if name in REWARDS:
         follows = REWARDS[name][0]
-        is_any = follows.isupper() and (argument or follows.startswith("["))
-        if is_any or argument in follows.split("|"):
+        choices = follows.strip("[]").split("|")
+        is_any = len(choices) == 1 and follows.isupper()
+        if argument in choices or (is_any if argument else follows.startswith("[")):
             return name, argument
     name, _, preprocess = reward.partition("/")
     if name in HPS_FILES and preprocess in ("", "pad", "crop", "stretch"):

@@ -29,8 +29,8 @@ VARIANTS = ("", ".fp16", ".bf16", ".ema", ".non_ema")  # as diffusers calls them
 
 def read_tensors(path):
     """Every tensor of a published file or component folder, {name: tensor}, memory-mapped: nothing is copied yet.
-    path: .safetensors; a torch file (.pth, .pt, .bin, .ckpt), bare or with the tensors under "state_dict", names with or without
-    "module."; or a folder of one component, whole or in shards. ValueError names a file that is none or holds code."""
+    path: .safetensors; a torch file (.pth, .pt, .bin, .ckpt), bare or with the tensors in "state_dict" or "model", names with or
+    without "module."; or a folder of one component, whole or in shards. ValueError names a file that is none or holds code."""
     path = Path(path)
     if path.is_dir():
         return read_folder(path)
@@ -61,7 +61,9 @@ def read_tensors(path):
             tensors[str(name)] = value
         elif isinstance(value, dict) and any(isinstance(t, torch.Tensor) for t in value.values()):
             wrapped.append(str(name))
-    if wrapped:
+    if wrapped == ["model"] and not tensors:  # as InternVideo saves them
+        tensors = {name: t for name, t in content["model"].items() if isinstance(t, torch.Tensor)}
+    elif wrapped:
         raise ValueError(f"{path}: holds state dicts under {first_names(wrapped)}; expected one: save it in a file of its own")
     if not tensors:
         raise ValueError(f"{path}: holds no tensors; expected a state dict, found {type(content).__name__}")

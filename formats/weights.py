@@ -4,20 +4,24 @@ import re
 from itertools import product
 from pathlib import Path
 
-from formats.tensors import check_hub_cache, weight_files
+from formats.tensors import check_hub_cache, read_tensors, weight_files
 from support.files import first_line, read_json
 
 TINY = Path(__file__).resolve().parents[1] / "tiny" / "weights"
 HUB_BASES = {"modelscope": "ali-vilab/text-to-video-ms-1.7b", "wan": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-             "cogvideox": "THUDM/CogVideoX-2b"}
+             "videocrafter": "VideoCrafter/VideoCrafter2", "cogvideox": "THUDM/CogVideoX-2b",
+             "opensora": "hpcai-tech/OpenSora-STDiT-v3"}
 PARTS = {  # what a folder may call each part: diffusers' components, then the files of the two ModelScope hub folders
     "unet": ("unet", "text2video_pytorch_model.pth", "model_scope_v1-4_0600000.pth"),
     "vae": ("vae", "VQGAN_autoencoder.pth", "v2-1_512-ema-pruned.ckpt"),
     "text_encoder": ("text_encoder", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.safetensors",
                      "stable-diffusion-v/open_clip_pytorch_model.bin")}
 TRANSFORMER_PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")  # folders of the other bases' repositories
-# Class of a diffusers folder's transformer: the file of bases/ that knows it.
-NETWORKS = {"WanTransformer3DModel": "wan", "CogVideoXTransformer3DModel": "cogvideox"}
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Class of a folder's network: the file of bases/ that knows it.
+NETWORKS = {"WanTransformer3DModel": "wan", "CogVideoXTransformer3DModel": "cogvideox", "STDiT3": "opensora",
+            "UNet3DVideoCrafterConditionModel": "videocrafter"}
+WHOLE = "model.ckpt"  # VideoCrafter2's only file
 
 
 def find_base(base):
@@ -36,23 +40,34 @@ def find_base_file(base, given):
     (name of the file of bases/ that knows a base, its file or folder here; None for untrained weights), by its own configuration.
     given: paths that are taken for some of its parts.
     """
-    for path in given:  # before the base, which may be a download of gigabytes
-        if path and not Path(path).exists():
+    missing = [path for path in given if path and not Path(path).exists()]
+    for path in missing:  # before the base, which may be a download of gigabytes; Open-Sora's parts may be, too
+        if base.startswith("random") or not HUB_ID.fullmatch(path):
             raise ValueError(f"{path}: no such file or folder")
     if base.partition(":")[0] == "random":
         return "modelscope", None
     if base.startswith("random-"):
-        if base.removeprefix("random-") not in NETWORKS.values():
-            raise ValueError(f"base {base!r}: must be one of random, random:WIDTH, random-{', random-'.join(NETWORKS.values())}")
-        return base.removeprefix("random-"), None
+        name = base.removeprefix("random-").removesuffix(":full")
+        if name not in NETWORKS.values():
+            raise ValueError(f"base {base!r}: must be one of random, random:WIDTH, random-{', random-'.join(NETWORKS.values())}, "
+                             "the last ones also with :full")
+        return name, None
     path = find_base(base)
-    config = path / "transformer/config.json"
-    if not config.is_file():
-        return "modelscope", path
-    network = read_json(config).get("_class_name")
-    if network not in NETWORKS:
-        raise ValueError(f"{config}: network {network!r}: must be one of {', '.join(NETWORKS)}")
-    return NETWORKS[network], path
+    if (path / WHOLE).is_file() or path.is_file() and any(".fps_embedding." in name for name in read_tensors(path)):
+        return "videocrafter", path
+    for config in (path / "net/config.json", path / "config.json"):  # Open-Sora's are of no class of diffusers
+        if config.is_file() and "input_sq_size" in read_json(config):
+            return "opensora", path
+    if missing:
+        raise ValueError(f"{missing[0]}: no such file or folder")
+    for part in ("transformer", "unet", ""):
+        config = path / part / "config.json"
+        network = read_json(config).get("_class_name") if config.is_file() else None
+        if network in NETWORKS:
+            return NETWORKS[network], path
+        if part == "transformer" and config.is_file():
+            raise ValueError(f"{config}: network {network!r}: must be one of {', '.join(NETWORKS)}")
+    return "modelscope", path
 
 
 def find_parts(base, folder, given):
@@ -92,6 +107,12 @@ def hub_files(files):
         for name in files:
             chosen.get(name.partition("/")[0], []).append(name)
         return chosen
+    if WHOLE in files:
+        return {"all": [WHOLE]}
+    if "config.json" in files:  # a repository of one part, as Open-Sora's are; a text encoder's has a tokenizer in it
+        files = [name for name in files if "/" not in name]
+        weights = weight_files(files)
+        return {"part": weights and [name for name in files if name in weights or name.endswith((".json", ".model"))]}
     chosen = {}
     for part, names in PARTS.items():
         inside = [name.removeprefix(f"{part}/") for name in files if name.startswith(f"{part}/")]
@@ -105,7 +126,7 @@ def hub_files(files):
 
 def from_hub(repo):
     """Folder of a hub repository's three parts, downloaded once by huggingface_hub, or from its cache without a network."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+    if not HUB_ID.fullmatch(repo):
         raise ValueError(f"base {repo!r}: no such file or folder; must be tiny, random, a path, or a hub id like "
                          f"{HUB_BASES['modelscope']}")
     import huggingface_hub

@@ -25,7 +25,7 @@ from support.clips import read_prompts, report_long
 from support.files import read_json, write_text, write_whole
 from support.ranks import is_main_process, on_rank_0, rank_and_size, sample_generator
 from support.run import Stopped, read_metrics
-from support.settings import check_at_least
+from support.settings import check_at_least, rows_columns
 
 # ----------------------------------------------------------------------------------------------
 # Settings
@@ -50,6 +50,18 @@ class PromptConfig(NoiseConfig):
     workers: Suppress[Fixed[int]] = 2
     cache: Suppress[Fixed[bool]] = True
     cache_dir: Suppress[Fixed[Path]] = Path("cache")
+
+
+@dataclass(frozen=True)
+class RoundConfig(PromptConfig):
+    """The same for a method whose rounds are sampled for a few optimizer steps, whose reward needs
+    no gradient, and whose steps learn at several levels of the chain."""
+    updates: int = 2
+    """optimizer steps that learn from one round of videos (kvablack/ddpo-pytorch: 2 to 4)"""
+    clips_at_once: int = 8
+    """videos that are sampled, or pairs of a video and a chain step learned from, at once"""
+    grad_steps: Suppress[Fixed[int]] = 1
+    cache_interval: Suppress[Fixed[int]] = 1
 
 
 def presets(config_class, **full_size):
@@ -90,7 +102,6 @@ class Videos:
     base: object                                                    # of bases/
     pick_frames: Callable                                           # generator -> (S,), scored
     prompts: list
-    uncond: torch.Tensor                                            # (1, N, E)
 
     @property
     def description(self):
@@ -111,8 +122,8 @@ class Videos:
         key: with a video's position it seeds the generator of its noise and frames; keys are for
         generators of what else a video draws."""
         cfg, base = self.cfg, self.base
-        pixels = cfg.size or base.default_size
-        shape = base.latent_shape(cfg.frames, pixels, pixels)                 # (C, f, h, w)
+        height, width = rows_columns(cfg.size, base.default_size)
+        shape = base.latent_shape(cfg.frames, height, width)                  # (C, f, h, w)
         noise, g, captions, keys = [], [], [], []
         for position, index in share:
             generator = sample_generator(*key, position)
@@ -142,7 +153,7 @@ def read_videos(cfg, base, pick_frames=None):
     report_long(prompts, base)
     for start in range(0, len(prompts), 64):  # now, as the text encoder may leave the accelerator
         base.encode_text(prompts[start:start + 64])
-    return Videos(cfg, base, pick_frames, prompts, base.unconditional())
+    return Videos(cfg, base, pick_frames, prompts)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -203,10 +214,13 @@ class Rounds:
                 save_file(whole, hidden)
 
 
-def fresh_noise(mean, generators):
-    """New noise for a chain step of each video, from a generator of its own: as mean (B, ...)."""
-    noise = [torch.randn(mean.shape[1:], generator=generator) for generator in generators]
-    return torch.stack(noise).to(mean)
+def fresh_noise(z, generators, num_steps):
+    """New noise for so many chain steps, a generator for each video of z (B, ...): (num_steps, B, ...). It goes to the device
+    at once, since each copy would make it wait."""
+    noise = []
+    for _ in range(num_steps):
+        noise += [torch.randn(z.shape[1:], generator=generator) for generator in generators]
+    return torch.stack(noise).view(num_steps, *z.shape).to(z)
 
 
 class RewardHistory:
@@ -241,6 +255,42 @@ class RewardHistory:
             with open(self.path, "a", encoding="utf-8") as file:
                 line = {"step": step, "prompts": prompts, "rewards": rewards}
                 file.write(json.dumps(line) + "\n")
+
+
+def check_updates(cfg, *above_zero, group=1, **least):
+    """ValueError for what can be known to be wrong with the settings of such a method; its own as
+    support.settings.check_at_least takes them."""
+    check(cfg)
+    check_at_least(cfg, "timestep_fraction", *above_zero, updates=1, group=group, **least)
+    if cfg.timestep_fraction > 1:
+        raise ValueError(f"timestep_fraction = {cfg.timestep_fraction}: must be at most 1")
+    check_multiple(cfg, cfg.group, "group", "batch_size")
+    check_multiple(cfg, cfg.updates, "the updates of a round", "steps", "save_every", "eval_every")
+
+
+def sample_round(sample_batch, base, rewards, videos, step, cfg):
+    """The batches of a round, which begins with this step, and prompts and R (n,) of all its videos
+    over all ranks. sample_batch -> this rank's of a step, which ends with R (B,), captions [B]."""
+    sampled = []
+    for k in ranks.progress(range(step, step + cfg.updates), "sampling"):
+        sampled.append(sample_batch(base, rewards, videos, k, cfg))
+    prompts, R = gathered([(captions, R.tolist()) for *_, R, captions in sampled])
+    return sampled, prompts, torch.tensor(R)
+
+
+def of_rank(values, cfg):
+    """This rank's part (updates, B) of values (n,) of all videos of a round."""
+    rank, world_size = rank_and_size()
+    return values.view(cfg.updates, world_size, -1)[:, rank]
+
+
+def chain_steps(cfg, step, last):
+    """Chain steps that an update learns from, of D..D - last + 1: random ones, the same for all of
+    its videos."""
+    count = max(1, round(cfg.timestep_fraction * last))
+    generator = sample_generator(cfg.seed, step, "timesteps")
+    at = last - 1 - torch.randperm(last, generator=generator)[:count]         # 0 is the first step
+    return (cfg.num_steps - at).tolist()
 
 
 def gathered(scored):

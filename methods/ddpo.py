@@ -27,15 +27,14 @@ if not __package__:
     sys.exit(2)
 
 import torch
-from tyro.conf import Fixed, Suppress
 
 import train
 from methods import common
 from reward import first_frames
 from sampler import guided, step
 from support.clips import say_once
-from support.ranks import progress, rank_and_size, sample_generator
-from support.settings import check_at_least, check_positive
+from support.ranks import sample_generator, take
+from support.settings import chain_levels
 
 BUFFER = 16  # rewards of a prompt that its statistics need (kvablack: config/base.py)
 
@@ -75,7 +74,7 @@ def advantages(rewards, prompts, last=None, group=1):
 
 def policy(base, z_t, i, text, uncond, cfg):
     """Mean and std of chain step i, p(z_prev | z_t), with eta = 1 and guidance."""
-    levels = base.levels(cfg.num_steps)
+    levels = chain_levels(base, cfg)
     z_0, eps = guided(base.predict, z_t, levels, i, text, uncond, cfg.guidance)
     return step(z_0, eps, levels, i, eta=1.)
 
@@ -84,10 +83,11 @@ def policy(base, z_t, i, text, uncond, cfg):
 def sample_path(base, noise, text, uncond, keys, cfg):
     """The chains of a batch, z_T to z_0 (B, D + 1, C, F, h, w), and log p of their steps (B, D)."""
     generators = [sample_generator(*key) for key in keys]
-    path, log_probs = [noise], []
+    fresh = common.fresh_noise(noise, generators, cfg.num_steps)              # (D, B, C, F, h, w)
+    path, log_probs = [chain_levels(base, cfg).start * noise], []
     for i in range(cfg.num_steps, 0, -1):
         mean, std = policy(base, path[-1], i, text, uncond, cfg)
-        path.append(mean + std * common.fresh_noise(mean, generators))        # (B, C, F, h, w)
+        path.append(mean + std * fresh[cfg.num_steps - i])                    # (B, C, F, h, w)
         if std:  # the last step of a chain that ends without noise has no density
             log_probs.append(log_prob(path[-1], mean, std))                   # (B,)
     return torch.stack(path, dim=1), torch.stack(log_probs, dim=1)
@@ -99,7 +99,7 @@ def sample_batch(base, rewards, videos, step, cfg):
     whole = videos.start(videos.share(step, cfg.batch_size, cfg.group), cfg.seed, step)
     parts = []  # as learning takes them: they fit into memory, and 16 bits round them alike
     for noise, text, g, captions, keys in train.split_batch(whole, cfg.clips_at_once):
-        path, log_probs = sample_path(base, noise, text, videos.uncond, keys, cfg)
+        path, log_probs = sample_path(base, noise, text, base.unconditional(text), keys, cfg)
         R, logged = train.video_rewards(base, rewards, path[:, -1], g, captions, cfg)
         parts.append((path, log_probs, logged["reward"], R))
     return *(torch.cat(tensors) for tensors in zip(*parts)), whole[3]
@@ -108,11 +108,8 @@ def sample_batch(base, rewards, videos, step, cfg):
 def pairs(batch, step, cfg):
     """The n pairs that an update learns from: chosen chain steps, each with all videos."""
     path, log_probs, mean_scores, _, captions, A = batch
-    learned = log_probs.shape[1]
-    count = max(1, round(cfg.timestep_fraction * learned))
-    generator = sample_generator(cfg.seed, step, "timesteps")
-    at = learned - 1 - torch.randperm(learned, generator=generator)[:count]   # 0 is the first step
-    steps = cfg.num_steps - at                                                # of D..1
+    steps = torch.tensor(common.chain_steps(cfg, step, log_probs.shape[1]))   # of D..1
+    at, count = cfg.num_steps - steps, len(steps)                             # 0 is the first step
     z_t, z_prev = path[:, at].transpose(0, 1), path[:, at + 1].transpose(0, 1)
     # A video's pairs share its advantage and its reward, so that it counts once.
     return (z_t.flatten(0, 1), z_prev.flatten(0, 1), log_probs[:, at].T.flatten(),
@@ -121,10 +118,8 @@ def pairs(batch, step, cfg):
 
 
 @dataclass(frozen=True)
-class Config(common.PromptConfig):
+class Config(common.RoundConfig):
     """Fine-tune a text-to-video model by DDPO, from prompts."""
-    updates: int = 2
-    """optimizer steps that learn from one round of videos (kvablack: 2 to 4)"""
     group: int = 1
     """videos of each prompt in a batch; above 1, those of a round are compared (GRPO)"""
     clip_range: float = 1e-4
@@ -133,10 +128,6 @@ class Config(common.PromptConfig):
     """share of the chain's steps that an update learns from, random ones (kvablack: all)"""
     batch_size: int = 8
     """videos behind an optimizer step, over all ranks"""
-    clips_at_once: int = 8
-    """videos that are sampled, or pairs of a chain step and a video learned from, at once"""
-    grad_steps: Suppress[Fixed[int]] = 1
-    cache_interval: Suppress[Fixed[int]] = 1
 
 
 PRESETS = common.presets(Config, updates=4, batch_size=64, lr=3e-4)
@@ -144,34 +135,24 @@ PRESETS = common.presets(Config, updates=4, batch_size=64, lr=3e-4)
 
 def check(cfg):
     """All that can be known before anything is loaded; ValueError in one line."""
-    common.check(cfg)
-    check_at_least(cfg, updates=1, group=1)
-    check_positive(cfg, "clip_range", "timestep_fraction")
-    if cfg.timestep_fraction > 1:
-        raise ValueError(f"timestep_fraction = {cfg.timestep_fraction}: must be at most 1")
-    common.check_multiple(cfg, cfg.group, "group", "batch_size")
-    common.check_multiple(cfg, cfg.updates, "the updates of a round",
-                          "steps", "save_every", "eval_every")
+    common.check_updates(cfg, "clip_range")
 
 
 def method(cfg, base, rewards, folder):
     """DDPO as train.train takes it."""
     videos = common.read_videos(cfg, base, lambda _: first_frames(cfg.frames, cfg.segments))
-    if base.levels(cfg.num_steps).fresh[1] == 0:
+    if chain_levels(base, cfg).fresh[1] == 0:
         say_once("the last chain step adds no noise, so the others alone are learned from")
     history = common.RewardHistory(folder)
     batches = []  # of the round
 
     def sample_round(step):
         """The batches of a round, which begins with this step, each with its advantages (B,)."""
-        steps = range(step, step + cfg.updates)
-        sampled = [sample_batch(base, rewards, videos, k, cfg) for k in progress(steps, "sampling")]
+        sampled, prompts, R = common.sample_round(sample_batch, base, rewards, videos, step, cfg)
         # Statistics are over the whole round, in order of step and rank.
-        prompts, R = common.gathered([(captions, R.tolist()) for *_, R, captions in sampled])
-        A = advantages(torch.tensor(R), prompts, history.before(step), cfg.group)
-        history.add(step, prompts, R)
-        rank, world_size = rank_and_size()
-        A = A.view(cfg.updates, world_size, -1)[:, rank].to(base.device)      # (updates, B)
+        A = advantages(R, prompts, history.before(step), cfg.group)
+        history.add(step, prompts, R.tolist())
+        A = common.of_rank(A, cfg).to(base.device)                            # (updates, B)
         return [(*batch, A[k]) for k, batch in enumerate(sampled)]
 
     def draw(step):
@@ -185,7 +166,8 @@ def method(cfg, base, rewards, folder):
         R = torch.zeros_like(A)
         for i in set(steps):
             of_step = [k for k, other in enumerate(steps) if other == i]
-            mean, std = policy(base, z_t[of_step], i, text[of_step], videos.uncond, cfg)
+            part = take(text, of_step)
+            mean, std = policy(base, z_t[of_step], i, part, base.unconditional(part), cfg)
             new_log_prob = log_prob(z_prev[of_step], mean, std)
             R[of_step] = -ppo_loss(new_log_prob, old_log_prob[of_step], A[of_step], cfg.clip_range)
         return R, {"reward": mean_scores}

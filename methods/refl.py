@@ -30,12 +30,13 @@ import train
 from methods.common import PromptConfig, check as check_common, presets, read_videos
 from sampler import chain, guided
 from support.ranks import sample_generator
+from support.settings import chain_levels
 
 
 def predict(base, noise, text, uncond, m, cfg):
     """z_0 (B, C, F, h, w) as chain step m predicts it: all of its noise is taken out at once (DDIM,
     Eq. (12)). Steps D..m+1 build no graph, step m does."""
-    predict, levels = base.chain_predict(cfg.cache_interval), base.levels(cfg.num_steps)
+    predict, levels = base.chain_predict(cfg.cache_interval), chain_levels(base, cfg)
     with torch.no_grad():
         z = chain(predict, levels.start * noise, text, uncond, levels, cfg.num_steps, cfg.guidance,
                   0, last=m + 1)                                              # (B, C, F, h, w)
@@ -75,7 +76,8 @@ def method(cfg, base, rewards, folder):
 
     def score(batch):
         noise, text, g, captions, m = batch
-        z_0 = predict(base, noise, text, videos.uncond, m[0], cfg)            # (B, C, F, h, w)
+        uncond = base.unconditional(text)                                     # (1 or B, N, E)
+        z_0 = predict(base, noise, text, uncond, m[0], cfg)                   # (B, C, F, h, w)
         return train.video_rewards(base, rewards, z_0, g, captions, cfg)
 
     return train.Method(draw, score, videos.description)

@@ -35,7 +35,7 @@ from methods import common
 from reward import first_frames
 from sampler import sample
 from support.ranks import rank_and_size, sample_generator
-from support.settings import check_positive
+from support.settings import chain_levels, check_positive
 
 
 def reward_weights(rewards, temperature):
@@ -57,11 +57,12 @@ def denoising_errors(base, z, eps, u, text):
 @torch.no_grad()
 def sample_videos(base, rewards, videos, round_number, cfg):
     """This rank's videos of a round, scored, 8 at a time: {z, R, reward, prompt}."""
-    share, levels = videos.share(round_number, cfg.videos), base.levels(cfg.num_steps)
+    share, levels = videos.share(round_number, cfg.videos), chain_levels(base, cfg)
     for start in range(0, len(share), 8):
         part = share[start:start + 8]
         noise, text, g, captions, _ = videos.start(part, cfg.seed, "round", round_number)
-        z = sample(base.predict, noise, text, videos.uncond, levels, cfg.guidance)
+        uncond = base.unconditional(text)                                     # (1 or B, N, E)
+        z = sample(base.predict, noise, text, uncond, levels, cfg.guidance)
         R, logged = train.video_rewards(base, rewards, z, g, captions, cfg)
         indices = torch.tensor([index for _, index in part])                  # (B,)
         yield {"z": z, "R": R, "reward": logged["reward"], "prompt": indices}

@@ -3,6 +3,7 @@ VADER, to learn from prompts at little cost: reward gradients from one random fr
 
     python -m methods.vader                                  # the tiny world, in minutes
     python -m methods.vader --eta 0 --frames-scored 4        # a deterministic chain, four frames
+    python -m methods.vader videocrafter --prompts-train prompts.txt     # as its authors ran it
 
 Paper: VADER (arXiv:2407.08737), Algorithm 1.
 
@@ -11,7 +12,8 @@ of stochastic steps unless --eta 0; (3) it scores n random frames, one by defaul
 plain mean (--lambda-tar 0); --frames-scored 0 is all of them. A video reward sees its own frames.
 
 Ours differs from the authors' code: number of steps, guidance and rank are those of the other
-methods here, not 25, 12 and 16, which are VideoCrafter's.
+methods here, but for the preset `videocrafter`, which is theirs (scripts/run_text2video_train.sh)
+less what is named there.
 
 Letters: B videos, n frames that are scored, N text tokens; others as in sampler.py.
 """
@@ -20,7 +22,7 @@ import sys
 if not __package__:
     print("start it as: python -m methods.vader", file=sys.stderr)
     sys.exit(2)
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,15 +30,16 @@ import train
 from methods.common import PromptConfig, check as check_common, fresh_noise, presets, read_videos
 from sampler import chain
 from support.ranks import sample_generator
+from support.settings import chain_levels
 
 
 def vader_rewards(base, rewards, uncond, batch, cfg):
     """Algorithm 1: noise (B, C, F, h, w), text (B, N, E), g (B, n), captions and keys [B];
     uncond (1, N, E). Returns as train.edit_rewards."""
     noise, text, g, captions, keys = batch
-    levels = base.levels(cfg.num_steps)
+    levels = chain_levels(base, cfg)
     generators = [sample_generator(*key) for key in keys]
-    fresh = (fresh_noise(noise, generators) for _ in range(cfg.num_steps))
+    fresh = fresh_noise(noise, generators, cfg.num_steps)                     # (D, B, C, F, h, w)
 
     # 1. The whole chain; fresh noise comes in at every step, and the last K build a graph.
     z_0 = chain(base.chain_predict(cfg.cache_interval), levels.start * noise, text, uncond, levels,
@@ -65,6 +68,15 @@ class Config(PromptConfig):
 
 PRESETS = presets(Config, lr=2e-4, lambda_tar=0.)
 
+# The authors' VideoCrafter2 run. Their loss (1.5 * .1 |10 - a| + |1 - h|) / 2 of the aesthetic score
+# a < 10 and HPSv2.1's h < 1 has the gradient of -(.075 a + .5 h). Not theirs: AdamW has no weight
+# decay, adapters no dropout, the UNet runs without its own, a run's steps are evaluated; aesthetic
+# sees the frame's middle square. Their alpha is PEFT's default, which makes the scale a half.
+PRESETS["videocrafter"] = replace(
+    PRESETS["videocrafter"], frames=12, fps=24, num_steps=25, guidance=12., rank=16, lora_alpha=8.,
+    lora_layers="qkv", reward=("hpsv2.1/stretch=0.5", "aesthetic=0.075"), batch_size=32, steps=450,
+    warmup=0, eval_every=50, save_every=50)
+
 
 def check(cfg):
     """All that can be known before anything is loaded; ValueError in one line."""
@@ -83,7 +95,7 @@ def method(cfg, base, rewards, folder):
     videos = read_videos(cfg, base, pick_frames)
 
     def score(batch):
-        return vader_rewards(base, rewards, videos.uncond, batch, cfg)
+        return vader_rewards(base, rewards, base.unconditional(batch[1]), batch, cfg)
 
     return train.Method(videos.batch, score, videos.description)
 

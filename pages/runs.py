@@ -1,14 +1,13 @@
 """What report.py shows of run folders, read from their files: settings, curves, gains, clips of the same prompt and noise."""
 import math
 import re
-from itertools import count
 from pathlib import Path
 
 from pages.html import clip_uri, line_chart
 from support.files import first_names, read_json, read_text
-from support.run import SHOWN, mean_rewards, read_evaluations, sample_file
+from support.run import SHOWN, clip_names, mean_rewards, read_evaluations, sample_file
 from support.tables import best_step, find_turn, paired
-from support.videos import read_video, video_name
+from support.videos import read_video
 
 COLUMNS = 5  # evaluations whose clips are shown: the first, the last, and some between
 NOT_COMPARED = {"out", "resume", "overwrite"}  # settings that say nothing about what a run did
@@ -37,11 +36,9 @@ class RunFiles:
     def clips(self, step):
         """The clips of an evaluation, the first few of each set: {name: {file, set, caption, score}}."""
         clips = {}
-        numbers = count()  # of the videos that a run shows, as in their files' names
-        for set_name, captions in self.prompts.items():
+        for set_name, names in clip_names(self.prompts).items():
             scores = self.tables[step][set_name]["reward"].tolist()
-            for caption, score in zip(captions[:SHOWN], scores):
-                name = video_name(next(numbers), caption)
+            for name, caption, score in zip(names[:SHOWN], self.prompts[set_name], scores):
                 file = sample_file(self.folder, step, f"_{name}.mp4")
                 if file.is_file():
                     clips[name] = {"file": file, "set": set_name, "caption": caption, "score": score}
@@ -68,7 +65,7 @@ class RunFiles:
             return None
         turn = find_turn(self.tables, self.prompts, watched)
         verdict = turn.words("the reward") if turn else f"none of {', '.join(watched)} has turned"
-        return f"{verdict}; best.safetensors is step {best_step(mean_rewards(self.lines), turn)}"
+        return f"{verdict}; best.safetensors is step {best_step(mean_rewards(self.tables), turn)}"
 
 
 def changed_settings(runs):

@@ -23,7 +23,8 @@ def write_whole(path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = path.with_name(f".{os.urandom(4).hex()}.{path.name}")  # some writers choose the format by the suffix
+    # Some writers choose the format by the suffix. A name may have 255 bytes, so of a long one only the end is kept.
+    hidden = path.with_name(f".{os.urandom(4).hex()}.{path.name[-60:]}")
     try:
         yield hidden
         for file in hidden.iterdir() if hidden.is_dir() else [hidden]:

@@ -191,33 +191,6 @@ def draw_curves(lines, reward_name, path, watched=(), turn=None):
     write_figure(path, figure)
 
 
-def draw_gains(panels, path):
-    """Panels (rows, measure, words below it), side by side: how much each row changed the measure, with the error of that.
-    rows: {label, set, differences {measure: (change, ...)}, error {measure: the one to draw}}; without an error, or of all sets
-    together, they are left out. Colours tell prompt sets apart. All panels have the same labels."""
-    figure, axes = new_figure(len(panels), 2, (4.6, 2.6) if len(panels) > 1 else (8, 4.8))
-    for axis, (rows, measure, below) in zip(axes, panels):
-        labels = []
-        by_set = {}  # {set: [(place of the label, gain, error)]}
-        for row in rows:
-            if measure in row["error"] and row["set"] != "all":
-                labels += [row["label"]] if row["label"] not in labels else []
-                point = labels.index(row["label"]), row["differences"][measure][0], row["error"][measure]
-                by_set.setdefault(row["set"], []).append(point)
-        for i, (set_name, points) in enumerate(by_set.items()):
-            places, gains, errors = np.array(points).T
-            heights = places + 0.5 * ((i + 0.5) / len(by_set) - 0.5)
-            axis.errorbar(gains, heights, xerr=errors, fmt="o", ms=4, capsize=2, label=set_name)
-        axis.axvline(0, color="k", lw=0.8)
-        axis.set(xlabel=below, yticks=range(len(labels)), yticklabels=labels if axis is axes[0] else [])
-        axis.set_ylim(len(labels) - 0.5, -0.5)
-        axis.locator_params("x", nbins=6)
-        axis.grid(axis="x", lw=0.4)
-        if len(by_set) > 1:
-            axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
-    write_figure(path, figure)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What evaluate.py writes: table.json, table.md and a contact sheet.
 

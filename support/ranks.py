@@ -32,10 +32,13 @@ def pick_device(name=None):
 
 
 def pick_dtype(name, device):
-    """Precision of the frozen weights: the named one, or bfloat16 on cuda and float32 elsewhere."""
+    """Precision of the frozen weights: the named one, or on cuda bfloat16, float16 where a card lacks that, else float32."""
     if name is not None and name not in DTYPES:
         raise ValueError(f"dtype {name!r}: must be one of {', '.join(DTYPES)}")
-    return DTYPES[name or ("bfloat16" if device.type == "cuda" else "float32")]
+    if name is None and device.type == "cuda":
+        with torch.cuda.device(device):
+            name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return DTYPES[name or "float32"]
 
 
 def move_to(module, device):
@@ -47,6 +50,26 @@ def move_to(module, device):
                 order = torch.channels_last if m.weight.dim() == 4 else torch.channels_last_3d
                 m.weight.data = m.weight.data.contiguous(memory_format=order)
     return module
+
+
+def map_tensors(function, *texts):
+    """function(*texts) for what a base is told of videos: a tensor that begins with B, or a dict of such, then name by name."""
+    if not isinstance(texts[0], dict):
+        return function(*texts)
+    made = {}
+    for name in texts[0]:
+        made[name] = function(*(text[name] for text in texts))
+    return made
+
+
+def take(text, which):
+    """text[which] (map_tensors): a part of a batch, by a slice, a list of numbers or one."""
+    return map_tensors(lambda t: t[which], text)
+
+
+def stack(texts, device):
+    """A batch (B, ...) on its device, of what belongs to each video (map_tensors)."""
+    return map_tensors(lambda *items: torch.stack(items).to(device, non_blocking=True), *texts)
 
 
 def rank_and_size():

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from support.files import check_folder, first_line, read_json, write_text, write_whole
 from support.pictures import choose_comparisons, contact_sheet, draw_curves, versions, write_comparisons, write_png
 from support.ranks import all_gather, catch_signals, is_main_process, on_rank_0, progress, rank_and_size, signalled
-from support.settings import tensorboard_writer, to_record
+from support.settings import to_record
 from support.tables import add_judge, best_step, column, find_turn, json_numbers, or_nan, paired, summary, with_error
 from support.videos import to_pixels, video_name, write_video
 
@@ -53,7 +53,6 @@ class Run:
     step: int = 0
     bad_steps: int = 0
     lines: list = field(default_factory=list)  # of metrics.jsonl
-    board: Any = None  # TensorBoard's writer
 
     def steps(self, optimizer):
         """The steps still to do, with a progress bar; before the first, an evaluation if one is due."""
@@ -77,7 +76,6 @@ class Run:
         if self.resumed:  # rank 0 alone reads: on other nodes, with disks of their own, there is no such folder
             state, self.lines, tables = on_rank_0(lambda: read_run(self.folder, self.adapters, data))
             self.evaluations.tables |= tables
-            self.evaluations.rewards |= mean_rewards(self.lines)
             if state:
                 self.step = state["step"]
                 for name, tensor in state["adapters"].items():
@@ -91,8 +89,6 @@ class Run:
         (self.folder / "samples").mkdir(exist_ok=True)
         for half_written in [*self.folder.glob(".????????.*"), *self.folder.glob("samples/.????????.*")]:
             half_written.unlink()  # by a killed run
-        if self.cfg.tensorboard:
-            self.board = tensorboard_writer()(self.folder / "tensorboard")
         record = {"data": data, "watched": self.evaluations.watched, "prompts": self.evaluations.prompts,
                   "reward": self.evaluations.reward_name, "versions": versions()}
         write_text(self.folder / "run.json", json.dumps(record, indent=1) + "\n")
@@ -133,12 +129,6 @@ class Run:
         if is_main_process():
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-        if self.board:
-            scalars = {name: value for name, value in line.items() if name not in ("step", "eval")}
-            for set_name, measures in line.get("eval", {}).items():
-                scalars |= {f"eval/{set_name}/{name}": value for name, value in measures.items()}
-            for name, value in scalars.items():
-                self.board.add_scalar(name, or_nan(value), line["step"])
 
     def log_step(self, step, numbers, seconds, finite):
         """A training line; numbers that are not finite become null, since JSON cannot hold them."""
@@ -182,8 +172,7 @@ class Evaluations:
     save_adapter: Callable
     reward_name: str
     watched: list
-    tables: dict = field(default_factory=dict)   # {step: {set: {measure: (n,)}}}
-    rewards: dict = field(default_factory=dict)  # {step: mean reward over the sets}
+    tables: dict = field(default_factory=dict)  # {step: {set: {measure: (n,)}}}
 
     def due(self, step):
         """Whether the settings ask for an evaluation after so many steps."""
@@ -194,16 +183,14 @@ class Evaluations:
         tables, videos = self.measure(step)
         turned_before = self.turn() is not None
         self.tables[step] = tables
-        measures = json_numbers({name: summary(table) for name, table in tables.items()})
-        self.rewards[step] = mean_reward(measures)
         turn = self.turn()
         if is_main_process():
             self.show(step, tables, videos)
-            if best_step(self.rewards, turn) == step:
+            if best_step(mean_rewards(self.tables), turn) == step:
                 self.save_adapter(self.folder / "best.safetensors")
             if turn and not turned_before:
                 tqdm.write(f"guard: {turn.words(self.reward_name)}")
-        return {"step": step, "eval": measures}
+        return {"step": step, "eval": json_numbers({name: summary(table) for name, table in tables.items()})}
 
     def measure(self, step):
         """Tables and a few videos of every set, {set: {measure: (n,)}} and {set: (k, F, 3, H, W)}."""
@@ -247,7 +234,7 @@ class Evaluations:
 
     def compare(self):
         """Before and after, paired over the same prompts and noise: text, before_after.png and before_after.gif."""
-        steps = sorted(self.rewards)
+        steps = sorted(self.tables)
         if not is_main_process() or len(steps) < 2:
             return
         before, after = self.tables[steps[0]], self.tables[steps[-1]]
@@ -265,7 +252,7 @@ class Evaluations:
         if self.watched:
             turn = self.turn()
             print(f"guard: {turn.words(self.reward_name) if turn else 'nothing that is watched has turned'}; "
-                  f"best.safetensors is step {best_step(self.rewards, turn)}")
+                  f"best.safetensors is step {best_step(mean_rewards(self.tables), turn)}")
 
     def draw_comparison(self, first, last):
         """Of each prompt set the best, the middle and the worst gain, as a picture and moving."""
@@ -301,9 +288,6 @@ def train_and_report(run, train):
     except torch.OutOfMemoryError:
         raise RuntimeError("out of memory; these need less: --clips-at-once 1, --decode-chunk 1, --checkpoint-activations, "
                            "--low-memory (docs/gpu.md)") from None
-    finally:
-        if run.board:  # which still holds something back
-            run.board.close()
     if finished or run.evaluations.ended_early():
         run.evaluations.compare()
         if is_main_process():
@@ -318,7 +302,7 @@ def print_end(run):
     """Where the adapter is, two commands that go on from it, and how an early end is overruled."""
     adapter, flags, cfg = shlex.quote(str(run.folder / "lora.safetensors")), "", run.cfg
     for flag, value, default in (("base", cfg.base, "tiny"), ("vae", cfg.vae, None), ("text-encoder", cfg.text_encoder, None),
-                                 ("frames", cfg.frames, 16), ("height", cfg.size, None), ("fps", cfg.fps, 8)):
+                                 ("frames", cfg.frames, 16), ("size", cfg.size, None), ("fps", cfg.fps, 8)):
         if value != default:
             flags += f" --{flag} {shlex.quote(str(value))}"
     prompts = sum(run.evaluations.prompts.values(), []) or ["a red circle moving left"]
@@ -387,8 +371,8 @@ def read_metrics(path):
             line = json.loads(text)
             if type(line["step"]) is not int:
                 raise TypeError(f"step {line['step']!r}")
-            if "eval" in line:
-                float(mean_reward(line["eval"]))
+            for measures in line.get("eval", {}).values():
+                float(or_nan(measures["reward_mean"]))
             lines.append(line)
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             if i < len(texts):
@@ -401,15 +385,13 @@ def sample_file(folder, step, ending):
     return folder / "samples" / f"step_{step:06d}{ending}"
 
 
-def mean_rewards(lines):
-    """{step: mean_reward of its evaluation} of the lines of metrics.jsonl."""
-    return {line["step"]: mean_reward(line["eval"]) for line in lines if "eval" in line}
-
-
-def mean_reward(measures):
-    """Mean reward over the prompt sets of an evaluation, by which the best is chosen: never one that is not finite."""
-    mean = sum(or_nan(m["reward_mean"]) for m in measures.values()) / len(measures)
-    return mean if math.isfinite(mean) else -math.inf
+def mean_rewards(tables):
+    """{step: mean reward over its prompt sets} of evaluations, by which the best is chosen: never one that is not finite."""
+    means = {}
+    for step, by_set in tables.items():
+        mean = sum(table["reward"].mean().item() for table in by_set.values()) / len(by_set)
+        means[step] = mean if math.isfinite(mean) else -math.inf
+    return means
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -475,8 +457,9 @@ def is_continued(folder, cfg):
         return cfg.resume is not None
     recorded = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     other = {name for name, value in to_record(cfg).items() if recorded.get(name, "missing") != value} - {"out", "overwrite"}
-    if cfg.guidance is None:
-        other.discard("guidance")  # recorded is the base's own
+    for name in ("guidance", "dtype"):
+        if getattr(cfg, name) is None:
+            other.discard(name)  # recorded is the base's own, or the device's
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if not other and (restarted or done < cfg.steps and not cfg.overwrite):
         return True
@@ -493,8 +476,7 @@ def has_trained(folder):
 
 def clear(folder):
     """Remove an earlier run's files, and nothing else; config.json goes last, so an interrupted clear still counts as a run."""
-    for name in ("samples", "tensorboard"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    shutil.rmtree(folder / "samples", ignore_errors=True)
     for pattern in ("state.pt", "state_*.pt", "lora.safetensors", "best.safetensors", "metrics.jsonl", "rewards.jsonl",
                     "round_*.safetensors", "curves.png", "before_after.png", "before_after.gif", "run.json", "config.json"):
         for file in folder.glob(pattern):

@@ -5,6 +5,7 @@ Every script has one frozen dataclass, from which tyro makes its command line; a
 """
 import json
 import math
+import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from itertools import chain
@@ -21,9 +22,12 @@ from support.files import check_folder, read_json
 # says, 256. tau: where as much of a clip is left as at ModelScopeT2V's 0.6, the paper's. lambda_tar: 16 / F for more than 16
 # frames, so that the last frame counts as it does there.
 BASES = {
-    "modelscope": dict(frames=16, size=None, fps=8, guidance=3., num_steps=20, tau=.6, lambda_tar=1.),
+    "modelscope": dict(frames=16, size=None, fps=8, guidance=3., num_steps=20, tau=.6, lambda_tar=1.,
+                       offset_noise=.1),  # official code
+    "videocrafter": dict(frames=16, size="320x512", fps=28, guidance=12., num_steps=20, tau=.5, lambda_tar=1.),
     "wan": dict(frames=17, size=256, fps=16, guidance=5., num_steps=20, tau=.4, lambda_tar=16 / 17),
-    "cogvideox": dict(frames=17, size=256, fps=8, guidance=6., num_steps=20, tau=.35, lambda_tar=16 / 17)}
+    "cogvideox": dict(frames=17, size=256, fps=8, guidance=6., num_steps=20, tau=.35, lambda_tar=16 / 17),
+    "opensora": dict(frames=51, size=256, fps=24, guidance=7., num_steps=20, tau=.5, lambda_tar=16 / 51)}
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class ModelSettings:
     device: str | None = None
     """cuda, mps or cpu; default the first of these that is there"""
     dtype: str | None = None
-    """float32, bfloat16 or float16 of the frozen weights; default bfloat16 on cuda, else float32. Adapters are float32"""
+    """float32, bfloat16 or float16 of the frozen weights; default on cuda bfloat16, on a card without it float16, else float32.
+    Adapters are float32"""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class RewardSettings(ModelSettings):
 class TrainingSettings(RewardSettings):
     """The same, which clips to train on, how much memory to use, and what to leave behind. Each method adds its own."""
     preset: tyro.conf.Suppress[str] = "tiny"
-    """tiny, modelscope, wan or cogvideox: named first on the command line, not by a flag; it sets the defaults of the others"""
+    """tiny, or a base's (docs/bases.md): named first on the command line, not by a flag; it sets the defaults of the others"""
     data: Path | None = None
     """clips and captions: a list of `path|||caption` lines, a .csv or .jsonl, or a folder of clips with .txt files; the tiny
     world draws its own"""
@@ -94,20 +99,70 @@ class TrainingSettings(RewardSettings):
     --early-stop may be given anew"""
     early_stop: bool = False
     """end at the evaluation at which what is watched has got worse while the reward was up (docs/runs.md)"""
-    tensorboard: bool = False
-    """also write the metrics for TensorBoard, if it is installed"""
+
+    lora_alpha: float | None = None
+    """the adapters' scale is this over their rank; default the rank, which is a scale of 1"""
+    lora_layers: Literal["qkvo", "qkv"] = "qkvo"
+    """projections of each attention that are adapted: query, key, value and output (paper, Appendix C), or not the output"""
 
     clips_at_once: int = 0
     """clips of a rank's share of the batch that are computed at once, which sets the memory, not the gradient; 0 is all of them.
-    Evaluations compute as many videos at once, at most 8"""
+    Evaluations compute up to 8 videos at once; where a flag below saves memory, as many as clips at once"""
     checkpoint_activations: bool = False
     """recompute the UNet's blocks in the backward pass: less memory, more time, the same gradient"""
     decode_chunk: int = 0
     """frames that pass the decoder and the reward at a time, recomputed in the backward pass; 0 is all at once"""
     low_memory: bool = False
     """checkpoint_activations and decode_chunk 1"""
+    latent_context: int | None = None
+    """latents that carry gradient, of those that a frame is decoded from; default the base's own, Wan's 2; for bases alone whose
+    decoder remembers earlier latents"""
     compile: bool = False
     """torch.compile the UNet"""
+
+    @property
+    def videos_at_once(self):
+        """How many an evaluation computes at once: eight need less memory than a clip with gradient, unless that saves it."""
+        at_once = self.clips_at_once if self.checkpoint_activations or self.low_memory else 0
+        return min(at_once or self.batch_size, 8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a size means, and what a base can do
+
+def rows_columns(size, default=1):
+    """(H, W) in pixels of a --size, 256 or 480x832, or of the base's own, `default`, where it is None. ValueError for others."""
+    words = str(default if size is None else size).split("x")
+    if len(words) > 2 or not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise ValueError(f"size = {size}: must be pixel rows and columns, as in 256 or 480x832")
+    return int(words[0]), int(words[-1])
+
+
+def kind_of(base):
+    """The file of bases/ that a base is of, which is also the name of its preset."""
+    return type(base).__module__.removeprefix("bases.")
+
+
+def fit_to_base(cfg, base):
+    """The settings with what is the base's own, and the base as they ask. ValueError for what is not for this base."""
+    kind = kind_of(base)
+    made_for = {"tiny": "modelscope"}.get(cfg.preset, cfg.preset)
+    if made_for != kind and {made_for, kind} <= BASES.keys():
+        raise ValueError(f"preset {cfg.preset}: is not for base {base.name}, whose own is {kind}")
+    base.chain_predict(cfg.cache_interval)  # refuses what it cannot do
+    base.fps = cfg.fps  # some networks are told it
+    if cfg.latent_context is not None:
+        if not hasattr(base, "latent_context"):
+            raise ValueError(f"latent_context = {cfg.latent_context}: base {base.name} decodes frames from no latents but their "
+                             "own, so it cannot be set")
+        base.latent_context = cfg.latent_context
+    guidance = base.guidance if cfg.guidance is None else cfg.guidance
+    return replace(cfg, guidance=guidance, dtype=str(base.dtype).removeprefix("torch."))  # recorded with the run
+
+
+def chain_levels(base, cfg):
+    """The noise levels of a run's chain. Some bases' depend on how large its clips are."""
+    return base.levels(cfg.num_steps, (cfg.frames, *rows_columns(cfg.size, base.default_size)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,9 +185,11 @@ def check_positive(cfg, *names):
 
 def check_training(cfg, world_size):
     """What TrainingSettings and the steps and batches of every method must be."""
-    check_at_least(cfg, "lr", "clip_grad", steps=1, batch_size=1, max_bad_steps=1, save_every=1, cache_interval=1, frames=1,
-                   size=1, fps=1, rank=1, clips_at_once=0, eval_every=0, eval_count=0, workers=0, decode_chunk=0, max_skip=0,
-                   warmup=0, offset_noise=0, lambda_tar=0, guidance=-math.inf)
+    check_at_least(cfg, "lr", "clip_grad", "lora_alpha", steps=1, batch_size=1, max_bad_steps=1, save_every=1, frames=1,
+                   fps=1, rank=1, clips_at_once=0, eval_every=0, eval_count=0, workers=0, decode_chunk=0, max_skip=0, warmup=0,
+                   offset_noise=0, lambda_tar=0, cache_interval=1, guidance=-math.inf, latent_context=1)
+    if cfg.size is not None:
+        rows_columns(cfg.size)
     if cfg.compile and cfg.cache_interval > 1:
         raise ValueError(f"compile: cannot be had with cache_interval = {cfg.cache_interval}, as it takes the UNet as a whole")
     if cfg.early_stop and not (cfg.watch and cfg.eval_every):
@@ -141,8 +198,6 @@ def check_training(cfg, world_size):
         raise ValueError(f"batch_size = {cfg.batch_size}: must be a multiple of {world_size}, the number of ranks")
     if world_size > 1 and not (cfg.out or cfg.resume):
         raise ValueError("out: must be given with torchrun, whose restarted workers find their run in it")
-    if cfg.tensorboard:
-        tensorboard_writer()
     if cfg.data is not None:
         if cfg.cache:
             check_folder(cfg.cache_dir, "cache_dir")
@@ -151,22 +206,13 @@ def check_training(cfg, world_size):
         read_prompt_sets(cfg.prompts, cfg.base)
 
 
-def tensorboard_writer():
-    """TensorBoard's class of writers; ValueError where it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("tensorboard is not installed: `pip install tensorboard`, or leave --tensorboard out") from None
-    return SummaryWriter
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line of a script that trains
 
 # What a continued run may have otherwise than it began with: these change its numbers by rounding at most.
 MAY_CHANGE = {"steps", "device", "clips_at_once", "low_memory", "checkpoint_activations", "decode_chunk", "compile", "workers",
-              "cache", "cache_dir", "save_every", "eval_every", "early_stop", "tensorboard"}
-GONE = {"keep"}  # settings of earlier versions that changed no number
+              "cache", "cache_dir", "save_every", "eval_every", "early_stop"}
+GONE = {"keep", "tensorboard"}  # settings of earlier versions that changed no number
 
 
 def parse(argv, presets, description):
@@ -197,11 +243,11 @@ def parse(argv, presets, description):
         return cfg
 
     if named is None and cfg.base != defaults.base:
-        raise ValueError(f"base {cfg.base}: comes without settings for training; name a preset first, {' or '.join(presets)}")
-    for parent in type(cfg).__mro__[1:]:
-        for name, hint in get_type_hints(parent).items():
-            if get_type_hints(type(cfg))[name] != hint:
-                raise ValueError(f"setting {name}: {parent.__name__} has one of this name and of another type; rename yours")
+        lacks = "comes without settings for training; name a preset first, " + " or ".join(presets)
+        if not cfg.base.startswith("random") and not Path(cfg.base).exists():
+            is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.base) is not None
+            lacks = "no such file or folder" + is_hub_id * f"; if it is a hub id, it {lacks}"
+        raise ValueError(f"base {cfg.base}: {lacks}")
     from_record(json.loads(json.dumps(asdict(cfg), default=str)), type(cfg))  # a run must not begin that cannot go on
     return cfg
 
@@ -216,7 +262,7 @@ def read_settings(folder, presets):
         raise ValueError(f"resume {folder}: a run of an early version; continue it with that version, or start it anew")
     defaults = presets.get(str(saved.get("preset")), next(iter(presets.values())))
     known = to_record(defaults)
-    for name in GONE & saved.keys():
+    for name in sorted(GONE & saved.keys()):
         print(f"{file}: {name} = {saved.pop(name)} is no setting any more, and changes nothing")
     for word, names in (("not known", saved.keys() - known.keys()),
                         ("missing", {"steps", "prompts_train"} & known.keys() - saved.keys())):

@@ -54,20 +54,6 @@ def best_middle_worst(gains):
     return {"best": order[0], "middle": order[len(order) // 2], "worst": order[-1]}
 
 
-def over_seeds(label, rows):
-    """Rows {measures, differences, ...} of several training seeds as one: means of measures, of gains and of the gains' errors.
-    "spread" is the standard deviation over the seeds of each measure's gain. The error over prompts of a mean over seeds is at
-    most the mean of the seeds' errors."""
-    pooled = {"label": label, "seeds": len(rows), "measures": {}, "differences": {}, "spread": {}}
-    for key in rows[0]["measures"]:
-        pooled["measures"][key] = column([row["measures"][key] for row in rows]).mean().item()
-    for key in rows[0].get("differences", {}):
-        gains, errors = map(column, zip(*[row["differences"][key] for row in rows]))
-        pooled["differences"][key] = gains.mean().item(), errors.mean().item()
-        pooled["spread"][key] = gains.std().item() if len(rows) > 1 else None
-    return rows[0] | pooled
-
-
 def column(values):
     """Numbers as JSON has them -> (n,) float64."""
     return torch.tensor([or_nan(value) for value in values], dtype=torch.float64)

@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import support.threads  # noqa: E402, F401  as in every script
 import json  # noqa: E402
+import re  # noqa: E402
 import runpy  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 import lora  # noqa: E402
 import train  # noqa: E402
 from model import load_base  # noqa: E402
+from reward import load_reward  # noqa: E402
 from support import run as run_folder  # noqa: E402
 from tiny import clips, world  # noqa: E402
 
@@ -26,6 +28,25 @@ ROOT = Path(__file__).resolve().parent.parent
 JUDGED = {"watermark", "sharpness", "saturation", "noise", "colour", "shape", "direction", "static", "motion", "fidelity",
           "steadiness"}  # what the tiny world's judge measures
 torch.set_num_threads(1)
+
+
+GPU_TABLE = []  # of test_gpu.py: (what, as measured, as expected)
+
+
+def hide_gpus(asked):
+    """Tests are of the CPU, on any machine, unless -m asks for those of a GPU; torch has not looked for one yet."""
+    if not re.search(r"(?<!not )\bgpu\b", asked):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_configure(config):
+    hide_gpus(config.option.markexpr)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What a GPU was measured to do, to paste into an issue."""
+    for row in [("check", "measured", "expected"), ("---",) * 3, *GPU_TABLE] if GPU_TABLE else ():
+        terminalreporter.write_line(f"| {' | '.join(row)} |")
 
 
 def pytest_collection_finish():
@@ -103,17 +124,12 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def one_line(error):
-    """The message of a pytest.raises, which must be one line."""
-    assert str(error.value).isprintable()
-    return str(error.value)
-
-
 def refused(message, call, *args, **settings):
     """The line in which a call's ValueError says what was wrong; it matches the message."""
     with pytest.raises(ValueError, match=message) as error:
         call(*args, **settings)
-    return one_line(error)
+    assert str(error.value).isprintable()  # and so one line
+    return str(error.value)
 
 
 def write_file(path, content, **settings):
@@ -130,14 +146,51 @@ def write_file(path, content, **settings):
     return path
 
 
+def seeded(seed=0):
+    """A generator of its own."""
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=seeded(seed), dtype=dtype)
+
+
+def built(make, seed=0):
+    """A module with seeded weights, frozen."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make().eval().requires_grad_(False)
+
+
 def tuned_base(std=.1, dtype=torch.float32):
     """The tiny base with adapters that change what it does."""
-    base, generator = load_base("tiny", dtype=dtype), torch.Generator().manual_seed(0)
+    base, generator = load_base("tiny", dtype=dtype), seeded()
     lora.inject(base.network, 4, generator=generator)
     with torch.no_grad():
         for layer in lora.layers(base.network).values():
             layer.lora_B.normal_(std=std, generator=generator)
     return base
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """(base with adapters that do something, reward, the empty caption's features)."""
+    base = tuned_base(.05)
+    return base, load_reward(base_folder=base.folder), base.encode_text([""])
+
+
+CAPTIONS = ["a red circle moving left", "a green square moving up"]
+
+
+def inputs(base, seed=0):
+    """(noise, text, g, captions) of two videos of four frames."""
+    noise = torch.randn(2, 4, 4, *base.latent_shape(4, 32, 32)[2:], generator=seeded(seed))
+    return noise, base.encode_text(CAPTIONS), torch.tensor([[0, 3], [1, 2]]), CAPTIONS
+
+
+def gradient(base, R):
+    """Gradient of R's sum in the adapters, as one vector."""
+    return torch.cat([p.flatten() for p in torch.autograd.grad(R.sum(), lora.parameters(base.network))])
 
 
 def write_adapter(path):
@@ -169,3 +222,5 @@ def assert_same_run(a, b):
     assert listing(a) == listing(b)
     for path in Path(b).glob("*.safetensors"):
         assert same_tensors(Path(a) / path.name, path), path.name
+    if (Path(b) / "rewards.jsonl").is_file():  # DDPO's
+        assert (Path(a) / "rewards.jsonl").read_text() == (Path(b) / "rewards.jsonl").read_text()

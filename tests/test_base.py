@@ -31,7 +31,7 @@ from formats import adapters, names, reward_model, tensors as published, weights
 from model import Autoencoder, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig, load_base
 from support import run as run_folder, settings as run_settings
 from support.videos import write_video
-from tests.conftest import contents, refused, same_tensors, write_file
+from tests.conftest import built, contents, refused, same_tensors, write_file
 from tests.ldm import vae_to_official
 from tiny import clips
 
@@ -56,21 +56,15 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(open_clip, "get_model_config", lambda name: CLIP)
 
 
-def seeded(make, seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return make().eval().requires_grad_(False)
-
-
 @pytest.fixture(scope="module")
 def parts():
     """UNet with adapters that do something, autoencoder, text tower with the block that is left out, and a CLIP."""
-    unet = seeded(lambda: UNet3D(UNET))
+    unet = built(lambda: UNet3D(UNET))
     lora.inject(unet, rank=3)
     for layer in lora.layers(unet).values():
         layer.lora_B.data.normal_(std=.1, generator=torch.Generator().manual_seed(1))
-    return unet, seeded(lambda: Autoencoder(VAE)), seeded(lambda: TextEncoder(replace(TEXT, layers=3))), \
-        seeded(lambda: open_clip.CLIP(**CLIP))
+    return unet, built(lambda: Autoencoder(VAE)), built(lambda: TextEncoder(replace(TEXT, layers=3))), \
+        built(lambda: open_clip.CLIP(**CLIP))
 
 
 def without_lora(unet):
@@ -174,7 +168,7 @@ def test_parts_may_come_from_elsewhere_if_they_fit(diffusers_folder, parts):
     assert holds(load_base(folder, vae="other").vae, other)
     config = replace(VAE, latent_channels=8)
     write_file(Path("vae/config.json"), names.vae_to_diffusers(config))
-    write_file(Path("vae", WEIGHTS), seeded(lambda: Autoencoder(config)).state_dict())
+    write_file(Path("vae", WEIGHTS), built(lambda: Autoencoder(config)).state_dict())
     refused("the UNet takes 4 and gives 4 latent channels, .*vae has 8", load_base, folder, vae="vae")
 
 
@@ -349,7 +343,7 @@ def test_which_files_of_a_repository_are_needed(files, unet):
 def base(parts):
     unet = UNet3D(UNET)
     unet.load_state_dict(without_lora(parts[0]))
-    return Base(unet.requires_grad_(False), parts[1], seeded(lambda: TextEncoder(TEXT)), "small")
+    return Base(unet.requires_grad_(False), parts[1], built(lambda: TextEncoder(TEXT)), "small")
 
 
 def test_weights_have_one_fingerprint_in_every_precision(base):
@@ -366,7 +360,7 @@ def test_weights_have_one_fingerprint_in_every_precision(base):
 
 def test_cached_latents_and_text_belong_to_weights_and_precision(base):
     """train.py's cache is named by these fingerprints."""
-    other = Base(base.network, seeded(lambda: Autoencoder(VAE), 1), seeded(lambda: TextEncoder(TEXT), 1), "other")
+    other = Base(base.network, built(lambda: Autoencoder(VAE), 1), built(lambda: TextEncoder(TEXT), 1), "other")
     named = []
     for of_base, dtype in ((base, torch.float32), (base, torch.bfloat16), (other, torch.float32), (base, torch.float32)):
         of_base.vae.to(dtype)

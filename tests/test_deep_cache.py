@@ -4,31 +4,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-import lora
 import train
 from bases.deep_cache import DeepCache
 from methods import draft, refl, vader
-from model import load_base
-from reward import load_reward
-
-CAPTIONS = ["a red circle moving left", "a green square moving up"]
-
-
-@pytest.fixture(scope="module")
-def parts():
-    """(base with adapters that do something, reward, the empty caption's features)."""
-    base, g = load_base("tiny"), torch.Generator().manual_seed(0)
-    lora.inject(base.network, 4, generator=g)
-    with torch.no_grad():
-        for layer in lora.layers(base.network).values():
-            layer.lora_B.normal_(std=.05, generator=g)
-    return base, load_reward(base_folder=base.folder), base.encode_text([""])
-
-
-def inputs(base, seed=0):
-    """(z_t, text) of two videos of four frames."""
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(2, 4, 4, *base.latent_shape(4, 32, 32)[2:], generator=g), base.encode_text(CAPTIONS)
+from tests.conftest import gradient, inputs
 
 
 @torch.no_grad()
@@ -37,7 +16,7 @@ def test_every_nth_call_is_exact_and_the_others_see_the_new_z_in_the_outermost_l
     hook = base.network.up_blocks[-1].resnets[0].register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     cached, level = base.chain_predict(2), (501, .5, .8)
     for i in range(4):
-        z, text = inputs(base, seed=i)
+        z, text, *_ = inputs(base, seed=i)
         same = torch.equal(cached(z, level, text)[1], base.predict(z, level, text)[1])
         assert same == (i % 2 == 0), i
     hook.remove()
@@ -49,7 +28,7 @@ def test_every_nth_call_is_exact_and_the_others_see_the_new_z_in_the_outermost_l
 
 def test_with_gradient_it_is_exact_and_nothing_stays_behind(parts):
     base, level = parts[0], (1, .9, .1)
-    (z, text), cached, names = inputs(base), DeepCache(base, 2), [name for name, _ in base.network.named_modules()]
+    (z, text, *_), cached, names = inputs(base), DeepCache(base, 2), [name for name, _ in base.network.named_modules()]
     with torch.no_grad():
         cached(inputs(base, seed=1)[0], level, text)
         cached(z, level, text)
@@ -71,15 +50,14 @@ def refl_rewards(base, reward, uncond, batch, cfg):
 
 
 @pytest.mark.parametrize(("step", "config", "last"), [
-    (train.edit_rewards, train.Config(tau=1.), None), (draft.draft_rewards, draft.Config(), [1, 1]),
+    (train.edit_rewards, train.Config(tau=1.), None), (draft.draft_rewards, draft.Config(), [[1], [1]]),
     (refl_rewards, refl.Config(), [1, 1]), (vader.vader_rewards, vader.Config(), KEYS)],
     ids=["InstructVideo", "draft", "refl", "vader"])
 def test_a_step_saves_calls_and_the_fewer_the_nearer_is_its_gradient(parts, step, config, last):
     """Of the five calls without gradient N = 2 computes the inner levels in the first, third and fifth."""
     base, reward, uncond = parts
-    noise, text = inputs(base)
-    batch = (noise, text, torch.tensor([[0, 3], [1, 2]]), CAPTIONS, last) if last else (
-        torch.zeros_like(noise), noise, text, torch.tensor([[0, 3], [1, 2]]), CAPTIONS)
+    noise, *others = inputs(base)
+    batch = (noise, *others, last) if last else (torch.zeros_like(noise), noise, *others)
     calls, found = [], []
     hook = base.network.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(None))
     for interval, number in ((1, 6), (2, 4), (6, 2)):
@@ -87,7 +65,7 @@ def test_a_step_saves_calls_and_the_fewer_the_nearer_is_its_gradient(parts, step
         calls.clear()
         R, _ = step(base, reward, uncond, batch, cfg)
         assert len(calls) == number
-        found.append(torch.cat([p.flatten() for p in torch.autograd.grad(R.sum(), lora.parameters(base.network))]))
+        found.append(gradient(base, R))
     hook.remove()
     # A chain of six steps goes far in each.
     two, six = (torch.cosine_similarity(grad, found[0], dim=0) for grad in found[1:])

@@ -102,24 +102,17 @@ runpy.run_path({str(ROOT / 'train.py')!r}, run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_ends_a_real_process_with_all_saved(number, status):
-    """test_train.py shows that it goes on as if nothing had happened."""
-    folder = Path(f"signalled-{status}")
+def test_a_closed_terminal_ends_a_run_with_all_saved():
+    """test_train.py shows that after this and other signals it goes on as if nothing had happened."""
+    folder = Path("hung-up")
     flags = [*SMALL, "--eval-every", "3", "--save-every", "400", "--steps", "500", "--out", folder]
     master, terminal = os.openpty()  # the terminal of a session of its own; when it is closed, SIGHUP is sent
-    out, err = (terminal, terminal) if number == signal.SIGHUP else (subprocess.PIPE, subprocess.DEVNULL)
-    process = subprocess.Popen([sys.executable, "-c", TERMINAL, *flags], stdin=terminal, stdout=out, stderr=err, text=True,
+    process = subprocess.Popen([sys.executable, "-c", TERMINAL, *flags], stdin=terminal, stdout=terminal, stderr=terminal,
                                start_new_session=True)
     os.close(terminal)
     wait_for(lambda: steps_done(folder) >= 2, "two steps")
-    if number == signal.SIGHUP:
-        os.close(master)
-    else:
-        process.send_signal(number)
-    said, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == status
-    assert said is None or said.splitlines()[-1] == f"stopped; to go on: the same command with --resume {folder}"
+    os.close(master)
+    assert process.wait(PATIENCE) == 129
     assert checkpoint(folder)["step"] == steps_done(folder)
 
 

@@ -420,19 +420,10 @@ class Calls:
         return os.system, (f"touch {self.mark}",)
 
 
-@pytest.mark.parametrize("form", ["zip", "legacy", "key", "shard", "checkpoint"])
-def test_code_in_a_file_is_not_run(tmp_path, form):
-    calls = Calls(tmp_path / "created")
-    tensors = {"conv_in.weight": torch.ones(2)}
-    content = {"state_dict": tensors, "callbacks": {(calls,): 1}} if form == "key" else tensors | {"x": calls}
-    path = write_file(tmp_path / f"{STEM}.bin", content, _use_new_zipfile_serialization=form != "legacy")
-    if form == "shard":
-        path.rename(tmp_path / "shard.bin")
-        write_file(tmp_path / f"{STEM}.bin.index.json", {"weight_map": {"x": "shard.bin"}})
-    if form == "checkpoint":
-        refused(tmp_path, lambda path: run_folder.read_checkpoint(path, {}), path, "cannot be read", "--resume starts again")
-    else:
-        refused(tmp_path, unet_file, tmp_path if form == "shard" else path, "expected tensors alone, found ", "was run")
+def test_code_in_a_file_is_not_run(tmp_path):
+    path = write_file(tmp_path / f"{STEM}.bin", {"conv_in.weight": torch.ones(2), "x": Calls(tmp_path / "created")})
+    refused(tmp_path, unet_file, path, "expected tensors alone, found ", "was run")
+    refused(tmp_path, lambda path: run_folder.read_checkpoint(path, {}), path, "cannot be read", "--resume starts again")
 
 
 def test_names_that_are_allowed_are_never_called(tmp_path):
@@ -452,10 +443,7 @@ STATE = {"version": run_folder.VERSION, "step": 1, "adapters": {"a": ADAPTER, "b
 
 
 @pytest.mark.parametrize("change", [
-    [1], {"version": 2}, {"step": 0}, {"step": "1"}, {"adapters": None},
-    {"adapters": STATE["adapters"] | {7: 7}}, {"adapters": {"a": ADAPTER[:1], "b": ADAPTER}},
-    {"adapters": {"a": ADAPTER.int(), "b": ADAPTER}}, {"optimizer": None}, {"optimizer": {"state": [1]}},
-    {"optimizer": {"state": {0: {"step": torch.tensor(1.)}}}}, {"optimizer": {"state": {0: ADAPTER}}},
+    [1], {"version": 2}, {"step": 0}, {"adapters": STATE["adapters"] | {7: 7}}, {"adapters": {"a": ADAPTER.int(), "b": ADAPTER}},
     {"optimizer": {"state": {0: MOMENTS | {"exp_avg": torch.zeros(1)}}}}, {"optimizer": {"state": {2: MOMENTS}}}], ids=str)
 def test_a_checkpoint_is_data(tmp_path, change):
     def read(path):

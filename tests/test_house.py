@@ -146,8 +146,8 @@ def test_methods_import_of_each_other_what_is_common(path):
 
 @pytest.mark.parametrize("path", named(path for path in FILES if path.parent.name == "rewards"))
 def test_rewards_are_short(path):
-    assert lines(path) <= (180 if path.stem == "hub" else 120)
-    assert not [line for line in path.read_text().splitlines() if len(line) > (130 if path.stem in ("hub", "own") else 100)]
+    assert lines(path) <= 120
+    assert not [line for line in path.read_text().splitlines() if len(line) > 100]
 
 
 def test_rooms_are_small():
@@ -155,7 +155,7 @@ def test_rooms_are_small():
     assert sum(sizes.values()) <= 2440 and sizes["model"] <= 720 and sizes["train"] <= 360, sizes
     assert len([path for path in ROOT.glob("support/*.py") if path.stem != "__init__"]) <= 9
     everything = {str(path.relative_to(ROOT)): lines(path) for path in FILES if room(path) != "bases"}
-    assert sum(everything.values()) <= 10_300, sum(everything.values())
+    assert sum(everything.values()) <= 10_505, sum(everything.values())
 
 
 @pytest.mark.parametrize("path", named(path for path in FILES if room(path) not in CORE))
@@ -216,7 +216,7 @@ def test_little_runs_before_the_loop(tmp_path, few_clips):
     to_loop = dict.fromkeys(seen[:seen.index(("train.py", "train")) + 1])
     counted = [(file, name) for file, name in to_loop if not file.startswith(("tiny/", "bases/")) and file not in (
         "model.py", "formats/names.py") and not name.endswith(("__init__", "__post_init__"))]
-    assert len(counted) <= 60, counted
+    assert len(counted) <= 63, counted
 
 
 def test_the_readme_is_short():

@@ -18,15 +18,11 @@ import model
 from formats import adapters, names
 from formats.tensors import fingerprint
 from lora import LoRALinear, adapter_state, inject, layers, load, merge, save, set_scale, unmerge
-from tests.conftest import contents, refused, write_file
+from tests.conftest import contents, refused, seeded, write_file
 
 # ModelScopeT2V's structure, small. Eight heads in the first temporal transformer, as diffusers has them.
 CONFIG = model.UNetConfig(channels=(32, 64), blocks_per_level=1, attention_levels=(True, False), context_dim=32, head_dim=8,
                           stem_heads=8, norm_groups=8)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def tiny_unet(dtype=torch.float32):

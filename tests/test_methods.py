@@ -7,53 +7,35 @@ import ast
 import importlib.util
 import json
 import math
-import multiprocessing
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import types
 from dataclasses import fields, replace
 from pathlib import Path
 
-import imageio.v3 as iio
-import numpy as np
 import pytest
 import torch
+from conftest import CAPTIONS, ROOT, assert_same_run, gradient, inputs, metrics, refused, write_footage
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file
+from test_ranks import two_ranks
 
 import lora
 import sampler
 import train
 from formats.tensors import fingerprint
-from methods import common, ddpo, dpo, draft, refl, rwr, vader
+from methods import adjoint, common, ddpo, dpo, draft, nft, refl, rwr, vader
 from model import load_base
-from reward import load_reward
-from support import run as run_folder, settings
+from support import ranks as processes, run as run_folder, settings
 
-ROOT = Path(__file__).resolve().parent.parent
-METHODS = {"draft": draft, "refl": refl, "vader": vader, "ddpo": ddpo, "rwr": rwr, "dpo": dpo}
+METHODS = {"draft": draft, "refl": refl, "vader": vader, "ddpo": ddpo, "rwr": rwr, "dpo": dpo, "nft": nft, "adjoint": adjoint}
 SHORT = ["--device", "cpu", "--batch-size", "2", "--num-steps", "2", "--frames", "4", "--segments", "2", "--eval-every", "0"]
-MORE = {"ddpo": ["--updates", "2"], "rwr": ["--rounds", "2", "--videos", "4"], "dpo": ["--rounds", "2", "--pairs", "2"]}
+MORE = {"ddpo": ["--updates", "2"], "rwr": ["--rounds", "2", "--videos", "4"], "dpo": ["--rounds", "2", "--pairs", "2"],
+        "nft": ["--updates", "2", "--group", "2"], "adjoint": ["--steps-learned", "1"]}
 pytestmark = pytest.mark.usefixtures("aside")
-
-
-@pytest.fixture(scope="module")
-def parts():
-    """(base with adapters that do something, reward, the empty caption's features)."""
-    base = load_base("tiny")
-    g = torch.Generator().manual_seed(0)
-    lora.inject(base.network, 4, generator=g)
-    with torch.no_grad():
-        for layer in lora.layers(base.network).values():
-            layer.lora_B.normal_(std=.05, generator=g)
-    return base, load_reward(base_folder=base.folder), base.encode_text([""])
-
-
-CAPTIONS = ["a red circle moving left", "a green square moving up"]
 
 
 def config(module, **changes):
@@ -63,18 +45,6 @@ def config(module, **changes):
 def of(module, cfg, base, reward):
     """The method as train.train takes it, with this folder for what it keeps."""
     return module.method(cfg, base, reward, Path())
-
-
-def inputs(base, seed=0):
-    """(noise, text, g, captions) of two videos of four frames."""
-    g = torch.Generator().manual_seed(seed)
-    return (torch.randn(2, 4, 4, *base.latent_shape(4, 32, 32)[2:], generator=g), base.encode_text(CAPTIONS),
-            torch.tensor([[0, 3], [1, 2]]), CAPTIONS)
-
-
-def gradient(base, R):
-    """Gradient of R's sum in the adapters, as one vector."""
-    return torch.cat([p.flatten() for p in torch.autograd.grad(R.sum(), lora.parameters(base.network))])
 
 
 def apart(a, b):
@@ -116,7 +86,7 @@ def test_drafts_gradient_is_that_of_the_chain_cut_by_hand(parts, K):
     base, reward, uncond = parts
     noise, text, g, captions = inputs(base)
     cfg = config(draft, grad_steps=K)
-    R, logged = draft.draft_rewards(base, reward, uncond, (noise, text, g, captions, [K, K]), cfg)
+    R, logged = draft.draft_rewards(base, reward, uncond, (noise, text, g, captions, [[*range(1, K + 1)]] * 2), cfg)
 
     # Ordinary backpropagation through all four steps, cut before the last K: with K = D it is not cut at all.
     z, levels = noise, base.levels(4)
@@ -135,7 +105,7 @@ def test_the_edit_from_tau_1_of_an_empty_clip_is_draft(parts):
     base, reward, uncond = parts
     noise, text, g, captions = inputs(base)
     cfg = config(draft)
-    R, _ = draft.draft_rewards(base, reward, uncond, (noise, text, g, captions, [1, 1]), cfg)
+    R, _ = draft.draft_rewards(base, reward, uncond, (noise, text, g, captions, [[1], [1]]), cfg)
     eps = noise / (1 - sampler.alpha_bars()[751].item()) ** .5
     edit, _ = train.edit_rewards(base, reward, uncond, (torch.zeros_like(noise), eps, text, g, captions), cfg)
     assert cfg.tau == 1.
@@ -145,9 +115,45 @@ def test_the_edit_from_tau_1_of_an_empty_clip_is_draft(parts):
 
 def test_the_random_cut_takes_every_k_and_is_the_same_for_all_ranks():
     cfg = config(draft, truncate="random", grad_steps=4)
-    drawn = [draft.last_steps(step, cfg) for step in range(60)]
-    assert set(drawn) == {1, 2, 3, 4} and drawn == [draft.last_steps(step, cfg) for step in range(60)]
-    assert {draft.last_steps(step, replace(cfg, truncate="fixed")) for step in range(9)} == {4}
+    drawn = [len(draft.chosen_steps(step, cfg)) for step in range(60)]
+    assert set(drawn) == {1, 2, 3, 4} and drawn == [len(draft.chosen_steps(step, cfg)) for step in range(60)]
+    assert {len(draft.chosen_steps(step, replace(cfg, truncate="fixed"))) for step in range(9)} == {4}
+
+
+def test_drtunes_gradient_is_the_sum_by_hand_with_the_networks_input_detached(parts):
+    """z_prev = c z_t + d eps(z_t) at each step, with DDIM's own c and d; only the chosen eps have a gradient, times later c."""
+    base, reward, uncond = parts
+    noise, text, g, captions = inputs(base)
+    cfg = config(draft, detach_input=True, grad_at="uniform", grad_steps=2)
+    assert draft.chosen_steps(0, cfg) == [4, 2]
+    R, _ = draft.draft_rewards(base, reward, uncond, (noise, text, g, captions, [[4, 2]] * 2), cfg)
+    z, levels, ahead, total = noise, base.levels(4), [], 0.
+    for i in (4, 3, 2, 1):
+        _, eps = sampler.guided(base.predict, z.detach(), levels, i, text, uncond, cfg.guidance)
+        c = levels.alpha[i - 1] / levels.alpha[i]
+        d = levels.sigma[i - 1] - c * levels.sigma[i]
+        ahead = [(c * factor, chosen) for factor, chosen in ahead] + ([(d, eps)] if i in (4, 2) else [])
+        z = (c * z + d * eps).detach()
+    for factor, eps in ahead:
+        total = total + factor * (eps - eps.detach())
+    scores = train.score_frames(reward, train.decode_chosen(base, z + total, g), captions)
+    by_hand = (scores * torch.exp(-1. * (g - 2).abs())).mean(dim=1)
+    torch.testing.assert_close(R, by_hand, rtol=0, atol=1e-5)
+    assert apart(gradient(base, R), gradient(base, by_hand)) < 1e-3
+    assert all(p.requires_grad for p in lora.parameters(base.network))
+
+
+def test_detaching_what_the_last_step_alone_reads_changes_nothing(parts):
+    base, reward, uncond = parts
+    batch = *inputs(base), [[1], [1]]
+    plain, _ = draft.draft_rewards(base, reward, uncond, batch, config(draft))
+    detached, _ = draft.draft_rewards(base, reward, uncond, batch, config(draft, detach_input=True))
+    assert apart(gradient(base, detached), gradient(base, plain)) < 1e-4
+
+
+def test_random_steps_with_gradient_are_any_of_the_chain():
+    drawn = [draft.chosen_steps(step, config(draft, detach_input=True, grad_at="random", grad_steps=2)) for step in range(40)]
+    assert {*sum(drawn, [])} == {1, 2, 3, 4} and all(len({*steps}) == 2 for steps in drawn)
 
 
 # -------------------------------------------------------- ReFL --------------------------------------------------------
@@ -189,10 +195,10 @@ def test_vader_without_fresh_noise_is_draft_at_lambda_0(parts):
     *batch, captions = inputs(base)
     keys = [(0, 0, 0, "chain"), (0, 0, 1, "chain")]
     R, _ = vader.vader_rewards(base, reward, uncond, (*batch, captions, keys), config(vader, eta=0.))
-    expected, _ = draft.draft_rewards(base, reward, uncond, (*batch, captions, [1, 1]), config(draft, lambda_tar=0.))
+    expected, _ = draft.draft_rewards(base, reward, uncond, (*batch, captions, [[1], [1]]), config(draft, lambda_tar=0.))
     assert torch.equal(R, expected) and torch.equal(gradient(base, R), gradient(base, expected))
     weighted, _ = vader.vader_rewards(base, reward, uncond, (*batch, captions, keys), config(vader, eta=0., lambda_tar=1.))
-    expected, _ = draft.draft_rewards(base, reward, uncond, (*batch, captions, [1, 1]), config(draft))
+    expected, _ = draft.draft_rewards(base, reward, uncond, (*batch, captions, [[1], [1]]), config(draft))
     assert torch.equal(weighted, expected)  # the comparison has it both ways
 
 
@@ -532,21 +538,6 @@ def run(name, *argv):
     return train.main([*map(str, argv)], METHODS[name])
 
 
-def metrics(folder):
-    lines = [json.loads(text) for text in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
-
-
-def assert_same_files(a, b):
-    """The same files; tensors and rewards bit for bit."""
-    assert sorted(path.name for path in Path(a).iterdir()) == sorted(path.name for path in Path(b).iterdir())
-    for path in Path(b).glob("*.safetensors"):
-        x, y = load_file(Path(a, path.name)), load_file(path)
-        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in y), path.name
-    if Path(b, "rewards.jsonl").is_file():
-        assert Path(a, "rewards.jsonl").read_text() == Path(b, "rewards.jsonl").read_text()
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_a_mix_with_a_video_reward_trains_by_every_method(name):
     """Image rewards see the method's own frames, video rewards whole clips in order; both are logged beside their sum."""
@@ -590,8 +581,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(name, monkeypatch, capsys):
     assert "stopped; to go on: the same command with --resume run" in capsys.readouterr().out
     assert torch.load("run/state.pt", weights_only=True)["step"] == saved_at
     assert run(name, "--resume", "run") == 0
-    assert metrics("run") == metrics("whole") and [line["step"] for line in metrics("run")] == [*range(1, steps + 1)]
-    assert_same_files("run", "whole")
+    assert_same_run("run", "whole")
+    assert [line["step"] for line in metrics("run")] == [*range(1, steps + 1)]
     # It has learned something, and the frozen base has not.
     assert any(v.any() for k, v in load_file("run/lora.safetensors").items() if "lora_B" in k)
     fresh = load_base("tiny")
@@ -619,8 +610,7 @@ def test_killed_in_the_middle_of_a_round(name, monkeypatch):
             run(name, *flags, "--out", "run")
     assert torch.load("run/state.pt", weights_only=True)["step"] == more[-1] and metrics("run")[-1]["step"] == 3
     assert run(name, "--resume", "run") == 0
-    assert metrics("run") == metrics("whole")
-    assert_same_files("run", "whole")
+    assert_same_run("run", "whole")
 
 
 def test_a_signal_while_a_round_is_sampled_leaves_no_round(monkeypatch):
@@ -643,8 +633,7 @@ def test_a_new_run_in_an_old_folder_takes_nothing_of_the_old_rounds():
     first = load_file("run/round_000.safetensors")
     assert run("dpo", *flags, "--out", "run", "--overwrite", "--seed", 1) == 0
     assert not torch.equal(load_file("run/round_000.safetensors")["winner"], first["winner"])
-    with pytest.raises(ValueError, match="steps = 4: a run of several rounds keeps its steps"):
-        run("dpo", "--resume", "run", "--steps", 4)
+    refused("steps = 4: a run of several rounds keeps its steps", run, "dpo", "--resume", "run", "--steps", 4)
     Path("old").mkdir()
     Path("old/rewards.jsonl").write_text("x")
     run_folder.clear(Path("old"))
@@ -677,34 +666,14 @@ def test_a_batch_is_the_same_on_one_rank_and_on_two(parts, monkeypatch, name):
     assert len({fingerprint({"z": z}) for z in whole[0]}) == 4  # and all of them differ
 
 
-def be_rank(name, argv, rank, port):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
-    try:
-        status = train.main(argv, METHODS[name])
-    finally:
-        torch.distributed.destroy_process_group()
-    sys.exit(status)
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_two_real_ranks_give_what_one_gives(name):
     flags = [*map(str, [*SHORT, *MORE.get(name, []), "--steps", 2, "--batch-size", 4, "--lr", "1e-3", "--warmup", 0])]
     assert run(name, *flags, "--out", "one") == 0
-    port, start = free_port(), multiprocessing.get_context("spawn")
-    ranks = [start.Process(target=be_rank, args=(name, [*flags, "--out", "two"], rank, port)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(300)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    shared = [*flags, "--out", "two"]
+    ended, _ = two_ranks(lambda rank: processes.run_script("train.py", lambda: train.main(shared, METHODS[name])))
+    assert [status for status, _, _ in ended] == [0, 0], ended
     for a, b in zip(metrics("one"), metrics("two"), strict=True):
         assert a["reward"] == pytest.approx(b["reward"], abs=1e-5) and a["loss"] == pytest.approx(b["loss"], abs=2e-3)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-2)
@@ -719,16 +688,10 @@ def test_two_real_ranks_give_what_one_gives(name):
 
 # ------------------------------------------------- Settings -------------------------------------------------
 
-def write_clips():
-    for i in range(2):
-        texture = np.random.default_rng(i).integers(0, 255, (32, 48, 3), dtype=np.uint8)
-        iio.imwrite(f"{i}.mp4", np.stack([texture[:, k:k + 32] for k in range(9)]), plugin="pyav", codec="libx264", fps=8)
-    Path("clips.txt").write_text("0.mp4|||a red circle moving left\n1.mp4|||a blue ring moving up\n")
-
-
 @pytest.mark.parametrize("name, flags", [
     ("draft", ["--truncate", "random", "--grad-steps", "2", "--guidance", "1", "--lambda-tar", "0", "--low-memory",
                "--cache-interval", "2"]),
+    ("draft", ["--detach-input", "--grad-at", "random", "--grad-steps", "1", "--checkpoint-activations"]),
     ("refl", ["--late", "1", "--cache-interval", "2", "--decode-chunk", "1", "--checkpoint-activations"]),
     ("vader", ["--eta", "0.5", "--frames-scored", "3", "--grad-steps", "2", "--lambda-tar", "1", "--clips-at-once", "1",
                "--cache-interval", "3"]),
@@ -736,9 +699,12 @@ def write_clips():
     ("rwr", ["--rounds", "1", "--videos", "3", "--temperature", "0.5", "--offset-noise", "0.1", "--clips-at-once", "1"]),
     ("rwr", ["--data", "clips.txt", "--size", "32", "--workers", "0", "--no-cache", "--offset-noise", "0.1"]),
     ("dpo", ["--rounds", "1", "--pairs", "3", "--beta", "100", "--clips-at-once", "1", "--checkpoint-activations"]),
+    ("nft", ["--updates", "1", "--group", "2", "--beta", "0.1", "--kl", "0", "--timestep-fraction", "1", "--clips-at-once", "1",
+             "--sampling-guidance", "2"]),
+    ("adjoint", ["--reward-scale", "10", "--steps-learned", "1", "--clips-at-once", "1", "--checkpoint-activations"]),
 ], ids=lambda v: v if isinstance(v, str) else v[0])
 def test_every_option_runs(name, flags):
-    write_clips()
+    write_footage(2)
     Path("prompts.txt").write_text("a blue ring moving up\nx.mp4|||a green square moving left|||16\na red cross moving right\n")
     if "--data" not in flags:
         flags = [*flags, "--prompts-train", "prompts.txt"]
@@ -753,7 +719,7 @@ def test_every_option_runs(name, flags):
         assert load_file("run/round_000.safetensors")["prompt"].max() < 3  # of the file's three
 
 
-@pytest.mark.parametrize("name", ["ddpo", "rwr", "dpo"])
+@pytest.mark.parametrize("name", ["ddpo", "rwr", "dpo", "nft"])
 def test_videos_that_are_compared_are_scored_on_the_same_frames(parts, monkeypatch, name):
     """TAR's weights depend on the frames: by frames of their own, videos that are all alike would get different R."""
     base, _, _ = parts
@@ -762,7 +728,7 @@ def test_videos_that_are_compared_are_scored_on_the_same_frames(parts, monkeypat
 
     def alike(frames, captions):
         return torch.ones(frames.shape[:2])
-    more = {"ddpo": {}, "rwr": {"videos": 4, "rounds": 1}, "dpo": {"pairs": 2}}[name]
+    more = {"ddpo": {}, "rwr": {"videos": 4, "rounds": 1}, "dpo": {"pairs": 2}, "nft": {"group": 2}}[name]
     of(METHODS[name], config(METHODS[name], frames=16, num_steps=1, **more), base, alike).draw(0)
     R = torch.cat([R for R, _ in found])
     assert len(R) == 4 and (R == R[0]).all()
@@ -770,7 +736,7 @@ def test_videos_that_are_compared_are_scored_on_the_same_frames(parts, monkeypat
 
 def test_rwr_weights_real_clips_by_their_own_reward(parts, monkeypatch):
     base, reward, _ = parts
-    write_clips()
+    write_footage(2)
     cfg = config(rwr, data=Path("clips.txt"), size=32, cache=False, workers=0)
     z, eps, text, w, plain, t = of(rwr, cfg, base, reward).draw(0)
     batch = train.draw_batch(train.read_clips(cfg, base), 0, cfg, base)
@@ -794,10 +760,9 @@ def test_an_evaluation_before_and_after(monkeypatch, capsys):
 @pytest.mark.parametrize("name", METHODS)
 def test_the_modelscope_preset_on_a_reduced_structure(name, capsys):
     Path("prompts.txt").write_text("a cat walking\na dog running\n")
-    more = {"ddpo": ["--updates", 1], "rwr": ["--rounds", 1, "--videos", 2], "dpo": ["--pairs", 2]}.get(name, [])
+    more = {"ddpo": ["--updates", 1], "rwr": ["--rounds", 1, "--videos", 2], "dpo": ["--pairs", 2]}.get(name, MORE.get(name, []))
     flags = ["--base", "random:32", "--reward-weights", "random:32", *SHORT, "--size", 32, *more, "--steps", 1, "--out", "run"]
-    with pytest.raises(ValueError, match="no prompts to train on: --prompts-train FILE must name some"):
-        run(name, "modelscope", *flags)
+    refused("no prompts to train on: --prompts-train FILE must name some", run, name, "modelscope", *flags)
     if name in ("draft", "dpo"):  # the others differ in nothing that matters here
         assert run(name, "modelscope", *flags, "--prompts-train", "prompts.txt") == 0
         assert "HPSrandom" in capsys.readouterr().err  # never to be taken for a score
@@ -808,6 +773,9 @@ def test_the_modelscope_preset_on_a_reduced_structure(name, capsys):
 
 @pytest.mark.parametrize("name, argv, message", [
     ("draft", "--truncate all", "truncate 'all': must be fixed or random"),
+    ("draft", "--grad-at first", "grad_at 'first': must be last, or with detach_input uniform or random"),
+    ("draft", "--grad-at random", "grad_at 'random': must be last, or with detach_input"),
+    ("draft", "--detach-input --cache-interval 2", "detach_input: cannot be had with a cache_interval above 1"),
     ("draft", "--grad-steps 21", "grad_steps = 21: must be from 1 to 20"),
     ("draft", "--prompts-train nowhere.txt", "prompts nowhere.txt: cannot be read"),
     ("refl", "--late 0", "late = 0.0: must be above 0 and at most 1"),
@@ -825,10 +793,14 @@ def test_the_modelscope_preset_on_a_reduced_structure(name, capsys):
     ("rwr", "--rounds 3", "steps = 40: must be a multiple of 3, the rounds"),
     ("rwr", "--videos 0", "videos = 0: must be at least 1"),
     ("dpo", "--beta 0", "beta = 0.0: must be a finite number above 0"),
-    ("dpo", "--rounds 0", "rounds = 0: must be at least 1")])
+    ("dpo", "--rounds 0", "rounds = 0: must be at least 1"),
+    ("nft", "--group 1", "group = 1: must be at least 2"),
+    ("nft", "--beta 0", "beta = 0.0: must be a finite number above 0"),
+    ("nft", "--kl -1", "kl = -1.0: must be at least 0"),
+    ("adjoint", "--reward-scale -1", "reward_scale = -1.0: must be at least 0"),
+    ("adjoint", "--steps-learned 20", "steps_learned = 20: must be below num_steps = 20")])
 def test_what_is_refused_is_refused_in_one_line_and_writes_nothing(name, argv, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        run(name, "--device", "cpu", *argv.split(), "--out", "run")
+    refused(re.escape(message), run, name, "--device", "cpu", *argv.split(), "--out", "run")
     assert not Path("run").exists()
 
 
@@ -842,11 +814,9 @@ def test_settings_of_clips_are_no_settings_of_prompts(flag, capsys):
 def test_a_run_of_one_method_is_not_continued_by_another():
     assert run("draft", *SHORT, "--steps", 1, "--out", "run") == 0
     for name in ("refl", "dpo"):
-        with pytest.raises(ValueError, match="run/config.json: not the settings of this method or version; not known: truncate"):
-            run(name, "--resume", "run")
+        refused("run/config.json: not the settings of this method or version; not known: truncate", run, name, "--resume", "run")
     Path("run/config.json").write_text(json.dumps(settings.to_record(train.Config())))
-    with pytest.raises(ValueError, match="not the settings of this method or version; missing: prompts_train"):
-        run("refl", "--resume", "run")
+    refused("not the settings of this method or version; missing: prompts_train", run, "refl", "--resume", "run")
     for module in METHODS.values():
         assert {f.name for f in fields(train.Config)} < {f.name for f in fields(module.Config)}
 

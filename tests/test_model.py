@@ -17,15 +17,8 @@ from formats import names, tensors as published
 from formats.words import WordTokenizer
 from model import Autoencoder, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig
 from support import ranks as processes
+from tests.conftest import randn, seeded
 from tests.ldm import vae_to_official
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=seeded(seed), dtype=dtype)
 
 
 def randomised(module, seed=0):

@@ -5,15 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_run, metrics, tuned_base
+from conftest import ROOT, assert_same_run, gradient, metrics, tuned_base
 
-import lora
 import sampler
 import train
 from methods import onestep
 from reward import load_reward
 
-ROOT = Path(__file__).resolve().parent.parent
 CAPTIONS = ["a red circle moving left", "a green square moving up", "a blue circle moving right"]
 SHORT = ["--device", "cpu", "--batch-size", "2", "--num-steps", "4", "--eval-every", "0", "--lr", "1e-3", "--warmup", "0"]
 pytestmark = pytest.mark.usefixtures("aside", "few_clips")
@@ -36,10 +34,6 @@ def rewards(parts, steps, cfg, rows=slice(None)):
     base, reward, batch = parts
     part = [item[rows] for item in (*batch, steps)]
     return onestep.onestep_rewards(base, reward, base.unconditional(), part, cfg)[0]
-
-
-def gradient(base, R):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(R.sum(), lora.parameters(base.network))])
 
 
 def test_each_clip_has_a_noise_level_of_its_own(parts):

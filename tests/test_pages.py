@@ -358,7 +358,7 @@ def test_a_prompt_counts_once_however_many_voted():
     ("report.py", "give either run folders"), ("report.py run --blind a b", "found runs and blind"),
     ("report.py nothing", "nothing: holds no run"), ("report.py clips", "clips: holds no run (no config.json)"),
     (f"report.py {ROOT}/tiny/weights", "holds no run (no run.json)"), ("report.py norun", "run.json has no prompts"),
-    ("report.py broken.json", "not the file of a study"), ("report.py run --max-mb 0.001", "above --max-mb 0.001"),
+    ("report.py broken.json", "not the file of a study"),
     ("report.py --blind run@7 run", "no evaluation at that step; there are 0, 10, 20"),
     ("report.py --blind run clips", "not in both"), ("report.py --blind clips wide", "must be alike"),
     ("report.py --tally run/config.json", "no key"),

@@ -7,7 +7,6 @@ from PIL import Image
 from support import pictures, tables
 from support.tables import best_middle_worst
 from support.videos import write_video
-from tiny import judge
 
 
 def test_the_best_the_middle_and_the_worst_gain_are_shown():
@@ -89,17 +88,11 @@ def test_measures_of_known_clips():
         assert {name: found[name] for name in expected} == pytest.approx(expected, abs=error)
 
 
-def test_the_judge_has_the_same_sharpness_and_saturation():
-    """Sharpness off the watermark's band; and of any size, which torch.quantile refuses."""
-    clip = torch.rand(2, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    judged = judge.pixel_measures(clip)
-    off_band = torch.cat([clip[..., :13, :], clip[..., 20:, :]], dim=-2)
-    steepest = off_band.diff(dim=-1).abs().amax(dim=2).flatten(1)
-    vivid = (clip.amax(dim=2) - clip.amin(dim=2)).flatten(1)
-    assert torch.equal(judged["sharpness"], tables.sharpness(off_band))
-    assert torch.equal(judged["saturation"], tables.saturation(clip))
-    torch.testing.assert_close(judged["sharpness"], steepest.quantile(.99, dim=1))
-    torch.testing.assert_close(judged["saturation"], vivid.quantile(.9, dim=1))
+def test_quantiles_are_torchs():
+    """Whose own are for at most 16 million values."""
+    values = torch.rand(2, 1000, generator=torch.Generator().manual_seed(0))
+    for q in (.9, .99, 1.):
+        torch.testing.assert_close(tables.quantile(values, q), values.quantile(q, dim=1))
 
 
 def test_diversity_is_among_the_videos_of_a_prompt():

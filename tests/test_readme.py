@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import tyro
+from conftest import ROOT
 
 import train
 from support import settings
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def commands():

@@ -12,7 +12,7 @@ from PIL import Image
 from formats import hps_package
 from formats.reward_model import clip_normalize, letterbox, limit, stretch
 from reward import HPSv2, aggregate, first_frames, load_hpsv2, segment_frames, tar_weights
-from tests.conftest import refused
+from tests.conftest import refused, seeded
 
 # ViT-H-14's structure, small: 28 x 28 pictures in patches of 7, the real vocabulary.
 CONFIG = {
@@ -21,10 +21,6 @@ CONFIG = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "layers": 2, "width": 16, "heads": 2},
 }
 CAPTIONS = ["a red panda riding a bicycle, 4k", "a  Lighthouse &amp; the sea at night"]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def tiny_clip(seed=0, **vision):

@@ -13,7 +13,7 @@ import train
 from model import load_base
 from reward import load_rewards
 from support import ranks as processes
-from tests.conftest import metrics, refused, same_tensors
+from tests.conftest import metrics, refused, run, same_tensors
 from tiny import clips
 
 KINDS = ["hpsv2", "pickscore", "aesthetic", "imagereward", "yolos:book", "videomae:moving left", "vjepa", "action:left",
@@ -30,10 +30,6 @@ def tiny():
     base = load_base("tiny")
     lora.inject(base.network, 4, generator=torch.Generator().manual_seed(0))
     return base, clips.clips(base, 16, 32)
-
-
-def run(*argv):
-    return train.main([*map(str, argv)])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,14 +9,7 @@ from torch import nn
 import sampler
 from model import UNet3D, UNetConfig
 from sampler import Levels, add_noise, alpha_bars, check_edit, ddim_levels, ddpm_step, edit_steps, guided, noise_step, step
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=seeded(seed), dtype=dtype)
+from tests.conftest import randn
 
 
 class Denoiser(nn.Module):

@@ -11,11 +11,11 @@ from functools import partial
 import imageio.v3 as iio
 import pytest
 import tyro
+from conftest import refused
 
 import evaluate
 import train
 from support.clips import read_list
-from support.tables import over_seeds
 from tiny import study, world
 
 IN_DOMAIN = f"--prompts in_domain={study.WORK}/in_domain.txt"
@@ -72,7 +72,7 @@ def test_a_study_that_is_stopped_goes_on_and_repeats_nothing(few_clips, aside, t
 def test_seeds_are_pooled_with_their_spread_and_the_wider_error_is_shown():
     rows = [{"set": "a", "measures": {"reward_mean": 0.5 + gain, "n": 4}, "differences": {"reward": (gain, error)}}
             for gain, error in ((0.2, 0.04), (0.5, 0.06))]
-    pooled = over_seeds("both", rows)
+    pooled = study.over_seeds("both", rows)
     assert pooled["differences"]["reward"] == pytest.approx((0.35, 0.05)) and pooled["label"] == "both"
     assert pooled["measures"] == pytest.approx({"reward_mean": 0.85, "n": 4}) and pooled["seeds"] == 2
     assert pooled["spread"]["reward"] == pytest.approx(0.3 / 2 ** 0.5)
@@ -92,8 +92,7 @@ def test_the_pages_have_the_tables_that_the_files_give(tmp_path, monkeypatch):
     assert {page: page.read_text() for page in before} == before
     assert all(iio.imread(study.ROOT / "docs" / f"{name}.png").ndim == 3 for name in study.PICTURES)
     shutil.copy(study.RESULTS / "rank.json", study.RESULTS / "nowhere.json")
-    with pytest.raises(ValueError, match="no page has the marker <!-- study nowhere -->"):
-        study.write_report()
+    refused("no page has the marker <!-- study nowhere -->", study.write_report)
 
 
 def test_the_clips_that_studies_read_are_written_once(aside, monkeypatch):

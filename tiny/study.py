@@ -33,10 +33,10 @@ import train
 from generate import generate
 from model import load_base
 from support.files import read_json, write_text, write_whole
-from support.pictures import draw_gains, markdown, write_png
+from support.pictures import markdown, new_figure, write_figure, write_png
 from support.ranks import run_script
 from support.run import read_metrics
-from support.tables import json_numbers, over_seeds
+from support.tables import column, json_numbers
 from support.videos import to_pixels, write_video
 from tiny import clips, world
 
@@ -71,6 +71,20 @@ def run_study(name):
     report = {"command": f"python -m tiny.study {name}", "reward": reports[0]["reward"], "evaluation_seed": reports[0]["seed"],
               "versions": reports[0]["versions"], "rows": rows}
     write_text(RESULTS / f"{name}.json", json.dumps(json_numbers(report), indent=1) + "\n")
+
+
+def over_seeds(label, rows):
+    """Rows {measures, differences, ...} of several training seeds as one: means of measures, of gains and of the gains' errors.
+    "spread" is the standard deviation over the seeds of each measure's gain. The error over prompts of a mean over seeds is at
+    most the mean of the seeds' errors."""
+    pooled = {"label": label, "seeds": len(rows), "measures": {}, "differences": {}, "spread": {}}
+    for key in rows[0]["measures"]:
+        pooled["measures"][key] = column([row["measures"][key] for row in rows]).mean().item()
+    for key in rows[0].get("differences", {}):
+        gains, errors = map(column, zip(*[row["differences"][key] for row in rows]))
+        pooled["differences"][key] = gains.mean().item(), errors.mean().item()
+        pooled["spread"][key] = gains.std().item() if len(rows) > 1 else None
+    return rows[0] | pooled
 
 
 def folder_name(*words):
@@ -226,6 +240,33 @@ def write_report():
     for picture, panels in PICTURES.items():
         drawn = [(read_rows(reports[name]), measure, below) for name, measure, below in panels]
         draw_gains(drawn, ROOT / "docs" / f"{picture}.png")
+
+
+def draw_gains(panels, path):
+    """Panels (rows, measure, words below it), side by side: how much each row changed the measure, with the error of that.
+    rows: {label, set, differences {measure: (change, ...)}, error {measure: the one to draw}}; without an error, or of all sets
+    together, they are left out. Colours tell prompt sets apart. All panels have the same labels."""
+    figure, axes = new_figure(len(panels), 2, (4.6, 2.6) if len(panels) > 1 else (8, 4.8))
+    for axis, (rows, measure, below) in zip(axes, panels):
+        labels = []
+        by_set = {}  # {set: [(place of the label, gain, error)]}
+        for row in rows:
+            if measure in row["error"] and row["set"] != "all":
+                labels += [row["label"]] if row["label"] not in labels else []
+                point = labels.index(row["label"]), row["differences"][measure][0], row["error"][measure]
+                by_set.setdefault(row["set"], []).append(point)
+        for i, (set_name, points) in enumerate(by_set.items()):
+            places, gains, errors = np.array(points).T
+            heights = places + 0.5 * ((i + 0.5) / len(by_set) - 0.5)
+            axis.errorbar(gains, heights, xerr=errors, fmt="o", ms=4, capsize=2, label=set_name)
+        axis.axvline(0, color="k", lw=0.8)
+        axis.set(xlabel=below, yticks=range(len(labels)), yticklabels=labels if axis is axes[0] else [])
+        axis.set_ylim(len(labels) - 0.5, -0.5)
+        axis.locator_params("x", nbins=6)
+        axis.grid(axis="x", lw=0.4)
+        if len(by_set) > 1:
+            axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
+    write_figure(path, figure)
 
 
 def draw_evolution():
