@@ -294,10 +294,11 @@ NUMBERS = [
         batch_size=(0,), clips_at_once=(-1,), warmup=(-1,), max_bad_steps=(0,), fps=(0,), eval_every=(-1,), eval_count=(-1,),
         save_every=(0,), workers=(-1,), decode_chunk=(-1,), cache_interval=(0,), size=(0,), frames=(0,))),
     (generate.check, generate.Config(prompt=["red"]), dict(
-        num_steps=(0, 1000), frames=(0,), fps=(0,), batch_size=(0,), guidance=(math.nan,), lora_scale=(math.inf,), width=(-32,))),
+        num_steps=(0, 1000), frames=(0,), fps=(0,), batch_size=(0,), guidance=(math.nan,), lora_scale=(math.inf,), width=(-32,),
+        per_prompt=(0,))),
     (evaluate.check, evaluate.Config(), dict(
         num_steps=((20, 1000),), guidance=((math.nan,),), lora_scale=((1., math.inf),), count=(-1,), sheet=(-1,), frames=(0,),
-        batch_size=(0,), segments=(17,), width=(0,)))]
+        batch_size=(0,), segments=(17,), width=(0,), per_prompt=(0,), fps=(0,)))]
 
 
 @pytest.mark.parametrize("check, cfg, wrong", NUMBERS, ids=["train", "generate", "evaluate"])
