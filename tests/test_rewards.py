@@ -695,15 +695,14 @@ def test_nobody_pays_for_other_rewards(monkeypatch):
     ("viclip", [1.653, 3.718, .796, 1.382]), ("videoreward", [4.723, 9.769, 4.114, 3.617])])
 def test_full_size_cost(kind, expected, monkeypatch):
     """TFLOP forward and with backward, GiB of weights and beyond, for a clip of 256 x 256 on meta in bfloat16."""
-    for name in ("get_vision_position_ids", "get_vision_attention_seqlens"):  # of numbers, which meta has not
-        call, device = getattr(modeling_qwen2_vl, name), "meta" if "position" in name else "cpu"
-        monkeypatch.setattr(modeling_qwen2_vl, name, lambda grid, *args, call=call, device=device, **settings: torch.as_tensor(
-            call(torch.tensor([[2, 24, 24]]), *args, **settings)).to(device))
+    for name, result in (("position_ids", torch.empty(1152, 2, device="meta")),  # by numbers, which meta has not
+                         ("attention_seqlens", (torch.tensor([0, 576, 1152]), 576))):
+        monkeypatch.setattr(modeling_qwen2_vl, f"get_vision_{name}", lambda *args, result=result, **settings: result)
     with torch.device("meta"):
         if kind == "viclip":
             reward = viclip.ViCLIP(viclip.Towers(viclip.LARGE, viclip.TEXT), "vbench", "")
         else:
-            network, text = videoreward.Network(videoreward.TEXT, videoreward.VISION), "x" * 720 + TEMPLATE
+            network, text = videoreward.Network(videoreward.TEXT, videoreward.VISION), "x" * 690 + TEMPLATE
             reward = videoreward.VideoReward(network, published.byte_tokenizer(), text, SCALES, "")
     reward = reward.requires_grad_(False).to("meta", torch.bfloat16)
     frames = torch.rand(1, reward.num_frames, 3, 256, 256, device="meta", requires_grad=True)
