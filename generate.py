@@ -106,7 +106,7 @@ class Config(ModelSettings):
 
 
 def check(cfg):
-    """{seed of a video: (its file, its prompt)}. ValueError for what can be known to be wrong now."""
+    """{seed of a video: (its file, its prompt)}. ValueError for what is known to be wrong now."""
     prompts = list(cfg.prompt)
     if cfg.prompts:
         prompts += read_prompts(cfg.prompts)

@@ -51,8 +51,8 @@ class RewardSettings(ModelSettings):
     """The same, and what scores its videos."""
     reward: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """hpsv2 (default: v2.0, the paper's and the official code's; may end in /crop or /stretch), hpsv2.1, pickscore, aesthetic,
-    imagereward, yolos:CLASS, videomae:ACTION, vjepa, my_file.py:function; in the tiny world action:DIRECTION, removal:watermark;
-    repeatable, with a weight as in aesthetic=0.05 (docs/rewards.md)"""
+    imagereward, yolos:CLASS, videomae:ACTION, vjepa, videoreward (or :VQ, :MQ, :TA), viclip, my_file.py:function; in the tiny
+    world action:DIRECTION, removal:watermark; repeatable, with a weight as in aesthetic=0.05 (docs/rewards.md)"""
     reward_weights: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME=PATH, the weights of a reward, repeatable; a bare PATH where there is one reward. Default the base's own, else the
     hub's; random and random:W as for base"""
