@@ -7,7 +7,6 @@ import json
 import math
 from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass, replace
-from itertools import chain
 from pathlib import Path
 from types import UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
@@ -164,7 +163,9 @@ def parse(argv, presets, description):
     named = argv.pop(0) if argv and not argv[0].startswith("-") else None
     if named is not None and named not in presets:
         raise ValueError(f"preset {named!r}: must be one of {', '.join(presets)}")
-    words = [*chain(*(word.split("=", 1) for word in argv))]
+    words = []
+    for word in argv:
+        words += word.split("=", 1)
     folder = words[words.index("--resume") + 1] if "--resume" in words[:-1] else None  # before the rest can be parsed
     saved = read_settings(Path(folder), presets) if folder else None
     defaults = saved or presets[named or next(iter(presets))]
