@@ -8,7 +8,6 @@ import math
 import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass, replace
-from itertools import chain
 from pathlib import Path
 from types import UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
@@ -224,7 +223,9 @@ def parse(argv, presets, description):
     named = argv.pop(0) if argv and not argv[0].startswith("-") else None
     if named is not None and named not in presets:
         raise ValueError(f"preset {named!r}: must be one of {', '.join(presets)}")
-    words = [*chain(*(word.split("=", 1) for word in argv))]
+    words = []
+    for word in argv:
+        words += word.split("=", 1)
     folder = words[words.index("--resume") + 1] if "--resume" in words[:-1] else None  # before the rest can be parsed
     saved = read_settings(Path(folder), presets) if folder else None
     defaults = saved or presets[named or next(iter(presets))]
@@ -248,6 +249,10 @@ def parse(argv, presets, description):
             is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.base) is not None
             lacks = "no such file or folder" + is_hub_id * f"; if it is a hub id, it {lacks}"
         raise ValueError(f"base {cfg.base}: {lacks}")
+    for parent in type(cfg).__mro__[1:]:
+        for name, hint in get_type_hints(parent).items():
+            if get_type_hints(type(cfg))[name] != hint:
+                raise ValueError(f"setting {name}: {parent.__name__} has one of this name and of another type; rename yours")
     from_record(json.loads(json.dumps(asdict(cfg), default=str)), type(cfg))  # a run must not begin that cannot go on
     return cfg
 

@@ -493,13 +493,7 @@ def test_malformed_weights(tmp_path, small_sizes):
 
 
 def test_hub_folders_and_what_lies_beside(tmp_path, monkeypatch, capsys, small_sizes):
-    asked = []
-
-    def download(repo, name):
-        asked.append((repo, name))
-        return str(tmp_path / repo.partition("/")[2] / name)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name: str(tmp_path / repo.partition("/")[2] / name))
     live_videomae(tmp_path / "videomae-base-finetuned-kinetics")
     assert load_reward("videomae:moving up").name == "VideoMAE-32:moving up" and SIZES[768] == "base"
     assert capsys.readouterr().err.splitlines()[-1] == "VideoMAE-32: its weights are CC-BY-NC-4.0, for no commercial use"

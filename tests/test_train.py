@@ -689,6 +689,12 @@ def test_settings_of_every_kind_are_read_back_or_refused_before_anything_is_load
     refused("^settings table: cannot be read back from config.json, so the run could not be ",
             settings.parse, ["--table", "a", "1", "--scales", "3"], presets, "")
 
+    @dataclass(frozen=True)
+    class Shadowing(train.Config):
+        rank: str = "high"
+    refused("^setting rank: Config has one of this name and of another type; rename yours", settings.parse, [],
+            {"tiny": Shadowing()}, "")
+
 
 # ------------------------------------------------- Settings of a whole run -------------------------------------------------
 
