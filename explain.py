@@ -101,9 +101,9 @@ class Setup:
             self.dataset = train.read_clips(cfg, self.base)
         else:
             self.dataset = self.base.world.clips(self.base, cfg.frames, cfg.size or self.base.default_size, CLIPS)
-        self.uncond = self.base.encode_text([""])
         self.batch = self.draw(cfg.segments)
         self.z, self.eps, self.text, self.g, self.captions = self.batch
+        self.uncond = self.base.unconditional(self.text)
 
     def draw(self, segments):
         """The step's batch; with other segments the same clip and noise, and other frames of it."""

@@ -41,7 +41,6 @@ def generate(base, prompts, seeds, num_steps=20, guidance=None, frames=16, heigh
     own. move_on: called after each batch with its size.
     """
     shape = base.latent_shape(frames, height, width)                          # (C, f, h, w)
-    uncond = base.unconditional()                                             # (1, N, E)
     guidance = base.guidance if guidance is None else guidance
     levels = base.levels(num_steps)
 
@@ -57,6 +56,7 @@ def generate(base, prompts, seeds, num_steps=20, guidance=None, frames=16, heigh
 
         # 2. The whole chain, for a batch at once.
         text = base.encode_text([prompts[i] for i in batch])                  # (B, N, E)
+        uncond = base.unconditional(text)                                     # (1 or B, N, E)
         z_0 = sample(base.predict, noise, text, uncond, levels, guidance)     # (B, C, F, h, w)
         if move_on:
             move_on(len(batch))

@@ -49,6 +49,8 @@ from dataclasses import dataclass
 
 import torch
 
+from support.ranks import map_tensors
+
 GUIDANCE = 3.0  # what the official code trains and evaluates with (modules/config.py:74)
 
 
@@ -112,12 +114,14 @@ class Levels:
 
     t: what the network is told. alpha, sigma: z_t = alpha z_0 + sigma eps. fresh: deviation of a
     step's new noise at eta = 1, by default DDPM's. start: that of the noise a video is made from.
+    first_guidance: w of the first frame, where a number w is that of the last (SVD).
     """
     t: list
     alpha: list
     sigma: list
     fresh: list | None = None
     start: float = 1.
+    first_guidance: float | None = None
 
     def __post_init__(self):
         self.num_steps = len(self.t) - 1
@@ -154,14 +158,19 @@ def guided(predict, z_t, levels, i, text, uncond, guidance):
     guidance, so the gradient of a sampled video goes through both; with one branch detached it
     would be the gradient of something else.
 
-    z_t (B,C,F,H,W), text (B,N,E), uncond (1,N,E) or (B,N,E): the empty caption's. Where guidance is
-    1 only one branch is run. A level may have a number for each clip.
+    z_t (B,C,F,H,W), text (B,N,E), uncond (1,N,E) or (B,N,E): the empty caption's; or dicts of such
+    tensors. guidance: a number, or (F,). Where it is 1 only one branch is run. A level may have a
+    number for each clip.
     """
     level = levels.t[i], levels.alpha[i], levels.sigma[i]
     if isinstance(guidance, (int, float)) and guidance == 1:
         return predict(z_t, level, text)
+    if not torch.is_tensor(guidance) and levels.first_guidance is not None:
+        guidance = torch.linspace(levels.first_guidance, guidance, z_t.shape[2])
+    if torch.is_tensor(guidance):
+        guidance = guidance.to(z_t).view(-1, 1, 1)                            # (F, 1, 1)
 
-    both = torch.cat([text, uncond.expand(len(z_t), -1, -1)])                 # (2B, N, E)
+    both = map_tensors(lambda c, u: torch.cat([c, u.expand_as(c)]), text, uncond)  # (2B, N, E)
     level = tuple(torch.cat([v, v]) if torch.is_tensor(v) else v for v in level)
     z_0, eps = predict(torch.cat([z_t, z_t]), level, both)                    # (2B, C, F, H, W)
     (z_0, z_0_u), (eps, eps_u) = z_0.chunk(2), eps.chunk(2)

@@ -157,7 +157,7 @@ def split_batch(batch, part_size):
     part_size = part_size or len(batch[0])
     split = []
     for start in range(0, len(batch[0]), part_size):
-        split.append([item[start:start + part_size] for item in batch])
+        split.append([ranks.take(item, slice(start, start + part_size)) for item in batch])
     return split
 
 
@@ -181,8 +181,7 @@ def draw_batch(dataset, step, cfg, base):
         text.append(words)                                                    # (N, E)
         g.append(segment_frames(cfg.frames, cfg.segments, 1, generator)[0])   # (S,)
         captions.append(caption)
-    tensors = [torch.stack(v).to(base.device, non_blocking=True) for v in (z, eps, text, g)]
-    return *tensors, captions
+    return *(ranks.stack(v, base.device) for v in (z, eps, text, g)), captions
 
 
 # ----------------------------------------------------------------------------------------------
@@ -261,13 +260,12 @@ def check(cfg, needs_clips=True):
 def method(cfg, base, rewards, folder):
     """InstructVideo as the loop takes it, on the clips of --data or the base's own."""
     dataset = read_clips(cfg, base)
-    uncond = base.unconditional()                                             # (1, N, E)
 
     def draw(step):
         return draw_batch(dataset, step, cfg, base)
 
     def score(batch):
-        return edit_rewards(base, rewards, uncond, batch, cfg)
+        return edit_rewards(base, rewards, base.unconditional(batch[2]), batch, cfg)
 
     return Method(draw, score, dataset.description)
 
@@ -336,7 +334,7 @@ def main(argv, module=sys.modules[__name__]):
 
         # 2. Clips and captions go through the encoders once, which then may leave the accelerator.
         method = module.method(cfg, base, rewards, folder)
-        for captions in (*evaluations.prompts.values(), [""]):
+        for captions in evaluations.prompts.values():
             base.encode_text(captions)
         base.release_encoders()
         base.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)

@@ -150,7 +150,8 @@ class Base:
         return [f"{fingerprint(part.state_dict())} {dtype}" for part in (self.vae, self.text_encoder)]
 
     def release_encoders(self):
-        """Free accelerator memory, once every caption and clip has been encoded."""
+        """Free accelerator memory, once every caption and clip has been encoded, and here the empty caption too."""
+        self.unconditional()
         self.text_encoder.to("cpu")
         self.vae.encoder.to("cpu")
 

@@ -177,6 +177,7 @@ class Wan:
         """Free accelerator memory, once every caption and clip has been encoded."""
         self.vae.encoder.to("cpu")
         if self.text_encoder is not None:
+            self.unconditional()  # the empty caption is read in every step
             self.text_encoder.to("cpu")
 
 

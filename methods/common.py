@@ -90,7 +90,6 @@ class Videos:
     base: object                                                    # of bases/
     pick_frames: Callable                                           # generator -> (S,), scored
     prompts: list
-    uncond: torch.Tensor                                            # (1, N, E)
 
     @property
     def description(self):
@@ -142,7 +141,7 @@ def read_videos(cfg, base, pick_frames=None):
     report_long(prompts, base)
     for start in range(0, len(prompts), 64):  # now, as the text encoder may leave the accelerator
         base.encode_text(prompts[start:start + 64])
-    return Videos(cfg, base, pick_frames, prompts, base.unconditional())
+    return Videos(cfg, base, pick_frames, prompts)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from methods import common
 from reward import first_frames
 from sampler import guided, step
 from support.clips import say_once
-from support.ranks import progress, rank_and_size, sample_generator
+from support.ranks import progress, rank_and_size, sample_generator, take
 from support.settings import check_at_least, check_positive
 
 BUFFER = 16  # rewards of a prompt that its statistics need (kvablack: config/base.py)
@@ -85,7 +85,7 @@ def sample_path(base, noise, text, uncond, keys, cfg):
     """The chains of a batch, z_T to z_0 (B, D + 1, C, F, h, w), and log p of their steps (B, D)."""
     generators = [sample_generator(*key) for key in keys]
     fresh = common.fresh_noise(noise, generators, cfg.num_steps)              # (D, B, C, F, h, w)
-    path, log_probs = [noise], []
+    path, log_probs = [base.levels(cfg.num_steps).start * noise], []
     for i in range(cfg.num_steps, 0, -1):
         mean, std = policy(base, path[-1], i, text, uncond, cfg)
         path.append(mean + std * fresh[cfg.num_steps - i])                    # (B, C, F, h, w)
@@ -100,7 +100,7 @@ def sample_batch(base, rewards, videos, step, cfg):
     whole = videos.start(videos.share(step, cfg.batch_size, cfg.group), cfg.seed, step)
     parts = []  # as learning takes them: they fit into memory, and 16 bits round them alike
     for noise, text, g, captions, keys in train.split_batch(whole, cfg.clips_at_once):
-        path, log_probs = sample_path(base, noise, text, videos.uncond, keys, cfg)
+        path, log_probs = sample_path(base, noise, text, base.unconditional(text), keys, cfg)
         R, logged = train.video_rewards(base, rewards, path[:, -1], g, captions, cfg)
         parts.append((path, log_probs, logged["reward"], R))
     return *(torch.cat(tensors) for tensors in zip(*parts)), whole[3]
@@ -186,7 +186,8 @@ def method(cfg, base, rewards, folder):
         R = torch.zeros_like(A)
         for i in set(steps):
             of_step = [k for k, other in enumerate(steps) if other == i]
-            mean, std = policy(base, z_t[of_step], i, text[of_step], videos.uncond, cfg)
+            part = take(text, of_step)
+            mean, std = policy(base, z_t[of_step], i, part, base.unconditional(part), cfg)
             new_log_prob = log_prob(z_prev[of_step], mean, std)
             R[of_step] = -ppo_loss(new_log_prob, old_log_prob[of_step], A[of_step], cfg.clip_range)
         return R, {"reward": mean_scores}

@@ -34,7 +34,7 @@ from data import batch_indices
 from methods import common
 from reward import first_frames
 from sampler import sample
-from support.ranks import rank_and_size, sample_generator
+from support.ranks import map_tensors, rank_and_size, sample_generator
 from support.settings import check_positive
 
 
@@ -51,7 +51,8 @@ def pair_errors(base, z_w, z_l, eps, u, text):
     z, eps = torch.cat([z_w, z_l]), torch.cat([eps, eps])                     # (2B, C, F, h, w)
     t, alpha, sigma = [v.to(z.device) for v in base.level(torch.cat([u, u]))]  # (2B,), ...
     z_t = alpha * z + sigma * eps                                             # Eq. (5)
-    z_0, guess = base.predict(z_t, (t, alpha, sigma), torch.cat([text, text]))
+    text = map_tensors(lambda t: torch.cat([t, t]), text)                     # (2B, N, E)
+    z_0, guess = base.predict(z_t, (t, alpha, sigma), text)
     return base.error(z_0, guess, z, eps, (t, alpha, sigma)).chunk(2)
 
 
@@ -67,7 +68,8 @@ def sample_pairs(base, rewards, videos, round_number, cfg):
             key = (cfg.seed, "round", round_number, which)
             noise, text, g, captions, _ = videos.start(part, *key)
             lora.set_scale(base.network, 1. if round_number else 0.)
-            z.append(sample(base.predict, noise, text, videos.uncond, levels, cfg.guidance))
+            uncond = base.unconditional(text)                                 # (1 or B, N, E)
+            z.append(sample(base.predict, noise, text, uncond, levels, cfg.guidance))
             lora.set_scale(base.network, 1.)
 
             # 2. Their rewards, with SegVR and TAR as in train.py.

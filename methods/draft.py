@@ -74,7 +74,7 @@ def method(cfg, base, rewards, folder):
         return *batch, [last_steps(step, cfg)] * len(batch[0])
 
     def score(batch):
-        return draft_rewards(base, rewards, videos.uncond, batch, cfg)
+        return draft_rewards(base, rewards, base.unconditional(batch[1]), batch, cfg)
 
     return train.Method(draw, score, videos.description)
 

@@ -39,7 +39,8 @@ def onestep_rewards(base, rewards, uncond, batch, cfg):
     levels = base.levels(cfg.num_steps)
     t, alpha, sigma = torch.tensor([levels.t, levels.alpha, levels.sigma])[:, steps].to(z.device)
     alpha, sigma = alpha.view(-1, 1, 1, 1, 1), sigma.view(-1, 1, 1, 1, 1)          # a row per clip
-    levels = Levels([0., t], [1., alpha], [0., sigma])  # a chain of one step, each clip's own
+    # A chain of one step, each clip's own.
+    levels = Levels([0., t], [1., alpha], [0., sigma], first_guidance=levels.first_guidance)
 
     z_t = add_noise(z, eps, levels, 1)                                             # Eq. (5)
     z_0, _ = guided(base.predict, z_t, levels, 1, text, uncond, cfg.guidance)
@@ -71,7 +72,6 @@ def check(cfg):
 def method(cfg, base, rewards, folder):
     """One-step editing as train.train takes it."""
     dataset = train.read_clips(cfg, base)
-    uncond = base.unconditional()                                                  # (1, N, E)
     least = edit_steps(cfg.tau_low, cfg.num_steps)
     most = edit_steps(cfg.tau_high, cfg.num_steps)
 
@@ -84,7 +84,7 @@ def method(cfg, base, rewards, folder):
         return *train.draw_batch(dataset, step, cfg, base), steps
 
     def score(batch):
-        return onestep_rewards(base, rewards, uncond, batch, cfg)
+        return onestep_rewards(base, rewards, base.unconditional(batch[2]), batch, cfg)
 
     return train.Method(draw, score, dataset.description)
 

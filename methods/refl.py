@@ -75,7 +75,8 @@ def method(cfg, base, rewards, folder):
 
     def score(batch):
         noise, text, g, captions, m = batch
-        z_0 = predict(base, noise, text, videos.uncond, m[0], cfg)            # (B, C, F, h, w)
+        uncond = base.unconditional(text)                                     # (1 or B, N, E)
+        z_0 = predict(base, noise, text, uncond, m[0], cfg)                   # (B, C, F, h, w)
         return train.video_rewards(base, rewards, z_0, g, captions, cfg)
 
     return train.Method(draw, score, videos.description)

@@ -61,7 +61,8 @@ def sample_videos(base, rewards, videos, round_number, cfg):
     for start in range(0, len(share), 8):
         part = share[start:start + 8]
         noise, text, g, captions, _ = videos.start(part, cfg.seed, "round", round_number)
-        z = sample(base.predict, noise, text, videos.uncond, levels, cfg.guidance)
+        uncond = base.unconditional(text)                                     # (1 or B, N, E)
+        z = sample(base.predict, noise, text, uncond, levels, cfg.guidance)
         R, logged = train.video_rewards(base, rewards, z, g, captions, cfg)
         indices = torch.tensor([index for _, index in part])                  # (B,)
         yield {"z": z, "R": R, "reward": logged["reward"], "prompt": indices}

@@ -83,7 +83,7 @@ def method(cfg, base, rewards, folder):
     videos = read_videos(cfg, base, pick_frames)
 
     def score(batch):
-        return vader_rewards(base, rewards, videos.uncond, batch, cfg)
+        return vader_rewards(base, rewards, base.unconditional(batch[1]), batch, cfg)
 
     return train.Method(videos.batch, score, videos.description)
 

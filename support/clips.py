@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from support.files import first_names, read_text, write_whole
-from support.ranks import all_gather, barrier, is_main_process, progress, rank_and_size
+from support.ranks import all_gather, barrier, is_main_process, map_tensors, progress, rank_and_size, take
 from support.videos import plan_windows, read_all_windows, read_as_in_version_1
 
 SUFFIXES = (".mp4 .webm .avi .mov .mkv .gif .m4v .mpg .mpeg .ts .mts .m2ts .flv .f4v .ogv .wmv .asf .3gp .3g2 .vob .m2v .mxf "
@@ -165,19 +165,34 @@ CACHE_VERSION = 2  # of how clips are read; what is read as in version 1 keeps i
 
 
 class Stored:
-    """A tensor in a cache file, read only when indexed, and only that part: stored[k], stored[:]."""
+    """A tensor in a cache file, or a dict of such, read only when indexed, and only that part: stored[k], stored[:]."""
 
     def __init__(self, path):
         self.path = path
         with safe_open(path, "pt") as file:  # SafetensorError unless the file is as long as its header says
-            self.length = file.get_slice("tensor").get_shape()[0]
+            self.names = list(file.keys())
+            self.length = file.get_slice(self.names[0]).get_shape()[0]
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, where):
         with safe_open(self.path, "pt") as file:
-            return file.get_slice("tensor")[where].clone()  # off the memory map, which dies with the file
+            read = {name: file.get_slice(name)[where].clone() for name in self.names}  # off the memory map: it dies with the file
+        return read["tensor"] if self.names == ["tensor"] else read
+
+
+class Held:
+    """A dict of tensors that belong to one caption or clip, in memory, indexed as Stored is."""
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+
+    def __len__(self):
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, where):
+        return take(self.tensors, where)
 
 
 def cached_file(folder, *made_from):
@@ -197,8 +212,9 @@ def find_cached(files):
 
 
 def fill_cached(entries, files, compute, unit):
-    """Compute what is None in entries {item: tensor}: compute(items) yields (item, tensor), or None for one that it cannot.
-    files: {item: where to keep it}; with files every rank has its share of the work and finds the others'. unit: of the bar."""
+    """Compute what is None in entries {item: tensor}: compute(items) yields (item, tensor or dict of tensors), or None for one
+    that it cannot. files: {item: where to keep it}; with files every rank has its share of the work and finds the others'.
+    unit: of the bar."""
     # A rank's share is one of all items: which are missing changes while other ranks are at work.
     is_shared = any(files.values())
     rank, world_size = rank_and_size() if is_shared else (0, 1)
@@ -207,10 +223,12 @@ def fill_cached(entries, files, compute, unit):
     with progress(None, f"encoding {unit}", total, unit=unit, disable=not missing, shared=is_shared) as bar:
         for item, tensor in compute(missing):
             bar.update()
-            entries[item] = None if tensor is None else tensor.detach().cpu().contiguous()
+            if tensor is not None:
+                tensor = map_tensors(lambda t: t.detach().cpu().contiguous(), tensor)
+            entries[item] = Held(tensor) if isinstance(tensor, dict) else tensor
             if tensor is not None and is_shared:
                 with write_whole(files[item]) as hidden:
-                    save_file({"tensor": entries[item]}, hidden)
+                    save_file(tensor if isinstance(tensor, dict) else {"tensor": tensor}, hidden)
                 entries[item] = Stored(files[item])
     barrier()
     entries.update(find_cached({item: file for item, file in files.items() if entries[item] is None}))
@@ -302,7 +320,9 @@ def encode_captions(captions, encode_text, text_name, cache_dir=None):
     """One entry per caption, whose [:] is its features (N, E), as encode_text([B captions]) -> (B, N, E) has them."""
     def encode_missing(missing):
         for i in range(0, len(missing), 64):
-            yield from zip(missing[i:i + 64], encode_text(missing[i:i + 64]), strict=True)
+            features = encode_text(missing[i:i + 64])                                              # (B, N, E)
+            for j, caption in enumerate(missing[i:i + 64]):
+                yield caption, take(features, j)
 
     files = {caption: cached_file(cache_dir, 1, "text", text_name, caption) for caption in captions}  # equal ones once
     entries = find_cached(files)

@@ -52,6 +52,26 @@ def move_to(module, device):
     return module
 
 
+def map_tensors(function, *texts):
+    """function(*texts) for what a base is told of videos: a tensor that begins with B, or a dict of such, then name by name."""
+    if not isinstance(texts[0], dict):
+        return function(*texts)
+    made = {}
+    for name in texts[0]:
+        made[name] = function(*(text[name] for text in texts))
+    return made
+
+
+def take(text, which):
+    """text[which] (map_tensors): a part of a batch, by a slice, a list of numbers or one."""
+    return map_tensors(lambda t: t[which], text)
+
+
+def stack(texts, device):
+    """A batch (B, ...) on its device, of what belongs to each video (map_tensors)."""
+    return map_tensors(lambda *items: torch.stack(items).to(device, non_blocking=True), *texts)
+
+
 def rank_and_size():
     """(rank, world size) of this process, as torchrun tells it; (0, 1) without torchrun. Rank 0 writes and prints."""
     return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if "RANK" in os.environ else (0, 1)
