@@ -41,8 +41,7 @@ class ModelSettings:
     device: str | None = None
     """cuda, mps or cpu; default the first of these that is there"""
     dtype: str | None = None
-    """float32, bfloat16 or float16 of the frozen weights; default on cuda bfloat16, on a card without it float16, else float32.
-    Adapters are float32"""
+    """float32, bfloat16 or float16 of what is frozen; default on cuda bfloat16, or float16 on cards without, else float32"""
 
 
 @dataclass(frozen=True)
@@ -118,12 +117,6 @@ class TrainingSettings(RewardSettings):
     decoder remembers earlier latents"""
     compile: bool = False
     """torch.compile the UNet"""
-
-    @property
-    def videos_at_once(self):
-        """How many an evaluation computes at once: eight need less memory than a clip with gradient, unless that saves it."""
-        at_once = self.clips_at_once if self.checkpoint_activations or self.low_memory else 0
-        return min(at_once or self.batch_size, 8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -325,9 +325,13 @@ def test_settings_that_are_refused(settings, message, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_cuda():
-    report = measure(Config(base="random:32", batch_size=1, frames=4, num_steps=5, steps=1, device="cuda"))
-    for row in report["contenders"].values():
-        assert 0 < row["peak_gib"] < 8 and row["seconds"] > 0
-    assert report["dtype"] == "bfloat16"
+def test_a_second_gpu_is_timed_as_such(monkeypatch):
+    """On fake functions of torch.cuda: each is asked for the device that was named."""
+    device, asked = torch.device("cuda:1"), {}
+    for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device=None, name=name: asked.setdefault(name, device) and 0)
+    weight = torch.nn.Parameter(torch.ones(1))
+    module = SimpleNamespace(decoder=torch.nn.Identity())
+    mine = benchmark.Contender(lambda batch: weight * batch, [weight], (torch.nn.Identity(), module, torch.nn.Identity()))
+    benchmark.time_step(mine, torch.optim.SGD([weight]), torch.ones(1), device)
+    assert len(asked) == 4 and {*asked.values()} == {device}

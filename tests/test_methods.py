@@ -215,6 +215,13 @@ def test_vaders_fresh_noise_is_a_videos_own(parts):
     assert abs(plain(keys=[keys[1]] * 2)[0] - plain()[0]) > 1e-4  # another video's noise
 
 
+def test_noise_for_a_chain_at_once_is_that_of_its_steps():
+    one, two = [[torch.Generator().manual_seed(seed) for seed in (1, 2)] for _ in range(2)]
+    noise = common.fresh_noise(torch.empty(2, 3, 5, dtype=torch.float64), one, 4)
+    steps = [torch.stack([torch.randn(3, 5, generator=generator) for generator in two]) for _ in range(4)]
+    assert torch.equal(noise, torch.stack(steps).double())
+
+
 def test_vader_scores_random_frames_or_all_in_order(parts):
     base, reward, uncond = parts
     seen = []
