@@ -5,6 +5,7 @@ What a training step costs: work and memory counted from shapes alone, time comp
     python benchmark.py --base random                       # full size with random weights, on a GPU
     python benchmark.py --base random --device meta         # full size, counted alone: no weights, no times
     python benchmark.py --base random --device meta --methods    # the same for every method of methods/
+    python benchmark.py --base wan --device meta            # a published base at the size of its preset: its row of docs/bases.md
 
 Counting runs train.py's own functions on PyTorch's meta device, whose tensors have shapes and no memory. Timing runs our step and
 diffusers' in turn and compares the two times of each repeat, so that other work on the machine slows both alike. Diffusers' step
@@ -39,12 +40,12 @@ import train
 from formats.names import unet_to_diffusers, vae_to_diffusers
 from methods import ddpo, dpo, draft, onestep, refl, rwr, vader
 from model import load_base
-from reward import aggregate, load_reward, segment_frames, tar_weights
+from reward import aggregate, load_reward, segment_edges, segment_frames, tar_weights
 from sampler import check_edit, edit_steps
 from support.files import check_folder, write_text
 from support.pictures import versions
 from support.ranks import pick_device, pick_dtype, progress, run_script, sample_generator
-from support.settings import check_at_least
+from support.settings import BASES, check_at_least, kind_of, rows_columns
 
 GIB = 2**30
 CAPTION = "a red circle moving left"
@@ -54,6 +55,8 @@ MEMORY_SETTINGS = {"no flag": {}, "--decode-chunk 1": {"decode_chunk": 1},
 METHODS = {"InstructVideo": train, "onestep": onestep, "draft": draft, "refl": refl, "vader": vader, "ddpo": ddpo, "rwr": rwr,
            "dpo": dpo}
 ON_CLIPS = {"InstructVideo": train.edit_rewards, "onestep": onestep.onestep_rewards}
+IN_ROW = ("InstructVideo", "vader", "refl")  # methods of a base's row
+CARDS = (8, 12, 16, 24, 32, 48, 80, 141)  # GiB; a tenth is left for kernels' workspaces and gaps between tensors
 ROUND_OF_ONE = {"ddpo": {"updates": 1}, "rwr": {"videos": 1}, "dpo": {"pairs": 1}}
 
 
@@ -64,18 +67,17 @@ class Contender:
     """One way to compute the step."""
     score: Callable   # a batch as train.draw_batch gives it -> R (B,) of Eq. (8), with gradient
     parameters: list  # the adapters, A and B in turn
-    networks: tuple   # UNet, autoencoder, reward
+    networks: tuple   # denoiser, what decodes frames (a base, or diffusers' autoencoder), reward
 
 
 def contenders(base, reward, cfg):
     """{name: Contender}, both on the same weights. Ours is set up as in train.main; the base gets adapters."""
-    settings = replace(train.PRESETS["modelscope"], tau=cfg.tau, num_steps=cfg.num_steps, frames=cfg.frames,
-                       low_memory=cfg.low_memory)
+    settings = replace(preset(train, base), tau=cfg.tau, num_steps=cfg.num_steps, frames=cfg.frames, low_memory=cfg.low_memory)
     uncond = base.encode_text([""])
     parameters = lora.inject(base.network, settings.rank)
-    base.network.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
+    base.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
     score = lambda batch: train.edit_rewards(base, reward, uncond, batch, settings)[0]
-    ours = {"ours": Contender(score, parameters, (base.network, base.vae, reward))}
+    ours = {"ours": Contender(score, parameters, (base.network, base, reward))}
     return ours | {"diffusers": on_diffusers(base, reward, uncond, settings)} if cfg.diffusers else ours
 
 
@@ -127,30 +129,48 @@ def load(cfg, device):
     """(base, reward) of a Config, on `device`. What is counted on meta is counted for a GPU, so in bfloat16."""
     is_meta = device.type == "meta"
     dtype = pick_dtype(cfg.dtype or ("bfloat16" if is_meta else None), device)
-    with torch.device("meta" if is_meta and cfg.base.startswith("random") else "cpu"):
-        base = load_base(cfg.base, dtype=dtype, device=device)
-        weights = "random:32" if cfg.base.startswith("random:") else "random"  # of a size that suits the base
+    full_size = {"modelscope": "random"}.get(cfg.base, f"random-{cfg.base}:full")
+    name = full_size if cfg.base in BASES else cfg.base
+    with torch.device("meta" if is_meta and name.startswith("random") else "cpu"):
+        base = load_base(name, dtype=dtype, device=device)
+        is_small = name.startswith(("random:", "random-")) and not name.endswith(":full")
+        weights = "random:32" if is_small else "random"  # of a size that suits the base
         if base.folder and (base.folder / "reward").is_dir():
             weights = None  # the base's own
         return base, load_reward("hpsv2", weights, base.folder, dtype, device)
 
 
-def copy_to_meta(base, reward):
-    """Copies without memory. Text is encoded once a caption and not once a step, so its features are computed here."""
+def preset(module, base):
+    """The full-size settings of a method for a base."""
+    return module.PRESETS.get(kind_of(base), module.PRESETS["modelscope"])
+
+
+def copy_to_meta(base, reward, frames):
+    """Copies without memory. Text is encoded once a caption and not once a step, so its features are computed here. Which frames
+    are wanted cannot be read on meta: the middle ones of the segments of `frames`, as a causal decoder's work depends on it."""
     base = copy.deepcopy(base, {id(base.world): base.world})  # a module, which cannot be copied
     reward = copy.deepcopy(reward).to("meta")
     for network in (base.network, base.vae, base.text_encoder):
         network.to("meta")
     base.texts.clear()
-    base.encode_text(["", CAPTION])
+    with ReadAsZero():
+        base.encode_text(["", CAPTION])
     reward.text_features([CAPTION])
+    decode = base.decode_frames
+
+    def decode_middle_frames(z, index):
+        edges = segment_edges(frames, index.shape[1])
+        middle = [(start + end) // 2 for start, end in zip(edges, edges[1:])]
+        return decode(z, torch.tensor([middle] * len(z), device="cpu"))
+
+    base.decode_frames = decode_middle_frames
     return base, reward
 
 
 def synthetic_batch(base, cfg, batch_size):
     """A batch as train.draw_batch gives it, of noise: the numbers do not change the cost."""
-    image_size = cfg.size or base.default_size
-    shape = (batch_size, *base.latent_shape(cfg.frames, image_size, image_size))          # (B, C, f, h, w)
+    size = rows_columns(cfg.size, base.default_size)
+    shape = (batch_size, *base.latent_shape(cfg.frames, *size))                           # (B, C, f, h, w)
     generator = sample_generator(0, "benchmark")
     z, eps = torch.randn((2, *shape), generator=generator).to(base.device)                # (B, C, F, h, w) each
     g = segment_frames(cfg.frames, train.Config.segments, batch_size, generator).to(base.device)
@@ -159,42 +179,49 @@ def synthetic_batch(base, cfg, batch_size):
 
 # -- Counting work and memory on meta --------------------------------------------------------------------------------
 
-def count_work(forward, unet, vae, reward):
+def count_work(forward, unet, decoder, reward):
     """{"tflop": {part: ...}, "calls": {part: items that its network ran on}} of forward() and its result's backward pass, if any.
     train.py does not mark where parts begin, so the networks are wrapped while it runs. The optimizer has no matrices: 0."""
     tflop = dict.fromkeys(PARTS, 0.)
     calls = dict.fromkeys(PARTS[:4], 0)
     latest = {}  # {part: (result, TFLOP) of its network's latest call}
     counter = FlopCounterMode(display=False)
+    is_way_back = False
 
-    def watch(network, function_name, network_part, item_dims):
+    def watch(network, function_name, network_part, count_items):
         function = getattr(network, function_name)
 
-        def counted(x, *args, **kwargs):
+        def counted(*args, **kwargs):
+            if is_way_back:  # what it recomputes is part of it
+                return function(*args, **kwargs)
             part = network_part if torch.is_grad_enabled() or network is not unet else "chain"
             if part != "chain" or part not in latest:  # all calls of a chain cost the same, so only the first is run
                 before = counter.get_total_flops()
-                result = function(x, *args, **kwargs)
+                result = function(*args, **kwargs)
                 latest[part] = result, (counter.get_total_flops() - before) / 1e12
             tflop[part] += latest[part][1]
-            calls[part] += x.shape[:item_dims].numel()
+            calls[part] += count_items(*args)
             return latest[part][0]
 
         return mock.patch.object(network, function_name, counted)
 
+    is_base = not isinstance(decoder, nn.Module)  # else diffusers' autoencoder
     with counter:
-        with watch(unet, "forward", "last step", 1), watch(vae, "decode", "decode", 1), watch(reward, "forward", "reward", 2):
+        with (watch(unet, "forward", "last step", lambda z_t, *more: len(z_t)),
+              watch(decoder, "decode_frames" if is_base else "decode", "decode", lambda z, *g: g[0].numel() if g else len(z)),
+              watch(reward, "forward", "reward", lambda frames, *more: frames.shape[:2].numel())):
             result = forward()
         before = counter.get_total_flops()
+        is_way_back = True
         if isinstance(result, torch.Tensor) and result.requires_grad:
-            result.sum().backward()  # the networks are not wrapped any more: what it recomputes is part of it
+            result.sum().backward()
         tflop["backward"] = (counter.get_total_flops() - before) / 1e12
     return {"tflop": tflop | {"step": sum(tflop.values())}, "calls": calls}
 
 
 def count_contenders(base, reward, cfg):
     """{contender: its work in a step, as count_work}, from shapes alone."""
-    base, reward = copy_to_meta(base, reward)
+    base, reward = copy_to_meta(base, reward, cfg.frames)
     batch = synthetic_batch(base, cfg, cfg.batch_size)
     both = contenders(base, reward, cfg).items()
     return {name: count_work(partial(contender.score, batch), *contender.networks) for name, contender in both}
@@ -239,10 +266,10 @@ def measure_peak(forward, modules):
     weights = storages(modules)
     attention = nn.functional.scaled_dot_product_attention
 
-    def in_one_kernel(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, **more):
-        if attn_mask is None and q.is_meta and q.dim() == 4:  # else torch would make the matrix of all pairs, on meta alone
-            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
-        return attention(q, k, v, attn_mask, dropout_p, is_causal, **more)
+    def in_one_kernel(query, key, value, attn_mask=None, dropout_p=0., is_causal=False, **more):
+        if attn_mask is None and query.is_meta and query.dim() == 4:  # else torch would make the matrix of all pairs, here alone
+            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal)[0]
+        return attention(query, key, value, attn_mask, dropout_p, is_causal, **more)
 
     saved = 0
     with mock.patch.object(nn.functional, "scaled_dot_product_attention", in_one_kernel), LiveBytes(weights) as live:
@@ -255,19 +282,25 @@ def measure_peak(forward, modules):
     return {kind: num_bytes / GIB for kind, num_bytes in peak.items()}
 
 
-def count_memory(base, reward, cfg):
+def of_step(unet, decoder, reward):
+    """What of a Contender's networks is in memory in a step."""
+    vae = getattr(decoder, "vae", decoder)
+    return [unet, getattr(vae, "decoder", vae), reward]
+
+
+def count_memory(base, reward, cfg, clips_at_once=(1, 2, 4, 8)):
     """{memory setting: {clips at once: as measure_peak}} of our step."""
-    base, reward = copy_to_meta(base, reward)
+    base, reward = copy_to_meta(base, reward, cfg.frames)
     lora.inject(base.network, train.Config.rank)
     peaks = {}
     for memory_setting, flags in MEMORY_SETTINGS.items():
         # One step of the chain has gradient; those without leave nothing behind, so one step is as good as all.
-        settings = replace(train.PRESETS["modelscope"], num_steps=1, tau=1., **flags)
-        base.network.checkpoint_activations(settings.checkpoint_activations or settings.low_memory)
+        settings = replace(preset(train, base), frames=cfg.frames, num_steps=1, tau=1., **flags)
+        base.checkpoint_activations(settings.checkpoint_activations or settings.low_memory)
         peaks[memory_setting] = {}
-        for clips in (1, 2, 4, 8):
+        for clips in clips_at_once:
             score = partial(train.edit_rewards, base, reward, base.encode_text([""]), synthetic_batch(base, cfg, clips), settings)
-            peaks[memory_setting][clips] = measure_peak(lambda: score()[0], [base.network, base.vae.decoder, reward])  # noqa: B023
+            peaks[memory_setting][clips] = measure_peak(lambda: score()[0], of_step(base.network, base, reward))  # noqa: B023
     return peaks
 
 
@@ -298,16 +331,16 @@ def count_method(name, settings, base, reward, folder):
     with ReadAsZero():
         method = open_method(name, settings, base, reward, folder)
         batches = []
-        draw = count_work(lambda: batches.append(method.draw(0)), base.network, base.vae, reward)
+        draw = count_work(lambda: batches.append(method.draw(0)), base.network, base, reward)
         entry = train.split_batch(batches[0], 1)[0]
         if name == "refl":  # its chain stops at step m, drawn from the last ones; the middle m costs what they cost on average
             entry[-1] = [(1 + round(settings.late * settings.num_steps)) // 2]
-        score = count_work(lambda: method.score(entry)[0], base.network, base.vae, reward)
+        score = count_work(lambda: method.score(entry)[0], base.network, base, reward)
 
         # Scoring, which has gradient, takes the most memory. Chain steps leave nothing behind, so one is as good as all.
         method = open_method(name, replace(settings, num_steps=1, tau=1.), base, reward, folder)
         entry = train.split_batch(method.draw(0), 1)[0]
-        peak = measure_peak(lambda: method.score(entry)[0], [base.network, base.vae.decoder, reward])
+        peak = measure_peak(lambda: method.score(entry)[0], of_step(base.network, base, reward))
 
     videos = 2 if name == "dpo" else 1  # of an entry, which for DPO is a pair
     draws = 1 / videos  # for each video of an optimizer step: how often a batch is drawn, and an entry of it scored
@@ -319,20 +352,29 @@ def count_method(name, settings, base, reward, folder):
             "tflop": draws * draw["tflop"]["step"] + scores * score["tflop"]["step"], "peak_gib": peak}
 
 
-def count_methods(base, reward, cfg):
+def count_methods(base, reward, cfg, names=None):
     """{method: passes of a video through the denoiser (guidance takes two), frames decoded, TFLOP, and peak as measure_peak}."""
-    base, reward = copy_to_meta(base, reward)
+    base, reward = copy_to_meta(base, reward, cfg.frames)
     lora.inject(base.network, train.Config.rank)
-    base.network.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
+    base.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
     rows = {}
-    for name, module in METHODS.items():
+    for name in names or METHODS:
         with tempfile.TemporaryDirectory() as folder:
             write_text(Path(folder, "prompts.txt"), CAPTION + "\n")
             more = {"tau": cfg.tau} if name in ON_CLIPS else {"prompts_train": Path(folder, "prompts.txt")}
-            settings = replace(module.PRESETS["modelscope"], num_steps=cfg.num_steps, frames=cfg.frames, size=cfg.size,
+            settings = replace(preset(METHODS[name], base), num_steps=cfg.num_steps, frames=cfg.frames, size=cfg.size,
                                low_memory=cfg.low_memory, checkpoint_activations=cfg.checkpoint_activations, **more)
             rows[name] = count_method(name, settings, base, reward, Path(folder))
     return rows
+
+
+def count_row(base, reward, cfg):
+    """What docs/bases.md says of a published base: TFLOP of a step by method, and GiB at the peak of ours by memory setting."""
+    methods = count_methods(base, reward, cfg, IN_ROW)
+    peaks = count_memory(base, reward, cfg, clips_at_once=(1,))
+    height, width = rows_columns(cfg.size, base.default_size)
+    return {"size": f"{height} x {width}", "tflop": {name: row["tflop"] for name, row in methods.items()},
+            "gib": {memory_setting: peak[1]["total"] for memory_setting, peak in peaks.items()}}
 
 
 # -- Timing, and the report ------------------------------------------------------------------------------------------
@@ -349,8 +391,7 @@ def time_step(contender, optimizer, batch, device):
     on_cuda = device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
-        unet, vae, reward = contender.networks
-        other_weights = torch.cuda.memory_allocated() - sum(storages([unet, vae.decoder, reward]).values())
+        other_weights = torch.cuda.memory_allocated() - sum(storages(of_step(*contender.networks)).values())
     start = now(device)
     optimizer.zero_grad(set_to_none=False)
     (-contender.score(batch).mean()).backward()                                           # Eq. (9)
@@ -376,12 +417,12 @@ def time_contenders(base, reward, cfg, device):
 @dataclass
 class Config:
     """Count and time a training step, alone or against the same step on diffusers."""
-    base: str = "tiny"  # tiny, random (full size), random:64 (small), or any base that train.py takes: only its sizes matter
+    base: str = "tiny"  # any that train.py takes, as only its sizes matter; modelscope, wan, ...: full size, random weights
     batch_size: int = 2  # clips a step (paper, Sec. 3.3: 8 on 4 GPUs)
     tau: float = 0.6  # how far clips are noised, as a share of the chain (paper, Sec. 4.2)
     num_steps: int = 20  # D, DDIM steps of the whole chain (paper, Sec. 3.3)
     frames: int = 16  # F (paper, Sec. 3.3)
-    size: int | None = None  # pixel rows and columns; default what the base was trained on
+    size: int | str | None = None  # pixel rows and columns, 256 or 480x832; default what the base was trained on
     steps: int = 5  # repeats: each is one step of ours and one on diffusers
     device: str | None = None  # cuda, mps, cpu, or meta to count alone; default the first of cuda, mps, cpu that is there
     dtype: str | None = None  # float32, bfloat16 or float16 of frozen weights; default bfloat16 on cuda and meta, else float32
@@ -396,6 +437,7 @@ def check(cfg):
     """All that can be known before anything is loaded."""
     check_at_least(cfg, batch_size=1, steps=1, frames=train.Config.segments)
     check_edit(cfg.tau, cfg.num_steps, train.Config.grad_steps)
+    rows_columns(cfg.size)
     if cfg.methods and cfg.device != "meta":
         raise ValueError(f"device {cfg.device!r}: must be meta with methods")
     check_folder(cfg.out.parent)
@@ -406,15 +448,19 @@ def check(cfg):
 def measure(cfg):
     """The whole report, as plain values."""
     check(cfg)
-    if cfg.methods:
+    if cfg.methods or cfg.device == "meta" and cfg.base in BASES:
         cfg = replace(cfg, batch_size=1, diffusers=False)
     device = torch.device("meta") if cfg.device == "meta" else pick_device(cfg.device)
     base, reward = load(cfg, device)
+    if kind_of(base) != "modelscope":  # diffusers' networks are the ones of the other bases
+        cfg = replace(cfg, diffusers=False)
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     report = {"settings": asdict(cfg) | {"out": str(cfg.out)}, "dtype": str(base.dtype).removeprefix("torch."),
               "device": f"{device}, {processor}", "threads": torch.get_num_threads()} | versions()
     if cfg.methods:
         return report | {"methods": count_methods(base, reward, cfg)}
+    if device.type == "meta" and cfg.base in BASES:
+        return report | {"row": count_row(base, reward, cfg)}
     report["contenders"] = count_contenders(base, reward, cfg)
     if device.type == "meta":
         return report | {"memory": count_memory(base, reward, cfg)}
@@ -453,6 +499,13 @@ def table(report):
     for memory_setting, peaks in report.get("memory", {}).items():
         cells = [f"{peak['total']:.1f} ({peak['saved']:5.1f} + {peak['transient']:.1f})" for peak in peaks.values()]
         lines.append(f"{memory_setting:26s}" + "".join(f"{cell:>22}" for cell in cells))
+    if "row" in report:  # in Markdown, for docs/bases.md
+        row = report["row"]
+        card = next((card for card in CARDS if min(row["gib"].values()) < .9 * card), "more")
+        cells = [settings["base"], row["size"], settings["frames"], *(f"{number:.0f}" for number in row["tflop"].values()),
+                 *(f"{number:.1f}" for number in row["gib"].values()), card]
+        heads = ["base", "size", "frames", *(f"TFLOP {name}" for name in row["tflop"]), *(f"GiB {name}" for name in row["gib"])]
+        lines += ["| " + " | ".join(map(str, line)) + " |" for line in ([*heads, "card, GiB"], ["---"] * len(cells), cells)]
     if "methods" in report:  # in Markdown, for docs/methods.md
         lines += ["| per video of a step | passes without, with gradient | frames | TFLOP | against InstructVideo | peak GiB |",
                   "|---|---|---|---|---|---|"]
@@ -470,5 +523,12 @@ def main(cfg):
     print("\n".join([*table(report), f"report: {cfg.out}"]))
 
 
+def parse():
+    """The command line. What a published base was made for is its own, unless given."""
+    cfg = tyro.cli(Config, description=__doc__)
+    own = {name: value for name, value in BASES.get(cfg.base, {}).items() if hasattr(cfg, name)}
+    return tyro.cli(Config, description=__doc__, default=Config(**own))
+
+
 if __name__ == "__main__":
-    run_script("benchmark.py", lambda: main(tyro.cli(Config, description=__doc__)))
+    run_script("benchmark.py", lambda: main(parse()))

@@ -34,7 +34,7 @@ from support.files import check_exists, check_folder
 from support.pictures import evaluation_bar, save_evaluation
 from support.ranks import all_gather, join_ranks, rank_and_size, run_script
 from support.run import EVAL_SEED
-from support.settings import RewardSettings, check_at_least
+from support.settings import RewardSettings, check_at_least, rows_columns
 from support.tables import add_judge, check_watched, paired, pixel_measures, summary, table_of
 
 REPORT_SEED = 2_000_000  # not EVAL_SEED: what was chosen by some noise is measured on other
@@ -57,7 +57,7 @@ def prompt_sets(base, named_files, count):
 
 @torch.no_grad()
 def evaluate(base, rewards, prompts, *, seed=EVAL_SEED, num_steps=20, guidance=None, segments=4,
-             frames=16, height=None, width=None, batch_size=8, judge=None, keep=0, move_on=None):
+             frames=16, size=None, batch_size=8, judge=None, keep=0, move_on=None):
     """
     Measures of one video for each prompt: {measure: (n,)}, and the first `keep` videos.
 
@@ -70,9 +70,9 @@ def evaluate(base, rewards, prompts, *, seed=EVAL_SEED, num_steps=20, guidance=N
     rank, world_size = rank_and_size()
     mine = list(range(rank, len(prompts), world_size))
     index = first_frames(frames, segments)[None]                              # (1, S)
+    height, width = rows_columns(size, base.default_size)
     made = generate(base, [prompts[i] for i in mine], [seed + i for i in mine], num_steps,
-                    guidance, frames, height or base.default_size, width or base.default_size,
-                    batch_size, move_on)
+                    guidance, frames, height, width, batch_size, move_on)
     rows, videos = {}, {}
     for j, z_0 in made:
         i = mine[j]
@@ -142,10 +142,8 @@ class Config(RewardSettings):
     """S: the first frame of each of S segments is scored (paper, Sec. 3.3)"""
     frames: int = 16
     """frames of a video (paper, Sec. 3.3)"""
-    height: int | None = None
-    """pixels; default what the base was trained on"""
-    width: int | None = None
-    """pixels; default what the base was trained on"""
+    size: int | str | None = None
+    """pixel rows and columns, 256 or 480x832; default what the base was trained on"""
     seed: int = REPORT_SEED
     """video i has seed + i, counted through all sets; training, which selects, has others"""
     batch_size: int = 8
@@ -162,8 +160,9 @@ class Config(RewardSettings):
 
 def check(cfg):
     """ValueError for what can be known to be wrong before anything is loaded or written."""
-    check_at_least(cfg, frames=1, height=1, width=1, batch_size=1, count=0, sheet=0,
-                   lora_scale=-math.inf, guidance=-math.inf)
+    check_at_least(cfg, frames=1, batch_size=1, count=0, sheet=0, lora_scale=-math.inf,
+                   guidance=-math.inf)
+    rows_columns(cfg.size)
     if not cfg.num_steps or not cfg.lora_scale:
         raise ValueError("num_steps, lora_scale: must have at least one value each")
     for steps in cfg.num_steps:
@@ -193,8 +192,8 @@ def main(cfg):
     # 1. The base, the prompts and the reward. Scores are in float32 whatever the base's precision.
     base, adapted = load_model(cfg, device)
     sets = prompt_sets(base, cfg.prompts, 64 if cfg.count is None else cfg.count)
-    height, width = cfg.height or base.default_size, cfg.width or base.default_size
-    base.latent_shape(cfg.frames, height, width)
+    size = rows_columns(cfg.size, base.default_size)
+    base.latent_shape(cfg.frames, *size)
     rewards = load_rewards(cfg, base.folder, device=device)
 
     # 2. The base is the tuned model with its adapters at strength 0.
@@ -207,7 +206,7 @@ def main(cfg):
             strengths[name] = scale
 
     # 3. Measure both.
-    results, sheets = compare(cfg, base, rewards, sets, strengths, (height, width))
+    results, sheets = compare(cfg, base, rewards, sets, strengths, size)
     if rank_and_size()[0] == 0:
         official_gaps = []
         if cfg.official_hps:
@@ -236,8 +235,8 @@ def compare(cfg, base, rewards, sets, strengths, size):
                 shown = max(cfg.sheet, 1) if cfg.official_hps else cfg.sheet
             table, videos = evaluate(
                 base, rewards, sets[name], seed=start[name], num_steps=steps, guidance=guidance,
-                segments=cfg.segments, frames=cfg.frames, height=size[0], width=size[1],
-                batch_size=cfg.batch_size, judge=judge, keep=shown,
+                segments=cfg.segments, frames=cfg.frames, size=cfg.size, batch_size=cfg.batch_size,
+                judge=judge, keep=shown,
                 move_on=lambda done, steps=steps: bar.update(done * steps))
             if videos is not None:
                 sheets.setdefault(name, []).append(videos)

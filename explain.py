@@ -90,7 +90,7 @@ class Setup:
         for _, reward in self.rewards.parts:
             if reward.num_frames:
                 raise ValueError(f"reward {reward.name}: sees a clip as a whole; the page shows rewards of single frames")
-        self.cfg = cfg if cfg.guidance is not None else replace(cfg, guidance=self.base.guidance)
+        self.cfg = settings.fit_to_base(cfg, self.base)
         if cfg.lora:
             self.parameters = lora.load(self.base.network, cfg.lora)
         else:

@@ -26,7 +26,7 @@ from sampler import ddpm_step, sample
 from support import ranks
 from support.clips import read_prompts, report_long
 from support.files import check_exists, check_folder, write_text
-from support.settings import ModelSettings, check_at_least
+from support.settings import ModelSettings, check_at_least, rows_columns
 from support.videos import to_pixels, video_name, write_video
 
 
@@ -84,10 +84,9 @@ class Config(ModelSettings):
     modules/config.py:74)"""
     frames: int = 16
     """frames of a video (paper, Sec. 3.3)"""
-    height: int | None = None
-    """pixels; default what the base was trained on, 256 for ModelScopeT2V (paper, Sec. 3.3)"""
-    width: int | None = None
-    """pixels; default as height"""
+    size: int | str | None = None
+    """pixel rows and columns, 256 or 480x832; default what the base was trained on, 256 for
+    ModelScopeT2V (paper, Sec. 3.3)"""
     fps: int = 8
     """frames a second of the file (official code: 8)"""
     seed: int = 0
@@ -110,8 +109,8 @@ def check(cfg):
     if not prompts or not all(p.strip() for p in prompts):
         raise ValueError("no prompt given, or an empty one: name some by --prompt or --prompts")
 
-    check_at_least(cfg, frames=1, height=1, width=1, fps=1, batch_size=1, guidance=-math.inf,
-                   lora_scale=-math.inf)
+    check_at_least(cfg, frames=1, fps=1, batch_size=1, guidance=-math.inf, lora_scale=-math.inf)
+    rows_columns(cfg.size)
     ddpm_step(cfg.num_steps, cfg.num_steps)  # refuses a D that the schedule has not
     check_folder(cfg.out)
     check_exists(cfg.lora)
@@ -159,8 +158,7 @@ def main(cfg):
     base, adapted = load_model(cfg, device)
     if adapted:
         lora.set_scale(base.network, cfg.lora_scale)
-    height = cfg.height or base.default_size
-    width = cfg.width or height
+    height, width = rows_columns(cfg.size, base.default_size)
     base.latent_shape(cfg.frames, height, width)
 
     if rank == 0:

@@ -639,7 +639,8 @@ def load_text_encoder(path, tokenizer=None, dtype=torch.float32):
 def load_base(base, vae=None, text_encoder=None, dtype=torch.float32, device="cpu", seed=0):
     """
     What a script's --base names, frozen: "tiny", a folder, a file, a hub id, or untrained weights:
-    "random" and "random:64" (ModelScopeT2V at full size, or 64 channels wide), "random-wan".
+    "random" and "random:64" (ModelScopeT2V at full size, or 64 channels wide), "random-wan" (small)
+    and "random-wan:full".
 
     What a base can do is in its file of bases/, which is found by its own configuration; the first
     is bases/modelscope.py. vae, text_encoder: a file or folder to take instead of its own.
@@ -648,7 +649,8 @@ def load_base(base, vae=None, text_encoder=None, dtype=torch.float32, device="cp
     name, folder = find_base_file(base, (vae, text_encoder))
     module = importlib.import_module(f"bases.{name}")
     if folder is None:
-        return module.random(base, seed, dtype, device)
+        make = module.published if base.endswith(":full") else module.random
+        return make(base, seed, dtype, device)
     made = module.load(base, folder, vae, text_encoder, dtype, device)
     if (folder / "judge.safetensors").is_file():  # the tiny world's clips, prompts and judge
         made.world = importlib.import_module("tiny.clips")

@@ -22,7 +22,7 @@ import math
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from safetensors import SafetensorError
@@ -194,9 +194,9 @@ class Config(settings.TrainingSettings):
     `train.py modelscope` has the paper's defaults, these are the tiny world's."""
     frames: int = 16
     """F (paper, Sec. 3.3)"""
-    size: int | None = None
-    """pixel rows and columns of a clip; default what the base was trained on, 256 for ModelScopeT2V
-    (paper, Sec. 3.3)"""
+    size: int | str | None = None
+    """pixel rows and columns of a clip, 256 or 480x832; default what the base was trained on, 256
+    for ModelScopeT2V (paper, Sec. 3.3)"""
     fps: int = 8
     """frames a second that clips are read at (official configuration)"""
 
@@ -274,21 +274,21 @@ def method(cfg, base, rewards, folder):
 
 def read_clips(cfg, base):
     """The clips to edit: those of --data, encoded now or read from the cache, or the base's own."""
-    pixels = cfg.size or base.default_size
-    base.latent_shape(cfg.frames, pixels, pixels)  # refuses a size that has no latents
+    height, width = settings.rows_columns(cfg.size, base.default_size)
+    base.latent_shape(cfg.frames, height, width)  # refuses a size that has no latents
     if not cfg.data:
-        return base.world.clips(base, cfg.frames, pixels)
+        return base.world.clips(base, cfg.frames, cfg.size or base.default_size)
 
     clips = ranks.on_rank_0(lambda: read_list(cfg.data, cfg.data_root))
-    return encode_clips(clips, ClipConfig(cfg.frames, cfg.fps, pixels, pixels), base,
+    return encode_clips(clips, ClipConfig(cfg.frames, cfg.fps, height, width), base,
                         cfg.cache_dir if cfg.cache else None, cfg.workers, cfg.max_skip)
 
 
 def plan_evaluations(cfg, folder, base, rewards):
     """What is looked at while a run trains, with functions that score videos and save adapters."""
     prompts = prompt_sets(base, cfg.prompts, cfg.eval_count) if cfg.eval_every else {}
-    size = cfg.size or base.default_size
-    judge = base.world and base.world.judge(base, cfg.frames, size, size, prompts)
+    size = settings.rows_columns(cfg.size, base.default_size)
+    judge = base.world and base.world.judge(base, cfg.frames, *size, prompts)
     check_watched(cfg.watch, prompts, judge)
 
     # Evaluations score in float32, since best.safetensors is chosen by these scores and bfloat16
@@ -301,7 +301,7 @@ def plan_evaluations(cfg, folder, base, rewards):
         exact.to(base.device)
         batch_size = min(cfg.clips_at_once or cfg.batch_size, 8)
         measured = evaluate(base, exact, captions, num_steps=cfg.num_steps, guidance=cfg.guidance,
-                            segments=cfg.segments, frames=cfg.frames, height=size, width=size,
+                            segments=cfg.segments, frames=cfg.frames, size=cfg.size,
                             batch_size=batch_size, judge=judge, **more)
         exact.to(waits_on)
         return measured
@@ -325,9 +325,7 @@ def main(argv, module=sys.modules[__name__]):
         # 1. What is frozen, and the adapters.
         dtype = ranks.pick_dtype(cfg.dtype, device)
         base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype, device, cfg.seed)
-        base.chain_predict(cfg.cache_interval)  # refuses what the base cannot do
-        if cfg.guidance is None:
-            cfg = replace(cfg, guidance=base.guidance)  # recorded with the run
+        cfg = settings.fit_to_base(cfg, base)  # refuses what the base cannot do
         file = base.network_file
         parameters = file and lora.load_beside(base.network, file, cfg.rank)
         generator = ranks.sample_generator(cfg.seed, "lora")

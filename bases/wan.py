@@ -1,7 +1,7 @@
 """
 Wan 2.1 (arXiv:2503.20314): a transformer trained as a rectified flow, and a causal video autoencoder.
 
-    python train.py --base Wan-AI/Wan2.1-T2V-1.3B-Diffusers --data clips.txt --prompts animals=animals.txt
+    python train.py wan --data clips.txt --prompts animals=animals.txt
 
 Its networks are diffusers' WanTransformer3DModel and AutoencoderKLWan, its text tower is transformers' UMT5 encoder.
 
@@ -19,6 +19,7 @@ Letters: B clips, C latent channels, F frames, f latents in time, h and w latent
 """
 import html
 import re
+from functools import partial
 from pathlib import Path
 
 import ftfy
@@ -36,6 +37,10 @@ SETTINGS = BASES["wan"]
 SHIFT = 3.  # of the noise levels, towards noise (the hub's scheduler, for 480p; 5 for 720p)
 TRAIN_STEPS = 1000  # the network is told 1000 sigma
 MAX_TOKENS = 512
+# Constructor arguments of network, autoencoder and text tower, where the classes have others.
+SMALL = (dict(num_attention_heads=2, attention_head_dim=12, text_dim=32, freq_dim=16, ffn_dim=48, num_layers=2),
+         dict(base_dim=4), dict(d_model=32, d_kv=8, d_ff=64, num_heads=4))
+PUBLISHED = (dict(num_attention_heads=12, ffn_dim=8960, num_layers=30), {}, dict(d_model=4096, d_ff=10240, num_heads=64))
 
 
 def shifted(u, shift):
@@ -61,9 +66,8 @@ class Wan:
     latent_context = 2           # latents, of those that a frame is decoded from, that carry gradient
 
     def __init__(self, network, vae, tokenizer, text_encoder, name, folder=None, shift=SHIFT):
-        self.network, self.vae, self.name, self.folder = network, vae, name, folder
+        self.network, self.vae, self.name, self.folder, self.shift = network, vae, name, folder, shift
         self.tokenizer, self.text_encoder = tokenizer, text_encoder
-        self.shift = shift
         self.texts = {}  # {caption: its features}
 
     @property
@@ -163,9 +167,8 @@ class Wan:
         """
         if index is None:
             index = torch.arange(4 * z.shape[2] - 3).expand(len(z), -1)
-        decoded = []
-        for latents, of_clip in zip(to_vae(self.vae, z).split(1), index.tolist()):
-            decoded.append(decode_clip(self.vae, latents, of_clip, self.latent_context))
+        clips = zip(to_vae(self.vae, z).split(1), index.tolist())
+        decoded = [decode_clip(self.vae, latents, of_clip, self.latent_context) for latents, of_clip in clips]
         return (torch.stack(decoded) / 2 + .5).to(z.dtype)
 
     def fingerprints(self):
@@ -242,22 +245,23 @@ def frozen(part, device):
 
 def read_shift(path):
     """The shift of a published scheduler's config. ValueError for one that was made for another prediction."""
-    if not path.is_file():
-        return SHIFT
-    config = read_json(path)
+    config = read_json(path) if path.is_file() else {}
     prediction = config.get("prediction_type", "flow_prediction")
     if prediction != "flow_prediction":
         raise ValueError(f"{path}: prediction_type {prediction!r}; Wan's is flow_prediction")
     return float(config.get("flow_shift", config.get("shift", SHIFT)))
 
 
-def random(base, seed, dtype, device):
+def random(base, seed, dtype, device, sizes=SMALL):
     """Seeded random weights at small width, in Wan's classes, to try a pipeline without a download. See model.load_base."""
+    of_network, of_vae, of_text = sizes
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone
-        network = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
-                                        text_dim=32, freq_dim=16, ffn_dim=48, num_layers=2)
-        vae = AutoencoderKLWan(base_dim=4, z_dim=16)
-        text = UMT5EncoderModel(UMT5Config(vocab_size=384, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4))
+        network = WanTransformer3DModel(**of_network)
+        vae = AutoencoderKLWan(**of_vae)
+        text = UMT5EncoderModel(UMT5Config(vocab_size=384, num_layers=1, **of_text))
     network = network if dtype == torch.float32 else network.to(dtype)
     return Wan(frozen(network, device), frozen(vae, device), ByT5Tokenizer(), frozen(text, device), base)
+
+
+published = partial(random, sizes=PUBLISHED)  # to count and time a step; of the text tower, which no step runs, one layer of 24

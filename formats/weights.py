@@ -43,9 +43,11 @@ def find_base_file(base, given):
     if base.partition(":")[0] == "random":
         return "modelscope", None
     if base.startswith("random-"):
-        if base.removeprefix("random-") not in NETWORKS.values():
-            raise ValueError(f"base {base!r}: must be one of random, random:WIDTH, random-{', random-'.join(NETWORKS.values())}")
-        return base.removeprefix("random-"), None
+        name = base.removeprefix("random-").removesuffix(":full")
+        if name not in NETWORKS.values():
+            raise ValueError(f"base {base!r}: must be one of random, random:WIDTH, random-{', random-'.join(NETWORKS.values())}, "
+                             "the last ones also with :full")
+        return name, None
     path = find_base(base)
     for config in (path / "net/config.json", path / "config.json"):  # Open-Sora's are of no class of diffusers
         if config.is_file() and "input_sq_size" in read_json(config):

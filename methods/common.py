@@ -25,7 +25,7 @@ from support.clips import read_prompts, report_long
 from support.files import read_json, write_text, write_whole
 from support.ranks import is_main_process, on_rank_0, rank_and_size, sample_generator
 from support.run import Stopped, read_metrics
-from support.settings import check_at_least
+from support.settings import check_at_least, rows_columns
 
 # ----------------------------------------------------------------------------------------------
 # Settings
@@ -110,8 +110,8 @@ class Videos:
         key: with a video's position it seeds the generator of its noise and frames; keys are for
         generators of what else a video draws."""
         cfg, base = self.cfg, self.base
-        pixels = cfg.size or base.default_size
-        shape = base.latent_shape(cfg.frames, pixels, pixels)                 # (C, f, h, w)
+        height, width = rows_columns(cfg.size, base.default_size)
+        shape = base.latent_shape(cfg.frames, height, width)                  # (C, f, h, w)
         noise, g, captions, keys = [], [], [], []
         for position, index in share:
             generator = sample_generator(*key, position)

@@ -318,7 +318,7 @@ def print_end(run):
     """Where the adapter is, two commands that go on from it, and how an early end is overruled."""
     adapter, flags, cfg = shlex.quote(str(run.folder / "lora.safetensors")), "", run.cfg
     for flag, value, default in (("base", cfg.base, "tiny"), ("vae", cfg.vae, None), ("text-encoder", cfg.text_encoder, None),
-                                 ("frames", cfg.frames, 16), ("height", cfg.size, None), ("fps", cfg.fps, 8)):
+                                 ("frames", cfg.frames, 16), ("size", cfg.size, None), ("fps", cfg.fps, 8)):
         if value != default:
             flags += f" --{flag} {shlex.quote(str(value))}"
     prompts = sum(run.evaluations.prompts.values(), []) or ["a red circle moving left"]

@@ -5,6 +5,7 @@ Every script has one frozen dataclass, from which tyro makes its command line; a
 """
 import json
 import math
+import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from itertools import chain
@@ -106,14 +107,47 @@ class TrainingSettings(RewardSettings):
     """frames that pass the decoder and the reward at a time, recomputed in the backward pass; 0 is all at once"""
     low_memory: bool = False
     """checkpoint_activations and decode_chunk 1"""
+    latent_context: int | None = None
+    """latents that carry gradient, of those that a frame is decoded from; default the base's own, Wan's 2; for bases alone whose
+    decoder remembers earlier latents"""
     compile: bool = False
     """torch.compile the UNet"""
 
 
 def chain_levels(base, cfg):
     """The noise levels of a run's chain. Some bases' depend on how large its clips are."""
-    size = cfg.size or base.default_size
-    return base.levels(cfg.num_steps, (cfg.frames, size, size))
+    return base.levels(cfg.num_steps, (cfg.frames, *rows_columns(cfg.size, base.default_size)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a size means, and what a base can do
+
+def rows_columns(size, default=1):
+    """(H, W) in pixels of a --size, 256 or 480x832, or of the base's own, `default`, where it is None. ValueError for others."""
+    words = str(default if size is None else size).split("x")
+    if len(words) > 2 or not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise ValueError(f"size = {size}: must be pixel rows and columns, as in 256 or 480x832")
+    return int(words[0]), int(words[-1])
+
+
+def kind_of(base):
+    """The file of bases/ that a base is of, which is also the name of its preset."""
+    return type(base).__module__.removeprefix("bases.")
+
+
+def fit_to_base(cfg, base):
+    """The settings with what is the base's own, and the base as they ask. ValueError for what is not for this base."""
+    kind = kind_of(base)
+    made_for = {"tiny": "modelscope"}.get(cfg.preset, cfg.preset)
+    if made_for != kind and {made_for, kind} <= BASES.keys():
+        raise ValueError(f"preset {cfg.preset}: is not for base {base.name}, whose own is {kind}")
+    base.chain_predict(cfg.cache_interval)  # refuses what it cannot do
+    if cfg.latent_context is not None:
+        if not hasattr(base, "latent_context"):
+            raise ValueError(f"latent_context = {cfg.latent_context}: base {base.name} decodes frames from no latents but their "
+                             "own, so it cannot be set")
+        base.latent_context = cfg.latent_context
+    return cfg if cfg.guidance is not None else replace(cfg, guidance=base.guidance)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,8 +171,10 @@ def check_positive(cfg, *names):
 def check_training(cfg, world_size):
     """What TrainingSettings and the steps and batches of every method must be."""
     check_at_least(cfg, "lr", "clip_grad", steps=1, batch_size=1, max_bad_steps=1, save_every=1, cache_interval=1, frames=1,
-                   size=1, fps=1, rank=1, clips_at_once=0, eval_every=0, eval_count=0, workers=0, decode_chunk=0, max_skip=0,
-                   warmup=0, offset_noise=0, lambda_tar=0, guidance=-math.inf)
+                   fps=1, rank=1, clips_at_once=0, eval_every=0, eval_count=0, workers=0, decode_chunk=0, max_skip=0, warmup=0,
+                   offset_noise=0, lambda_tar=0, guidance=-math.inf, latent_context=1)
+    if cfg.size is not None:
+        rows_columns(cfg.size)
     if cfg.compile and cfg.cache_interval > 1:
         raise ValueError(f"compile: cannot be had with cache_interval = {cfg.cache_interval}, as it takes the UNet as a whole")
     if cfg.early_stop and not (cfg.watch and cfg.eval_every):
@@ -203,7 +239,11 @@ def parse(argv, presets, description):
         return cfg
 
     if named is None and cfg.base != defaults.base:
-        raise ValueError(f"base {cfg.base}: comes without settings for training; name a preset first, {' or '.join(presets)}")
+        lacks = "comes without settings for training; name a preset first, " + " or ".join(presets)
+        if not cfg.base.startswith("random") and not Path(cfg.base).exists():
+            is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.base) is not None
+            lacks = "no such file or folder" + is_hub_id * f"; if it is a hub id, it {lacks}"
+        raise ValueError(f"base {cfg.base}: {lacks}")
     for parent in type(cfg).__mro__[1:]:
         for name, hint in get_type_hints(parent).items():
             if get_type_hints(type(cfg))[name] != hint:

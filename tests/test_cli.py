@@ -55,7 +55,7 @@ def make(out, *argv):
 
 def test_videos_as_mp4_and_gif(capfd):
     made = make("videos", "--prompt", PROMPT, "--prompt", "Blue stripes, drifting up.", "--gif", "--fps", 5, "--frames", 6,
-                "--height", 32, "--width", 48, "--guidance", 1.5)
+                "--size", "32x48", "--guidance", 1.5)
     assert list(made) == ["0000-a-red-circle-moving-left.gif", "0000-a-red-circle-moving-left.mp4",
                           "0001-blue-stripes-drifting-up.gif", "0001-blue-stripes-drifting-up.mp4"]
     gif, mp4 = made["0000-a-red-circle-moving-left.gif"], made["0000-a-red-circle-moving-left.mp4"]
@@ -247,7 +247,7 @@ def test_a_quick_look_on_other_noise_than_training_selects_by(monkeypatch, capfd
 def test_the_base_is_measured_without_adapters_and_its_parts_by_path_are_the_same(adapter):
     """Also where strength 0 is all that is asked. Other sizes than the judge's go without it."""
     Path("p.txt").write_text(f"{PROMPT}\n")
-    flags = [*EVALUATE, "--prompts", "p=p.txt", "--count", 0, "--frames", 4, "--sheet", 0, "--height", 32, "--width", 48]
+    flags = [*EVALUATE, "--prompts", "p=p.txt", "--count", 0, "--frames", 4, "--sheet", 0, "--size", "32x48"]
     assert script("evaluate.py", *flags, "--lora", adapter, "--lora-scale", 0, 0, "--official-hps") == 0
     assert script("evaluate.py", *flags, "--out", "second", "--base", TINY, "--vae", TINY / "vae", "--text-encoder",
                   TINY / "text_encoder", "--reward", "hpsv2.1", "--reward-weights", TINY / "reward", "--dtype", "float32") == 0
@@ -292,12 +292,14 @@ NUMBERS = [
         tau=(0., 1.01, math.nan, .02), segments=(17, 0), grad_steps=(13, 0), rank=(0,), num_steps=(1000,), lr=(-1e-5, 0.),
         clip_grad=(0.,), offset_noise=(-.1,), max_skip=(math.nan,), lambda_tar=(-1., math.nan), guidance=(math.inf,), steps=(0,),
         batch_size=(0,), clips_at_once=(-1,), warmup=(-1,), max_bad_steps=(0,), fps=(0,), eval_every=(-1,), eval_count=(-1,),
-        save_every=(0,), workers=(-1,), decode_chunk=(-1,), cache_interval=(0,), size=(0,), frames=(0,))),
+        save_every=(0,), workers=(-1,), decode_chunk=(-1,), cache_interval=(0,), size=(0, "a", "1x2x3"), frames=(0,),
+        latent_context=(0,))),
     (generate.check, generate.Config(prompt=["red"]), dict(
-        num_steps=(0, 1000), frames=(0,), fps=(0,), batch_size=(0,), guidance=(math.nan,), lora_scale=(math.inf,), width=(-32,))),
+        num_steps=(0, 1000), frames=(0,), fps=(0,), batch_size=(0,), guidance=(math.nan,), lora_scale=(math.inf,),
+        size=("32x", "-32"))),
     (evaluate.check, evaluate.Config(), dict(
         num_steps=((20, 1000),), guidance=((math.nan,),), lora_scale=((1., math.inf),), count=(-1,), sheet=(-1,), frames=(0,),
-        batch_size=(0,), segments=(17,), width=(0,)))]
+        batch_size=(0,), segments=(17,), size=("4x0", 0)))]
 
 
 @pytest.mark.parametrize("check, cfg, wrong", NUMBERS, ids=["train", "generate", "evaluate"])
@@ -316,6 +318,8 @@ def test_numbers_out_of_range(check, cfg, wrong):
     ("train modelscope --prompts a=prompts.txt", "no clips: --data LIST must name some"),
     ("train modelscope", "no prompts: --prompts NAME=FILE must name some"),
     ("train --base random:32", "base random:32: comes without settings for training; name a preset first, tiny or modelscope"),
+    ("train --base nowhere", "base nowhere: no such file or folder$"),
+    ("train --base some/where", "base some/where: no such file or folder; if it is a hub id, it comes without settings"),
     ("train --prompts x", "prompts 'x': must be NAME=FILE"), ("train --prompts a=hole.txt", "found an empty one"),
     ("train --prompts a=gone.txt", "prompts gone.txt: cannot be read"),
     ("train --prompts a=empty.txt", "prompts empty.txt: expected one prompt a line, found none"),
@@ -340,6 +344,13 @@ def test_wrong_values(argv, message, bad_files, monkeypatch):
 @pytest.mark.parametrize("name, argv, message", [
     ("train.py", "--frames 8", "frames = 8, size = 32: the tiny world draws 16 frames of 32 x 32 pixels"),
     ("train.py", "--size 30 --data clips.txt", "height 30 and width 30: must be multiples of"),
+    ("train.py", "--size 32x64", "frames = 16, size = 32x64: the tiny world draws 16 frames of 32 x 32 pixels"),
+    ("train.py", "--latent-context 3", "latent_context = 3: base tiny decodes frames from no latents but their own"),
+    ("train.py", "tiny --base random-wan --frames 17 --data clips.txt --prompts a=prompts.txt",
+     "preset tiny: is not for base random-wan, whose own is wan$"),
+    ("explain.py", "wan --base random:32 --reward-weights random:32 --data clips.txt",
+     "preset wan: is not for base random:32, whose own is modelscope$"),
+    ("generate.py", "--prompt red --size 16x20x4", "size = 16x20x4: must be pixel rows and columns, as in 256 or 480x832"),
     ("train.py", "--data clips.txt", "1 of 1 clips cannot be used.*gone.mp4"), ("train.py", "--dtype int8", "dtype 'int8': must"),
     ("train.py", "tiny --base nowhere --data clips.txt --prompts a=prompts.txt", "base 'nowhere': no such file or folder"),
     ("train.py", "--out file/run", "out file/run: is a file, or inside one"), ("train.py", "--out held", "out held: holds"),

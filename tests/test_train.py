@@ -29,10 +29,12 @@ from safetensors.torch import load_file
 import lora
 import sampler
 import train
-from data import LatentDataset
+from data import ClipConfig, LatentDataset
 from evaluate import evaluate
 from formats import adapters, weights
 from formats.weights import TINY
+from methods import draft
+from methods.common import read_videos
 from model import load_base
 from reward import load_reward
 from support import run as run_folder, settings, videos
@@ -524,7 +526,32 @@ def test_settings_survive_config_json():
     real = assert_survives(["modelscope", "--guidance", "None", "--data", "a b.txt", "--prompts", "a=b", "--prompts", "c=d e"])
     assert real.lr == train.PRESETS["modelscope"].lr and real.base != "tiny" and real.guidance is None
     assert_survives(["--reward", "hpsv2", "--reward", "vjepa=-0.5", "--reward-weights", "vjepa=x=y", "--watch", "pixels",
-                     "--lr", "1e-07", "--size", "64", "--eval-every", "0", "--dtype", "float16", "--compile", "--no-cache"])
+                     "--lr", "1e-07", "--size", "64x96", "--eval-every", "0", "--dtype", "float16", "--compile", "--no-cache"])
+
+
+def test_a_size_is_rows_and_columns_also_of_runs_made_before():
+    sizes = [settings.rows_columns(size, 8) for size in (None, 256, "256", "480x832")]
+    assert sizes == [(8, 8), (256, 256), (256, 256), (480, 832)]
+    for size in (None, 64):
+        cfg = assert_survives(["--size", str(size)])
+        record = json.loads(Path("run/config.json").read_text())
+        assert record["size"] == size
+        del record["latent_context"]  # as earlier versions wrote it
+        Path("run/config.json").write_text(json.dumps(record))
+        assert settings.parse(["--resume", "run"], train.PRESETS, "") == replace(cfg, resume=Path("run"))
+
+
+def test_clips_and_noise_have_the_rows_and_columns_asked_for(parts, monkeypatch):
+    """And of squares the cache's keys are those of before."""
+    base, configs = parts[0], []
+    monkeypatch.setattr(train, "encode_clips", lambda clips, config, *more: configs.append(config))
+    write_footage(1)
+    cfg = replace(CFG, data=Path("clips.txt"))
+    for size in (32, "32x32", "16x48"):
+        train.read_clips(replace(cfg, size=size), base)
+    assert configs[0] == configs[1] == ClipConfig(4, 8, 32, 32) and (configs[2].height, configs[2].width) == (16, 48)
+    noise, *_ = read_videos(draft.Config(frames=4, size="16x48"), base).batch(0)
+    assert noise.shape[1:] == (4, 4, 4, 12)
 
 
 def test_a_run_on_other_clips_is_not_continued():

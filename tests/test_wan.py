@@ -8,6 +8,8 @@ import pytest
 import torch
 from conftest import assert_same_run, metrics
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanVideoToVideoPipeline
+from safetensors.torch import load_file
+from test_ranks import two_ranks
 
 import lora
 import sampler
@@ -15,6 +17,7 @@ import train
 from bases import wan
 from formats import adapters
 from model import load_base
+from support.ranks import run_script
 from support.videos import write_video
 
 FRAMES, HEIGHT, WIDTH = 9, 32, 48
@@ -163,6 +166,29 @@ def test_a_run_is_continued_bit_for_bit(world):
     assert all(line["grad_norm"] > 0 for line in metrics("whole"))
 
 
+@pytest.mark.slow
+def test_two_ranks_do_what_one_does(world):
+    """Clips of 32 x 48 pixels, and gradient through one latent of a frame alone."""
+    flags = ["--size", "32x48", "--latent-context", 1, "--steps", 2, "--no-cache"]
+    assert train_on_clips(*flags, "--out", "one-rank") == 0
+    ended, _ = two_ranks(lambda rank: run_script("train.py", lambda: train_on_clips(*flags, "--out", "two-ranks")))
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    for ours, theirs in zip(metrics("two-ranks"), metrics("one-rank"), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5) and ours["grad_norm"] > 0
+    ours, theirs = load_file("two-ranks/lora.safetensors"), load_file("one-rank/lora.safetensors")
+    assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-5 < max(t.abs().max() for t in ours.values())
+
+
+def test_latent_context_is_a_setting_of_training(world):
+    """It changes the gradient, not the frames; another one would be another run."""
+    for context in (1, None):
+        assert train_on_clips("--latent-context", context, "--steps", 1, "--out", f"context-{context}") == 0
+    one, own = (metrics(f"context-{context}")[0] for context in (1, None))
+    assert one["reward"] == own["reward"] and one["grad_norm"] != pytest.approx(own["grad_norm"], rel=1e-3)
+    with pytest.raises(ValueError, match="latent_context would make it another run"):
+        train.main(["--resume", "context-1", "--latent-context", "2"])
+
+
 def test_an_adapter_makes_the_same_video_in_diffusers_and_comes_back(base, world, tmp_path):
     ours = load_base("random-wan")
     ours.network.load_state_dict(base.network.state_dict())
@@ -241,4 +267,6 @@ def test_a_folder_is_read_and_what_is_missing_is_named(base, tmp_path):
 def test_what_a_base_cannot_do_is_refused_before_clips_are_read(world):
     with pytest.raises(ValueError, match="cache_interval = 2: DeepCache needs a UNet"):
         train.main(["wan", *FLAGS, "--data", "clips.txt", "--cache-interval", "2", "--out", "refused"])
+    with pytest.raises(ValueError, match="preset modelscope: is not for base random-wan, whose own is wan"):
+        train.main(["modelscope", *FLAGS, "--data", "clips.txt", "--prompts", "a=prompts.txt", "--out", "refused"])
     assert not Path("refused").exists()

@@ -3,6 +3,7 @@ import torch
 
 from data import LatentDataset
 from support.ranks import progress
+from support.settings import rows_columns
 from tiny import world
 from tiny.judge import judge_clips, load_judge
 
@@ -11,10 +12,10 @@ COUNT = 192
 
 
 @torch.no_grad()
-def clips(base, frames, pixels, count=None):
+def clips(base, frames, size, count=None):
     """The LatentDataset of `count` or COUNT of the world's own clips, in memory: captions of in_domain, web video's quality."""
-    if (frames, pixels) != (world.FRAMES, world.SIZE):
-        raise ValueError(f"frames = {frames}, size = {pixels}: the tiny world draws {world.FRAMES} frames of {world.SIZE} x "
+    if (frames, *rows_columns(size)) != (world.FRAMES, world.SIZE, world.SIZE):
+        raise ValueError(f"frames = {frames}, size = {size}: the tiny world draws {world.FRAMES} frames of {world.SIZE} x "
                          f"{world.SIZE} pixels; --data is needed for others")
     scenes = world.repeat(world.scenes("in_domain"), count or COUNT)
     moments = []
