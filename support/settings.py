@@ -119,6 +119,11 @@ class TrainingSettings(RewardSettings):
     """torch.compile the UNet"""
 
 
+def chain_levels(base, cfg):
+    """The noise levels of a run's chain. Some bases' depend on how large its clips are."""
+    return base.levels(cfg.num_steps, (cfg.frames, *rows_columns(cfg.size, base.default_size)))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What a size means, and what a base can do
 
@@ -150,11 +155,6 @@ def fit_to_base(cfg, base):
         base.latent_context = cfg.latent_context
     guidance = base.guidance if cfg.guidance is None else cfg.guidance
     return replace(cfg, guidance=guidance, dtype=str(base.dtype).removeprefix("torch."))  # recorded with the run
-
-
-def chain_levels(base, cfg):
-    """The noise levels of a run's chain. Some bases' depend on how large its clips are."""
-    return base.levels(cfg.num_steps, (cfg.frames, *rows_columns(cfg.size, base.default_size)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
