@@ -24,7 +24,7 @@ import lora
 from model import load_base
 from sampler import ddpm_step, sample
 from support import ranks
-from support.clips import read_prompts, report_long
+from support.clips import Prompt, fit_prompts, read_prompts
 from support.files import check_exists, check_folder, write_text
 from support.settings import ModelSettings, check_at_least
 from support.videos import to_pixels, video_name, write_video
@@ -73,6 +73,9 @@ class Config(ModelSettings):
     prompts: Path | None = None
     """a file of prompts, one a line or in the official list form; lines that begin with # are
     comments, and a prompt that begins with # has a backslash before it"""
+    image: Path | None = None
+    """the picture that begins to move, for each --prompt of an image-to-video base; in a file of
+    prompts each line has its own: picture.png|||caption"""
     lora: Path | None = None
     """an adapter from train.py, or any other form that lora.py reads"""
     lora_scale: float = 1.0
@@ -104,6 +107,8 @@ class Config(ModelSettings):
 def check(cfg):
     """All prompts. ValueError for what can be known to be wrong before anything is loaded."""
     prompts = list(cfg.prompt)
+    if cfg.image:
+        prompts = [Prompt(caption, cfg.image, f"{cfg.image}|||{caption}") for caption in prompts]
     if cfg.prompts:
         prompts += read_prompts(cfg.prompts)
 
@@ -115,6 +120,7 @@ def check(cfg):
     ddpm_step(cfg.num_steps, cfg.num_steps)  # refuses a D that the schedule has not
     check_folder(cfg.out)
     check_exists(cfg.lora)
+    check_exists(cfg.image)
     return prompts
 
 
@@ -163,8 +169,7 @@ def main(cfg):
     width = cfg.width or height
     base.latent_shape(cfg.frames, height, width)
 
-    if rank == 0:
-        report_long(prompts, base)
+    prompts = fit_prompts(prompts, base)
 
     # The ranks take turns: rank r makes videos r, r + world_size, ...
     mine = range(rank, len(prompts), world_size)

@@ -240,7 +240,8 @@ PRESETS = {
     "tiny": Config(),
     "modelscope": Config(preset="modelscope", base=HUB_BASES["modelscope"], offset_noise=0.1,
                          **settings.BASES["modelscope"] | FULL_SIZE),
-    "wan": Config(preset="wan", base=HUB_BASES["wan"], **settings.BASES["wan"] | FULL_SIZE)}
+    "wan": Config(preset="wan", base=HUB_BASES["wan"], **settings.BASES["wan"] | FULL_SIZE),
+    "svd": Config(preset="svd", base=HUB_BASES["svd"], **settings.BASES["svd"] | FULL_SIZE)}
 
 
 def check(cfg, needs_clips=True):

@@ -8,14 +8,17 @@ from formats.tensors import check_hub_cache, weight_files
 from support.files import first_line, read_json
 
 TINY = Path(__file__).resolve().parents[1] / "tiny" / "weights"
-HUB_BASES = {"modelscope": "ali-vilab/text-to-video-ms-1.7b", "wan": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}
+HUB_BASES = {"modelscope": "ali-vilab/text-to-video-ms-1.7b", "wan": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+             "svd": "stabilityai/stable-video-diffusion-img2vid"}
 PARTS = {  # what a folder may call each part: diffusers' components, then the files of the two ModelScope hub folders
     "unet": ("unet", "text2video_pytorch_model.pth", "model_scope_v1-4_0600000.pth"),
     "vae": ("vae", "VQGAN_autoencoder.pth", "v2-1_512-ema-pruned.ckpt"),
     "text_encoder": ("text_encoder", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.safetensors",
                      "stable-diffusion-v/open_clip_pytorch_model.bin")}
 TRANSFORMER_PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")  # folders of the other bases' repositories
-NETWORKS = {"WanTransformer3DModel": "wan"}  # class of a diffusers folder's transformer: the file of bases/ that knows it
+SVD_PARTS = ("unet", "vae", "image_encoder")
+# Class of a diffusers folder's network: the file of bases/ that knows it.
+NETWORKS = {"WanTransformer3DModel": "wan", "UNetSpatioTemporalConditionModel": "svd"}
 
 
 def find_base(base):
@@ -44,6 +47,9 @@ def find_base_file(base, given):
             raise ValueError(f"base {base!r}: must be one of random, random:WIDTH, random-{', random-'.join(NETWORKS.values())}")
         return base.removeprefix("random-"), None
     path = find_base(base)
+    config = path / "unet/config.json"
+    if config.is_file() and read_json(config).get("_class_name") in NETWORKS:
+        return NETWORKS[read_json(config)["_class_name"]], path
     config = path / "transformer/config.json"
     if not config.is_file():
         return "modelscope", path
@@ -91,7 +97,7 @@ def hub_files(files):
             chosen.get(name.partition("/")[0], []).append(name)
         return chosen
     chosen = {}
-    for part, names in PARTS.items():
+    for part, names in dict.fromkeys(SVD_PARTS, ()).items() if "image_encoder/config.json" in files else PARTS.items():
         inside = [name.removeprefix(f"{part}/") for name in files if name.startswith(f"{part}/")]
         weights = weight_files(inside)
         if weights and not weights[0].endswith(".json"):

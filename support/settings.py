@@ -22,14 +22,15 @@ from support.files import check_folder, read_json
 # frames, so that the last frame counts as it does there.
 BASES = {
     "modelscope": dict(frames=16, size=None, fps=8, guidance=3., num_steps=20, tau=.6, lambda_tar=1.),
-    "wan": dict(frames=17, size=256, fps=16, guidance=5., num_steps=20, tau=.4, lambda_tar=16 / 17)}
+    "wan": dict(frames=17, size=256, fps=16, guidance=5., num_steps=20, tau=.4, lambda_tar=16 / 17),
+    "svd": dict(frames=14, size=576, fps=7, guidance=3., num_steps=25, tau=.36, lambda_tar=1., grad_steps=3)}
 
 
 @dataclass(frozen=True)
 class ModelSettings:
     """Which text-to-video model, where and how precise."""
     base: str = "tiny"
-    """the text-to-video model: tiny, a folder, a file, a hub id, or random (random:64 and random-wan are small)"""
+    """the text-to-video model: tiny, a folder, a file, a hub id, or random (random:64, random-wan, random-svd are small)"""
     vae: str | None = None
     """another autoencoder than the base's"""
     text_encoder: str | None = None
@@ -59,7 +60,7 @@ class RewardSettings(ModelSettings):
 class TrainingSettings(RewardSettings):
     """The same, which clips to train on, how much memory to use, and what to leave behind. Each method adds its own."""
     preset: tyro.conf.Suppress[str] = "tiny"
-    """tiny, modelscope or wan: named first on the command line, not by a flag; it sets the defaults of the others"""
+    """tiny, modelscope, wan or svd: named first on the command line, not by a flag; it sets the defaults of the others"""
     data: Path | None = None
     """clips and captions: a list of `path|||caption` lines, a .csv or .jsonl, or a folder of clips with .txt files; the tiny
     world draws its own"""
