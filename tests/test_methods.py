@@ -576,7 +576,8 @@ def stop_after(patch, step):
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(name, monkeypatch, capsys):
     """The signal comes after the first step and is seen in the second, in the middle of a round where there are rounds."""
     steps, saved_at, more = {"ddpo": (6, 3, ["--updates", 3]), "rwr": (4, 2, ["--rounds", 1, "--videos", 2]),
-                             "dpo": (4, 2, ["--rounds", 1, "--pairs", 2])}.get(name, (3, 2, []))
+                             "dpo": (4, 2, ["--rounds", 1, "--pairs", 2]), "nft": (4, 2, ["--group", 2]),
+                             "adjoint": (3, 2, ["--steps-learned", 1])}.get(name, (3, 2, []))
     flags = [*SHORT, *more, "--steps", steps, "--save-every", 6, "--lr", "1e-3", "--warmup", 0]
     bases = []
     real = train.load_base
@@ -821,7 +822,7 @@ def test_settings_of_clips_are_no_settings_of_prompts(flag, capsys):
 def test_a_run_of_one_method_is_not_continued_by_another():
     assert run("draft", *SHORT, "--steps", 1, "--out", "run") == 0
     for name in ("refl", "dpo"):
-        refused("run/config.json: not the settings of this method or version; not known: truncate", run, name, "--resume", "run")
+        refused("run/config.json: not the settings of this method or version; not known: detach_input, grad_at, trunc", run, name, "--resume", "run")
     Path("run/config.json").write_text(json.dumps(settings.to_record(train.Config())))
     refused("not the settings of this method or version; missing: prompts_train", run, "refl", "--resume", "run")
     for module in METHODS.values():
