@@ -38,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lora
 import train
 from formats.names import unet_to_diffusers, vae_to_diffusers
-from methods import ddpo, dpo, draft, onestep, refl, rwr, vader
+from methods import adjoint, ddpo, dpo, draft, nft, onestep, refl, rwr, vader
 from model import load_base
 from reward import aggregate, load_reward, segment_edges, segment_frames, tar_weights
 from sampler import check_edit, edit_steps
@@ -53,11 +53,11 @@ PARTS = ("chain", "last step", "decode", "reward", "backward", "optimizer")
 MEMORY_SETTINGS = {"no flag": {}, "--decode-chunk 1": {"decode_chunk": 1},
                    "--checkpoint-activations": {"checkpoint_activations": True}, "--low-memory": {"low_memory": True}}
 METHODS = {"InstructVideo": train, "onestep": onestep, "draft": draft, "refl": refl, "vader": vader, "ddpo": ddpo, "rwr": rwr,
-           "dpo": dpo}
+           "dpo": dpo, "nft": nft, "adjoint": adjoint}
 ON_CLIPS = {"InstructVideo": train.edit_rewards, "onestep": onestep.onestep_rewards}
 IN_ROW = ("InstructVideo", "vader", "refl")  # methods of a base's row
 CARDS = (8, 12, 16, 24, 32, 48, 80, 141)  # GiB; a tenth is left for kernels' workspaces and gaps between tensors
-ROUND_OF_ONE = {"ddpo": {"updates": 1}, "rwr": {"videos": 1}, "dpo": {"pairs": 1}}
+ROUND_OF_ONE = {"ddpo": {"updates": 1}, "rwr": {"videos": 1}, "dpo": {"pairs": 1}, "nft": {"updates": 1, "group": 1}}
 
 
 # -- The step, ours and on diffusers ---------------------------------------------------------------------------------
@@ -337,10 +337,12 @@ def count_method(name, settings, base, reward, folder):
             entry[-1] = [(1 + round(settings.late * settings.num_steps)) // 2]
         score = count_work(lambda: method.score(entry)[0], base.network, base, reward)
 
-        # Scoring, which has gradient, takes the most memory. Chain steps leave nothing behind, so one is as good as all.
+        # What has gradient takes the most memory. Chain steps leave nothing behind, so one is as good as all.
         method = open_method(name, replace(settings, num_steps=1, tau=1.), base, reward, folder)
         entry = train.split_batch(method.draw(0), 1)[0]
-        peak = measure_peak(lambda: method.score(entry)[0], of_step(base.network, base, reward))
+        peaks = [measure_peak(call, of_step(base.network, base, reward))
+                 for call in (lambda: method.draw(0), lambda: method.score(entry)[0])]
+        peak = max(peaks, key=lambda peak: peak["total"])
 
     videos = 2 if name == "dpo" else 1  # of an entry, which for DPO is a pair
     draws = 1 / videos  # for each video of an optimizer step: how often a batch is drawn, and an entry of it scored

@@ -67,7 +67,7 @@ def adjoints(base, path, a, text, cfg):
     found = {}
     for i in range(1, cfg.num_steps + 1):
         z_t = path[cfg.num_steps - i].detach().requires_grad_()
-        mean, _ = policy(base, z_t, i, text, None, 1., cfg)
+        mean, _ = policy(base, z_t.clone(), i, text, None, 1., cfg)  # counters refuse a leaf
         found[i] = mean.detach(), a
         a, = torch.autograd.grad((mean * a).sum(), z_t)                       # (B, C, F, h, w)
     lora.set_scale(base.network, 1.)

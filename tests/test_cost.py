@@ -18,7 +18,7 @@ import lora
 import train
 from bases.modelscope import Base
 from benchmark import PARTS, Config, count_contenders, count_memory, measure, measure_peak, synthetic_batch
-from methods import ddpo, dpo, draft, refl, rwr, vader
+from methods import adjoint, ddpo, dpo, draft, nft, refl, rwr, vader
 from model import Autoencoder, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig, load_base
 from reward import load_reward
 from tests.conftest import refused
@@ -244,7 +244,7 @@ def test_the_expected_memory_is_what_the_graph_keeps_on_the_cpu(memory_setting):
 METHOD = replace(SHORT, batch_size=1, tau=.5, num_steps=4)
 SIZES = dict(frames=4, size=16, num_steps=4)
 FEW = {draft: {}, refl: {}, vader: dict(eta=.5), ddpo: dict(updates=2, timestep_fraction=.5), rwr: dict(rounds=2, videos=3),
-       dpo: dict(rounds=2, pairs=3)}
+       dpo: dict(rounds=2, pairs=3), nft: dict(updates=2, group=2, timestep_fraction=.5), adjoint: dict(steps_learned=2)}
 
 
 def count_method(monkeypatch, module, cfg=METHOD, **changes):
@@ -256,7 +256,8 @@ def count_method(monkeypatch, module, cfg=METHOD, **changes):
 
 
 # One is quick; the others, counted in the same way, are among the slow tests.
-@pytest.mark.parametrize("module", [dpo, *(pytest.param(m, marks=pytest.mark.slow) for m in (draft, refl, vader, rwr, ddpo))],
+@pytest.mark.parametrize("module", [dpo, *(pytest.param(m, marks=pytest.mark.slow)
+                                           for m in (draft, refl, vader, rwr, ddpo, nft, adjoint))],
                          ids=lambda module: module.__name__)
 def test_the_parts_of_a_method_add_up_to_a_run_of_it(module, monkeypatch, tmp_path):
     """TFLOP and frames of every video of every step, on the CPU with numbers; DPO's steps are of pairs."""
