@@ -69,7 +69,8 @@ class LatentDataset:
     What training sees of each clip: moments (n, 2C, F, h, w) of n windows, text (N, E), caption.
 
     moments, text: a tensor, or a list with an entry per clip (tensors, or what the cache
-    has, read when asked for); captions: list of str. ValueError unless equally many.
+    has, read when asked for); captions: list of str. ValueError unless equally many. Windows may be
+    dicts, which bring their text along.
     """
 
     def __init__(self, moments, text, captions, names=()):
@@ -89,7 +90,10 @@ class LatentDataset:
         k = 0
         if generator is not None:
             k = int(torch.randint(len(windows), (), generator=generator))
-        return windows[k], self.text[index][:], self.captions[index]
+        window = windows[k]
+        if isinstance(window, dict):  # of image-to-video: the text is made of the window's first frame
+            return window.pop("moments"), window, self.captions[index]
+        return window, self.text[index][:], self.captions[index]
 
 
 # ----------------------------------------------------------------------------------------------

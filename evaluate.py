@@ -30,7 +30,7 @@ from formats.reward_names import requested_rewards
 from generate import generate, load_model
 from reward import as_rewards, first_frames, load_rewards
 from sampler import ddpm_step
-from support.clips import read_prompt_sets, report_long
+from support.clips import fit_prompts, read_prompt_sets, told_by
 from support.files import check_exists, check_folder
 from support.pictures import evaluation_bar, save_evaluation
 from support.ranks import all_gather, join_ranks, rank_and_size, run_script
@@ -51,8 +51,8 @@ def prompt_sets(base, named_files, count):
     sets = read_prompt_sets(named_files, base.name) or base.world.prompt_sets()
     chosen = {}
     for name, prompts in sets.items():
+        prompts = fit_prompts(prompts, base)
         chosen[name] = [prompts[i % len(prompts)] for i in range(count or len(prompts))]
-    report_long(sum(chosen.values(), []), base)
     return chosen
 
 
@@ -266,7 +266,8 @@ def compare(cfg, base, rewards, sets, strengths, size, writers):
                    "lora_scale": strengths[model_name], "measures": summary(table)}
             if model_name != "base":
                 # Paired: the same prompt and noise. A prompt that repeats counts once.
-                row["differences"] = {k: paired(before, table, k, sets[name]) for k in table}
+                lines = [told_by(prompt) for prompt in sets[name]]
+                row["differences"] = {k: paired(before, table, k, lines) for k in table}
             results.append(row)
             bar.set_postfix_str(f"{name} {table['reward'].mean():.4f}, {model_name}", refresh=False)
     return results, sheets

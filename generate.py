@@ -25,7 +25,7 @@ from formats import vbench
 from model import load_base
 from sampler import ddpm_step, sample
 from support import ranks
-from support.clips import read_prompts, report_long
+from support.clips import Prompt, fit_prompts, read_prompts
 from support.files import check_exists, check_folder, write_text
 from support.settings import ModelSettings, check_at_least, rows_columns
 from support.videos import to_pixels, video_name, write_video
@@ -74,6 +74,9 @@ class Config(ModelSettings):
     prompts: Path | None = None
     """a file of prompts, one a line or in the official list form; lines that begin with # are
     comments, and a prompt that begins with # has a backslash before it"""
+    image: Path | None = None
+    """the picture that begins to move, for each --prompt of an image-to-video base; in a file of
+    prompts each line has its own: picture.png|||caption"""
     lora: Path | None = None
     """an adapter from train.py, or any other form that lora.py reads"""
     lora_scale: float = 1.0
@@ -106,8 +109,10 @@ class Config(ModelSettings):
 
 
 def check(cfg):
-    """{seed of a video: (its file, its prompt)}. ValueError for what can be known to be wrong now."""
+    """{seed of a video: (its file, its prompt)}. ValueError for what is known to be wrong now."""
     prompts = list(cfg.prompt)
+    if cfg.image:
+        prompts = [Prompt(caption, cfg.image, f"{cfg.image}|||{caption}") for caption in prompts]
     if cfg.prompts:
         prompts += read_prompts(cfg.prompts)
 
@@ -120,6 +125,7 @@ def check(cfg):
     ddpm_step(cfg.num_steps, cfg.num_steps)  # refuses a D that the schedule has not
     check_folder(cfg.out)
     check_exists(cfg.lora)
+    check_exists(cfg.image)
     if cfg.vbench and cfg.gif:
         raise ValueError("vbench: its folder has files of one kind; leave gif or vbench out")
     if cfg.vbench:
@@ -175,8 +181,7 @@ def main(cfg):
     base.latent_shape(cfg.frames, height, width)
 
     prompts = [prompt for _, prompt in files.values()]  # of each video, in the order of seeds
-    if rank == 0:
-        report_long(prompts, base)
+    prompts = fit_prompts(prompts, base)
 
     # The ranks take turns: rank r makes videos r, r + world_size, ...
     mine = range(rank, len(prompts), world_size)

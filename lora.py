@@ -22,6 +22,7 @@ Letters: r rank of an adapter, C_in and C_out widths of a projection, n rows of 
 """
 import support.threads  # noqa: F401  before torch is loaded
 import math
+import re
 
 import torch
 import torch.nn.functional as F_
@@ -32,6 +33,7 @@ from torch import nn
 from formats import adapters
 from formats.names import split_lora
 from formats.tensors import fingerprint, read_tensors
+from support.clips import say_once
 from support.files import write_whole
 from support.ranks import run_script
 
@@ -107,13 +109,21 @@ class LoRALinear(nn.Module):
 # ----------------------------------------------------------------------------------------------
 # All layers of a module
 
+NONE = ("(?!)", "")  # a pattern that nothing matches
+
+
 def projections(module, adapted="qkvo"):
-    """{path: nn.Linear or LoRALinear} of every attention, by name: in our UNet and diffusers'.
-    adapted: which of query, key, value and output."""
+    """
+    {path: nn.Linear or LoRALinear} of every attention, by name: in our UNet and diffusers'. A
+    module's `no_adapters`, (pattern, reason), tells which of them would learn nothing.
+    adapted: which of query, key, value and output.
+    """
+    without, _ = getattr(module, "no_adapters", NONE)
     found = {}
     for path, layer in module.named_modules():
         if adapters.is_adapted(path, adapted) and isinstance(layer, (nn.Linear, LoRALinear)):
             found[path] = layer
+    found = {path: layer for path, layer in found.items() if not re.search(without, path)}
     if not found:
         raise ValueError(f"no attention in {type(module).__name__}: expected linear layers called "
                          "to_q, to_k, to_v, to_out.0")
@@ -148,6 +158,10 @@ def inject(module, rank=4, alpha=None, generator=None, adapted="qkvo"):
     found = projections(module, adapted)
     if any(isinstance(layer, LoRALinear) for layer in found.values()):
         raise ValueError(f"{type(module).__name__} has adapters already")
+
+    _, reason = getattr(module, "no_adapters", NONE)
+    if reason:
+        say_once(reason)
 
     generator = generator or torch.Generator().manual_seed(0)
     module.requires_grad_(False)
@@ -244,6 +258,10 @@ def load(module, path):
 
     # 2. Compare everything that can be compared, before anything is changed.
     found = projections(module, adapter.letters)
+    without, _ = getattr(module, "no_adapters", NONE)
+    for name in list(adapter.tensors):  # another program's, which change nothing
+        if re.search(without, adapters.NAME.fullmatch(name)[1]):
+            del adapter.tensors[name]
     shapes = {name: layer.weight.shape for name, layer in found.items()}
     adapters.check_adapter(adapter, shapes, base_fingerprint(module), path)
     layer = next(iter(found.values()))

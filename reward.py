@@ -268,7 +268,8 @@ def load_rewards(cfg, base_folder, dtype=torch.float32, device="cpu"):
     loaded = []
     for asked in [*(asked for _, asked in optimised), *watched]:
         reward = load_reward(asked, paths.get(asked), base_folder, dtype, device)
-        frames_of(reward, cfg.frames)  # refuses a clip that is too short
+        if reward.num_frames:
+            frames_of(reward, cfg.frames)
         loaded.append(reward)
 
     names = [reward.name for reward in loaded]

@@ -294,10 +294,13 @@ def plan_evaluations(cfg, folder, base, rewards):
         exact, waits_on = as_rewards(load_rewards(cfg, base.folder)), "cpu"
 
     def evaluate_prompts(captions, **more):
+        # Eight videos take less memory than one clip with gradient, unless a flag saves that.
+        saves_memory = cfg.checkpoint_activations or cfg.low_memory
+        batch_size = min((saves_memory and cfg.clips_at_once) or cfg.batch_size, 8)
         exact.to(base.device)
         measured = evaluate(base, exact, captions, num_steps=cfg.num_steps, guidance=cfg.guidance,
                             segments=cfg.segments, frames=cfg.frames, size=cfg.size,
-                            batch_size=cfg.videos_at_once, judge=judge, **more)
+                            batch_size=batch_size, judge=judge, **more)
         exact.to(waits_on)
         return measured
 

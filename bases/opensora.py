@@ -299,12 +299,15 @@ class OpenSora(ReadsT5):
 
     def __init__(self, network, vae, text_encoder, name, folder=None):
         self.network, self.vae, self.text_encoder, self.name, self.folder = network, vae, text_encoder, name, folder
-        self.device, self.dtype = network.t_block[1].weight.device, network.t_block[1].weight.dtype
-        self.texts = {}  # {caption: its features and mask}
+        self.dtype, self.texts = network.t_block[1].weight.dtype, {}  # {caption: its features and mask}
         # What runs in every step gets the network's precision. The encoders stay float32: they run once.
         for stage in (vae.spatial_vae.module, vae.temporal_vae):
             stage.decoder.to(self.dtype)
             stage.post_quant_conv.to(self.dtype)
+
+    @property
+    def device(self):
+        return self.network.t_block[1].weight.device
 
     def latent_shape(self, frames, height, width):
         """(C, f, h, w) of a clip's latents. ValueError unless it has 1 frame or 17 k, and rows and columns in eights."""
@@ -359,12 +362,11 @@ class OpenSora(ReadsT5):
 
     def decode_frames(self, z, index=None):
         """Frames index (B, S), or all, of z (B,C,f,h,w) -> (B,S,3,H,W), about [0, 1], not clamped; exact, with all gradient."""
-        # Each window that a frame is wanted of is decoded in time, once; then these frames alone in 2D.
         frames = WINDOW if z.shape[2] > 1 else 1
         windows = rearrange(z, "b c (n f) h w -> b n c f h w", f=latent_frames(frames))
         index = torch.arange(windows.shape[1] * frames).expand(len(z), -1) if index is None else index.cpu()
         window_of = torch.arange(len(z))[:, None] * windows.shape[1] + index // frames    # (B, S), of all clips'
-        wanted, place = window_of.unique(return_inverse=True)
+        wanted, place = window_of.unique(return_inverse=True)  # each is decoded in time once, then the frames alone in 2D
         latents = self.vae.decode_windows(windows.flatten(0, 1)[wanted])                  # (n, C, 17, h, w)
         latents = latents[place, :, index % frames].flatten(0, 1) / self.vae.spatial_scale      # (B*S, C, h, w)
         pictures = torch.cat([self.vae.spatial_vae.module.decode(part) for part in latents.split(WINDOW)])
@@ -391,8 +393,7 @@ def load(base, folder, vae, text_encoder, dtype, device):
         raise ValueError(f"{base}: no vae found in {folder}; expected net/ and vae/, or --vae, like {HUB_PARTS['vae']}")
     network = read_part(folder / "net" if (folder / "net").is_dir() else folder, STDiT3, dtype, device)
     autoencoder = read_part(vae, VideoAutoencoder, torch.float32, device)
-    max_tokens, width = network.y_embedder.y_embedding.shape
-    text = text_encoder and move_to(load_tower(text_encoder, width, max_tokens, dtype), device)
+    text = text_encoder and move_to(load_tower(text_encoder, *network.y_embedder.y_embedding.shape, dtype), device)
     return OpenSora(network, autoencoder, text, base, folder)
 
 
@@ -410,8 +411,7 @@ def random(base, seed, dtype, device, full=False):
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone
         network, vae = [STDiT3(), VideoAutoencoder()] if full else [STDiT3(**network), VideoAutoencoder(**vae)]
-        max_tokens, width = network.y_embedder.y_embedding.shape
-        parts = network.to(dtype), vae, random_tower(width, max_tokens)
+        parts = network.to(dtype), vae, random_tower(*network.y_embedder.y_embedding.shape)
     return OpenSora(*[move_to(part.eval().requires_grad_(False), device) for part in parts], base)
 
 

@@ -115,7 +115,7 @@ class ReadsT5:
         return self.text_encoder is not None and self.text_encoder.is_cut(caption)
 
 
-def load_tower(folder, width, max_tokens, dtype):
+def load_tower(folder, max_tokens, width, dtype):
     """Of a folder with T5's weights; the tokenizer lies in it, as on the hub, or in tokenizer/ beside it."""
     beside = folder.parent / "tokenizer"
     place = beside if beside.is_dir() else folder
@@ -127,7 +127,7 @@ def load_tower(folder, width, max_tokens, dtype):
     return T5Tower(read_tokenizer(place), encoder, max_tokens)
 
 
-def random_tower(width, max_tokens):
+def random_tower(max_tokens, width):
     """Small, with random weights; its tokens are bytes."""
     sizes = dict(vocab_size=384, d_model=width, d_kv=8, d_ff=2 * width, num_layers=1, num_heads=4)
     return T5Tower(ByT5Tokenizer(), T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu")), max_tokens)

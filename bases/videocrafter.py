@@ -39,7 +39,8 @@ from support.settings import BASES
 SETTINGS = BASES["videocrafter"]
 SCALED = 400  # levels over which the signal's scale falls
 LEAST = .7    # to this
-SMALL = names.random_sizes("random:32")  # fields of UNet, autoencoder and text tower
+SMALL = (dict(channels=(32, 64), blocks_per_level=1, attention_levels=(True, False), context_dim=64, head_dim=16),  # UNet
+         dict(channels=(32, 32, 32, 32), blocks_per_level=1), dict(width=64, heads=1, layers=2))  # autoencoder, text tower
 
 
 def scales(num_train_steps=1000):

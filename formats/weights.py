@@ -9,18 +9,19 @@ from support.files import first_line, read_json
 
 TINY = Path(__file__).resolve().parents[1] / "tiny" / "weights"
 HUB_BASES = {"modelscope": "ali-vilab/text-to-video-ms-1.7b", "wan": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-             "videocrafter": "VideoCrafter/VideoCrafter2", "cogvideox": "THUDM/CogVideoX-2b",
-             "opensora": "hpcai-tech/OpenSora-STDiT-v3"}
+             "videocrafter": "VideoCrafter/VideoCrafter2", "svd": "stabilityai/stable-video-diffusion-img2vid",
+             "cogvideox": "THUDM/CogVideoX-2b", "opensora": "hpcai-tech/OpenSora-STDiT-v3"}
 PARTS = {  # what a folder may call each part: diffusers' components, then the files of the two ModelScope hub folders
     "unet": ("unet", "text2video_pytorch_model.pth", "model_scope_v1-4_0600000.pth"),
     "vae": ("vae", "VQGAN_autoencoder.pth", "v2-1_512-ema-pruned.ckpt"),
     "text_encoder": ("text_encoder", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.safetensors",
                      "stable-diffusion-v/open_clip_pytorch_model.bin")}
 TRANSFORMER_PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")  # folders of the other bases' repositories
+SVD_PARTS = ("unet", "vae", "image_encoder")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Class of a folder's network: the file of bases/ that knows it.
 NETWORKS = {"WanTransformer3DModel": "wan", "CogVideoXTransformer3DModel": "cogvideox", "STDiT3": "opensora",
-            "UNet3DVideoCrafterConditionModel": "videocrafter"}
+            "UNet3DVideoCrafterConditionModel": "videocrafter", "UNetSpatioTemporalConditionModel": "svd"}
 WHOLE = "model.ckpt"  # VideoCrafter2's only file
 
 
@@ -114,7 +115,7 @@ def hub_files(files):
         weights = weight_files(files)
         return {"part": weights and [name for name in files if name in weights or name.endswith((".json", ".model"))]}
     chosen = {}
-    for part, names in PARTS.items():
+    for part, names in dict.fromkeys(SVD_PARTS, ()).items() if "image_encoder/config.json" in files else PARTS.items():
         inside = [name.removeprefix(f"{part}/") for name in files if name.startswith(f"{part}/")]
         weights = weight_files(inside)
         if weights and not weights[0].endswith(".json"):

@@ -21,7 +21,7 @@ import train
 from data import batch_indices
 from reward import segment_frames
 from support import ranks
-from support.clips import read_prompts, report_long
+from support.clips import fit_prompts, read_prompts, told_by
 from support.files import read_json, write_text, write_whole
 from support.ranks import is_main_process, on_rank_0, rank_and_size, sample_generator
 from support.run import Stopped, read_metrics
@@ -69,7 +69,7 @@ def presets(config_class, **full_size):
     made = {}
     for preset, cfg in train.PRESETS.items():
         changed = {k: v for k, v in vars(cfg).items() if v != getattr(train.Config(), k)}
-        own = {} if preset == "tiny" else {"offset_noise": 0.0} | full_size
+        own = {} if preset == "tiny" else {"offset_noise": 0.0, "tau": 1.0} | full_size
         made[preset] = config_class(**changed | own)
     return made
 
@@ -106,7 +106,8 @@ class Videos:
     @property
     def description(self):
         """What the prompts are, in a few words: a run that is continued must have the same."""
-        digest = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()[:16]
+        lines = "\n".join(map(told_by, self.prompts))
+        digest = hashlib.sha256(lines.encode()).hexdigest()[:16]
         return f"{len(self.prompts)} prompts, sha256 {digest}"
 
     def share(self, step, count, group=1):
@@ -150,7 +151,9 @@ def read_videos(cfg, base, pick_frames=None):
         prompts = base.world.prompt_sets()["in_domain"]
     else:
         prompts = read_prompts(cfg.prompts_train)
-    report_long(prompts, base)
+    pixels = cfg.size or base.default_size
+    base.latent_shape(cfg.frames, pixels, pixels)  # refuses a size that has no latents
+    prompts = fit_prompts(prompts, base)
     for start in range(0, len(prompts), 64):  # now, as the text encoder may leave the accelerator
         base.encode_text(prompts[start:start + 64])
     return Videos(cfg, base, pick_frames, prompts)
@@ -299,6 +302,6 @@ def gathered(scored):
     prompts, rewards = [], []
     for step_on_all_ranks in zip(*ranks.all_gather(scored)):
         for rank_prompts, rank_rewards in step_on_all_ranks:
-            prompts += rank_prompts
+            prompts += map(told_by, rank_prompts)
             rewards += rank_rewards
     return prompts, rewards

@@ -18,7 +18,6 @@ from torch import nn
 
 from formats import video_reward as published
 from formats.reward_model import RewardModel, build, clip_normalize, limit
-from formats.tensors import read_tensors
 
 FRAMES, PATCH, MERGED = 4, 14, 2  # a token is 2 x 2 patches, each of 2 frames
 PIXELS = 100_352, 200_704  # of a frame: at least, at most
@@ -54,7 +53,7 @@ class Network(nn.Module):
 
 
 class VideoReward(RewardModel):
-    """scales: {score: (mean, deviation)} of the wanted ones. (B, S, 3, H, W), captions -> (B, 1)."""
+    """frames (B, S, 3, H, W), captions -> (B, 1). scales: {wanted score: (mean, deviation)}."""
 
     def __init__(self, network, tokenizer, template, scales, name, pixels=PIXELS):
         super().__init__(name, FRAMES, rule="ends")
@@ -106,15 +105,15 @@ def load(path, argument, dtype, device, text=TEXT, vision=VISION):
     wanted = [argument] if argument else list(published.SCORES)
     if path is None:
         network = build(lambda: Network(SMALL_TEXT, SMALL_VISION), None, dtype, device)
-        return VideoReward(network, published.byte_tokenizer(), published.SHORT,
-                           dict.fromkeys(wanted, (0., 1.)), f"VideoReward-random{ending}", SMALL_PIXELS)
+        as_they_are, name = dict.fromkeys(wanted, (0., 1.)), f"VideoReward-random{ending}"
+        return VideoReward(network, published.byte_tokenizer(), published.SHORT, as_they_are, name,
+                           SMALL_PIXELS)
 
     folder = path if path.is_dir() else path.parent
     template = published.read_template(folder)  # before gigabytes are read or downloaded
     scales = published.read_scales(folder)
     tokenizer = published.read_tokenizer(folder, text["vocab_size"])
-    weights = published.find_file(folder, f"{published.CHECKPOINT}/model.pth")
-    tensors = published.merge_lora(read_tensors(weights))
+    weights, tensors = published.read_weights(folder)
     network = build(lambda: Network(text, vision), weights, dtype, device, tensors)
     return VideoReward(network, tokenizer, template, {score: scales[score] for score in wanted},
                        f"VideoReward{ending}")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from support.files import first_names, read_text, write_whole
 from support.ranks import all_gather, barrier, is_main_process, map_tensors, progress, rank_and_size, take
-from support.videos import plan_windows, read_all_windows, read_as_in_version_1
+from support.videos import plan_windows, read_all_windows, read_as_in_version_1, read_picture
 
 SUFFIXES = (".mp4 .webm .avi .mov .mkv .gif .m4v .mpg .mpeg .ts .mts .m2ts .flv .f4v .ogv .wmv .asf .3gp .3g2 .vob .m2v .mxf "
             ".y4m .divx .dv .rm .rmvb .nut").split()
@@ -117,8 +117,36 @@ def read_clip_folder(folder):
     return clips
 
 
+class Prompt(str):
+    """A caption that came with a picture, from which an image-to-video base starts; `line` is both, as a list has them."""
+    def __new__(cls, caption, picture=None, line=None):
+        made = super().__new__(cls, caption)
+        made.picture, made.line = picture, line
+        return made
+
+
+def told_by(prompt):
+    """All that a prompt says of a video, as text: its caption, or its line."""
+    return getattr(prompt, "line", None) or str(prompt)
+
+
+def fit_prompts(prompts, base):
+    """Prompts as a base takes them: captions, or with pictures for image-to-video. ValueError for a picture that is not there."""
+    if not hasattr(base, "condition"):
+        prompts = [str(prompt) for prompt in prompts]
+    for prompt in prompts if hasattr(base, "condition") else ():
+        picture = getattr(prompt, "picture", None)
+        if picture is None:
+            raise ValueError(f"prompt {str(prompt)!r}: {base.name} starts from a picture; expected a line picture.png|||caption "
+                             "in a file of prompts, or generate.py --image FILE")
+        read_picture(picture, 8, 8)
+    report_long(prompts, base)
+    return prompts
+
+
 def read_prompts(path):
-    """Prompts of a text file, one a line, or as the official `video|||caption|||frames`.
+    """Prompts of a text file, one a line, or as the official `video|||caption|||frames`, or `picture|||caption`, whose path
+    starts from the file's folder.
     A line that begins with # is a comment, and a prompt that begins with # is written with a backslash before it."""
     try:
         text = read_text(path, newline="\n")  # nothing else ends a line, not even \u2028
@@ -129,8 +157,9 @@ def read_prompts(path):
         if line.startswith("#"):
             comments += 1
         elif line:
-            prompt = line.split("|||")[1] if "|||" in line else line
-            prompts.append(re.sub(r"^\\#", "#", prompt.strip()))
+            picture, *fields = line.split("|||")
+            caption = re.sub(r"^\\#", "#", (fields or [line])[0].strip())
+            prompts.append(Prompt(caption, Path(path).parent / picture.strip(), line) if fields else caption)
     if not prompts or not all(prompts):
         raise ValueError(f"prompts {path}: expected one prompt a line, found {'an empty one' if prompts else 'none'}")
     if comments:
@@ -294,8 +323,8 @@ def encode_clips(clips, config, base, cache_dir, num_workers, max_skip):
             if problem:
                 problems[path] = problem
                 tqdm.write(f"left out: {problem}")  # on any rank: only this one knows
-            moments = [base.encode(window.float() / 127.5 - 1) for window in windows]
-            yield path, torch.cat(moments) if moments else None                                     # (n, 2C, F, h, w)
+            encoded = [encode_window(base, window, config.fps) for window in windows]
+            yield path, map_tensors(lambda *parts: torch.cat(parts), *encoded) if encoded else None  # (n, 2C, F, h, w)
 
     fill_cached(entries, files, encode_paths, "clips")
     combed = sum(all_gather(combed), [])
@@ -311,8 +340,19 @@ def encode_clips(clips, config, base, cache_dir, num_workers, max_skip):
         tqdm.write(f"{len(good)} of {len(clips)} clips can be used")
     captions = [clip.caption for clip in good]
     report_long(captions, base)
-    text = encode_captions(captions, base.encode_captions, text_name, cache_dir)
-    return [entries[clip.path] for clip in good], text, captions, [clip.path.name for clip in good]
+    moments = [entries[clip.path] for clip in good]
+    text = moments  # of image-to-video: each window brings what its video is told
+    if not hasattr(base, "condition"):
+        text = encode_captions(captions, base.encode_captions, text_name, cache_dir)
+    return moments, text, captions, [clip.path.name for clip in good]
+
+
+def encode_window(base, window, fps):
+    """Moments (1, 2C, f, h, w) of a window (F, 3, H, W) uint8; for image-to-video with what is told of its first frame."""
+    frames = window.float() / 127.5 - 1
+    if not hasattr(base, "condition"):
+        return base.encode(frames)
+    return {"moments": base.encode(frames), **base.condition(frames[:1], fps)}
 
 
 @torch.no_grad()

@@ -36,8 +36,7 @@ def pick_dtype(name, device):
     if name is not None and name not in DTYPES:
         raise ValueError(f"dtype {name!r}: must be one of {', '.join(DTYPES)}")
     if name is None and device.type == "cuda":
-        with torch.cuda.device(device):
-            name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        name = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     return DTYPES[name or "float32"]
 
 

@@ -8,7 +8,6 @@ import math
 import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass, replace
-from itertools import chain
 from pathlib import Path
 from types import UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
@@ -25,6 +24,7 @@ BASES = {
     "modelscope": dict(frames=16, size=None, fps=8, guidance=3., num_steps=20, tau=.6, lambda_tar=1.,
                        offset_noise=.1),  # official code
     "videocrafter": dict(frames=16, size="320x512", fps=28, guidance=12., num_steps=20, tau=.5, lambda_tar=1.),
+    "svd": dict(frames=14, size="576x1024", fps=7, guidance=3., num_steps=25, tau=.36, lambda_tar=1., grad_steps=3),
     "wan": dict(frames=17, size=256, fps=16, guidance=5., num_steps=20, tau=.4, lambda_tar=16 / 17),
     "cogvideox": dict(frames=17, size=256, fps=8, guidance=6., num_steps=20, tau=.35, lambda_tar=16 / 17),
     "opensora": dict(frames=51, size=256, fps=24, guidance=7., num_steps=20, tau=.5, lambda_tar=16 / 51)}
@@ -42,8 +42,7 @@ class ModelSettings:
     device: str | None = None
     """cuda, mps or cpu; default the first of these that is there"""
     dtype: str | None = None
-    """float32, bfloat16 or float16 of the frozen weights; default on cuda bfloat16, on a card without it float16, else float32.
-    Adapters are float32"""
+    """float32, bfloat16 or float16 of what is frozen; default on cuda bfloat16, or float16 on cards without, else float32"""
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,8 @@ class RewardSettings(ModelSettings):
     """The same, and what scores its videos."""
     reward: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """hpsv2 (default: v2.0, the paper's and the official code's; may end in /crop or /stretch), hpsv2.1, pickscore, aesthetic,
-    imagereward, yolos:CLASS, videomae:ACTION, vjepa, my_file.py:function; in the tiny world action:DIRECTION, removal:watermark;
-    repeatable, with a weight as in aesthetic=0.05 (docs/rewards.md)"""
+    imagereward, yolos:CLASS, videomae:ACTION, vjepa, videoreward (or :VQ, :MQ, :TA), viclip, my_file.py:function; in the tiny
+    world action:DIRECTION, removal:watermark; repeatable, with a weight as in aesthetic=0.05 (docs/rewards.md)"""
     reward_weights: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME=PATH, the weights of a reward, repeatable; a bare PATH where there is one reward. Default the base's own, else the
     hub's; random and random:W as for base"""
@@ -120,11 +119,10 @@ class TrainingSettings(RewardSettings):
     compile: bool = False
     """torch.compile the UNet"""
 
-    @property
-    def videos_at_once(self):
-        """How many an evaluation computes at once: eight need less memory than a clip with gradient, unless that saves it."""
-        at_once = self.clips_at_once if self.checkpoint_activations or self.low_memory else 0
-        return min(at_once or self.batch_size, 8)
+
+def chain_levels(base, cfg):
+    """The noise levels of a run's chain. Some bases' depend on how large its clips are."""
+    return base.levels(cfg.num_steps, (cfg.frames, *rows_columns(cfg.size, base.default_size)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,11 +156,6 @@ def fit_to_base(cfg, base):
         base.latent_context = cfg.latent_context
     guidance = base.guidance if cfg.guidance is None else cfg.guidance
     return replace(cfg, guidance=guidance, dtype=str(base.dtype).removeprefix("torch."))  # recorded with the run
-
-
-def chain_levels(base, cfg):
-    """The noise levels of a run's chain. Some bases' depend on how large its clips are."""
-    return base.levels(cfg.num_steps, (cfg.frames, *rows_columns(cfg.size, base.default_size)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,7 +217,9 @@ def parse(argv, presets, description):
     named = argv.pop(0) if argv and not argv[0].startswith("-") else None
     if named is not None and named not in presets:
         raise ValueError(f"preset {named!r}: must be one of {', '.join(presets)}")
-    words = [*chain(*(word.split("=", 1) for word in argv))]
+    words = []
+    for word in argv:
+        words += word.split("=", 1)
     folder = words[words.index("--resume") + 1] if "--resume" in words[:-1] else None  # before the rest can be parsed
     saved = read_settings(Path(folder), presets) if folder else None
     defaults = saved or presets[named or next(iter(presets))]
@@ -248,6 +243,10 @@ def parse(argv, presets, description):
             is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.base) is not None
             lacks = "no such file or folder" + is_hub_id * f"; if it is a hub id, it {lacks}"
         raise ValueError(f"base {cfg.base}: {lacks}")
+    for parent in type(cfg).__mro__[1:]:
+        for name, hint in get_type_hints(parent).items():
+            if get_type_hints(type(cfg))[name] != hint:
+                raise ValueError(f"setting {name}: {parent.__name__} has one of this name and of another type; rename yours")
     from_record(json.loads(json.dumps(asdict(cfg), default=str)), type(cfg))  # a run must not begin that cannot go on
     return cfg
 

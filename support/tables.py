@@ -42,8 +42,10 @@ def paired(before, after, measure="reward", clusters=None):
     for label, deviation in zip(clusters or range(len(d)), (d - mean).tolist()):
         sums[label] = sums.get(label, 0.) + deviation
     m = len(sums)
-    error = (m / (m - 1) * sum(s * s for s in sums.values())) ** .5 / len(d) if m > 1 else math.nan
-    return mean.item(), error
+    if m < 2:
+        return mean.item(), math.nan
+    squares = sum(s * s for s in sums.values())
+    return mean.item(), (m / (m - 1) * squares) ** .5 / len(d)
 
 
 def best_middle_worst(gains):
@@ -80,8 +82,11 @@ def pixel_names(watched):
 
 def watched_names(watched, rewards=()):
     """The names under which logs have what is watched: rewards, measures of pixels, the judge's score."""
-    of_pixels = [f"pixel_{name}" for name in pixel_names(watched)]
-    return [*(reward.name for reward in rewards), *of_pixels, *([JUDGE] if JUDGE in watched else [])]
+    names = [reward.name for reward in rewards]
+    names += [f"pixel_{name}" for name in pixel_names(watched)]
+    if JUDGE in watched:
+        names.append(JUDGE)
+    return names
 
 
 def check_watched(watched, prompts, judge):

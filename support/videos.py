@@ -5,6 +5,7 @@ import re
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -130,6 +131,14 @@ def fit_frame(frame, path, config, pixel_aspect):
     x = F_.interpolate(x, (height, width), mode="bilinear", antialias=True)     # of bytes: several times faster than of floats
     top, left = (height - config.height) // 2, (width - config.width) // 2
     return x[0, :, top:top + config.height, left:left + config.width]           # (3, H, W)
+
+
+def read_picture(path, height, width):
+    """A picture, or a clip's first frame, as fit_frame has it: (3, height, width) uint8. ValueError if it cannot be read."""
+    with open_video(path) as (container, stream):
+        for frame in shown_frames(container, stream):
+            return fit_frame(frame, path, SimpleNamespace(height=height, width=width), 1)
+    raise ValueError(f"{path}: cannot be read: no picture in it")
 
 
 def read_windows(path, config, times=None):

@@ -23,7 +23,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs/bases.md"
 @pytest.fixture
 def velocity(monkeypatch):
     """The example, as if its file lay in bases/."""
-    example, = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    example, = [lines for lines in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL) if "class Base" in lines]
     module = types.ModuleType("bases.velocity")
     exec(example, vars(module))
     monkeypatch.setitem(sys.modules, "bases.velocity", module)
@@ -42,6 +42,11 @@ def test_its_guesses_fit_its_levels_and_its_network(velocity):
     torch.testing.assert_close(levels.alpha[3] * eps - levels.sigma[3] * z_0, v, rtol=0, atol=1e-5)
     loss = velocity.error(z_0, eps, z, noise, (levels.t[3], levels.alpha[3], levels.sigma[3]))
     torch.testing.assert_close(loss, (v - (levels.alpha[3] * noise - levels.sigma[3] * z)).square().mean()[None])
+
+
+def test_it_has_no_published_size(velocity):
+    with pytest.raises(ValueError, match="base random-velocity:full: bases/velocity.py has no published"):
+        load_base("random-velocity:full")
 
 
 @pytest.mark.usefixtures("aside")

@@ -293,10 +293,10 @@ NUMBERS = [
         latent_context=(0,))),
     (generate.check, generate.Config(prompt=["red"]), dict(
         num_steps=(0, 1000), frames=(0,), fps=(0,), batch_size=(0,), guidance=(math.nan,), lora_scale=(math.inf,),
-        size=("32x", "-32"))),
+        size=("32x", "-32"), per_prompt=(0,))),
     (evaluate.check, evaluate.Config(), dict(
         num_steps=((20, 1000),), guidance=((math.nan,),), lora_scale=((1., math.inf),), count=(-1,), sheet=(-1,), frames=(0,),
-        batch_size=(0,), segments=(17,), size=("4x0", 0)))]
+        batch_size=(0,), segments=(17,), size=("4x0", 0), per_prompt=(0,), fps=(0,)))]
 
 
 @pytest.mark.parametrize("check, cfg, wrong", NUMBERS, ids=["train", "generate", "evaluate"])

@@ -215,6 +215,13 @@ def test_vaders_fresh_noise_is_a_videos_own(parts):
     assert abs(plain(keys=[keys[1]] * 2)[0] - plain()[0]) > 1e-4  # another video's noise
 
 
+def test_noise_for_a_chain_at_once_is_that_of_its_steps():
+    one, two = [[torch.Generator().manual_seed(seed) for seed in (1, 2)] for _ in range(2)]
+    noise = common.fresh_noise(torch.empty(2, 3, 5, dtype=torch.float64), one, 4)
+    steps = [torch.stack([torch.randn(3, 5, generator=generator) for generator in two]) for _ in range(4)]
+    assert torch.equal(noise, torch.stack(steps).double())
+
+
 def test_vader_scores_random_frames_or_all_in_order(parts):
     base, reward, uncond = parts
     seen = []
@@ -489,7 +496,7 @@ def test_pairs_are_two_videos_of_one_prompt_and_the_reward_decides(parts, monkey
                         or made[-1][-1])
     cfg = config(dpo, pairs=4, lambda_tar=0.)
     prompts = [*CAPTIONS, "a blue ring moving up", "a cyan cross moving left"]
-    videos = common.Videos(cfg, base, lambda _: torch.tensor([0, 2]), prompts, base.encode_text([""]))
+    videos = common.Videos(cfg, base, lambda _: torch.tensor([0, 2]), prompts)
 
     def brightness(frames, captions):
         return frames.mean(dim=(2, 3, 4)) * 1e3  # (B, S)
@@ -569,7 +576,8 @@ def stop_after(patch, step):
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(name, monkeypatch, capsys):
     """The signal comes after the first step and is seen in the second, in the middle of a round where there are rounds."""
     steps, saved_at, more = {"ddpo": (6, 3, ["--updates", 3]), "rwr": (4, 2, ["--rounds", 1, "--videos", 2]),
-                             "dpo": (4, 2, ["--rounds", 1, "--pairs", 2])}.get(name, (3, 2, []))
+                             "dpo": (4, 2, ["--rounds", 1, "--pairs", 2]), "nft": (4, 2, ["--group", 2]),
+                             "adjoint": (3, 2, ["--steps-learned", 1])}.get(name, (3, 2, []))
     flags = [*SHORT, *more, "--steps", steps, "--save-every", 6, "--lr", "1e-3", "--warmup", 0]
     bases = []
     real = train.load_base
@@ -814,7 +822,8 @@ def test_settings_of_clips_are_no_settings_of_prompts(flag, capsys):
 def test_a_run_of_one_method_is_not_continued_by_another():
     assert run("draft", *SHORT, "--steps", 1, "--out", "run") == 0
     for name in ("refl", "dpo"):
-        refused("run/config.json: not the settings of this method or version; not known: truncate", run, name, "--resume", "run")
+        refused("run/config.json: not the settings of this method or version; not known: detach_input, grad_at, trunc", run, name,
+                "--resume", "run")
     Path("run/config.json").write_text(json.dumps(settings.to_record(train.Config())))
     refused("not the settings of this method or version; missing: prompts_train", run, "refl", "--resume", "run")
     for module in METHODS.values():

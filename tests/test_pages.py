@@ -3,6 +3,7 @@ import importlib
 import inspect
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -150,6 +151,14 @@ def test_a_guess_takes_the_noise_out():
     assert [t for t, _ in guesses] == [801, 601, 401, 201, 1]
     for _, guess in guesses:
         torch.testing.assert_close(guess, z, atol=1e-4, rtol=0)
+
+
+def test_a_16_bit_base_has_the_same_clips(explained, monkeypatch):
+    """Its encoder is float32, as everywhere; and float16, picked or named, needs train.train's scale of the loss."""
+    monkeypatch.setattr(explain, "CLIPS", 2)
+    assert explained[0].cfg.dtype == "float32"
+    half = explain.Setup(replace(explained[0].cfg, dtype="float16"))
+    assert half.base.dtype == torch.float16 and half.cfg.dtype == "float16" and torch.equal(half.z, explained[0].z)
 
 
 def test_heat_maps_are_the_gradient_of_R_on_the_scored_frames(explained):

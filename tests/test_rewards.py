@@ -12,26 +12,36 @@ import zlib
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F_
 import transformers
+from einops import rearrange
+from tokenizers import Tokenizer
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import CenterCrop, InterpolationMode, Normalize, Resize
+from transformers.models.qwen2_vl import modeling_qwen2_vl
 
 import train
+from benchmark import measure_peak
 from evaluate import measure
-from formats.reward_model import CLIP_MEAN, CLIP_STD, SMALL_CLIP, RewardModel, crop_centre, spread_frames
+from formats import video_reward as published
+from formats.names import replace_all
+from formats.reward_model import CLIP_MEAN, CLIP_STD, SMALL_CLIP, RewardModel, crop_centre, frames_of, spread_frames
 from formats.reward_names import requested_rewards
+from formats.tensors import build_empty, check_tensors
 from reward import HPSv2, Rewards, aggregate, load_reward, load_rewards, tar_weights
-from rewards import imagereward, pickscore, videomae, vjepa, yolos
+from rewards import imagereward, pickscore, viclip, videomae, videoreward, vjepa, yolos
 from rewards.hub import IMAGENET_MEAN, IMAGENET_STD, SIZES, fit_within
 from tests.conftest import refused as refused_by_pattern
 
 YOLOS_SIZE = {"shortest_edge": 512, "longest_edge": 864}  # yolos-tiny's preprocessor_config.json
 CAPTIONS = ["A red Panda's book &amp; playing piano, 4k", "a  cat moving left"]
-KINDS = ["pickscore", "aesthetic", "imagereward", "yolos:book", "videomae:playing piano", "videomae", "vjepa"]
+KINDS = ["pickscore", "aesthetic", "imagereward", "yolos:book", "videomae:playing piano", "videomae", "vjepa", "videoreward",
+         "videoreward:VQ", "videoreward:MQ", "videoreward:TA", "viclip", "viclip:imagenet"]
 
 
 def random_frames(B=2, S=3, H=40, W=56, seed=0):
@@ -195,18 +205,120 @@ def live_vjepa(folder, monkeypatch):
     return folder, score
 
 
+OLD = ("model.language_model.", "model."), ("model.visual.", "visual.")  # names of transformers 4.45
+CHAT = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
+QWEN = videoreward.SMALL_TEXT | dict(vocab_size=256 + len(CHAT) + 3), videoreward.SMALL_VISION
+TEMPLATE = "\nRate  it: <|VQ_reward|>\r\nEND\n<|MQ_reward|>\n\nIt shows {text_prompt}.\n<|TA_reward|>\nEND\n"
+SCALES = {"VQ": (3.6757, 2.2476), "MQ": (1.1646, 1.3811), "TA": (2.8105, 2.5121)}
+
+
+def publish(tensors, names):
+    """Tensors as the authors' file has them: peft's names, and of each projection a LoRA, which the weight here includes."""
+    generator, found = torch.Generator().manual_seed(3), {}
+    for name, t in tensors.items():
+        stem, _, ending = f"base_model.model.{replace_all(name, names)}".rpartition(".")
+        adapted = re.search(r"language_model.*_proj\.", name)
+        if adapted and ending == "weight":
+            down, up = (.1 * torch.randn(shape, generator=generator) for shape in ((64, t.shape[1]), (t.shape[0], 64)))
+            found |= {f"{stem}.lora_A.default.weight": down, f"{stem}.lora_B.default.weight": up}
+            t = t - 128 / 64 * up @ down
+        found[f"{stem}.base_layer.{ending}" if adapted else f"{stem}.{ending}"] = t
+    return found
+
+
+def live_videoreward(folder, names=OLD):
+    """The authors' call, with prompts of a batch padded; score(frames) -> (B, 3)."""
+    config = transformers.Qwen2VLConfig(text_config=QWEN[0], vision_config=QWEN[1], video_token_id=260)
+    model = seeded(lambda: transformers.Qwen2VLForConditionalGeneration(config), .05)
+    head = seeded(lambda: nn.Linear(32, 1, bias=False))
+    tokenizer = Tokenizer.from_str(json.dumps(json.loads(published.byte_tokenizer().to_str()) | {"added_tokens": []}))
+    tokenizer.add_special_tokens(CHAT)
+    (folder / "checkpoint-11352/tokenizer").mkdir(parents=True)
+    tokenizer.save(str(folder / "checkpoint-11352/tokenizer/tokenizer.json"))
+    torch.save(publish(model.state_dict() | {"rm_head.weight": head.weight.data}, names), folder / "checkpoint-11352/model.pth")
+    (folder / "prompt_template.txt").write_bytes(TEMPLATE.encode())
+    norm = {f"{k}_{what}": v for k, pair in SCALES.items() for what, v in zip(("mean", "std"), pair)}
+    (folder / "model_config.json").write_text(json.dumps({"inference_config": norm}))
+    tokenizer.add_special_tokens(list(published.SCORES.values()))
+
+    def score(frames):
+        x = Resize((56, 84), InterpolationMode.BICUBIC, antialias=True)(frames.flatten(0, 1)).clamp(0, 1).unflatten(0, (2, 4))
+        batch = transformers.Qwen2VLVideoProcessor(do_resize=False, do_rescale=False)(videos=list(x), return_tensors="pt")
+        before = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+        chat = [f"{before}{'<|video_pad|>' * 12}<|vision_end|>{TEMPLATE.format(text_prompt=c)}<|im_end|>\n<|im_start|>assistant\n"
+                for c in CAPTIONS]
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(tokenizer.encode(t).ids) for t in chat], batch_first=True, padding_value=-1)
+        mask, ids = (ids >= 0).long(), ids.clamp(min=0)
+        is_video = ids == config.video_token_id
+        embeds = model.model.language_model.embed_tokens(ids)
+        seen = model.model.visual(batch["pixel_values_videos"], grid_thw=batch["video_grid_thw"]).pooler_output
+        embeds = embeds.masked_scatter(is_video[..., None].expand_as(embeds), seen)
+        y = model.model(input_ids=None, position_ids=None, attention_mask=mask, inputs_embeds=embeds).last_hidden_state
+        other = model.model(input_ids=ids, attention_mask=mask, mm_token_type_ids=2 * is_video.int(), **batch)
+        assert (other.last_hidden_state - y)[mask > 0].abs().mean() > 1e-3  # transformers' own call has other positions
+        special = torch.stack([ids == tokenizer.token_to_id(t) for t in published.SCORES.values()]).any(0)
+        mean, deviation = torch.tensor(list(SCALES.values())).T
+        return (head(y)[special].view(2, 3) - mean) / deviation
+    return folder, score
+
+
+def live_viclip(folder):
+    """What the authors compute, in their order, on a file as VBench downloads it; score(frames) -> (B, 2), of both statistics."""
+    w = seeded(lambda: viclip.Towers(viclip.SMALL, viclip.SMALL_TEXT), .1).state_dict()
+    parts = ("attn.in_proj_", "attn.out_proj.", "ln_1.", "ln_2.", "mlp.c_fc.", "mlp.c_proj.")
+    layers = [f"transformer.resblocks.{i}.{part}{kind}" for i in range(2) for part in parts for kind in ("weight", "bias")]
+    video = ["class_embedding", "conv1.weight", "ln_post.bias", "ln_post.weight", "ln_pre.bias", "ln_pre.weight",
+             "positional_embedding", "proj", "temporal_positional_embedding", *layers]
+    text = ["ln_final.bias", "ln_final.weight", "positional_embedding", "text_projection", "token_embedding.weight", *layers]
+    assert w.keys() == {*(f"vision_encoder.{name}" for name in video), *(f"text_encoder.{name}" for name in text)}
+    folder.mkdir()
+    torch.save({"model": w | {"temp": torch.ones(())}}, folder / "ViClip-InternVid-10M-FLT.pth")
+    v, t = ({name: w[f"{tower}_encoder.{name}"] for name in names} for tower, names in (("vision", video), ("text", text)))
+
+    def run(tensors, x, **mask):
+        """torch's own layers with a tower's weights."""
+        quick_gelu = lambda x: x * torch.sigmoid(1.702 * x)
+        layer = nn.TransformerEncoderLayer(32, 2, 128, 0., quick_gelu, batch_first=True, norm_first=True)
+        stack = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        renamed = [("transformer.resblocks", "layers"), ("attn", "self_attn"), ("mlp.c_fc", "linear1"), ("mlp.c_proj", "linear2"),
+                   ("ln_", "norm")]
+        stack.load_state_dict({replace_all(name, renamed): tensors[name] for name in layers})
+        return stack(x, **mask)
+
+    def norm(tensors, name, x):
+        return F_.layer_norm(x, (32,), tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+    def cosine(frames, mean, std):
+        x = Resize(32, InterpolationMode.BICUBIC, antialias=False)(frames.flatten(0, 1)).clamp(0, 1)
+        x = Normalize(mean, std)(CenterCrop(32)(x)).unflatten(0, (2, 8)).transpose(1, 2)
+        x = rearrange(F_.conv3d(x, v["conv1.weight"], stride=(1, 8, 8)), "b c t h w -> (b t) (h w) c")
+        x = torch.cat([v["class_embedding"].expand(16, 1, -1), x], 1) + v["positional_embedding"]
+        first = x[::8, :1]  # of each clip's first frame
+        x = rearrange(x[:, 1:], "(b t) n m -> (b n) t m", t=8) + v["temporal_positional_embedding"]
+        x = torch.cat([first, rearrange(x, "(b n) t m -> b (n t) m", b=2)], 1)
+        x = norm(v, "ln_post", run(v, norm(v, "ln_pre", x)))[:, 0] @ v["proj"]
+        ids = open_clip.tokenize(CAPTIONS, 32)
+        y = t["token_embedding.weight"][ids] + t["positional_embedding"]
+        y = run(t, y, mask=torch.full((32, 32), -torch.inf).triu(1))[torch.arange(2), ids.argmax(-1)]
+        return F_.cosine_similarity(x, norm(t, "ln_final", y) @ t["text_projection"])
+    pairs = (CLIP_MEAN, CLIP_STD), (IMAGENET_MEAN, IMAGENET_STD)
+    return folder / "ViClip-InternVid-10M-FLT.pth", lambda frames: torch.stack([cosine(frames, *pair) for pair in pairs], dim=1)
+
+
 LIVE = {"pickscore": live_pickscore, "aesthetic": live_aesthetic, "imagereward": live_imagereward, "yolos": live_yolos,
-        "videomae": live_videomae, "vjepa": live_vjepa}
+        "videomae": live_videomae, "vjepa": live_vjepa, "videoreward": live_videoreward, "viclip": live_viclip}
 
 
 @pytest.fixture
-def small_imagereward(monkeypatch):
-    load = imagereward.load
-    monkeypatch.setattr(imagereward, "load", lambda *args: load(*args, VISION, TEXT))
+def small_sizes(monkeypatch):
+    for module, sizes in ((imagereward, (VISION, TEXT)), (videoreward, QWEN), (viclip, (viclip.SMALL, viclip.SMALL_TEXT))):
+        monkeypatch.setattr(module, "load", lambda *args, load=module.load, sizes=sizes: load(*args, *sizes))
+    init = videoreward.VideoReward.__init__
+    monkeypatch.setattr(videoreward.VideoReward, "__init__", lambda *args: init(*args[:6], videoreward.SMALL_PIXELS))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scores_and_pixel_gradients_are_the_live_classes(kind, tmp_path, monkeypatch, small_imagereward):
+def test_scores_and_pixel_gradients_are_the_live_classes(kind, tmp_path, monkeypatch, small_sizes):
     name = kind.partition(":")[0]
     path, live_score = LIVE[name](tmp_path / "hub", *([monkeypatch] if name == "vjepa" else []))
     ours = load_reward(kind, path)
@@ -214,6 +326,9 @@ def test_scores_and_pixel_gradients_are_the_live_classes(kind, tmp_path, monkeyp
     theirs = live_score(frames)
     if name == "videomae":  # named once for all, or by each caption: the classes are "playing piano", "moving left", ...
         theirs = theirs[:, [0]] if ":" in kind else torch.stack([theirs[0, [0]], theirs[1, [1]]])
+    if name in ("videoreward", "viclip"):
+        index = {"VQ": 0, "MQ": 1, "TA": 2, "imagenet": 1}.get(kind.partition(":")[2], 0)
+        theirs = theirs.sum(1, keepdim=True) if kind == "videoreward" else theirs[:, [index]]
     expected, = torch.autograd.grad(theirs.sum(), frames)
 
     scores = ours(frames, CAPTIONS)
@@ -234,6 +349,24 @@ def test_hidden_patches_are_not_seen():
     load_reward("vjepa", "random").distance(x, "a").backward()
     moved = x.grad.abs().amax((0, 1, 2)).view(4, 16, 4, 16).amax((1, 3)).flatten()                # of each patch of the picture
     assert (moved[hidden[:16]] == 0).all() and (moved[~hidden[:16]] > 0).all()
+
+
+@pytest.mark.parametrize("kind", ["videoreward", "viclip"])
+def test_gradients_are_slopes(kind):
+    reward = load_reward(kind, "random")
+    frames = (.3 + .4 * random_frames(1, reward.num_frames, 28, 32)).requires_grad_()
+    gradient, = torch.autograd.grad(reward(frames, ["a"]).sum(), frames)
+    step = .05 * gradient / gradient.norm()
+    with torch.no_grad():
+        slope = (reward(frames + step, ["a"]) - reward(frames - step, ["a"])).item() / 2
+    assert slope == pytest.approx((gradient * step).sum().item(), rel=.01)
+
+
+def test_what_is_read_off_before_the_caption_does_not_depend_on_it():
+    frames = random_frames(1, 4)
+    for score in SCALES:
+        one, other = (load_reward(f"videoreward:{score}", "random")(frames, [caption]) for caption in CAPTIONS)
+        assert one == other if score in ("VQ", "MQ") else (one - other).abs() > 1e-5
 
 
 # ------------------------------------------------------- Frames -------------------------------------------------------
@@ -264,6 +397,24 @@ def test_frames_of_a_video_reward():
     refused("frames = 15: VideoMAE-random:playing piano sees 16 frames", reward, random_frames(1, 15), ["a"])
 
 
+def test_resized_floats_are_resized_bytes_but_for_their_rounding():
+    pixels = (random_frames(1, 4, 64, 64)[0] * 255).round().byte()
+    for size, antialias in ((84, True), (56, False)):  # as VideoReward and as ViCLIP
+        theirs = Resize((size, size), InterpolationMode.BICUBIC, antialias=antialias)(pixels).float()
+        ours = crop_centre(pixels / 255, size, antialias=antialias) * 255
+        assert .2 < (ours - theirs).abs().mean() < .3 and (ours - theirs).abs().max() < .51
+
+
+@pytest.mark.parametrize("F", [8, 15, 16, 17, 49, 81])
+def test_each_sees_the_frames_that_its_authors_choose(F):
+    assert frames_of(load_reward("videoreward", "random"), F) == tuple(torch.linspace(0, F - 1, 4).round().int().tolist())
+    edges = np.linspace(0, F, 9).astype(int)  # VBench's "middle"
+    assert frames_of(load_reward("viclip", "random"), F) == tuple((a + b - 1) // 2 for a, b in zip(edges, edges[1:]))
+    video = random_frames(1, F)  # and these are what is scored
+    found = measure(Rewards([(1., Change("ends", 2, rule="ends"))]), video[:, :1], video, CAPTIONS[:1])["reward"]
+    assert found == pytest.approx((video[0, -1] - video[0, 0]).square().mean().item())
+
+
 def test_hpsv2_says_how_it_takes_its_pictures():
     clip, frames = seeded(lambda: open_clip.CLIP(**SMALL_CLIP)), random_frames()
     names = [HPSv2(clip, preprocess=p).name for p in ("hpsv2", "pad", "crop", "stretch", "instructvideo")]
@@ -278,7 +429,7 @@ def test_hpsv2_says_how_it_takes_its_pictures():
 
 # ---------------------------------------------- What all have in common -----------------------------------------------
 
-@pytest.mark.parametrize("kind", ["hpsv2", *KINDS, "videoreward", "viclip"])
+@pytest.mark.parametrize("kind", ["hpsv2", *KINDS])
 def test_random_rewards_are_seeded_frozen_and_named(kind, monkeypatch):
     monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("every device was seeded"))
     state = torch.random.get_rng_state()
@@ -309,7 +460,8 @@ def test_random_rewards_are_seeded_frozen_and_named(kind, monkeypatch):
 
 @pytest.mark.parametrize(("reward", "message"), [
     ("hps", "reward 'hps': must be one of hpsv2, hpsv2.1, pickscore"), ("hpsv2/fit", "reward 'hpsv2/fit': must be one of"),
-    ("pickscore:book", "yolos:CLASS, videomae:[ACTION], vjepa, action:left|right|up|down"), ("yolos", "reward 'yolos'"),
+    ("pickscore:book", "videomae:[ACTION], vjepa, videoreward:[VQ|MQ|TA], viclip:[vbench|imagenet], action:left"),
+    ("yolos", "reward 'yolos'"), ("videoreward:XQ", "reward 'videoreward:XQ'"), ("viclip:clip", "reward 'viclip:clip'"),
     ("removal:book", "removal:watermark, or my_file.py:function; hpsv2 and hpsv2.1 may end in /crop or /stretch"),
     ("yolos:boook", "no class 'boook'; must be one of its 3, such as book"),
     ("videomae:playing the piano", "no class 'playing the piano'; must be one of its 5, such as playing piano")])
@@ -323,7 +475,7 @@ def test_a_caption_that_names_no_action():
     assert [reward.class_of(c) for c in ("Moving LEFT, then", "a cat playing piano moving up")] == [1, 0]
 
 
-def test_malformed_weights(tmp_path, small_imagereward):
+def test_malformed_weights(tmp_path, small_sizes):
     """formats/tensors.py reads all files (tests/test_files.py); here is what only rewards have."""
     path, _ = live_imagereward(tmp_path / "blip")
     tensors = torch.load(path)
@@ -340,7 +492,7 @@ def test_malformed_weights(tmp_path, small_imagereward):
         refused(message, load_reward, "pickscore", path)
 
 
-def test_hub_folders_and_what_lies_beside(tmp_path, monkeypatch, capsys, small_imagereward):
+def test_hub_folders_and_what_lies_beside(tmp_path, monkeypatch, capsys, small_sizes):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name: str(tmp_path / repo.partition("/")[2] / name))
     live_videomae(tmp_path / "videomae-base-finetuned-kinetics")
     assert load_reward("videomae:moving up").name == "VideoMAE-32:moving up" and SIZES[768] == "base"
@@ -351,6 +503,49 @@ def test_hub_folders_and_what_lies_beside(tmp_path, monkeypatch, capsys, small_i
     path, _ = live_imagereward(tmp_path / "ImageReward")
     os.renames(path.parent / "vocab.txt", tmp_path / "bert-base-uncased/vocab.txt")
     assert load_reward("imagereward").name == "ImageReward-v1.0"
+
+
+@pytest.mark.parametrize("names", [OLD, ()])
+def test_every_published_tensor_of_full_size_has_its_place(names):
+    """As many as the authors' file is said to have; only names are compared, of stand-ins."""
+    full = build_empty(lambda: videoreward.Network(videoreward.TEXT, videoreward.VISION), "meta")
+    ours = {name: torch.zeros(1, 1) for name in full.state_dict()}
+    tensors = publish(ours | {"lm_head.weight": torch.zeros(1, 1)}, names)
+    assert len(tensors) == 1123
+    check_tensors(ours, published.merge_lora(tensors), "merged")
+    half = {name: t for name, t in tensors.items() if "layers.7.mlp.up_proj.lora_B" not in name}
+    refused("not known (model.language_model.layers.7.mlp.up_proj.lora_A", check_tensors, ours, published.merge_lora(half), "")
+
+
+def test_nothing_is_downloaded_before_the_authors_text_is_there(tmp_path, monkeypatch, small_sizes):
+    hub, other, asked = tmp_path / "hub", tmp_path / "other", []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name: asked.append((repo, name)) or str(hub / name))
+    live_videoreward(hub)
+    (hub / "prompt_template.txt").unlink()
+    refused(f"reward videoreward: {hub}/prompt_template.txt: no such file; it is the text", load_reward, "videoreward")
+    assert asked == [("KlingTeam/VideoReward", "model_config.json")]
+
+    other.mkdir()  # a folder with the text alone: what is missing is fetched
+    for text, message in ((TEMPLATE.replace("{text_prompt}", ""), "must have <|VQ_reward|>, <|MQ_reward|>, {text_prompt}, <|TA_"),
+                          (TEMPLATE + "<|VQ_reward|>", "in this order and each once")):
+        (other / "prompt_template.txt").write_text(text)
+        refused(message, load_reward, "videoreward", other)
+    (other / "prompt_template.txt").write_bytes(TEMPLATE.encode())
+    load_reward("videoreward", other)
+    checkpoint = [f"checkpoint-11352/{name}" for name in ("tokenizer/tokenizer.json", "model.pth")]
+    assert [name for _, name in asked] == ["model_config.json", "model_config.json", *checkpoint]
+    (other / "model_config.json").write_text("{}")
+    refused("config.json: not the config of a model we have (KeyError: 'inference_config')", load_reward, "videoreward", other)
+    (hub / checkpoint[0]).write_text("{}")
+    refused("tokenizer.json: not a tokenizer (", published.read_tokenizer, hub, 264)
+
+
+@pytest.mark.parametrize(("kind", "frames"), [("videoreward", 3), ("viclip", 7)])
+def test_clips_that_are_too_short(kind, frames):
+    reward, message = load_reward(kind, "random"), f"frames = {frames}: {{}} sees {frames + 1} frames of a clip, in order"
+    refused(message.format("this reward"), frames_of, reward, frames)
+    refused(message.format(reward.name), reward, random_frames(1, frames), ["a"])
+    refused(message.format(kind), requested_rewards, mixed(reward=(kind,), frames=frames, reward_weights=("random",)))
 
 
 # ------------------------------------ Several rewards, and those of the user's own ------------------------------------
@@ -482,3 +677,29 @@ def test_nobody_pays_for_other_rewards(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     importlib.import_module("reward").load_reward("hpsv2", "random:32")
     assert "reward" in sys.modules and not any(name.startswith("rewards") for name in sys.modules)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "expected"), [
+    ("viclip", [1.653, 3.718, .796, 1.382]), ("videoreward", [4.723, 9.769, 4.114, 3.617])])
+def test_full_size_cost(kind, expected, monkeypatch):
+    """TFLOP forward and with backward, GiB of weights and beyond, for a clip of 256 x 256 on meta in bfloat16."""
+    for name, result in (("position_ids", torch.empty(1152, 2, device="meta")),  # by numbers, which meta has not
+                         ("attention_seqlens", (torch.tensor([0, 576, 1152]), 576))):
+        monkeypatch.setattr(modeling_qwen2_vl, f"get_vision_{name}", lambda *args, result=result, **settings: result)
+    with torch.device("meta"):
+        if kind == "viclip":
+            reward = viclip.ViCLIP(viclip.Towers(viclip.LARGE, viclip.TEXT), "vbench", "")
+        else:
+            network, text = videoreward.Network(videoreward.TEXT, videoreward.VISION), "x" * 690 + TEMPLATE
+            reward = videoreward.VideoReward(network, published.byte_tokenizer(), text, SCALES, "")
+    reward = reward.requires_grad_(False).to("meta", torch.bfloat16)
+    frames = torch.rand(1, reward.num_frames, 3, 256, 256, device="meta", requires_grad=True)
+    reward(frames.detach(), ["a"])  # the caption is encoded once
+    with FlopCounterMode(display=False) as forward:
+        scores = reward(frames, ["a"])
+    with FlopCounterMode(display=False) as backward:
+        scores.sum().backward()
+    peak = measure_peak(lambda: reward(frames, ["a"]), [reward])
+    tera = [counter.get_total_flops() / 1e12 for counter in (forward, backward)]
+    assert [tera[0], sum(tera), peak["weights"], peak["total"] - peak["weights"]] == pytest.approx(expected, abs=2e-3)

@@ -226,6 +226,15 @@ def test_saving_memory_leaves_the_gradient(parts, three_clips, setting, error):
     assert frugal.lines[0] == pytest.approx(three_clips.lines[0], abs=1e-5)
 
 
+def test_an_evaluation_computes_eight_videos_at_once_unless_memory_is_saved(monkeypatch, parts):
+    sizes = []
+    monkeypatch.setattr(train, "evaluate", lambda *args, batch_size, **more: sizes.append(batch_size))
+    full = replace(train.PRESETS["modelscope"], base="tiny", eval_every=0, size=32)
+    for changed in ({}, {"low_memory": True}, {"checkpoint_activations": True, "clips_at_once": 2}, {"batch_size": 4}):
+        train.plan_evaluations(replace(full, **changed), None, *parts[:2]).evaluate(["a red circle moving left"])
+    assert sizes == [8, 1, 2, 4]
+
+
 def test_float16_trains_on_the_same_gradient():
     """Unscaled, half of its elements would be exactly 0: they are smaller than the least number of float16."""
     def gradient(dtype):
@@ -688,6 +697,12 @@ def test_settings_of_every_kind_are_read_back_or_refused_before_anything_is_load
     assert (cfg.scales, cfg.kind, cfg.share, cfg.careful, cfg.folders) == ((-1., 2.5), "b", None, True, (Path("x"), Path("y z")))
     refused("^settings table: cannot be read back from config.json, so the run could not be ",
             settings.parse, ["--table", "a", "1", "--scales", "3"], presets, "")
+
+    @dataclass(frozen=True)
+    class Shadowing(train.Config):
+        rank: str = "high"
+    refused("^setting rank: Config has one of this name and of another type; rename yours", settings.parse, [],
+            {"tiny": Shadowing()}, "")
 
 
 # ------------------------------------------------- Settings of a whole run -------------------------------------------------

@@ -1,0 +1,350 @@
+"""bases/svd.py against diffusers' own pipeline, on small random weights in the published classes, and by hand."""
+import importlib
+import json
+import math
+from pathlib import Path
+
+import imageio.v3 as iio
+import pytest
+import torch
+from conftest import assert_same_run, metrics, refused, script
+from diffusers import EulerDiscreteScheduler, StableVideoDiffusionPipeline
+from diffusers.pipelines.stable_video_diffusion import pipeline_stable_video_diffusion as theirs
+from PIL import Image
+from safetensors.torch import load_file
+from test_ranks import two_ranks
+from transformers import CLIPImageProcessor
+
+import generate
+import lora
+import sampler
+import train
+from bases import modelscope, svd
+from formats import adapters
+from model import load_base
+from support.clips import Prompt, fit_prompts, read_prompts
+from support.ranks import run_script, sample_generator
+from support.videos import read_video, write_video
+
+FRAMES, HEIGHT, WIDTH = 5, 32, 48
+SCHEDULER = {"prediction_type": "v_prediction", "sigma_min": .002, "sigma_max": 700., "timestep_spacing": "leading",
+             "timestep_type": "continuous", "use_karras_sigmas": True, "steps_offset": 1, "beta_schedule": "scaled_linear",
+             "beta_start": .00085, "beta_end": .012}  # as published
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base("random-svd")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with two pictures, two clips and lists of them, in which runs start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("svd"))
+        for i, name in enumerate(("cat", "dog")):
+            pixels = torch.randint(255, (8, HEIGHT, WIDTH, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+            write_video(Path(f"{name}.mp4"), pixels.numpy(), 7)
+            iio.imwrite(f"{name}.png", pixels[0].numpy())
+        Path("clips.txt").write_text("cat.mp4|||a cat\ndog.mp4|||a dog\n")
+        Path("prompts.txt").write_text("cat.png|||a cat\ndog.png|||a dog\n")
+        Path("words.txt").write_text("a cat\n")
+        yield
+
+
+@pytest.fixture
+def told(base, world):
+    """What is told of the first picture, and the noise of a video."""
+    shape = base.latent_shape(FRAMES, HEIGHT, WIDTH)
+    return base.encode_text(read_prompts("prompts.txt")[:1]), randn(1, *shape)
+
+
+def pipeline(base):
+    pipe = StableVideoDiffusionPipeline(base.vae, base.image_encoder, base.network, EulerDiscreteScheduler(**SCHEDULER),
+                                        CLIPImageProcessor())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make(pipe, noise, steps=4, **more):
+    """Of the first picture, whose pixels get the noise that `condition` draws."""
+    return pipe(Image.open("cat.png"), HEIGHT, WIDTH, num_frames=FRAMES, num_inference_steps=steps, fps=7,
+                generator=sample_generator(0, "picture"), latents=noise.transpose(1, 2), **more).frames
+
+
+# ------------------------------------------------------- The chain ---------------------------------------------------------
+
+def test_levels_are_those_of_diffusers():
+    scheduler = EulerDiscreteScheduler(**SCHEDULER)
+    for D in (1, 2, 25):
+        scheduler.set_timesteps(D)
+        L = svd.levels(D)
+        torch.testing.assert_close(torch.tensor(L.sigma[::-1]), scheduler.sigmas, rtol=1e-6, atol=0)
+        torch.testing.assert_close(torch.tensor(L.t[:0:-1]), scheduler.timesteps, rtol=0, atol=1e-6)
+        assert L.start == pytest.approx(float(scheduler.init_noise_sigma)) and L.alpha == [1.] * (D + 1)
+    assert L.sigma[0] == 0 and L.sigma[1] == pytest.approx(.002) and L.fresh[1] == 0
+    assert [f"{s:.2g}" for s in L.sigma[2:5]] == ["0.0079", "0.025", "0.066"]
+
+
+def test_the_presets_steps_with_gradient_and_tau_follow_from_the_levels():
+    """d z_prev / d out of each step, by the formula of its base; and how much of a clip is left where an edit starts."""
+    L, ours = svd.levels(25), svd.SETTINGS
+    moved = [(L.sigma[i] - L.sigma[i - 1]) / (L.sigma[i] ** 2 + 1) ** .5 for i in range(1, ours["grad_steps"] + 1)]
+    assert [f"{m:.2g}" for m in moved] == ["0.002", "0.0059", "0.017"] and f"{sum(moved):.3f}" == "0.025"
+    theirs = sampler.ddim_levels(20, sampler.alpha_bars())
+    last = theirs.alpha[0] * theirs.sigma[1] / theirs.alpha[1] - theirs.sigma[0]                # of eps
+    assert last == pytest.approx(.0122, abs=1e-4) and sum(moved) / last == pytest.approx(2, abs=.1)
+
+    edit = theirs.alpha[12] / theirs.sigma[12]                                                  # tau = .6 of 20
+    nearest = min(range(1, 26), key=lambda i: abs(math.log(1 / L.sigma[i] / edit)))
+    assert f"{edit:.2f}" == "0.52" and nearest / 25 == ours["tau"]
+
+
+@pytest.mark.parametrize("w", [3., 1.])
+def test_sampling_equals_diffusers_pipeline(base, told, w):
+    text, noise = told
+    ours = sampler.sample(base.predict, noise, text, base.unconditional(text), base.levels(4), w)
+    latents = make(pipeline(base), noise, output_type="latent", max_guidance_scale=w).transpose(1, 2)
+    torch.testing.assert_close(ours, latents, rtol=0, atol=1e-5 * latents.abs().max().item())
+    video = make(pipeline(base), noise, output_type="pt", max_guidance_scale=w)
+    torch.testing.assert_close(base.decode_frames(ours).clamp(0, 1), video, rtol=0, atol=1e-4)
+    assert (w == 1.) == torch.equal(ours, sampler.sample(base.predict, noise, text, None, base.levels(4), 1.))
+
+
+def test_the_clip_tower_is_shown_a_blurred_square(base):
+    picture = randn(1, 3, 250, 600).sigmoid() * 2 - 1
+    square = theirs._resize_with_antialiasing(picture, (224, 224)) / 2 + .5
+    shown = CLIPImageProcessor()(square, do_resize=False, do_center_crop=False, do_rescale=False, return_tensors="pt")
+    torch.testing.assert_close(svd.clip_pixels(picture, 224), shown.pixel_values, rtol=0, atol=1e-5)
+
+
+def test_what_is_told(base):
+    pictures = randn(2, 3, HEIGHT, WIDTH).clamp(-1, 1)
+    text = base.condition(pictures, fps=10, motion=40, strength=0.)
+    assert text["ids"].tolist() == [[9., 40., 0.]] * 2 and text["clip"].shape == (2, 1, 16)
+    mode = base.encode(pictures)[0].transpose(0, 1)[:, :4]                                      # the mean, without the scale
+    torch.testing.assert_close(text["image"], mode)
+    uncond = base.unconditional(text)
+    assert not uncond["clip"].any() and not uncond["image"].any() and torch.equal(uncond["ids"], text["ids"])
+
+
+def test_the_loss_is_that_of_v(base, told):
+    text, noise = told
+    z = randn(*noise.shape, seed=1)
+    t, alpha, sigma = level = base.level(torch.tensor([.5]))
+    assert sigma.item() == pytest.approx(math.exp(.7)) and t.item() == pytest.approx(.7 / 4) and alpha.item() == 1
+    z_t = z + sigma * noise
+    z_0, eps = base.predict(z_t, level, text)
+    torch.testing.assert_close(z_0 + sigma * eps, z_t, rtol=0, atol=1e-5)
+    s = sigma.item()
+    scaled = (z_t / (s**2 + 1) ** .5).transpose(1, 2)
+    image = text["image"][:, None].expand(-1, FRAMES, -1, -1, -1)
+    v = base.network(torch.cat([scaled, image], 2), t, text["clip"], text["ids"], return_dict=False)[0].transpose(1, 2)
+    target = (z_t / (s**2 + 1) - z) * (s**2 + 1) ** .5 / s
+    torch.testing.assert_close(base.error(z_0, eps, z, noise, level), (v - target).square().mean()[None], rtol=1e-4, atol=1e-5)
+
+
+# --------------------------------------------------------- Pixels ----------------------------------------------------------
+
+def decoded(base, z):
+    """By the autoencoder's own call, (F, 3, H, W)."""
+    return base.vae.decode(z[0].transpose(0, 1) / base.vae.config.scaling_factor, num_frames=z.shape[2]).sample / 2 + .5
+
+
+def test_a_few_frames_are_decoded_with_their_neighbours(base, monkeypatch):
+    z = torch.cat([randn(1, 4, FRAMES, 4, 6, seed=i) for i in range(2)])
+    whole = torch.stack([decoded(base, clip[None]) for clip in z])
+    torch.testing.assert_close(base.decode_frames(z), whole, rtol=0, atol=1e-5)
+    index = torch.tensor([[0, 2], [4, 3]])
+    few = base.decode_frames(z, index)                                                          # of three frames each
+    for b, k, window, at in ((0, 0, [0, 1, 2], 0), (0, 1, [1, 2, 3], 1), (1, 0, [2, 3, 4], 2), (1, 1, [2, 3, 4], 1)):
+        torch.testing.assert_close(few[b, k], decoded(base, z[b:b + 1, :, window])[at], rtol=0, atol=1e-5)
+    torch.testing.assert_close(few[:, :1], base.decode_frames(z, index[:, :1]))                 # each for itself
+    assert (few[0, 0] - whole[0, 0]).abs().max() > 1e-3                                         # why the docs say by how much
+    monkeypatch.setattr(base, "latent_context", 2)                                              # five frames: all
+    exact = base.decode_frames(z, index)
+    for b in range(2):
+        torch.testing.assert_close(exact[b], whole[b, index[b]], rtol=0, atol=1e-5)
+
+
+def test_gradient_reaches_the_window(base):
+    z = randn(1, 4, FRAMES, 4, 6).requires_grad_()
+    base.decode_frames(z, torch.tensor([[1]])).sum().backward()
+    assert [bool(frame.any()) for frame in z.grad[0].unbind(1)] == [True, True, True, False, False]
+
+
+# ------------------------------------------------------- Adapters ---------------------------------------------------------
+
+def adapted(name="random-svd"):
+    made = load_base(name)
+    lora.inject(made.network, 4, alpha=8.)
+    with torch.no_grad():
+        for i, layer in enumerate(lora.layers(made.network).values()):
+            layer.lora_B.copy_(.3 * randn(*layer.lora_B.shape, seed=i))
+    return made
+
+
+def test_layers_that_can_learn_nothing_have_no_adapters(told, capsys):
+    text, noise = told
+    made = load_base("random-svd")
+    made.network.no_adapters = lora.NONE
+    lora.inject(made.network, 2, generator=torch.Generator().manual_seed(0))
+    for layer in lora.layers(made.network).values():
+        torch.nn.init.normal_(layer.lora_B, std=.1)
+    made.predict(noise, (.1, 1., 2.), text)[0].square().sum().backward()
+    size = {path: layer.lora_A.grad.abs().max().item() for path, layer in lora.layers(made.network).items()}
+    dead = {path for path in size if path.endswith(("attn2.to_q", "attn2.to_k"))}
+    assert max(size[path] for path in dead) < 1e-4 * min(size[path] for path in size.keys() - dead)
+    assert lora.layers(adapted().network).keys() == size.keys() - dead
+
+
+def test_an_adapter_makes_the_same_video_in_diffusers_and_comes_back(base, told, tmp_path):
+    import peft
+    text, noise = told
+    ours = adapted()
+    expected = sampler.sample(ours.predict, noise, text, ours.unconditional(text), ours.levels(3), 3.)
+    assert (expected - sampler.sample(base.predict, noise, text, base.unconditional(text), base.levels(3), 3.)).abs().max() > .01
+    lora.save(ours.network, tmp_path / "lora.safetensors")
+    adapters.export(tmp_path / "lora.safetensors", "peft", tmp_path / "peft")
+
+    other = load_base("random-svd")
+    pipe = pipeline(other)
+    pipe.register_modules(unet=peft.PeftModel.from_pretrained(pipe.unet, tmp_path / "peft").merge_and_unload())
+    video = make(pipe, noise, 3, output_type="latent", max_guidance_scale=3.).transpose(1, 2)
+    torch.testing.assert_close(video, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+    again = load_base("random-svd")
+    lora.load(again.network, tmp_path / "peft")
+    assert all(torch.equal(a, b) for a, b in zip(lora.parameters(again.network), lora.parameters(ours.network)))
+
+
+def test_adapters_of_layers_that_learn_nothing_are_left_out_on_loading(told, tmp_path):
+    text, noise = told
+    made = load_base("random-svd")
+    made.network.no_adapters = lora.NONE  # another program adapts all of them
+    lora.inject(made.network, 2)
+    for i, layer in enumerate(lora.layers(made.network).values()):
+        layer.lora_B.data.copy_(randn(*layer.lora_B.shape, seed=i))
+    lora.save(made.network, tmp_path / "all.safetensors")
+    loaded = load_base("random-svd")
+    lora.load(loaded.network, tmp_path / "all.safetensors")
+    for ours, all_of_them in zip(loaded.predict(noise, (.1, 1., 2.), text), made.predict(noise, (.1, 1., 2.), text)):
+        torch.testing.assert_close(ours, all_of_them, rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------- Training ---------------------------------------------------------
+
+FLAGS = ["--base", "random-svd", "--frames", str(FRAMES), "--size", "32", "--num-steps", "4", "--batch-size", "2",
+         "--device", "cpu", "--reward-weights", "random:32", "--eval-every", "0", "--save-every", "1"]
+CLIPS = ["--data", "clips.txt", "--workers", "0", "--max-skip", "0", "--tau", ".75"]
+
+
+def run(*flags, module=train):
+    return train.main(["svd", *FLAGS, *map(str, flags)], module)
+
+
+def test_a_run_is_continued_bit_for_bit(world, capsys):
+    assert run(*CLIPS, "--steps", 3, "--out", "whole") == 0
+    assert capsys.readouterr().out.count("attn2") <= 1
+    assert run(*CLIPS, "--steps", 2, "--no-cache", "--out", "parts") == 0
+    assert train.main(["--resume", "parts", "--steps", "3", "--cache"]) == 0
+    assert_same_run("parts", "whole")
+    assert all(line["grad_norm"] > 0 for line in metrics("whole"))
+
+
+@pytest.mark.slow
+def test_two_ranks_do_what_one_does(world):
+    flags = [*CLIPS, "--steps", "2"]
+    assert run(*flags, "--out", "one-rank") == 0
+    ended, _ = two_ranks(lambda rank: run_script("train.py", lambda: run(*flags, "--out", "two-ranks")))
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    for ours, one in zip(metrics("two-ranks"), metrics("one-rank"), strict=True):
+        assert ours == pytest.approx(one, abs=1e-5) and ours["grad_norm"] > 0
+    ours, one = load_file("two-ranks/lora.safetensors"), load_file("one-rank/lora.safetensors")
+    assert max((ours[name] - one[name]).abs().max() for name in ours) < 1e-5 < max(t.abs().max() for t in ours.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, flags", [
+    ("draft", []), ("refl", []), ("vader", []), ("ddpo", ["--updates", "1"]), ("rwr", ["--rounds", "1", "--videos", "4"]),
+    ("dpo", ["--rounds", "1", "--pairs", "4"]), ("onestep", CLIPS[:6]), ("rwr", CLIPS[:6])])
+def test_every_method_trains_three_steps(world, name, flags):
+    module = importlib.import_module(f"methods.{name}")
+    prompts = [] if "--data" in flags else ["--prompts-train", "prompts.txt"]
+    assert run(*prompts, "--steps", "3", *flags, "--out", f"{name}{len(flags)}", module=module) == 0
+    lines = metrics(f"{name}{len(flags)}")
+    assert [line["step"] for line in lines] == [1, 2, 3] and all(0 < line["grad_norm"] < math.inf for line in lines)
+
+
+def test_a_picture_begins_to_move(base, world):
+    flags = ["--base", "random-svd", "--frames", "2", "--height", "32", "--num-steps", "2", "--device", "cpu"]
+    assert script("generate.py", *flags, "--image", "cat.png", "--prompt", "a cat", "--out", "one") == 0
+    assert script("generate.py", *flags, "--prompts", "prompts.txt", "--out", "two") == 0
+    one, two = [read_video(Path(folder) / "0000-a-cat.mp4") for folder in ("one", "two")]
+    assert (one == two).all() and Path("two/0001-a-dog.txt").read_text() == "a dog\n"
+    prompts = fit_prompts(read_prompts("prompts.txt"), base)
+    base.latent_shape(2, 32, 32)
+    z_0 = [z for _, z in generate.generate(base, prompts, [0, 1], 2, frames=2)]
+    by_hand = sampler.sample(base.predict, randn_of(1, base), base.encode_text(prompts[1:]), base.unconditional(
+        base.encode_text(prompts[1:])), base.levels(2), 3.)
+    torch.testing.assert_close(z_0[1], by_hand[0], rtol=0, atol=1e-5)
+
+
+def randn_of(seed, base):
+    return torch.randn(1, *base.latent_shape(2, 32, 32), generator=sample_generator(seed, "generate"))
+
+
+# -------------------------------------------------------- Refusals ---------------------------------------------------------
+
+def test_prompts_bring_pictures_where_the_base_wants_them(base, world, monkeypatch):
+    prompts = fit_prompts(read_prompts("prompts.txt"), base)
+    assert prompts == ["a cat", "a dog"] and prompts[1].picture == Path("dog.png") and prompts[1].line == "dog.png|||a dog"
+    monkeypatch.setattr(modelscope.Base, "is_cut", lambda self, caption: False)
+    plain = fit_prompts(prompts, modelscope.Base(None, None, None, "small"))
+    assert plain == ["a cat", "a dog"] and type(plain[0]) is str
+    assert "starts from a picture; expected a line picture.png" in refused("'a cat': random-svd", fit_prompts, ["a cat"], base)
+    refused("nowhere.png: cannot be read: no such file", fit_prompts, [Prompt("a cat", Path("nowhere.png"), "")], base)
+    refused("words.txt: cannot be read", fit_prompts, [Prompt("a cat", Path("words.txt"), "")], base)
+
+
+def test_what_is_wrong_is_said_before_anything_long(base, world, monkeypatch):
+    monkeypatch.setattr(svd.SVD, "predict", lambda *args: pytest.fail("sampled"))
+    monkeypatch.setattr(svd.SVD, "condition", lambda *args: pytest.fail("encoded"))
+    draft = importlib.import_module("methods.draft")
+    refused("starts from a picture", run, "--prompts-train", "words.txt", "--out", "refused", module=draft)
+    refused("must be at least 1, and multiples of 8", run, *CLIPS, "--size", "36", "--out", "refused")
+    refused("multiples of 8", run, "--prompts-train", "prompts.txt", "--size", "36", "--out", "refused", module=draft)
+    refused("cache_interval = 2: DeepCache knows", run, *CLIPS, "--cache-interval", "2", "--out", "refused")
+    refused("starts from a picture", run, *CLIPS, "--eval-every", "1", "--prompts", "a=words.txt", "--out", "refused")
+    assert not Path("refused").exists()
+    assert script("generate.py", "--base", "random-svd", "--prompt", "a cat", "--out", "refused") == 2
+    assert script("generate.py", "--base", "random-svd", "--prompt", "a cat", "--image", "nowhere.png", "--out", "refused") == 2
+    assert not Path("refused").exists()
+
+
+def test_a_folder_is_read_and_what_is_missing_is_named(base, told, tmp_path):
+    text, noise = told
+    folder = tmp_path / "svd"
+    pipeline(base).save_pretrained(folder)
+    loaded = load_base(str(folder))
+    for ours, expected in zip(loaded.predict(noise, (.1, 1., 2.), text), base.predict(noise, (.1, 1., 2.), text)):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    assert loaded.fingerprints() == base.fingerprints() and loaded.levels(7).sigma == svd.levels(7).sigma
+    refused("reads pictures, not captions", load_base, str(folder), text_encoder=str(folder))
+
+    config = folder / "scheduler/scheduler_config.json"
+    config.write_text(json.dumps(SCHEDULER | {"sigma_max": 80.}))
+    assert load_base(str(folder)).levels(5).sigma[5] == pytest.approx(80)
+    config.write_text(json.dumps(SCHEDULER | {"prediction_type": "epsilon"}))
+    refused("prediction_type 'epsilon'; Stable Video Diffusion's is v_prediction", load_base, str(folder))
+    config.unlink()
+    weights = folder / "vae/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused("vae: cannot be loaded", load_base, str(folder))
+    weights.unlink()
+    refused("vae: cannot be loaded", load_base, str(folder))
+    (folder / "image_encoder/config.json").unlink()
+    refused("no config.json in .*image_encoder", load_base, str(folder))

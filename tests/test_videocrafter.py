@@ -1,0 +1,366 @@
+"""bases/videocrafter.py: levels by hand, files under the published names, diffusers' class with a hook, PEFT, and short runs."""
+import importlib
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_same_run, metrics, refused, write_file
+from safetensors.torch import load_file
+
+import lora
+import sampler
+import train
+from bases import videocrafter
+from formats import adapters, names, weights
+from methods import vader
+from model import UNetConfig, load_base
+from support import settings
+from support.videos import write_video
+
+FRAMES, HEIGHT, WIDTH = 3, 32, 48
+TEXT = "cond_stage_model.model."
+
+
+@pytest.fixture(scope="module")
+def base():
+    made = load_base("random-videocrafter")
+    with torch.no_grad():  # as initialised, the last layer of each temporal convolution does nothing
+        for i, p in enumerate(made.network.parameters()):
+            p.add_(.05 * randn(*p.shape, seed=i))
+    return made
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def noise_like(base, seed=0):
+    return randn(1, *base.latent_shape(FRAMES, HEIGHT, WIDTH), seed=seed)
+
+
+def call(network, base, fps=28, seed=0):
+    """What a network says of fixed latents at step 501."""
+    asked = noise_like(base, seed), torch.tensor([501]), base.encode_text(["a cat"])
+    return network(*asked, torch.tensor([float(fps)]))
+
+
+def close(a, b, atol=1e-5):
+    torch.testing.assert_close(a, b, rtol=0, atol=atol * b.abs().max().item())
+
+
+# ------------------------------------------------------- The chain ---------------------------------------------------------
+
+def test_the_signal_is_scaled_and_the_noise_is_not():
+    scale, L = videocrafter.scales(), videocrafter.levels(4)
+    assert len(scale) == 1000 and scale[0] == 1 and scale[133].item() == pytest.approx(.9)
+    assert (scale[399:] - .7).abs().max() < 1e-15
+    plain = sampler.ddim_levels(4, sampler.alpha_bars())
+    assert L.t == plain.t == [0, 1, 251, 501, 751] and L.sigma == plain.sigma and L.start == 1
+    by_hand = [1, 1 - .3 / 399, 1 - .3 * 251 / 399, .7, .7]
+    assert [a / b for a, b in zip(L.alpha, plain.alpha)] == pytest.approx(by_hand)
+    # A step's fresh noise is DDPM's, of abar alone: at step 4, by its definition.
+    abar = sampler.alpha_bars()
+    ddpm = ((1 - abar[501]) / (1 - abar[751]) * (1 - abar[751] / abar[501])) ** .5
+    assert L.fresh == pytest.approx(plain.fresh) and L.fresh[4] == pytest.approx(ddpm.item())
+    general = sampler.Levels(L.t, L.alpha, L.sigma).fresh
+    assert abs(general[3] - L.fresh[3]) > .05  # what follows from alpha and sigma is another
+
+
+def test_the_authors_levels_are_ours_where_they_divide():
+    for D in (1, 5, 20, 25, 50):
+        ours, theirs = videocrafter.levels(D), videocrafter.levels(D, published=True)
+        assert (ours.t, ours.alpha, ours.fresh) == (theirs.t, theirs.alpha, theirs.fresh)
+    assert videocrafter.levels(6, published=True).t == [0, 1, 167, 333, 499, 665, 831, 997]
+    assert videocrafter.levels(6).t == [0, 1, 167, 333, 499, 665, 831]
+    refused("num_steps = 3: the authors' levels end at 1000", videocrafter.levels, 3, published=True)
+    for D in (0, 1000):
+        refused(f"num_steps = {D}: must be from 1 to 999", videocrafter.levels, D)
+
+
+def test_a_network_that_knows_the_noise_leads_the_chain_home(base, monkeypatch):
+    z, eps, L = noise_like(base, 1), noise_like(base, 2), base.levels(5)
+    monkeypatch.setattr(base.network, "forward", lambda z_t, *told: eps.expand(len(z_t), -1, -1, -1, -1))
+    text = base.encode_text(["a cat"])
+    home = sampler.edit(base.predict, z, eps, text, text, L, tau=.8)
+    close(home, L.alpha[0] * z + L.sigma[0] * eps)
+    # Of one step at eta = 1: what is left of the noise, and the fresh one.
+    z_t, fresh = sampler.add_noise(z, eps, L, 3), noise_like(base, 3)
+    one = sampler.chain(base.predict, z_t, text, text, L, 3, 12., 0, 1., [fresh], last=3)
+    kept = (1 - sampler.alpha_bars()[201] - L.fresh[3] ** 2) ** .5
+    close(one, L.alpha[2] * z + kept.item() * eps + L.fresh[3] * fresh)
+
+
+def test_training_levels_are_those_of_the_chain_and_the_loss_is_the_noises(base):
+    t, alpha, sigma = level = base.level(torch.tensor([.2015, .9]))
+    L = base.levels(5)
+    assert t.tolist() == [201, 900] and alpha.shape == (2, 1, 1, 1, 1)
+    assert (alpha[0].item(), sigma[0].item()) == pytest.approx((L.alpha[2], L.sigma[2]), abs=1e-6)
+    assert alpha[1].item() == pytest.approx(.7 * sampler.alpha_bars()[900].item() ** .5, abs=1e-6)
+    z, noise = torch.cat([noise_like(base, 1)] * 2), torch.cat([noise_like(base, 2)] * 2)
+    text = base.encode_text(["a cat", "a dog"])
+    z_0, eps = base.predict(alpha * z + sigma * noise, level, text)
+    said = base.network(alpha * z + sigma * noise, t, text, torch.tensor([28., 28.]))
+    close(eps, said)
+    close(alpha * z_0 + sigma * eps, alpha * z + sigma * noise)
+    close(base.error(z_0, eps, z, noise, level), (said - noise).square().flatten(1).mean(1))
+
+
+def test_the_network_is_told_the_frame_rate(base):
+    assert (call(base.network, base) - call(base.network, base, fps=8)).abs().max() > .01
+    level, text = (501, .5, .8), base.encode_text(["a cat"])
+    for fps in (28, 8):
+        told = replace(base, fps=fps).predict(noise_like(base), level, text)[1]
+        assert torch.equal(told, call(base.network, base, fps))
+    untold = base.network(noise_like(base), torch.tensor([501]), text)
+    assert base.fps == 28 and torch.equal(untold, call(base.network, base))
+    cfg = replace(train.PRESETS["videocrafter"], fps=12)
+    assert settings.fit_to_base(cfg, mine := replace(base)).guidance == 12 and mine.fps == 12
+
+
+# ------------------------------------------------- Files, as they are published --------------------------------------------
+
+CONFIG = {"unet": dict(in_channels=4, out_channels=4, model_channels=32, attention_resolutions=[1], num_res_blocks=1,
+                       channel_mult=[1, 2], num_head_channels=16, transformer_depth=1, context_dim=64, use_linear=True,
+                       temporal_conv=True, temporal_attention=True, temporal_selfatt_only=True, use_relative_position=False,
+                       use_causal_attention=False, temporal_length=4, addition_attention=True, fps_cond=True),
+          "vae": dict(double_z=True, z_channels=4, resolution=512, in_channels=3, out_ch=3, ch=32, ch_mult=[1, 1, 1, 1],
+                      num_res_blocks=1, attn_resolutions=[], dropout=0.),
+          "scale_factor": .18215, "use_scale": True, "scale_b": .7, "linear_start": .00085, "linear_end": .012, "timesteps": 1000}
+PORT = names.unet_to_diffusers(UNetConfig(**videocrafter.SMALL[0])) | {
+    "_class_name": "UNet3DVideoCrafterConditionModel", "fps_cond": True, "sample_size": None}
+
+
+def official(name):
+    """A name of ModelScope's as VideoCrafter2 has it."""
+    name = name.replace("input_blocks.0.1.", "init_attn.0.")
+    name = re.sub(r"fps_embedding\.linear_([12])", lambda m: f"fps_embedding.{2 * int(m[1]) - 2}", name)
+    return re.sub(r"(input_blocks\.\d+)\.op", r"\1.0.op", name)
+
+
+def whole(base):
+    """The tensors of a model.ckpt: three parts, the text tower with a last block that is not used, and buffers."""
+    unet = names.unet_to_official(base.network.state_dict(), base.network.config)
+    tensors = {f"model.diffusion_model.{official(name)}": t for name, t in unet.items()}
+    vae = base.vae.state_dict()
+    table = names.official_vae_names(base.vae.config, vae)
+    tensors |= {f"first_stage_model.{table[name]}": t for name, t in vae.items()}
+    text = base.text_encoder.state_dict()
+    last = {name.replace("resblocks.1.", "resblocks.2."): t for name, t in text.items() if "resblocks.1." in name}
+    tensors |= {TEXT + name: t for name, t in (text | last).items()}
+    return tensors | {TEXT + "text_projection": torch.ones(2, 2), "scale_arr": torch.ones(1400), "betas": torch.ones(1000)}
+
+
+@pytest.fixture(scope="module")
+def published(base, tmp_path_factory):
+    """A folder as the authors publish it, at small size."""
+    folder = tmp_path_factory.mktemp("videocrafter")
+    write_file(folder / "model.ckpt", {"state_dict": whole(base)})
+    write_file(folder / "config.json", CONFIG)
+    return folder
+
+
+def test_the_names_that_are_not_modelscopes(base):
+    for name in ("init_attn.0.proj_in.weight", "input_blocks.2.0.op.bias", "fps_embedding.0.weight", "fps_embedding.2.bias",
+                 "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", "input_blocks.1.0.temopral_conv.conv4.3.weight",
+                 "middle_block.2.norm.weight", "output_blocks.1.1.conv.weight", "out.2.weight"):
+        assert f"model.diffusion_model.{name}" in whole(base), name
+    with torch.device("meta"):
+        assert sum(p.numel() for p in videocrafter.VideoCrafterUNet(UNetConfig()).parameters()) == 1_413_284_420
+
+
+@pytest.mark.parametrize("given", ["folder", "file"])
+def test_the_one_file_is_read(base, published, given):
+    read = load_base(str(published if given == "folder" else published / "model.ckpt"))
+    assert type(read) is videocrafter.Base and read.default_size == "320x512" and read.text_encoder.config.layers == 2
+    assert torch.equal(call(read.network, base), call(base.network, base))
+    frames, z = randn(2, 3, 32, 32).clamp(-1, 1), noise_like(base)
+    for ours, theirs in ((read.encode(frames), base.encode(frames)), (read.encode_text(["a cat"]), base.encode_text(["a cat"])),
+                         (read.decode_frames(z, torch.tensor([[2, 0]])), base.decode_frames(z)[:, [2, 0]])):
+        close(ours, theirs)
+
+
+def test_the_port_is_read_with_what_lies_beside_it(base, tmp_path):
+    write_file(tmp_path / "port/diffusion_pytorch_model.safetensors", base.network.state_dict())
+    write_file(tmp_path / "port/config.json", PORT)
+    refused("has no autoencoder; expected .* or --vae", load_base, str(tmp_path / "port"))
+    write_file(tmp_path / "vae.safetensors", base.vae.state_dict())
+    write_file(tmp_path / "vae/config.json", names.vae_to_diffusers(base.vae.config))
+    write_file(tmp_path / "vae/model.safetensors", base.vae.state_dict())
+    read = load_base(str(tmp_path / "port"), vae=str(tmp_path / "vae"))
+    assert type(read) is videocrafter.Base and torch.equal(call(read.network, base), call(base.network, base))
+
+    # Without its text tower it does all but captions.
+    refused("port has no text encoder", read.encode_text, ["a cat"])
+    assert not read.is_cut("word " * 100) and read.fingerprints()[1] == "none"
+    read.release_encoders()
+    close(read.decode_frames(noise_like(base)), base.decode_frames(noise_like(base)))
+    text = {k.removeprefix(TEXT): t for k, t in whole(base).items() if k.startswith(TEXT)}
+    file = write_file(tmp_path / "open_clip_pytorch_model.bin", text)
+    read = load_base(str(tmp_path / "port"), vae=str(tmp_path / "vae"), text_encoder=str(file))
+    close(read.encode_text(["a cat"]), base.encode_text(["a cat"]))
+    (tmp_path / "port").rename(tmp_path / "unet")
+    assert weights.find_base_file(str(tmp_path), ()) == ("videocrafter", tmp_path)
+
+
+def test_hub_files_are_its_own():
+    assert weights.hub_files(["README.md", "model.ckpt"]) == {"all": ["model.ckpt"]}
+    files = ["README.md", "config.json", "diffusion_pytorch_model.safetensors"]
+    assert weights.hub_files(files) == {"network": files[1:]}
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"use_scale": False}, "config.json: .*expected use_scale True, found False"), ({"scale_b": .5}, "expected scale_b 0.7"),
+    ({"unet": CONFIG["unet"] | {"fps_cond": False}}, "expected fps_cond True"), ({"unet": {}}, "config.json: not the config"),
+    ({"unet": CONFIG["unet"] | {"model_channels": 64}}, "model.ckpt: .*(has shape|tensors missing)"),
+    ({"unet": CONFIG["unet"] | {"context_dim": "64"}}, "model.ckpt: not a model that can be built"),
+    ({"vae": CONFIG["vae"] | {"ch_mult": [1, 1]}}, "model.ckpt: .*tensors")])
+def test_another_structure_is_refused(published, tmp_path, change, message):
+    (tmp_path / "model.ckpt").symlink_to(published / "model.ckpt")
+    write_file(tmp_path / "config.json", CONFIG | change)
+    refused(message, load_base, str(tmp_path))
+
+
+@pytest.mark.parametrize("lost, message", [("first_stage_model", "has no autoencoder; expected first_stage_model"),
+                                           ("model.diffusion_model.init_attn", "model.ckpt: .*tensors missing .*transformer_in"),
+                                           ("model.diffusion_model", "model.ckpt: .*tensors missing")])
+def test_a_file_that_lacks_a_part_is_refused(base, tmp_path, lost, message):
+    write_file(tmp_path / "model.ckpt", {name: t for name, t in whole(base).items() if not name.startswith(lost)})
+    write_file(tmp_path / "config.json", CONFIG)
+    refused(message, load_base, str(tmp_path))
+
+
+# ------------------------------------------------------- Adapters ---------------------------------------------------------
+
+def adapted(base, rank=4, alpha=8., letters="qkvo"):
+    """The base with adapters that change what it does."""
+    made = load_base("random-videocrafter")
+    made.network.load_state_dict(base.network.state_dict())
+    lora.inject(made.network, rank, alpha, None, letters)
+    with torch.no_grad():
+        for i, layer in enumerate(lora.layers(made.network).values()):
+            layer.lora_B.copy_(.3 * randn(*layer.lora_B.shape, seed=i))
+    return made
+
+
+def fresh(base):
+    made = load_base("random-videocrafter")
+    made.network.load_state_dict(base.network.state_dict())
+    return made
+
+
+@torch.no_grad()
+def test_vaders_released_adapters_load(base, tmp_path):
+    tuned = adapted(base, rank=2, alpha=8., letters="qkv")
+    assert {layer.scale for layer in lora.layers(tuned.network).values()} == {4.}
+    assert len(lora.layers(tuned.network)) * 4 == len(lora.projections(tuned.network)) * 3
+    tensors = {}
+    for name, t in lora.adapter_state(tuned.network).items():
+        path, half = adapters.NAME.fullmatch(name).groups()
+        theirs, = names.unet_to_official({f"{path}.weight": t}, base.network.config)
+        tensors[f"base_model.model.model.diffusion_model.{official(theirs).removesuffix('weight')}lora_{half}.weight"] = t
+    assert "base_model.model.model.diffusion_model.init_attn.0.transformer_blocks.0.attn1.to_q.lora_A.weight" in tensors
+    assert "base_model.model.model.diffusion_model.middle_block.2.transformer_blocks.0.attn2.to_v.lora_B.weight" in tensors
+    file = write_file(tmp_path / "vader_videocrafter.pt", tensors)
+    lora.load((read := fresh(base)).network, file)
+    assert torch.equal(call(read.network, base), call(tuned.network, base))
+    close(call(read.network, base), call(base.network, base), atol=10)
+    assert (call(read.network, base) - call(base.network, base)).abs().max() > .01
+    refused("adapts .* projections .qkv., the model's adapters", lora.load, adapted(base, 2).network, file)
+    missing = write_file(tmp_path / "missing.pt", dict([*tensors.items()][2:]))
+    refused("2 tensors missing", lora.load, fresh(base).network, missing)
+
+
+@torch.no_grad()
+def test_adapters_of_three_projections_go_out_and_come_back(base, tmp_path):
+    tuned = adapted(base, rank=2, alpha=1., letters="qkv")
+    lora.save(tuned.network, tmp_path / "lora.safetensors")
+    adapters.export(tmp_path / "lora.safetensors", "peft", tmp_path / "peft")
+    assert adapters.read_json(tmp_path / "peft/adapter_config.json")["target_modules"] == ["to_q", "to_k", "to_v"]
+    for file in ("lora.safetensors", "peft"):
+        lora.load((read := fresh(base)).network, tmp_path / file)
+        assert torch.equal(call(read.network, base), call(tuned.network, base))
+    refused(r"adapts .* \(qkv\), the model's", lora.load, adapted(base, 2, 1.).network, tmp_path / "lora.safetensors")
+
+
+@torch.no_grad()
+def test_the_lines_of_the_docs_put_an_adapter_onto_diffusers_unet(base, tmp_path, monkeypatch):
+    """docs/bases.md, as it stands, but for the class that the port's config names."""
+    monkeypatch.chdir(tmp_path)
+    tuned = adapted(base)
+    lora.save(tuned.network, "lora.safetensors")
+    adapters.export("lora.safetensors", "peft", "out/peft")
+    write_file(Path("videocrafterv2_diffusers/diffusion_pytorch_model.safetensors"), base.network.state_dict())
+    write_file(Path("videocrafterv2_diffusers/config.json"), {k: v for k, v in PORT.items() if k != "stem_heads"})
+    text = (Path(__file__).resolve().parent.parent / "docs/bases.md").read_text()
+    lines, = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "PeftModel" in block and "fps" in block]
+    exec(lines, here := {})
+    asked = noise_like(base), torch.tensor([501]), base.encode_text(["a cat"])
+    theirs = here["unet"](*asked).sample
+    assert type(here["unet"].base_model.model).__name__ == "UNet3DConditionModel"
+    close(call(tuned.network, base), theirs, atol=1e-4)
+    assert (theirs - call(base.network, base)).abs().max() > .01
+
+
+# ------------------------------------------------------- Training ---------------------------------------------------------
+
+FLAGS = ["--base", "random-videocrafter", "--frames", "4", "--size", "32x40", "--fps", "16", "--num-steps", "4", "--batch-size",
+         "2", "--reward-weights", "random:32", "--device", "cpu", "--eval-every", "0", "--save-every", "1"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with two clips and two prompts, in which runs start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("runs"))
+        for i in range(2):
+            pixels = torch.randint(255, (12, 32, 40, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+            write_video(Path(f"{i}.mp4"), pixels.numpy(), 16)
+        Path("clips.txt").write_text("0.mp4|||a cat\n1.mp4|||a dog\n")
+        Path("prompts.txt").write_text("a cat\na dog\n")
+        yield
+
+
+def train_on_clips(*flags):
+    return train.main(["videocrafter", *FLAGS, "--data", "clips.txt", "--workers", "0", "--max-skip", "0", *map(str, flags)])
+
+
+def test_a_run_is_continued_bit_for_bit(world):
+    three = ("--lora-layers", "qkv", "--lora-alpha", "2")
+    assert train_on_clips("--steps", 3, "--out", "whole", *three) == 0
+    assert train_on_clips("--steps", 2, "--out", "parts", *three) == 0
+    assert train.main(["--resume", "parts", "--steps", "3"]) == 0
+    assert_same_run("parts", "whole")
+    assert all(line["grad_norm"] > 0 for line in metrics("whole"))
+    assert not [name for name in load_file("whole/lora.safetensors") if "to_out" in name]
+
+
+def test_the_presets_are_the_bases_and_vaders():
+    cfg = train.PRESETS["videocrafter"]
+    assert (cfg.base, cfg.size, cfg.guidance, cfg.tau, cfg.fps) == ("VideoCrafter/VideoCrafter2", "320x512", 12., .5, 28)
+    cfg = vader.PRESETS["videocrafter"]
+    assert (cfg.num_steps, cfg.eta, cfg.guidance, cfg.frames, cfg.size, cfg.fps) == (25, 1., 12., 12, "320x512", 24)
+    assert (cfg.rank, cfg.lora_alpha / cfg.rank, cfg.lora_layers, cfg.frames_scored, cfg.lr) == (16, .5, "qkv", 1, 2e-4)
+    assert vader.PRESETS["modelscope"].lora_alpha is None and vader.PRESETS["modelscope"].lora_layers == "qkvo"
+    with torch.device("meta"):
+        unet = videocrafter.VideoCrafterUNet(UNetConfig())
+    parameters = lora.inject(unet, cfg.rank, cfg.lora_alpha, None, cfg.lora_layers)
+    assert (sum(p.numel() for p in parameters), len(lora.layers(unet))) == (5_015_552, 198)
+    refused("lora_alpha = 0", train.check, replace(train.Config(), lora_alpha=0.))
+    refused("preset modelscope: is not for base random-videocrafter", settings.fit_to_base, train.PRESETS["modelscope"],
+            load_base("random-videocrafter"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, flags", [
+    ("draft", []), ("refl", []), ("vader", ["--reward", "hpsv2"]), ("ddpo", ["--updates", "1"]),
+    ("rwr", ["--rounds", "1", "--videos", "4"]), ("dpo", ["--rounds", "1", "--pairs", "4"]),
+    ("onestep", ["--data", "clips.txt", "--workers", "0"])])
+def test_every_method_trains_three_steps(world, name, flags):
+    module = importlib.import_module(f"methods.{name}")
+    prompts = [] if name == "onestep" else ["--prompts-train", "prompts.txt"]
+    assert train.main(["videocrafter", *FLAGS, *prompts, "--steps", "3", *flags, "--out", name], module) == 0
+    lines = metrics(name)
+    assert [line["step"] for line in lines] == [1, 2, 3] and all(0 < line["grad_norm"] < math.inf for line in lines)
