@@ -19,6 +19,8 @@ other sampler, and diffusers puts t in the place of the step; there is none here
 
 Letters: B clips, C latent channels, F frames, f latents in time, h and w latent rows and columns, N text tokens, E their width.
 """
+from functools import partial
+
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
@@ -34,6 +36,11 @@ from support.settings import BASES
 SETTINGS = BASES["cogvideox"]
 SNR_SHIFT = 3.  # what the ratio of signal to noise is divided by: 2b's; 5b's is 1
 TRAIN_STEPS = 1000
+# Constructor arguments of network, autoencoder and text tower, where the classes have others.
+SMALL = (dict(num_attention_heads=2, attention_head_dim=16, time_embed_dim=16, text_embed_dim=32, num_layers=2),
+         dict(block_out_channels=(4, 8, 8, 16), layers_per_block=1, norm_num_groups=2),
+         dict(d_model=32, d_kv=8, d_ff=64, num_heads=4))
+PUBLISHED = {}, {}, dict(d_model=4096, d_ff=10240, num_heads=64)  # 2b's
 NETWORK = {"in_channels": 16, "patch_size_t": None, "use_learned_positional_embeddings": False}  # not 1.5's, not image-to-video's
 SCHEDULE = {"prediction_type": "v_prediction", "num_train_timesteps": TRAIN_STEPS, "beta_schedule": "scaled_linear",
             "trained_betas": None, "rescale_betas_zero_snr": True, "set_alpha_to_one": True}
@@ -41,7 +48,8 @@ SCHEDULE = {"prediction_type": "v_prediction", "num_train_timesteps": TRAIN_STEP
 
 def signal_power(snr_shift=SNR_SHIFT, **betas):
     """abar (T,) of what the network was trained on, float64: shifted (arXiv:2403.03206), then with none left at T - 1."""
-    alpha_bar = alpha_bars(TRAIN_STEPS, **betas)
+    with torch.device("cpu"):  # also where weights are made on another
+        alpha_bar = alpha_bars(TRAIN_STEPS, **betas)
     alpha_bar = alpha_bar / (snr_shift + (1 - snr_shift) * alpha_bar)
     root = alpha_bar.sqrt()
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2  # arXiv:2305.08891, Algorithm 1
@@ -178,13 +186,16 @@ def expect(path, settings):
     return config
 
 
-def random(base, seed, dtype, device):
+def random(base, seed, dtype, device, sizes=SMALL):
     """Seeded random weights at small width, in CogVideoX's classes, to try a pipeline without a download. See model.load_base."""
+    of_network, of_vae, of_text = sizes
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone
-        network = CogVideoXTransformer3DModel(num_attention_heads=2, attention_head_dim=16, time_embed_dim=16, text_embed_dim=32,
-                                              num_layers=2)
-        vae = AutoencoderKLCogVideoX(block_out_channels=(4, 8, 8, 16), layers_per_block=1, norm_num_groups=2)
-        text = T5EncoderModel(T5Config(vocab_size=384, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4))
+        network = CogVideoXTransformer3DModel(**of_network)
+        vae = AutoencoderKLCogVideoX(**of_vae)
+        text = T5EncoderModel(T5Config(vocab_size=384, num_layers=1, **of_text))
     network = network if dtype == torch.float32 else network.to(dtype)
     return CogVideoX(frozen(network, device), frozen(vae, device), ByT5Tokenizer(), frozen(text, device), name=base)
+
+
+published = partial(random, sizes=PUBLISHED)  # to count and time a step; of the text tower, which no step runs, one layer of 24

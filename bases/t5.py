@@ -14,8 +14,9 @@ from urllib.parse import unquote_plus
 import ftfy
 import torch
 from torch import nn
-from transformers import AutoTokenizer, ByT5Tokenizer, T5Config, T5EncoderModel
+from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
+from bases.diffusers_base import read_tokenizer
 from support.ranks import map_tensors
 
 SITE = r"[a-z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
@@ -123,7 +124,7 @@ def load_tower(folder, max_tokens, width, dtype):
     encoder = T5EncoderModel.from_pretrained(folder, dtype=dtype, local_files_only=True).eval().requires_grad_(False)
     if encoder.config.d_model != width:
         raise ValueError(f"{folder}: its features are {encoder.config.d_model} wide, the network reads {width}")
-    return T5Tower(AutoTokenizer.from_pretrained(place, local_files_only=True), encoder, max_tokens)
+    return T5Tower(read_tokenizer(place), encoder, max_tokens)
 
 
 def random_tower(max_tokens, width):

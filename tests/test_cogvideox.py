@@ -267,7 +267,8 @@ def test_an_adapter_makes_the_same_video_in_diffusers_and_comes_back(base, tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("name, flags", [
     ("draft", []), ("refl", []), ("vader", []), ("ddpo", ["--updates", "1"]), ("rwr", ["--rounds", "1", "--videos", "4"]),
-    ("dpo", ["--rounds", "1", "--pairs", "4"]), ("onestep", ["--data", "clips.txt", "--workers", "0"])])
+    ("dpo", ["--rounds", "1", "--pairs", "4"]), ("onestep", ["--data", "clips.txt", "--workers", "0"]),
+    ("nft", ["--updates", "1", "--group", "2"]), ("adjoint", ["--steps-learned", "1"])])
 def test_every_method_trains_three_steps(world, name, flags):
     module = importlib.import_module(f"methods.{name}")
     prompts = [] if name == "onestep" else ["--prompts-train", "prompts.txt"]
