@@ -355,7 +355,7 @@ def test_generate_and_evaluate_tell_the_frame_rate(world, monkeypatch):
     monkeypatch.setattr(evaluate, "load_rewards", lambda *args, **more: 1 / 0)  # far enough
     for fps in (9, None):
         with pytest.raises(ZeroDivisionError):
-            evaluate.main(evaluate.Config(prompts=("a=prompts.txt",), fps=fps, **small))
+            evaluate.main(evaluate.Config(prompts=("a=prompts.txt",), fps=fps, segments=1, **small))
     assert [base.fps for base in made] == [12, 9, 28]
 
 
