@@ -656,8 +656,10 @@ def load_base(base, vae=None, text_encoder=None, dtype=torch.float32, device="cp
     name, folder = find_base_file(base, (vae, text_encoder))
     module = importlib.import_module(f"bases.{name}")
     if folder is None:
-        make = module.published if base.endswith(":full") else module.random
-        return make(base, seed, dtype, device)
+        make = "published" if base.endswith(":full") else "random"
+        if not hasattr(module, make):
+            raise ValueError(f"base {base}: bases/{name}.py has no {make}")
+        return getattr(module, make)(base, seed, dtype, device)
     made = module.load(base, folder, vae, text_encoder, dtype, device)
     if (folder / "judge.safetensors").is_file():  # the tiny world's clips, prompts and judge
         made.world = importlib.import_module("tiny.clips")

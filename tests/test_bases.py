@@ -41,6 +41,11 @@ def test_its_guesses_fit_its_levels_and_its_network(velocity):
     torch.testing.assert_close(loss, (v - (levels.alpha[3] * noise - levels.sigma[3] * z)).square().mean()[None])
 
 
+def test_it_has_no_published_size(velocity):
+    with pytest.raises(ValueError, match="base random-velocity:full: bases/velocity.py has no published"):
+        load_base("random-velocity:full")
+
+
 @pytest.mark.usefixtures("aside")
 def test_it_trains(velocity):
     pixels = torch.randint(255, (6, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

@@ -19,7 +19,7 @@ import train
 from bases.modelscope import Base
 from benchmark import PARTS, Config, count_contenders, count_memory, measure, measure_peak, synthetic_batch
 from methods import ddpo, dpo, draft, refl, rwr, vader
-from model import Autoencoder, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig
+from model import Autoencoder, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig, load_base
 from reward import load_reward
 from tests.conftest import refused
 
@@ -124,6 +124,76 @@ def test_saving_memory_recomputes():
         assert plain[part] == blocks[part] == pytest.approx(low[part], rel=1e-3)
     assert 0.4 * plain["last step"] < blocks["backward"] - plain["backward"] < plain["last step"]  # its stem is no block
     assert low["backward"] - blocks["backward"] == pytest.approx(plain["decode"] + plain["reward"], rel=0.02)
+
+
+@pytest.mark.slow
+def test_wan_at_its_published_size():
+    with torch.device("meta"):
+        base = load_base("random-wan:full", device="meta")
+    parameters = [sum(p.numel() for p in part.parameters()) for part in (base.network, base.vae)]
+    assert parameters == [1_418_996_800, 126_892_531]
+
+    # A call of its network by hand, of n tokens of width d: projections, attention to these and to 512 of text, two layers.
+    n, d, m = 5 * 16 * 16, 1536, 512
+    block = 2 * d * (d * (6 * n + 2 * m) + 2 * n * n + 2 * n * m + 2 * n * 8960)
+    call = tflop(lambda z: base.predict(z, (500., .5, .5), torch.empty(1, m, 4096, device="meta")), (1, 16, 5, 32, 32))
+    assert call == pytest.approx(30 * block / 1e12, rel=.02) == pytest.approx(3.8, rel=.02)
+
+
+@pytest.mark.slow
+def test_a_causal_decoder_is_counted_as_it_runs():
+    """With the middle frames of the segments, on the CPU with numbers."""
+    cfg = replace(SHORT, base="random-wan", batch_size=1, frames=9, size="16x32")
+    base, reward = benchmark.load(cfg, torch.device("cpu"))
+    row = count_contenders(base, reward, cfg)["ours"]
+    assert row["calls"] == {"chain": 4, "last step": 2, "decode": 4, "reward": 4}
+    lora.inject(base.network)
+    z, eps, text, _, captions = synthetic_batch(base, cfg, 1)
+    reward.text_features(captions)
+    settings = replace(train.PRESETS["wan"], tau=cfg.tau, num_steps=cfg.num_steps, frames=9)
+    uncond = base.unconditional()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        batch = z, eps, text, torch.tensor([[1, 3, 5, 7]]), captions
+        train.edit_rewards(base, reward, uncond, batch, settings)[0].sum().backward()
+    assert row["tflop"]["step"] == pytest.approx(counter.get_total_flops() / 1e12, rel=.01)
+
+
+def test_a_row_of_the_table_of_bases(monkeypatch, capsys, tmp_path):
+    """Of the settings of the base's preset, unless asked; the card has a tenth to spare with the flag that needs least."""
+    def parse(*flags):
+        monkeypatch.setattr("sys.argv", ["benchmark.py", "--base", "wan", "--device", "meta", *flags])
+        return benchmark.parse()
+
+    def count_memory(base, reward, cfg, clips_at_once):
+        assert clips_at_once == (1,)
+        return {"no flag": {1: {"total": 30.}}, "--low-memory": {1: {"total": gib}}}
+    monkeypatch.setattr(benchmark, "load", lambda cfg, device: small())
+    monkeypatch.setattr(benchmark, "count_methods", lambda base, reward, cfg, names: {name: {"tflop": 99.6} for name in names})
+    monkeypatch.setattr(benchmark, "count_memory", count_memory)
+    for gib, card in ((14.3, 16), (14.5, 24), (27., 32)):
+        benchmark.main(parse("--size", "32x48", "--out", str(tmp_path / "row.json")))
+        said = capsys.readouterr().out
+        assert f"| wan | 32 x 48 | 17 | 100 | 100 | 100 | 30.0 | {gib} | {card} |" in said
+        assert "base wan, 1 clips of 17 frames" in said
+    cfg = parse("--frames", "33")
+    assert (cfg.frames, cfg.tau, cfg.num_steps, cfg.size) == (33, .4, 20, 256)
+
+
+BASES_DOC = Path(benchmark.__file__).parent / "docs/bases.md"
+ROWS = re.search(r"<!-- python benchmark.py --base .*?\n(.*?)<!-- end -->", BASES_DOC.read_text(), re.DOTALL)[1].splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("said", [pytest.param(dict(zip(*[re.split(r" ?\| ?", line)[1:-1] for line in (ROWS[0], row)])),
+                                               id=row.split()[1]) for row in ROWS[2:]])
+def test_the_table_of_bases_is_the_count_at_full_size(said, monkeypatch):
+    """Of each base the work of our step, and the memory that decides on the card."""
+    monkeypatch.setattr(benchmark, "IN_ROW", ("InstructVideo",))
+    monkeypatch.setattr(benchmark, "MEMORY_SETTINGS", {"--low-memory": {"low_memory": True}})
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "--base", said["base"], "--device", "meta"])
+    found = benchmark.table(measure(benchmark.parse()))
+    heads, row = [re.split(r" ?\| ?", line)[1:-1] for line in (found[1], found[3])]
+    assert {head: said[head] for head in heads} == dict(zip(heads, row))
 
 
 def test_what_is_alive_is_counted_as_an_allocator_would():
