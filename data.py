@@ -91,7 +91,7 @@ class LatentDataset:
         if generator is not None:
             k = int(torch.randint(len(windows), (), generator=generator))
         window = windows[k]
-        if isinstance(window, dict):  # of image-to-video: the text is made of the window's first frame
+        if isinstance(window, dict):  # image-to-video: the text is made of the first frame
             return window.pop("moments"), window, self.captions[index]
         return window, self.text[index][:], self.captions[index]
 

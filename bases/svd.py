@@ -67,7 +67,7 @@ class SVD:
     """The base as train.py and all methods know it; `load` and `random` make one, frozen."""
     default_size, guidance = SETTINGS["size"], SETTINGS["guidance"]
     world = network_file = None  # no clips of its own, and no adapters beside its weights
-    latent_context = 1           # frames on each side with which a wanted one is decoded
+    latent_context = 2           # frames on each side with which a wanted one is decoded
 
     def __init__(self, network, vae, image_encoder, name, folder=None, sigmas=SIGMAS):
         self.network, self.vae, self.image_encoder = network, vae, image_encoder

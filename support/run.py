@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from support.clips import told_by
 from support.files import check_folder, first_line, read_json, write_text, write_whole
 from support.pictures import choose_comparisons, contact_sheet, draw_curves, versions, write_comparisons, write_png
 from support.ranks import all_gather, catch_signals, is_main_process, on_rank_0, progress, rank_and_size, signalled
@@ -243,7 +244,7 @@ class Evaluations:
               "(mean, paired difference and its standard error over prompts):")
         for name in before:
             means = {measure: (before[name][measure].mean(), after[name][measure].mean()) for measure in before[name]}
-            gain = with_error(*paired(before[name], after[name], clusters=self.prompts[name]), sign="+")
+            gain = with_error(*paired(before[name], after[name], clusters=[*map(told_by, self.prompts[name])]), sign="+")
             line = "  {:10s} {:.4f} -> {:.4f}   {}   n {}".format(name, *means["reward"], gain, len(self.prompts[name]))
             if "watermark" in means:
                 line += "   watermark {:.3f} -> {:.3f}".format(*means["watermark"])
@@ -306,6 +307,8 @@ def print_end(run):
         if value != default:
             flags += f" --{flag} {shlex.quote(str(value))}"
     prompts = sum(run.evaluations.prompts.values(), []) or ["a red circle moving left"]
+    if hasattr(prompts[0], "picture"):
+        flags += f" --image {shlex.quote(str(prompts[0].picture))}"
     print(f"adapter: {adapter}\nnext: python generate.py{flags} --lora {adapter} --prompt {shlex.quote(prompts[0])}\n"
           f"      python report.py {shlex.quote(str(run.folder))}")
     if run.step < run.cfg.steps:
