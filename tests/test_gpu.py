@@ -157,7 +157,7 @@ def test_machine():
     note("TF32 in cuDNN; GroupNorm keeps channels-last", (torch.backends.cudnn.allow_tf32, keeps), "True; False up to torch 2.14")
     n = 8192 if CUDA.type == "cuda" else 64
     matrix, vector = torch.randn(n, n, device=CUDA, dtype=torch.bfloat16), torch.zeros(8, device=CUDA)
-    measure("matrix product", lambda: matrix @ matrix, "790 TFLOP/s", 2e-12 * n**3)
+    measure(f"product of matrices of {n}", lambda: matrix @ matrix, "790 TFLOP/s", 2e-12 * n**3)
     measure("16 copies of 128 MiB", lambda: [matrix.clone() for _ in range(16)], "1.4 ms")
     measure("1000 launches", lambda: [vector.add_(1) for _ in range(1000)], "4 to 6 ms")
 
@@ -178,7 +178,7 @@ def test_the_tiny_step_and_its_gradient_are_those_of_the_cpu(few_clips):
     for dtype, least in COSINE.items():
         R_here, here = gradient(dtype, CUDA)
         cosine, error = torch.cosine_similarity(here, exact, dim=0).item(), (R_here - R).abs().max().item()
-        note(f"tiny step in {dtype}: error of R, cosine of its gradient", f"{error:.1e}, {cosine:.6f}", f"> {least}")
+        note(f"tiny step in {dtype}: R's error, gradient's cosine", f"{error:.1e}, {cosine:.6f}", f"> {least}")
         assert cosine > least
 
 
@@ -214,27 +214,21 @@ def test_a_step_needs_the_memory_that_was_counted(full):
 
 @check
 def test_kernels_of_a_call(full):
-    call = guided_call(full[0], 1)
-    call()
     with profile() as seen:
-        call()
+        guided_call(full[0], 1)()
         now(CUDA)
     kernels = [e for e in seen.key_averages() if e.self_device_time_total > 0 and "CUDA" in str(e.device_type)]
-    note("kernels of a call", sum(e.count for e in kernels), "3,100")
+    note("kernels of a call", sum(e.count for e in kernels), "3,100; the longest are these")
     for e in sorted(kernels, key=lambda e: -e.self_device_time_total)[:25]:
         note(f"{e.key[:70]}: ms, number", f"{e.self_device_time_total / 1e3:.2f}, {e.count}")
 
 
 @check
-@pytest.mark.parametrize("height, width", [(512, 896), (576, 1024)])
-def test_wide_videos(full, height, width):
-    """In the second, heads times pixels are more rows than a grid has (model.MAX_ROWS)."""
-    network = full[0].network
-    x = torch.randn(2, network.config.channels[0], height // 8, width // 8, device=CUDA, dtype=torch.bfloat16)
+def test_a_wide_video(full):
+    """Of 576 x 1024 pixels, heads times latent pixels are more rows than a grid has (model.MAX_ROWS)."""
+    x = torch.randn(2, full[0].network.config.channels[0], 72, 128, device=CUDA, dtype=torch.bfloat16)
     with torch.no_grad():
-        y = network.transformer_in(x.contiguous(memory_format=torch.channels_last), 2)
-    note(f"{height} x {width}", y.isfinite().all().item(), True)
-    assert y.isfinite().all()
+        assert full[0].network.transformer_in(x.contiguous(memory_format=torch.channels_last), 2).isfinite().all()
 
 
 @check
@@ -270,7 +264,7 @@ def started(words):
 def test_scripts_with_the_defaults_of_cuda(words, aside):
     process, start = started(words), time.time()
     said = process.communicate(timeout=300)[1]
-    note(" ".join(words), f"{process.returncode}, {time.time() - start:.0f} s", "0")
+    note(" ".join(words), f"{time.time() - start:.0f} s")
     assert process.returncode == 0, said[-2000:]
 
 
@@ -292,6 +286,4 @@ def test_compiled(full):
     plain = call()
     full[0].network.compile()
     measure("call with 1 clip, compiled", call, "42 ms", 9.66)
-    error = ((call() - plain).norm() / plain.norm()).item()
-    note("its error", f"{error:.1e}", "< .01")
-    assert error < .01
+    assert (call() - plain).norm() < .01 * plain.norm()
