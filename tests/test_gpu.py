@@ -6,7 +6,6 @@ memory and results are asserted. Not yet run on a GPU, but tried on a CPU at sma
 Without a GPU one slow test: each method's step, forward, on fake "cuda" tensors, which have a device and no numbers.
 """
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GPU_TABLE, ROOT, metrics, pytest_configure
+from conftest import GPU_TABLE, ROOT, pytest_configure
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
@@ -39,19 +38,14 @@ PEAK = {"no flag": 21.3, "--decode-chunk 1": 18.5, "--checkpoint-activations": 9
 check = pytest.mark.gpu
 
 
-# -- Without a GPU ---------------------------------------------------------------------------------------------------
-
-class NoNumbers(TorchDispatchMode):
-    """Lets a program read values off fake tensors: all are 0."""
-
+class NoNumbers(TorchDispatchMode):  # what is read off a fake tensor is 0
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._local_scalar_dense.default:
             return 0. if args[0].is_floating_point() else 0
         return function(*args, **kwargs or {})
 
 
-def convert(module, *args, **kwargs):
-    """nn.Module.to, which cannot exchange what fake parameters hold."""
+def convert(module, *args, **kwargs):  # nn.Module.to cannot exchange what fake parameters hold
     device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
     for part in module.modules():
         for known in (part._parameters, part._buffers):
@@ -72,10 +66,8 @@ def test_every_method_runs_forward_on_fake_cuda_tensors(monkeypatch, tmp_path):
     monkeypatch.setattr(Rounds, "of", lambda rounds, step: {k: v.cpu() for k, v in next(iter(rounds.make(0))).items()})
     with FakeTensorMode(allow_non_fake_inputs=True), NoNumbers():
         base, reward = small()
-        for part in (base.text_encoder, base.vae):
-            part.to(CUDA)
-        for part in (base.network, base.vae.decoder, base.vae.post_quant_conv, reward):
-            part.to(CUDA, torch.bfloat16)
+        for part in (base.text_encoder.to(CUDA), base.vae.to(CUDA).decoder, base.vae.post_quant_conv, base.network, reward):
+            part.to(CUDA, torch.float32 if part is base.text_encoder else torch.bfloat16)
         base.levels = lambda num_steps: levels  # numbers, which fake tensors have not
         lora.inject(base.network)
         assert base.encode_text(["a"]).device.type == base.device.type == "cuda" and base.texts["a"].device.type == "cpu"
@@ -94,8 +86,6 @@ def test_gpus_are_hidden_from_other_tests(monkeypatch):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == seen, asked
 
 
-# -- On a GPU --------------------------------------------------------------------------------------------------------
-
 @pytest.fixture(autouse=True)
 def gpu(request):
     if request.node.get_closest_marker("gpu") and CUDA.type == "cuda" and not torch.cuda.is_available():
@@ -103,9 +93,8 @@ def gpu(request):
 
 
 def note(what, measured, expected=""):
-    """A row of the table, printed at once too (-s), should the machine be gone before the end."""
-    GPU_TABLE.append((what, str(measured), str(expected)))
-    print(*GPU_TABLE[-1], sep=" | ", flush=True)
+    GPU_TABLE.append((str(what), str(measured), str(expected)))
+    print(*GPU_TABLE[-1], sep=" | ", flush=True)  # with -s, should the machine be gone before the end
 
 
 def measure(what, call, expected, tflop=0., repeats=3):
@@ -152,8 +141,7 @@ def guided_call(base, clips):
 def test_machine():
     x = torch.randn(2, 64, 4, 8, device=CUDA).contiguous(memory_format=torch.channels_last)
     keeps = torch.nn.functional.group_norm(x, 32).is_contiguous(memory_format=torch.channels_last)
-    note("torch, CUDA, cuDNN", f"{torch.__version__}, {torch.version.cuda}, {torch.backends.cudnn.version()}")
-    note("GPU", torch.cuda.get_device_properties(CUDA))
+    note(torch.cuda.get_device_properties(CUDA), f"torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
     note("TF32 in cuDNN; GroupNorm keeps channels-last", (torch.backends.cudnn.allow_tf32, keeps), "True; False up to torch 2.14")
     n = 8192 if CUDA.type == "cuda" else 64
     matrix, vector = torch.randn(n, n, device=CUDA, dtype=torch.bfloat16), torch.zeros(8, device=CUDA)
@@ -244,15 +232,7 @@ def test_an_evaluation_scores_in_float32(full):
     assert errors[0] < .002 and errors[1] < .02
 
 
-# Whole scripts, as a user starts them; the last check takes minutes.
-
 SHORT = ["--steps", "3", "--save-every", "1", "--eval-every", "0", "--batch-size", "2"]
-
-
-def started(words):
-    words = [str(ROOT / word) if word.endswith(".py") else word for word in words]
-    more = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *words], **more)
 
 
 @check
@@ -262,28 +242,16 @@ def started(words):
     ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "train.py", *SHORT, "--out", "run"],
     ["benchmark.py", "--steps", "1", "--no-diffusers"]], ids=" ".join)
 def test_scripts_with_the_defaults_of_cuda(words, aside):
-    process, start = started(words), time.time()
-    said = process.communicate(timeout=300)[1]
+    words, start = [str(ROOT / word) if word.endswith(".py") else word for word in words], time.time()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, *words], env=environment, stderr=subprocess.PIPE, text=True, timeout=300)
     note(" ".join(words), f"{time.time() - start:.0f} s")
-    assert process.returncode == 0, said[-2000:]
-
-
-@check
-def test_a_run_is_stopped_and_goes_on(aside):
-    run, deadline = started(["train.py", *SHORT, "--steps", "500", "--out", "run"]), time.time() + 120
-    while not os.path.exists("run/state.pt") and run.poll() is None and time.time() < deadline:
-        time.sleep(.1)
-    run.send_signal(signal.SIGTERM)
-    assert run.wait(60) == 143
-    done = metrics("run")[-1]["step"]
-    assert started(["train.py", "--resume", "run", "--steps", str(done + 1)]).wait(120) == 0
-    assert metrics("run")[-1]["step"] == done + 1
+    assert ended.returncode == 0, ended.stderr[-2000:]
 
 
 @check
 def test_compiled(full):
-    call = guided_call(full[0], 1)
-    plain = call()
+    call, plain = guided_call(full[0], 1), guided_call(full[0], 1)()
     full[0].network.compile()
     measure("call with 1 clip, compiled", call, "42 ms", 9.66)
     assert (call() - plain).norm() < .01 * plain.norm()
