@@ -33,14 +33,10 @@ torch.set_num_threads(1)
 GPU_TABLE = []  # of test_gpu.py: (what, as measured, as expected)
 
 
-def hide_gpus(asked):
-    """Tests are of the CPU, on any machine, unless -m asks for those of a GPU; torch has not looked for one yet."""
-    if not re.search(r"(?<!not )\bgpu\b", asked):
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-
 def pytest_configure(config):
-    hide_gpus(config.option.markexpr)
+    """Tests are of the CPU, on any machine, unless -m asks for those of a GPU; torch has not looked for one yet."""
+    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -328,11 +328,9 @@ def test_settings_that_are_refused(settings, message, tmp_path):
 
 def test_a_second_gpu_is_timed_as_such(monkeypatch):
     """On fake functions of torch.cuda: each is asked for the device that was named."""
-    device, asked = torch.device("cuda:1"), {}
+    asked, weight, plain = {}, torch.nn.Parameter(torch.ones(1)), torch.nn.Identity()
     for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda device=None, name=name: asked.setdefault(name, device) and 0)
-    weight = torch.nn.Parameter(torch.ones(1))
-    module = SimpleNamespace(decoder=torch.nn.Identity())
-    mine = benchmark.Contender(lambda batch: weight * batch, [weight], (torch.nn.Identity(), module, torch.nn.Identity()))
-    benchmark.time_step(mine, torch.optim.SGD([weight]), torch.ones(1), device)
-    assert len(asked) == 4 and {*asked.values()} == {device}
+    mine = benchmark.Contender(weight.mul, [weight], (plain, SimpleNamespace(decoder=plain), plain))
+    benchmark.time_step(mine, torch.optim.SGD([weight]), torch.ones(1), torch.device("cuda:1"))
+    assert len(asked) == 4 and {*asked.values()} == {torch.device("cuda:1")}

@@ -154,11 +154,10 @@ def test_a_guess_takes_the_noise_out():
 
 
 def test_a_16_bit_base_has_the_same_clips(explained, monkeypatch):
-    """Its encoder is float32, as everywhere; and float16, picked or named, needs train.train's scale of the loss."""
+    """Its encoder is float32; and train.train reads off the settings whether to scale the loss."""
     monkeypatch.setattr(explain, "CLIPS", 2)
-    assert explained[0].cfg.dtype == "float32"
     half = explain.Setup(replace(explained[0].cfg, dtype="float16"))
-    assert half.base.dtype == torch.float16 and half.cfg.dtype == "float16" and torch.equal(half.z, explained[0].z)
+    assert torch.equal(half.z, explained[0].z) and (half.base.dtype, explained[0].cfg.dtype) == (torch.float16, "float32")
 
 
 def test_heat_maps_are_the_gradient_of_R_on_the_scored_frames(explained):

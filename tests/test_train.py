@@ -227,12 +227,10 @@ def test_saving_memory_leaves_the_gradient(parts, three_clips, setting, error):
 
 
 def test_an_evaluation_computes_eight_videos_at_once_unless_memory_is_saved(monkeypatch, parts):
-    sizes = []
-    monkeypatch.setattr(train, "evaluate", lambda *args, batch_size, **more: sizes.append(batch_size))
+    monkeypatch.setattr(train, "evaluate", lambda *args, batch_size, **more: batch_size)
     full = replace(train.PRESETS["modelscope"], base="tiny", eval_every=0, size=32)
-    for changed in ({}, {"low_memory": True}, {"checkpoint_activations": True, "clips_at_once": 2}, {"batch_size": 4}):
-        train.plan_evaluations(replace(full, **changed), None, *parts[:2]).evaluate(["a red circle moving left"])
-    assert sizes == [8, 1, 2, 4]
+    for changed, size in (({}, 8), ({"low_memory": True}, 1), ({"checkpoint_activations": True, "clips_at_once": 2}, 2)):
+        assert train.plan_evaluations(replace(full, **changed), None, *parts[:2]).evaluate(["a red circle"]) == size
 
 
 def test_float16_trains_on_the_same_gradient():
