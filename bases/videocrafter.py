@@ -12,11 +12,11 @@ t = 0 to 0.7 at t = 399, and 0.7 from there; (2) the network is told the frames 
 (4) all parts are in one file, model.ckpt.
 
 Traps: alpha² + sigma² is not 1 here. Plain DDIM, as in the ports to diffusers, ends up elsewhere: by a third of the largest
-latent, with small random weights. The fresh noise of a step follows from abar = 1 - sigma² alone, as in the authors' sampler; DDPM's formula from alpha and
-sigma would give another amount. They sample with eta = 1, which leaves noise of deviation .02 in the final latents, and with
-guidance 12. A number of steps that does not divide 1000 gives more steps than it says in their sampler, or fails (3); here it
-is what it says, and `published=True` gives their levels. The network expects a sample of the posterior, as ModelScopeT2V's.
-tau = .6 of ModelScopeT2V leaves as much of a clip as tau = .5 does here, since the signal is weaker.
+latent, with small random weights. The fresh noise of a step follows from abar = 1 - sigma² alone, as in the authors' sampler;
+DDPM's formula from alpha and sigma would give another amount. They sample with eta = 1, which leaves noise of deviation .02 in
+the final latents, and with guidance 12. A number of steps that does not divide 1000 gives more steps than it says in their
+sampler, or fails (3); here it is what it says, and `published=True` gives their levels. tau = .6 of ModelScopeT2V leaves as much
+of a clip as tau = .5 does here, since the signal is weaker.
 
 Letters: B clips, C latent channels, F frames, h and w latent rows and columns, N text tokens, E their width.
 """
