@@ -1,5 +1,5 @@
 """
-VideoCrafter2 (arXiv:2401.09047), the base on which VADER shows most of its results.
+VideoCrafter2 (arXiv:2401.09047), one of the bases on which VADER shows its results.
 
     python train.py videocrafter --data clips.txt --prompts animals=animals.txt
     python -m methods.vader videocrafter --prompts-train prompts.txt                # VADER's own settings
@@ -11,12 +11,12 @@ Against ModelScopeT2V: (1) the signal is scaled: z_t = s_t sqrt(abar_t) z_0 + sq
 t = 0 to 0.7 at t = 399, and 0.7 from there; (2) the network is told the frames a second, `fps`; (3) clips have 320 x 512 pixels;
 (4) all parts are in one file, model.ckpt.
 
-Traps: alpha² + sigma² is not 1 here. Plain DDIM, as in the ports to diffusers, ends up elsewhere, by a third of the latents'
-range. The fresh noise of a step follows from abar = 1 - sigma² alone, as in the authors' sampler; DDPM's formula from alpha and
-sigma would give another amount. They sample with eta = 1, which leaves noise of deviation .02 in the final latents, and with
-guidance 12. A number of steps that does not divide 1000 gives more steps than it says in their sampler, or fails (3); here it
-is what it says, and `published=True` gives their levels. The network expects a sample of the posterior, as ModelScopeT2V's.
-tau = .6 of ModelScopeT2V leaves as much of a clip as tau = .5 does here, since the signal is weaker.
+Traps: alpha² + sigma² is not 1 here. Plain DDIM, as in the ports to diffusers, ends up elsewhere: by a third of the largest
+latent, with small random weights. The fresh noise of a step follows from abar = 1 - sigma² alone, as in the authors' sampler;
+DDPM's formula from alpha and sigma would give another amount. They sample with eta = 1, which leaves noise of deviation .02 in
+the final latents, and with guidance 12. A number of steps that does not divide 1000 gives more steps than it says in their
+sampler, or fails (3); here it is what it says, and `published=True` gives their levels. tau = .6 of ModelScopeT2V leaves as much
+of a clip as tau = .5 does here, since the signal is weaker.
 
 Letters: B clips, C latent channels, F frames, h and w latent rows and columns, N text tokens, E their width.
 """

@@ -68,10 +68,10 @@ class Config(PromptConfig):
 
 PRESETS = presets(Config, lr=2e-4, lambda_tar=0.)
 
-# The authors' VideoCrafter2 run. Their loss (1.5 * .1 |10 - a| + |1 - h|) / 2 of the aesthetic score
-# a < 10 and HPSv2.1's h < 1 has the gradient of -(.075 a + .5 h). Not theirs: AdamW has no weight
-# decay, adapters no dropout, the UNet runs without its own, a run's steps are evaluated; aesthetic
-# sees the frame's middle square. Their alpha is PEFT's default, which makes the scale a half.
+# The authors' run of VideoCrafter2. Their loss (1.5 * .1 |10 - a| + |1 - h|) / 2, of the aesthetic
+# score a < 10 and HPSv2.1's h < 1, has the gradient of -(.075 a + .5 h). Their alpha is PEFT's
+# default, 8: a scale of a half. Ours: no weight decay, no dropout, adapters drawn as lora.py says,
+# evaluations, checkpoints, and aesthetic sees a frame's middle square, where theirs is squeezed.
 PRESETS["videocrafter"] = replace(
     PRESETS["videocrafter"], frames=12, fps=24, num_steps=25, guidance=12., rank=16, lora_alpha=8.,
     lora_layers="qkv", reward=("hpsv2.1/stretch=0.5", "aesthetic=0.075"), batch_size=32, steps=450,

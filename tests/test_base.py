@@ -124,7 +124,7 @@ def holds(module, tensors):
 
 def test_the_commands_take_both_from_the_one_file(instructvideo, monkeypatch):
     def videos(out, **settings):
-        generate.main(generate.Config(prompt=["a cat", "a dog"], num_steps=2, frames=2, height=8, width=8, device="cpu",
+        generate.main(generate.Config(prompt=["a cat", "a dog"], num_steps=2, frames=2, size=8, device="cpu",
                                       out=Path(out), **settings))
         return [path.read_bytes() for path in sorted(Path(out).glob("*.mp4"))]
     tuned = videos("a", base=str(instructvideo / TUNED))
@@ -136,7 +136,7 @@ def test_the_commands_take_both_from_the_one_file(instructvideo, monkeypatch):
 
     Path("prompts.txt").write_text("a cat\na dog\n")
     evaluate.main(evaluate.Config(base=str(instructvideo / TUNED), prompts=["animals=prompts.txt"], count=0, num_steps=(2,),
-                                  frames=2, segments=1, height=8, width=8, device="cpu", sheet=0, out=Path("report")))
+                                  frames=2, segments=1, size=8, device="cpu", sheet=0, out=Path("report")))
     rows = json.loads(Path("report/table.json").read_text())
     assert rows["reward"] == "HPSv2.0"  # HPS_v2.pt lies beside the base: nothing is downloaded
     assert [r["model"] for r in rows["results"]] == ["base", "fine-tuned"] and rows["results"][1]["differences"]["reward"][0] != 0

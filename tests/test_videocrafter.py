@@ -17,6 +17,7 @@ import sampler
 import train
 from bases import videocrafter
 from formats import adapters, names, weights
+from formats.reward_names import requested_rewards
 from methods import vader
 from model import UNetConfig, load_base
 from support import settings
@@ -365,6 +366,7 @@ def test_the_presets_are_the_bases_and_vaders():
     cfg = vader.PRESETS["videocrafter"]
     assert (cfg.num_steps, cfg.eta, cfg.guidance, cfg.frames, cfg.size, cfg.fps) == (25, 1., 12., 12, "320x512", 24)
     assert (cfg.rank, cfg.lora_alpha / cfg.rank, cfg.lora_layers, cfg.frames_scored, cfg.lr) == (16, .5, "qkv", 1, 2e-4)
+    assert requested_rewards(cfg)[0] == [(.5, "hpsv2.1/stretch"), (.075, "aesthetic")]
     assert vader.PRESETS["modelscope"].lora_alpha is None and vader.PRESETS["modelscope"].lora_layers == "qkvo"
     with torch.device("meta"):
         unet = videocrafter.VideoCrafterUNet(UNetConfig())
