@@ -69,7 +69,8 @@ def presets(config_class, **full_size):
     made = {}
     for preset, cfg in train.PRESETS.items():
         changed = {k: v for k, v in vars(cfg).items() if v != getattr(train.Config(), k)}
-        own = {} if preset == "tiny" else {"offset_noise": 0.0, "tau": 1.0} | full_size
+        own = {} if preset == "tiny" else {"offset_noise": 0.0} | full_size
+        own |= {"tau": 1.0} if config_class.tau == 1.0 else {}  # not the base's own: there is no edit
         made[preset] = config_class(**changed | own)
     return made
 

@@ -60,7 +60,8 @@ class Config(train.Config):
     cache_interval: Suppress[Fixed[int]] = 1
 
 
-PRESETS = {name: Config(**vars(preset)) for name, preset in train.PRESETS.items()}
+UNUSED = {"tau": Config.tau, "grad_steps": Config.grad_steps}
+PRESETS = {name: Config(**vars(preset) | UNUSED) for name, preset in train.PRESETS.items()}
 
 
 def check(cfg):

@@ -11,7 +11,7 @@ from conftest import assert_same_run, metrics, refused, script
 from diffusers import EulerDiscreteScheduler, StableVideoDiffusionPipeline
 from diffusers.pipelines.stable_video_diffusion import pipeline_stable_video_diffusion as theirs
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_ranks import two_ranks
 from transformers import CLIPImageProcessor
 
@@ -343,6 +343,11 @@ def test_a_folder_is_read_and_what_is_missing_is_named(base, told, tmp_path):
     config.write_text(json.dumps(SCHEDULER | {"prediction_type": "epsilon"}))
     refused("prediction_type 'epsilon'; Stable Video Diffusion's is v_prediction", load_base, str(folder))
     config.unlink()
+    weights = folder / "image_encoder/model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: t for name, t in tensors.items() if "visual_projection" not in name}, weights, {"format": "pt"})
+    refused("image_encoder: has 1 tensors too few, visual_projection.weight", load_base, str(folder))
+    save_file(tensors, weights, {"format": "pt"})
     weights = folder / "vae/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     refused("vae: cannot be loaded", load_base, str(folder))
