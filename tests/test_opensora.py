@@ -161,9 +161,9 @@ def test_the_network_by_what_must_and_must_not_change_it(base):
     close(single, velocity(z=z[:, :, :1], fps=120))                                            # a picture's frames a second
 
 
-def test_checkpointed_blocks_have_the_same_gradient(base):
-    text = base.encode_text(["a cat"])
-    gradients = []
+def test_checkpointed_blocks_have_the_same_gradient(base, monkeypatch):
+    text, calls, gradients, forward = base.encode_text(["a cat"]), [], [], opensora.Block.forward
+    monkeypatch.setattr(opensora.Block, "forward", lambda *inputs: calls.append(base.network.recompute) or forward(*inputs))
     for on in (False, True):
         base.checkpoint_activations(on)
         z = noise_like(base).requires_grad_()
@@ -171,6 +171,7 @@ def test_checkpointed_blocks_have_the_same_gradient(base):
         gradients.append(z.grad)
     base.checkpoint_activations(False)
     close(*gradients, 0)
+    assert (calls.count(False), calls.count(True)) == (4, 8)  # of four blocks
 
 
 def test_published_names_and_sizes():
@@ -208,12 +209,12 @@ def test_the_2d_stage_is_diffusers(base):
 
 
 def test_no_convolution_sees_a_later_frame(base, monkeypatch):
-    conv = opensora.CausalConv(1, 2, double=True)
+    conv = opensora.CausalConv(1, 4, double=True)
     with torch.no_grad():
         conv.conv.weight.zero_()[:, 0, 0, 1, 1] = 1.  # of three frames the first: two before
-        conv.conv.bias.copy_(torch.tensor([0., 10.]))
-        made = conv(torch.tensor([1., 2, 3, 4]).view(1, 1, 4, 1, 1)).flatten().tolist()
-    assert made == [0, 10, 0, 10, 1, 11, 2, 12]  # a frame's two lie in its channels
+        conv.conv.bias.copy_(torch.tensor([0., 10., 20., 30.]))
+        made = conv(torch.tensor([1., 2, 3, 4]).view(1, 1, 4, 1, 1)).squeeze().tolist()
+    assert made == [[0, 10, 0, 10, 1, 11, 2, 12], [20, 30, 20, 30, 21, 31, 22, 32]]  # a channel's two frames are neighbours
 
     monkeypatch.setattr(nn.GroupNorm, "forward", lambda self, x: x)  # norms look at the whole window
     x, z = randn(1, 4, 20, 3, 2), randn(1, 4, 5, 3, 2)
@@ -278,7 +279,7 @@ def test_captions_are_cleaned_as_diffusers_cleans_them(monkeypatch):
 
 @pytest.mark.parametrize("caption, cleaned", [
     ("A Cat", "a cat"), ("see http://a.com: (cat)", "see: cat"), ("a very-good-and-kind-dog", "a very good and kind dog"),
-    ("[-cat", "cat")])  # stripped in between, which diffusers leaves out
+    ("[:;cat", "cat")])  # a sign a time; stripped in between, which diffusers leaves out
 def test_captions_by_hand(caption, cleaned):
     assert clean_caption(caption) == f"{cleaned} aesthetic score: 6.5."
     assert clean_caption(f"{caption} aesthetic score: 5.0.") == f"{cleaned} aesthetic score: 5.0."
