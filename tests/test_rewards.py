@@ -556,7 +556,8 @@ def test_clips_that_are_too_short(kind, frames):
     reward, message = load_reward(kind, "random"), f"frames = {frames}: {{}} sees {frames + 1} frames of a clip, in order"
     refused(message.format("this reward"), frames_of, reward, frames)
     refused(message.format(reward.name), reward, random_frames(1, frames), ["a"])
-    refused(message.format(kind), requested_rewards, mixed(reward=(kind,), frames=frames, reward_weights=("random",)))
+    for path in ("random", "."):  # a folder, which has no config.json to say another number
+        refused(message.format(kind), requested_rewards, mixed(reward=(kind,), frames=frames, reward_weights=(path,)))
 
 
 # ------------------------------------ Several rewards, and those of the user's own ------------------------------------
