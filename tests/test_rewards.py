@@ -276,7 +276,6 @@ def live_viclip(folder):
     v, t = ({name: w[f"{tower}_encoder.{name}"] for name in names} for tower, names in (("vision", video), ("text", text)))
 
     def run(tensors, x, **mask):
-        """torch's own layers with a tower's weights."""
         quick_gelu = lambda x: x * torch.sigmoid(1.702 * x)
         layer = nn.TransformerEncoderLayer(32, 2, 128, 0., quick_gelu, batch_first=True, norm_first=True)
         stack = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
@@ -524,7 +523,6 @@ def test_nothing_is_downloaded_before_the_authors_text_is_there(tmp_path, monkey
     (hub / "prompt_template.txt").unlink()
     refused(f"reward videoreward: {hub}/prompt_template.txt: no such file; it is the text", load_reward, "videoreward")
     assert asked == [("KlingTeam/VideoReward", "model_config.json")]
-
     other.mkdir()  # a folder with the text alone: what is missing is fetched
     for text, message in ((TEMPLATE.replace("{text_prompt}", ""), "must have <|VQ_reward|>, <|MQ_reward|>, {text_prompt}, <|TA_"),
                           (TEMPLATE + "<|VQ_reward|>", "in this order and each once")):
@@ -545,7 +543,8 @@ def test_clips_that_are_too_short(kind, frames):
     reward, message = load_reward(kind, "random"), f"frames = {frames}: {{}} sees {frames + 1} frames of a clip, in order"
     refused(message.format("this reward"), frames_of, reward, frames)
     refused(message.format(reward.name), reward, random_frames(1, frames), ["a"])
-    refused(message.format(kind), requested_rewards, mixed(reward=(kind,), frames=frames, reward_weights=("random",)))
+    for path in ("random", "."):  # a folder, which has no config.json to say another number
+        refused(message.format(kind), requested_rewards, mixed(reward=(kind,), frames=frames, reward_weights=(path,)))
 
 
 # ------------------------------------ Several rewards, and those of the user's own ------------------------------------
