@@ -86,12 +86,6 @@ def test_gpus_are_hidden_from_other_tests(monkeypatch):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == seen, asked
 
 
-@pytest.fixture(autouse=True)
-def gpu(request):
-    if request.node.get_closest_marker("gpu") and CUDA.type == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU here")
-
-
 def note(what, measured, expected=""):
     GPU_TABLE.append((str(what), str(measured), str(expected)))
     print(*GPU_TABLE[-1], sep=" | ", flush=True)  # with -s, should the machine be gone before the end

@@ -490,7 +490,7 @@ def test_pairs_are_two_videos_of_one_prompt_and_the_reward_decides(parts, monkey
                         or made[-1][-1])
     cfg = config(dpo, pairs=4, lambda_tar=0.)
     prompts = [*CAPTIONS, "a blue ring moving up", "a cyan cross moving left"]
-    videos = common.Videos(cfg, base, lambda _: torch.tensor([0, 2]), prompts, base.encode_text([""]))
+    videos = common.Videos(cfg, base, lambda _: torch.tensor([0, 2]), prompts)
 
     def brightness(frames, captions):
         return frames.mean(dim=(2, 3, 4)) * 1e3  # (B, S)
