@@ -39,6 +39,11 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+
+
 def pytest_terminal_summary(terminalreporter):
     """What a GPU was measured to do, to paste into an issue."""
     for row in [("check", "measured", "expected"), ("---",) * 3, *GPU_TABLE] if GPU_TABLE else ():
