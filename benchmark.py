@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 import tyro
 from torch import nn
@@ -43,7 +44,7 @@ from model import load_base
 from reward import aggregate, load_reward, segment_edges, segment_frames, tar_weights
 from sampler import check_edit, edit_steps
 from support.files import check_folder, write_text
-from support.pictures import versions
+from support.pictures import versions, write_png
 from support.ranks import pick_device, pick_dtype, progress, run_script, sample_generator
 from support.settings import BASES, check_at_least, kind_of, rows_columns
 
@@ -73,12 +74,11 @@ class Contender:
 def contenders(base, reward, cfg):
     """{name: Contender}, both on the same weights. Ours is set up as in train.main; the base gets adapters."""
     settings = replace(preset(train, base), tau=cfg.tau, num_steps=cfg.num_steps, frames=cfg.frames, low_memory=cfg.low_memory)
-    uncond = base.encode_text([""])
     parameters = lora.inject(base.network, settings.rank)
     base.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
-    score = lambda batch: train.edit_rewards(base, reward, uncond, batch, settings)[0]
+    score = lambda batch: train.edit_rewards(base, reward, base.unconditional(batch[2]), batch, settings)[0]
     ours = {"ours": Contender(score, parameters, (base.network, base, reward))}
-    return ours | {"diffusers": on_diffusers(base, reward, uncond, settings)} if cfg.diffusers else ours
+    return ours | {"diffusers": on_diffusers(base, reward, base.unconditional(), settings)} if cfg.diffusers else ours
 
 
 def on_diffusers(base, reward, uncond, settings):
@@ -150,11 +150,13 @@ def copy_to_meta(base, reward, frames):
     are wanted cannot be read on meta: the middle ones of the segments of `frames`, as a causal decoder's work depends on it."""
     base = copy.deepcopy(base, {id(base.world): base.world})  # a module, which cannot be copied
     reward = copy.deepcopy(reward).to("meta")
-    for network in (base.network, base.vae, base.text_encoder):
+    starts_from_pictures = hasattr(base, "condition")
+    for network in (base.network, base.vae, base.image_encoder if starts_from_pictures else base.text_encoder):
         network.to("meta")
-    base.texts.clear()
-    with ReadAsZero():  # they are kept on the CPU
-        base.encode_text(["", CAPTION])
+    if not starts_from_pictures:
+        base.texts.clear()
+        with ReadAsZero():  # they are kept on the CPU
+            base.encode_text(["", CAPTION])
     reward.text_features([CAPTION])
     decode = base.decode_frames
 
@@ -174,7 +176,10 @@ def synthetic_batch(base, cfg, batch_size):
     generator = sample_generator(0, "benchmark")
     z, eps = torch.randn((2, *shape), generator=generator).to(base.device)                # (B, C, F, h, w) each
     g = segment_frames(cfg.frames, train.Config.segments, batch_size, generator).to(base.device)
-    return z, eps, base.encode_text([CAPTION] * batch_size), g, [CAPTION] * batch_size
+    captions = [CAPTION] * batch_size
+    if hasattr(base, "condition"):  # it starts from pictures, here black ones
+        return z, eps, base.condition(torch.zeros(batch_size, 3, *size)), g, captions
+    return z, eps, base.encode_text(captions), g, captions
 
 
 # -- Counting work and memory on meta --------------------------------------------------------------------------------
@@ -294,12 +299,14 @@ def count_memory(base, reward, cfg, clips_at_once=(1, 2, 4, 8)):
     lora.inject(base.network, train.Config.rank)
     peaks = {}
     for memory_setting, flags in MEMORY_SETTINGS.items():
-        # One step of the chain has gradient; those without leave nothing behind, so one step is as good as all.
-        settings = replace(preset(train, base), frames=cfg.frames, num_steps=1, tau=1., **flags)
+        # Steps of the chain without gradient leave nothing behind, so those with gradient are as good as all.
+        settings = preset(train, base)
+        settings = replace(settings, frames=cfg.frames, num_steps=settings.grad_steps, tau=1., **flags)
         base.checkpoint_activations(settings.checkpoint_activations or settings.low_memory)
         peaks[memory_setting] = {}
         for clips in clips_at_once:
-            score = partial(train.edit_rewards, base, reward, base.encode_text([""]), synthetic_batch(base, cfg, clips), settings)
+            batch = synthetic_batch(base, cfg, clips)
+            score = partial(train.edit_rewards, base, reward, base.unconditional(batch[2]), batch, settings)
             peaks[memory_setting][clips] = measure_peak(lambda: score()[0], of_step(base.network, base, reward))  # noqa: B023
     return peaks
 
@@ -321,7 +328,7 @@ def open_method(name, settings, base, reward, folder):
     settings = replace(settings, batch_size=1, **ROUND_OF_ONE.get(name, {}))
     if name not in ON_CLIPS:
         return METHODS[name].method(settings, base, reward, Path(tempfile.mkdtemp(dir=folder)))
-    score = partial(ON_CLIPS[name], base, reward, base.encode_text([""]), cfg=settings)
+    score = lambda batch: ON_CLIPS[name](base, reward, base.unconditional(batch[2]), batch, settings)
     more = [[1]] if name == "onestep" else []  # the chain step, which does not change the cost
     return train.Method(lambda step: (*synthetic_batch(base, settings, 1), *more), score)  # its own draw reads clips
 
@@ -337,8 +344,10 @@ def count_method(name, settings, base, reward, folder):
             entry[-1] = [(1 + round(settings.late * settings.num_steps)) // 2]
         score = count_work(lambda: method.score(entry)[0], base.network, base, reward)
 
-        # What has gradient takes the most memory. Chain steps leave nothing behind, so one is as good as all.
-        method = open_method(name, replace(settings, num_steps=1, tau=1.), base, reward, folder)
+        # What has gradient takes the most memory. Other chain steps leave nothing behind, so these are as good as all. DDPO needs
+        # two: the last may have no density.
+        fewest = 2 if name == "ddpo" else settings.grad_steps
+        method = open_method(name, replace(settings, num_steps=fewest, tau=1.), base, reward, folder)
         entry = train.split_batch(method.draw(0), 1)[0]
         peaks = [measure_peak(call, of_step(base.network, base, reward))
                  for call in (lambda: method.draw(0), lambda: method.score(entry)[0])]
@@ -362,7 +371,8 @@ def count_methods(base, reward, cfg, names=None):
     rows = {}
     for name in names or METHODS:
         with tempfile.TemporaryDirectory() as folder:
-            write_text(Path(folder, "prompts.txt"), CAPTION + "\n")
+            write_png(Path(folder, "black.png"), np.zeros((8, 8, 3), np.uint8))
+            write_text(Path(folder, "prompts.txt"), f"black.png|||{CAPTION}\n")  # only some bases read the picture
             more = {"tau": cfg.tau} if name in ON_CLIPS else {"prompts_train": Path(folder, "prompts.txt")}
             settings = replace(preset(METHODS[name], base), num_steps=cfg.num_steps, frames=cfg.frames, size=cfg.size,
                                low_memory=cfg.low_memory, checkpoint_activations=cfg.checkpoint_activations, **more)
