@@ -17,6 +17,7 @@ from torch import nn
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 from bases.diffusers_base import read_tokenizer
+from support.files import first_line, first_names
 from support.ranks import map_tensors
 
 SITE = r"[a-z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
@@ -121,10 +122,15 @@ def load_tower(folder, max_tokens, width, dtype):
     place = beside if beside.is_dir() else folder
     if not {"tokenizer_config.json", "tokenizer.json", "spiece.model"} & {file.name for file in place.iterdir()}:
         raise ValueError(f"{folder}: no tokenizer in it, nor in tokenizer/ beside it; expected tokenizer.json or spiece.model")
-    encoder = T5EncoderModel.from_pretrained(folder, dtype=dtype, local_files_only=True).eval().requires_grad_(False)
+    try:
+        encoder, found = T5EncoderModel.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+    except OSError as error:  # no config.json, no weights, a shard missing
+        raise ValueError(f"{folder}: no T5 encoder that can be read ({first_line(error)})") from None
+    if found["missing_keys"]:  # these would be random
+        raise ValueError(f"{folder}: tensors missing ({first_names(found['missing_keys'])})")
     if encoder.config.d_model != width:
         raise ValueError(f"{folder}: its features are {encoder.config.d_model} wide, the network reads {width}")
-    return T5Tower(read_tokenizer(place), encoder, max_tokens)
+    return T5Tower(read_tokenizer(place), encoder.eval().requires_grad_(False), max_tokens)
 
 
 def random_tower(max_tokens, width):

@@ -168,7 +168,8 @@ def test_refls_prediction_at_the_last_step_and_the_chains_end(parts):
         z_0, eps = base.predict(z, level, text)
         seen.append(eps)
         return z_0, eps
-    z_0 = refl.predict(types.SimpleNamespace(chain_predict=lambda interval: spy, levels=base.levels), noise, text, uncond, 1, cfg)
+    spied = types.SimpleNamespace(chain_predict=lambda interval: spy, levels=base.levels, default_size=32)
+    z_0 = refl.predict(spied, noise, text, uncond, 1, cfg)
     end = sampler.sample(base.predict, noise, text, uncond, base.levels(4), cfg.guidance)
     eps_c, eps_u = seen[-1].chunk(2)
     a = sampler.alpha_bars()[0].item()
@@ -361,7 +362,8 @@ def test_the_policys_gradient_is_that_of_the_expected_reward():
     def predict(z_t, level, text):
         eps = theta * z_t + .1
         return (z_t - level[2] * eps) / level[1], eps
-    base = types.SimpleNamespace(predict=predict, levels=lambda D: sampler.ddim_levels(D, sampler.alpha_bars()))
+    base = types.SimpleNamespace(predict=predict, default_size=32,
+                                 levels=lambda D, shape: sampler.ddim_levels(D, sampler.alpha_bars()))
     path = [torch.randn(number, 1, 1, 1, 1, generator=g)]
     for i in range(D, 0, -1):
         mean, std = ddpo.policy(base, path[-1], i, text, text[:1], cfg)

@@ -430,6 +430,12 @@ def test_parts_that_are_missing_or_do_not_fit_are_named(folder, tmp_path):
     T5EncoderModel(config).save_pretrained(tmp_path / "t5")
     (tmp_path / "t5/spiece.model").touch()
     refused("t5: its features are 16 wide, the network reads 32", text_encoder=str(tmp_path / "t5"))
+    weights_file, tensors = tmp_path / "t5/model.safetensors", T5EncoderModel(config).state_dict()
+    del tensors["encoder.embed_tokens.weight"], tensors["encoder.final_layer_norm.weight"]  # the first is also shared.weight
+    save_file(tensors, weights_file, {"format": "pt"})
+    refused("t5: tensors missing .encoder.final_layer_norm.weight.", text_encoder=str(tmp_path / "t5"))
+    weights_file.unlink()
+    refused("t5: no T5 encoder that can be read", text_encoder=str(tmp_path / "t5"))
     for file, change, what in (("net", {"qk_norm": False}, "net: .*expected qk_norm True, found False"),
                                ("vae", {"micro_frame_size": 16}, "vae: .*expected micro_frame_size 17, found 16"),
                                ("net", {"hidden_size": 64}, r"net: tensor .* has shape \[.*\], expected")):

@@ -145,7 +145,7 @@ def test_a_guess_takes_the_noise_out():
     z, eps = torch.randn(2, 1, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     cfg = explain.Config(tau=1., num_steps=5, guidance=3.)
     text = torch.zeros(1, 1, 1)
-    knowing = SimpleNamespace(levels=lambda D: sampler.ddim_levels(D, sampler.alpha_bars()),
+    knowing = SimpleNamespace(default_size=32, levels=lambda D, shape: sampler.ddim_levels(D, sampler.alpha_bars()),
                               predict=lambda z_t, level, text: ((z_t - level[2] * eps) / level[1], eps.expand(z_t.shape)))
     guesses = explain.guess_clips(knowing, z, eps, text, text, cfg)
     assert [t for t, _ in guesses] == [801, 601, 401, 201, 1]
