@@ -211,7 +211,8 @@ def export(adapter, to, out, base=None, config=None):
     if to == "peft":
         if trained.base == "tiny":
             print("note: the tiny base is no UNet that diffusers can build, so this adapter fits none of theirs")
-        layers = sorted({PROJECTION.search(NAME.fullmatch(name)[1])[1] for name in trained.tensors})
+        adapted = {PROJECTION.search(NAME.fullmatch(name)[1])[1] for name in trained.tensors}
+        layers = [layer for layer in LETTERS if layer in adapted]
         settings = {"peft_type": "LORA", "r": trained.rank, "lora_alpha": trained.alpha, "bias": "none", "inference_mode": True,
                     "target_modules": layers, "base_model_name_or_path": str(base) if base else trained.base}
         write_folder(out, "adapter_config.json", settings, "adapter_model.safetensors", trained.tensors)

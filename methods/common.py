@@ -152,8 +152,8 @@ def read_videos(cfg, base, pick_frames=None):
         prompts = base.world.prompt_sets()["in_domain"]
     else:
         prompts = read_prompts(cfg.prompts_train)
-    pixels = cfg.size or base.default_size
-    base.latent_shape(cfg.frames, pixels, pixels)  # refuses a size that has no latents
+    height, width = rows_columns(cfg.size, base.default_size)
+    base.latent_shape(cfg.frames, height, width)  # refuses a size that has no latents
     prompts = fit_prompts(prompts, base)
     for start in range(0, len(prompts), 64):  # now, as the text encoder may leave the accelerator
         base.encode_text(prompts[start:start + 64])

@@ -282,7 +282,7 @@ def test_every_method_trains_three_steps(world, name, flags):
 
 
 def test_a_picture_begins_to_move(base, world):
-    flags = ["--base", "random-svd", "--frames", "2", "--height", "32", "--num-steps", "2", "--device", "cpu"]
+    flags = ["--base", "random-svd", "--frames", "2", "--size", "32", "--num-steps", "2", "--device", "cpu"]
     assert script("generate.py", *flags, "--image", "cat.png", "--prompt", "a cat", "--out", "one") == 0
     assert script("generate.py", *flags, "--prompts", "prompts.txt", "--out", "two") == 0
     one, two = [read_video(Path(folder) / "0000-a-cat.mp4") for folder in ("one", "two")]

@@ -211,7 +211,7 @@ def test_the_port_is_read_with_what_lies_beside_it(base, tmp_path):
 def test_hub_files_are_its_own():
     assert weights.hub_files(["README.md", "model.ckpt"]) == {"all": ["model.ckpt"]}
     files = ["README.md", "config.json", "diffusion_pytorch_model.safetensors"]
-    assert weights.hub_files(files) == {"network": files[1:]}
+    assert weights.hub_files(files) == {"part": files[1:]}
 
 
 @pytest.mark.parametrize("change, message", [
