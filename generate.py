@@ -150,10 +150,13 @@ def write_all(made, base, files, cfg):
     world_size = ranks.rank_and_size()[1]
     suffixes = (".mp4", ".gif") if cfg.gif else (".mp4",)
     for start in range(0, len(files), world_size):
+        # 1. One video of each rank, while it has any left.
         _, z_0 = next(made, (None, None))                                     # (C, F, h, w)
-        pixels = None  # of a rank that has no more to make
+        pixels = None
         if z_0 is not None:
-            pixels = to_pixels(base.decode_frames(z_0[None])[0])         # (F, H, W, 3)
+            pixels = to_pixels(base.decode_frames(z_0[None])[0])              # (F, H, W, 3)
+
+        # 2. Rank 0 writes them.
         made_now = [video for video in ranks.all_gather(pixels) if video is not None]
         for i, video in enumerate(made_now if ranks.is_main_process() else (), start):
             name, prompt = files[cfg.seed + i]
@@ -172,7 +175,7 @@ def main(cfg):
     device = ranks.join_ranks(cfg.device)
     rank, world_size = ranks.rank_and_size()
 
-    # The size of a video is the base's own, unless asked.
+    # 1. The model. The size of a video is its own, unless asked.
     base, adapted = load_model(cfg, device)
     base.fps = cfg.fps  # some networks are told it
     if adapted:
@@ -180,10 +183,10 @@ def main(cfg):
     height, width = rows_columns(cfg.size, base.default_size)
     base.latent_shape(cfg.frames, height, width)
 
-    prompts = [prompt for _, prompt in files.values()]  # of each video, in the order of seeds
-    prompts = fit_prompts(prompts, base)
+    # 2. What each video shows, in the order of seeds.
+    prompts = fit_prompts([prompt for _, prompt in files.values()], base)
 
-    # The ranks take turns: rank r makes videos r, r + world_size, ...
+    # 3. The ranks take turns: rank r makes videos r, r + world_size, ...
     mine = range(rank, len(prompts), world_size)
     with ranks.progress(None, "generating", len(prompts), unit="videos", shared=True) as bar:
         made = generate(base, [prompts[i] for i in mine], [cfg.seed + i for i in mine],

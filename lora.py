@@ -119,6 +119,7 @@ def projections(module, adapted="qkvo"):
     adapted: which of query, key, value and output.
     """
     without, _ = getattr(module, "no_adapters", NONE)
+
     found = {}
     for path, layer in module.named_modules():
         if adapters.is_adapted(path, adapted) and isinstance(layer, (nn.Linear, LoRALinear)):
