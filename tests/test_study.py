@@ -56,6 +56,7 @@ def test_a_study_that_is_stopped_goes_on_and_repeats_nothing(few_clips, aside, t
     before = times()
     study.run_study("short")
     first, second = sorted(study.WORK.glob("train*"))
+    assert {path.parents[1].name for path in study.WORK.rglob("table.json")} == {"evaluated"}  # never where an adapter lies
     after = times()
     assert all(after[path] == time for path, time in before.items() if first in path.parents)
     assert [json.loads(line)["step"] for line in (second / "metrics.jsonl").read_text().splitlines()] == [1, 2]

@@ -106,7 +106,7 @@ def trained(module_name, flags):
 
 def evaluated(run, adapter, flags):
     """evaluate.py's report of a run, made now if it is not there: base and tuned model on the same prompts and noise."""
-    folder = run / folder_name(adapter, *shlex.split(flags))
+    folder = run / "evaluated" / folder_name(adapter, *shlex.split(flags))  # which may be the adapter's own name
     if not (folder / "table.json").exists():
         write_inputs(flags)
         usual = ["--lora", str(run / adapter), "--out", str(folder), "--sheet", "0", "--num-steps", "20"]
