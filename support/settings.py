@@ -24,7 +24,7 @@ BASES = {
     "modelscope": dict(frames=16, size=None, fps=8, guidance=3., num_steps=20, tau=.6, lambda_tar=1.,
                        offset_noise=.1),  # official code
     "videocrafter": dict(frames=16, size="320x512", fps=28, guidance=12., num_steps=20, tau=.5, lambda_tar=1.),
-    "svd": dict(frames=14, size="576x1024", fps=7, guidance=3., num_steps=25, tau=.36, lambda_tar=1., grad_steps=3),
+    "svd": dict(frames=14, size="320x576", fps=7, guidance=3., num_steps=25, tau=.36, lambda_tar=1., grad_steps=3),
     "wan": dict(frames=17, size=256, fps=16, guidance=5., num_steps=20, tau=.4, lambda_tar=16 / 17),
     "cogvideox": dict(frames=17, size=256, fps=8, guidance=6., num_steps=20, tau=.35, lambda_tar=16 / 17),
     "opensora": dict(frames=51, size=256, fps=24, guidance=7., num_steps=20, tau=.5, lambda_tar=16 / 51)}
