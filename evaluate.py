@@ -97,7 +97,7 @@ def evaluate(base, rewards, prompts, *, seed=EVAL_SEED, num_steps=20, guidance=N
     for other_rows, other_videos in all_gather((rows, videos)):
         rows |= other_rows
         videos |= other_videos
-    table = table_of([rows[i] for i in range(len(prompts))], prompts)
+    table = table_of([rows[i] for i in range(len(prompts))], list(map(told_by, prompts)))
     kept = [videos[i] for i in range(min(keep, len(prompts)))]
     return table, torch.stack(kept) if kept else None  # (n,) each; (keep, F, 3, H, W)
 
@@ -149,7 +149,8 @@ class Config(RewardSettings):
     size: int | str | None = None
     """pixel rows and columns, 256 or 480x832; default what the base was trained on"""
     fps: int | None = None
-    """frames a second that a network is told which was trained so; default the base's own"""
+    """frames a second that some networks are told, and of --vbench's files; default the base's own,
+    else 8"""
     seed: int = REPORT_SEED
     """video i has seed + i, counted through all sets; training, which selects, has others"""
     batch_size: int = 8
@@ -162,8 +163,6 @@ class Config(RewardSettings):
     """also write each model's videos as VBench reads them (of the first D and guidance)"""
     per_prompt: int = 5
     """with --vbench: videos of each prompt, as VBench's suite wants (generate.py)"""
-    fps: int = 8
-    """with --vbench: frames a second of the files"""
     out: Path = Path("out/evaluation")
     """folder of table.md, table.json and sheet.png"""
     overwrite: bool = False
@@ -204,8 +203,8 @@ def main(cfg):
 
     # 1. The base, the prompts and the reward. Scores are in float32 whatever the base's precision.
     base, adapted = load_model(cfg, device)
-    if cfg.fps:
-        base.fps = cfg.fps
+    base.fps = cfg.fps or getattr(base, "fps", 8)  # some networks are told it
+    cfg = replace(cfg, fps=base.fps)
     sets = prompt_sets(base, cfg.prompts, 64 if cfg.count is None else cfg.count)
     size = rows_columns(cfg.size, base.default_size)
     base.latent_shape(cfg.frames, *size)

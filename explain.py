@@ -125,8 +125,8 @@ class Setup:
         noised = add_noise(self.z, self.eps, levels, first)
         z_0 = edit(self.base.predict, self.z, self.eps, self.text, self.uncond, levels, tau, self.cfg.guidance)
         R, logged = train.video_rewards(self.base, self.rewards, z_0, self.g, self.captions, self.cfg)
-        return noised, z_0, {"tau": tau, "t": levels.t[first], "abar": levels.alpha[first] ** 2, "steps": first, "R": R.item(),
-                             "reward": logged["reward"].item()}
+        return noised, z_0, {"tau": tau, "t": levels.t[first], "alpha": levels.alpha[first], "sigma": levels.sigma[first],
+                             "steps": first, "R": R.item(), "reward": logged["reward"].item()}
 
     def reward_of_edit(self, cfg):
         """R of the step's edit, with gradient, and what is logged of it."""
@@ -140,7 +140,7 @@ class Setup:
             logged.append(numbers)
             return True
 
-        run = SimpleNamespace(steps=lambda optimizer: [self.cfg.step] * repeats, stop=lambda: False, finish_step=finish_step)
+        run = SimpleNamespace(steps=lambda optimizer: [self.cfg.step] * repeats, finish_step=finish_step)
         method = train.Method(lambda step: self.batch, lambda batch: self.reward_of_edit(self.cfg))
         train.train(self.cfg, self.parameters, method, run)
         return logged
@@ -225,14 +225,14 @@ def explain(setup):
     logged = setup.train(REPEATS)
     _, last_edit, last = setup.edit(cfg.tau)
     page = {"cfg": cfg, "caption": setup.captions[0], "reward": setup.rewards.name, "numbers": logged[0], "after": logged[1],
-            "abar": here["abar"], "real": setup.show(setup.z), "source": source_parts(), "guesses": steps,
+            "real": setup.show(setup.z), "source": source_parts(), "guesses": steps,
             "pictures": [picture_uri(picture) for picture in setup.pixels(edited)], "here": here, "taus": taus, "sweep": sweep,
             "states": states, "last": last | {"edit": setup.show(last_edit)}, "repeats": REPEATS}
 
     # The strip: the frames that were drawn, from the real clip to what the step leads to.
     mine = states[cfg.segments]
     columns = []
-    for title, below, z in (("real clip", "z", setup.z), ("noised", f"t = {here['t']}, Eq. 5", z_noi),
+    for title, below, z in (("real clip", "z", setup.z), ("noised", f"t = {here['t']:.4g}, Eq. 5", z_noi),
                             ("first guess", f"of {here['steps']} steps", guesses[0][1]), ("the edit", "$z_0$", edited),
                             ("the edit, after", f"{REPEATS} such steps", last_edit)):
         columns.append((title, below, setup.pixels(z)[mine["g"]]))

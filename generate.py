@@ -91,8 +91,9 @@ class Config(ModelSettings):
     size: int | str | None = None
     """pixel rows and columns, 256 or 480x832; default what the base was trained on, 256 for
     ModelScopeT2V (paper, Sec. 3.3)"""
-    fps: int = 8
-    """frames a second of the file (official code: 8); VideoCrafter2's network is told them"""
+    fps: int | None = None
+    """frames a second of the file, which some networks are told; default the base's own, else 8
+    (official code)"""
     seed: int = 0
     """video i has seed + i"""
     batch_size: int = 4
@@ -111,6 +112,8 @@ class Config(ModelSettings):
 def check(cfg):
     """{seed of a video: (its file, its prompt)}. ValueError for what is known to be wrong now."""
     prompts = list(cfg.prompt)
+    if cfg.image and not cfg.prompt:
+        raise ValueError("image: goes with --prompt; lines of --prompts have pictures of their own")
     if cfg.image:
         prompts = [Prompt(caption, cfg.image, f"{cfg.image}|||{caption}") for caption in prompts]
     if cfg.prompts:
@@ -162,7 +165,7 @@ def write_all(made, base, files, cfg):
             name, prompt = files[cfg.seed + i]
             for suffix in suffixes:
                 path = cfg.out / (name + suffix)
-                write_video(path, video, cfg.fps)
+                write_video(path, video, base.fps)
                 tqdm.write(str(path))
             if not cfg.vbench:
                 # With its caption beside each video, the folder is what train.py takes as --data.
@@ -177,7 +180,9 @@ def main(cfg):
 
     # 1. The model. The size of a video is its own, unless asked.
     base, adapted = load_model(cfg, device)
-    base.fps = cfg.fps  # some networks are told it
+    base.fps = cfg.fps or getattr(base, "fps", 8)  # some networks are told it
+    if cfg.image and not hasattr(base, "condition"):
+        raise ValueError(f"image: {base.name} starts from no picture")
     if adapted:
         lora.set_scale(base.network, cfg.lora_scale)
     height, width = rows_columns(cfg.size, base.default_size)
@@ -194,7 +199,7 @@ def main(cfg):
                         bar.update)
         write_all(made, base, files, cfg)
     if cfg.vbench and rank == 0:
-        vbench.finish(vbench.Folder(cfg.out, files))
+        vbench.finish(vbench.Folder(cfg.out, files, base.fps))
 
 
 if __name__ == "__main__":

@@ -122,9 +122,9 @@ def projections(module, adapted="qkvo"):
 
     found = {}
     for path, layer in module.named_modules():
-        if adapters.is_adapted(path, adapted) and isinstance(layer, (nn.Linear, LoRALinear)):
+        wanted = adapters.is_adapted(path, adapted) and not re.search(without, path)
+        if wanted and isinstance(layer, (nn.Linear, LoRALinear)):
             found[path] = layer
-    found = {path: layer for path, layer in found.items() if not re.search(without, path)}
     if not found:
         raise ValueError(f"no attention in {type(module).__name__}: expected linear layers called "
                          "to_q, to_k, to_v, to_out.0")

@@ -275,6 +275,7 @@ def read_clips(cfg, base):
     if not cfg.data:
         return base.world.clips(base, cfg.frames, cfg.size or base.default_size)
 
+    base.unconditional()  # refuses a base without a text tower before clips are encoded
     clips = ranks.on_rank_0(lambda: read_list(cfg.data, cfg.data_root))
     return encode_clips(clips, ClipConfig(cfg.frames, cfg.fps, height, width), base,
                         cfg.cache_dir if cfg.cache else None, cfg.workers, cfg.max_skip)

@@ -27,7 +27,7 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
-from bases.diffusers_base import DiffusersBase, decode_in_order, find_parts, frozen, load_parts
+from bases.diffusers_base import DiffusersBase, decode_in_order, find_folders, frozen, load_parts
 from model import sample_posterior
 from sampler import Levels, alpha_bars
 from support.files import read_json
@@ -76,7 +76,7 @@ def levels(num_steps, shape=None, published=False, alpha_bar=None):
 
 class CogVideoX(DiffusersBase):
     """The base as train.py and all methods know it; `load` and `random` make one, frozen."""
-    default_size = SETTINGS["size"]
+    default_size, fps = SETTINGS["size"], SETTINGS["fps"]
     guidance = SETTINGS["guidance"]
 
     def __init__(self, *parts, name, folder=None, alpha_bar=None):
@@ -172,7 +172,7 @@ def load(base, folder, vae, text_encoder, dtype, device):
     schedule = expect(folder / "scheduler/scheduler_config.json", SCHEDULE)
     betas = {name: schedule[name] for name in ("beta_start", "beta_end") if name in schedule}
     alpha_bar = signal_power(schedule.get("snr_shift_scale", SNR_SHIFT), **betas)
-    folders = find_parts(base, folder, vae, text_encoder)
+    folders = find_folders(base, folder, vae, text_encoder)
     parts = load_parts(folders, (CogVideoXTransformer3DModel, AutoencoderKLCogVideoX, T5EncoderModel), dtype, device)
     return CogVideoX(*parts, name=base, folder=folder, alpha_bar=alpha_bar)
 

@@ -1,6 +1,7 @@
 """
-What Wan and CogVideoX share: a network and a causal video autoencoder of diffusers, a text tower of transformers, and the folder
-that a pipeline's save_pretrained writes. Each base's own file has the rest: levels, prediction, captions, pixels.
+What Wan and CogVideoX share, and in part the others: a network and a causal video autoencoder of diffusers, a text tower of
+transformers, and the folder that a pipeline's save_pretrained writes. Each base's own file has the rest: levels, prediction,
+captions, pixels.
 
 Letters: B clips, C latent channels, F frames, f latents in time, h and w latent rows and columns, N text tokens, E their width.
 """
@@ -8,11 +9,12 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer
 
 from formats.tensors import fingerprint, weight_files
-from support.files import first_names, read_json
+from support.files import first_line, first_names, read_json
 
 
 class DiffusersBase:
@@ -40,9 +42,9 @@ class DiffusersBase:
             raise ValueError(f"height {height} and width {width}: must be multiples of 16")
 
     def chain_predict(self, interval):
-        """`predict` for one chain. ValueError for DeepCache, which needs a UNet."""
+        """`predict` for one chain. ValueError for DeepCache, which knows another network."""
         if interval != 1:
-            raise ValueError(f"cache_interval = {interval}: DeepCache needs a UNet; {self.name} has none, so it must be 1")
+            raise ValueError(f"cache_interval = {interval}: DeepCache knows ModelScopeT2V's UNet; for {self.name} it must be 1")
         return self.predict
 
     def checkpoint_activations(self, on=True):
@@ -130,7 +132,7 @@ def decode_in_order(decode, parts, part_of, context, memory=None):
     return frames
 
 
-def find_parts(base, folder, vae, text_encoder):
+def find_folders(base, folder, vae, text_encoder):
     """
     Folders of a base's network, autoencoder, tokenizer and text tower; the last two are None where there is no text tower.
 
@@ -162,15 +164,19 @@ def check_weights(folder):
 
 
 def read_part(of_class, folder, device, **dtype):
-    """A part of a diffusers folder, frozen. ValueError for tensors that its files lack, which would be random ones."""
-    part, found = of_class.from_pretrained(folder, local_files_only=True, output_loading_info=True, **dtype)
+    """A part of a published folder, frozen. ValueError for files that cannot be read, and for tensors that they lack, which would
+    be random ones."""
+    try:
+        part, found = of_class.from_pretrained(folder, local_files_only=True, output_loading_info=True, **dtype)
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder}: cannot be loaded: {first_line(error)}") from None
     if missing := sorted(found["missing_keys"]):
         raise ValueError(f"{folder}: {len(missing)} tensors missing ({first_names(missing)})")
     return frozen(part, device)
 
 
 def load_parts(folders, classes, dtype, device):
-    """What lies in the folders of find_parts, frozen. classes: of the three that have weights. The autoencoder is float32."""
+    """What lies in the folders of find_folders, frozen. classes: of the three that have weights. The autoencoder is float32."""
     network = read_part(classes[0], folders[0], device, torch_dtype=dtype)
     autoencoder = read_part(classes[1], folders[1], device, torch_dtype=torch.float32)
     if folders[3] is None:

@@ -28,6 +28,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from bases.diffusers_base import DiffusersBase
 from bases.t5 import ReadsT5, load_tower, random_tower
 from formats.names import expect, vae_from_diffusers, vae_to_diffusers
 from formats.tensors import build_empty, fingerprint, load_strict, read_config, read_tensors
@@ -334,11 +335,7 @@ class OpenSora(ReadsT5):
         """The loss that the network was trained by, (B,), of what `predict` says: the mean square error of v."""
         return ((z_0 - eps) - (z - noise)).square().flatten(1).mean(dim=1)
 
-    def chain_predict(self, interval):
-        """`predict` for one chain. ValueError for DeepCache, which needs a UNet."""
-        if interval != 1:
-            raise ValueError(f"cache_interval = {interval}: DeepCache needs a UNet; {self.name} has none, so it must be 1")
-        return self.predict
+    chain_predict = DiffusersBase.chain_predict
 
     def checkpoint_activations(self, on=True):
         """Keep the inputs of transformer blocks only, and recompute the rest in the backward pass."""

@@ -24,15 +24,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F_
 from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
-from safetensors import SafetensorError
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from bases.diffusers_base import DiffusersBase, check_weights, read_part
+from formats.reward_model import clip_normalize
 from formats.tensors import fingerprint
 from model import sample_posterior
 from sampler import Levels
-from support.files import first_line, read_json
-from support.ranks import sample_generator, stack, take
+from support.files import read_json
+from support.ranks import map_tensors, sample_generator, stack
 from support.settings import BASES
 from support.videos import read_picture
 
@@ -68,12 +68,13 @@ class SVD:
     default_size, guidance = SETTINGS["size"], SETTINGS["guidance"]
     world = network_file = None  # no clips of its own, and no adapters beside its weights
     latent_context = 2           # frames on each side with which a wanted one is decoded
+    fps = SETTINGS["fps"]        # of prompts' videos, set by the scripts; a training clip has its own
 
     def __init__(self, network, vae, image_encoder, name, folder=None, sigmas=SIGMAS):
         self.network, self.vae, self.image_encoder = network, vae, image_encoder
         self.name, self.folder, self.sigmas = name, folder, sigmas
         network.no_adapters = DEAD
-        self.size, self.pictures = None, {}  # (H, W) of the videos to come; {(picture, size): what is told of it}
+        self.size, self.pictures = None, {}  # (H, W) of the videos to come; {(picture, size, fps): what is told of it}
 
     @property
     def device(self):
@@ -97,7 +98,7 @@ class SVD:
 
     def level(self, u):
         """Training levels of u (B,) in [0, 1): t (B,), alpha, sigma (B,1,1,1,1); ln sigma is normal."""
-        sigma = torch.exp(P_MEAN + P_STD * torch.special.ndtri(u)).clamp(*SIGMAS)
+        sigma = torch.exp(P_MEAN + P_STD * torch.special.ndtri(u)).clamp(*self.sigmas)
         return sigma.log() / 4, torch.ones_like(sigma).view(-1, 1, 1, 1, 1), sigma.view(-1, 1, 1, 1, 1)
 
     def predict(self, z_t, level, text):
@@ -115,18 +116,10 @@ class SVD:
         """The loss that the UNet was trained by, (B,), of what `predict` says: the mean square error of v, by EDM's weights."""
         return ((z_0 - z).square() * (1 + 1 / level[2] ** 2)).flatten(1).mean(dim=1)
 
-    def chain_predict(self, interval):
-        """`predict` for one chain; DeepCache knows another UNet."""
-        if interval != 1:
-            raise ValueError(f"cache_interval = {interval}: DeepCache knows ModelScopeT2V's UNet; for {self.name} it must be 1")
-        return self.predict
-
-    def checkpoint_activations(self, on=True):
-        """Keep the inputs of blocks only, and recompute the rest in the backward pass."""
-        (self.network.enable_gradient_checkpointing if on else self.network.disable_gradient_checkpointing)()
+    chain_predict, checkpoint_activations = DiffusersBase.chain_predict, DiffusersBase.checkpoint_activations
 
     @torch.no_grad()
-    def condition(self, images, fps=SETTINGS["fps"], motion=MOTION, strength=STRENGTH, noise=None):
+    def condition(self, images, fps=None, motion=MOTION, strength=STRENGTH, noise=None):
         """
         What the network is told of pictures (B,3,H,W) in [-1, 1] that begin to move: {"clip": (B,1,E), "image": (B,C,h,w), "ids":
         (B,3)}. noise (B,3,H,W): what `strength` of is added before the autoencoder; default the same for every picture.
@@ -136,16 +129,17 @@ class SVD:
             noise = torch.randn(images.shape[1:], generator=sample_generator(0, "picture"))
         clip = self.image_encoder(clip_pixels(images, self.image_encoder.config.image_size)).image_embeds[:, None]
         image = self.vae.encode(images + strength * noise.to(images)).latent_dist.mode()        # (B, C, h, w), not scaled
-        ids = torch.tensor([fps - 1, motion, strength], dtype=torch.float32, device=images.device)
+        ids = torch.tensor([(fps or self.fps) - 1, motion, strength], dtype=torch.float32, device=images.device)
         return {"clip": clip, "image": image, "ids": ids.expand(len(images), -1)}
 
     def encode_text(self, prompts):
         """What is told of prompts with pictures [B], each read once and kept: as `condition` makes it."""
         for prompt in prompts:
-            if (prompt.picture, self.size) not in self.pictures:
+            if (prompt.picture, self.size, self.fps) not in self.pictures:
                 picture = read_picture(prompt.picture, *self.size)[None] / 127.5 - 1            # (1, 3, H, W)
-                self.pictures[prompt.picture, self.size] = take(self.condition(picture), 0)
-        return stack([self.pictures[prompt.picture, self.size] for prompt in prompts], self.device)
+                told = map_tensors(lambda t: t[0].cpu(), self.condition(picture))
+                self.pictures[prompt.picture, self.size, self.fps] = told
+        return stack([self.pictures[prompt.picture, self.size, self.fps] for prompt in prompts], self.device)
 
     def unconditional(self, text=None):
         """No picture, but the rate and the motion that `text` tells of."""
@@ -200,8 +194,7 @@ def clip_pixels(images, size):
         x = F_.pad(x, [length // 2] * 2 + [0, 0] if axis == -1 else [0, 0] + [length // 2] * 2, mode="reflect")
         x = F_.conv2d(x.flatten(0, 1)[:, None], kernel)[:, 0].unflatten(0, images.shape[:2])
     x = F_.interpolate(x, (size, size), mode="bicubic", align_corners=True)
-    mean, std = [torch.tensor(v).to(x).view(-1, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)]
-    return ((x + 1) / 2 - mean) / std
+    return clip_normalize((x + 1) / 2)
 
 
 def load(base, folder, vae, text_encoder, dtype, device):
@@ -212,19 +205,13 @@ def load(base, folder, vae, text_encoder, dtype, device):
     for path in paths.values():
         if not (path / "config.json").is_file():
             raise ValueError(f"{base}: no config.json in {path}; expected a diffusers folder with {'/, '.join(PARTS)}/")
+    for path in paths.values():
+        check_weights(path)
     sigmas = read_sigmas(folder / "scheduler/scheduler_config.json")
-    return in_precision(SVD(*map(load_part, PARTS.values(), paths.values()), base, folder, sigmas), dtype, device)
-
-
-def load_part(kind, path):
-    """One network of a folder. ValueError in one line for files or tensors that are not there."""
-    try:
-        part, info = kind.from_pretrained(path, local_files_only=True, output_loading_info=True)
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: cannot be loaded: {first_line(error)}") from None
-    if info["missing_keys"]:
-        raise ValueError(f"{path}: has {len(info['missing_keys'])} tensors too few, {min(info['missing_keys'])} among them")
-    return part
+    network = read_part(PARTS["unet"], paths["unet"], device, torch_dtype=dtype)
+    autoencoder = read_part(PARTS["vae"], paths["vae"], device, torch_dtype=torch.float32)
+    image_encoder = read_part(PARTS["image_encoder"], paths["image_encoder"], device, dtype=torch.float32)
+    return in_precision(SVD(network, autoencoder, image_encoder, base, folder, sigmas), dtype, device)
 
 
 def read_sigmas(path):

@@ -16,9 +16,8 @@ import torch
 from torch import nn
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
-from bases.diffusers_base import read_tokenizer
-from support.files import first_line, first_names
-from support.ranks import map_tensors
+from bases.diffusers_base import read_part, read_tokenizer
+from support.ranks import map_tensors, stack
 
 SITE = r"[a-z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
 FILE_TYPES = "(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
@@ -105,11 +104,11 @@ class ReadsT5:
         return self.text_encoder(captions)
 
     def encode_text(self, captions):
-        """The same; each caption is encoded once, and kept."""
+        """The same; each caption is encoded once, and kept on the CPU: there may be many."""
         for caption in captions:
             if caption not in self.texts:
-                self.texts[caption] = map_tensors(lambda t: t.to(self.device), self.encode_captions([caption]))
-        return map_tensors(lambda *kept: torch.cat(kept), *[self.texts[caption] for caption in captions])
+                self.texts[caption] = map_tensors(lambda t: t[0].cpu(), self.encode_captions([caption]))
+        return stack([self.texts[caption] for caption in captions], self.device)
 
     def is_cut(self, caption):
         """Whether a caption is longer than the text encoder reads."""
@@ -122,15 +121,11 @@ def load_tower(folder, max_tokens, width, dtype):
     place = beside if beside.is_dir() else folder
     if not {"tokenizer_config.json", "tokenizer.json", "spiece.model"} & {file.name for file in place.iterdir()}:
         raise ValueError(f"{folder}: no tokenizer in it, nor in tokenizer/ beside it; expected tokenizer.json or spiece.model")
-    try:
-        encoder, found = T5EncoderModel.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
-    except OSError as error:  # no config.json, no weights, a shard missing
-        raise ValueError(f"{folder}: no T5 encoder that can be read ({first_line(error)})") from None
-    if found["missing_keys"]:  # these would be random
-        raise ValueError(f"{folder}: tensors missing ({first_names(found['missing_keys'])})")
+    tokenizer = read_tokenizer(place)
+    encoder = read_part(T5EncoderModel, folder, "cpu", dtype=dtype)
     if encoder.config.d_model != width:
         raise ValueError(f"{folder}: its features are {encoder.config.d_model} wide, the network reads {width}")
-    return T5Tower(read_tokenizer(place), encoder.eval().requires_grad_(False), max_tokens)
+    return T5Tower(tokenizer, encoder, max_tokens)
 
 
 def random_tower(max_tokens, width):

@@ -124,7 +124,7 @@ class Base(modelscope.Base):
     def release_encoders(self):
         self.vae.encoder.to("cpu")
         if self.text_encoder is not None:
-            self.text_encoder.to("cpu")
+            super().release_encoders()
 
 
 def load(base, folder, vae, text_encoder, dtype, device):

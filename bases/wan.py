@@ -26,7 +26,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from bases.diffusers_base import DiffusersBase, decode_in_order, find_parts, frozen, load_parts
+from bases.diffusers_base import DiffusersBase, decode_in_order, find_folders, frozen, load_parts
 from sampler import Levels
 from support.files import read_json
 from support.settings import BASES
@@ -58,7 +58,7 @@ def levels(num_steps, shape=None, published=False, shift=SHIFT):
 
 class Wan(DiffusersBase):
     """The base as train.py and all methods know it; `load` and `random` make one, frozen."""
-    default_size = SETTINGS["size"]
+    default_size, fps = SETTINGS["size"], SETTINGS["fps"]
     guidance = SETTINGS["guidance"]
     max_tokens = MAX_TOKENS
 
@@ -153,7 +153,7 @@ def clean(caption):
 
 def load(base, folder, vae, text_encoder, dtype, device):
     """Of a diffusers folder, as WanPipeline.save_pretrained writes it. See model.load_base. A base without text tower loads."""
-    folders = find_parts(base, folder, vae, text_encoder)
+    folders = find_folders(base, folder, vae, text_encoder)
     shift = read_shift(folder / "scheduler/scheduler_config.json")
     parts = load_parts(folders, (WanTransformer3DModel, AutoencoderKLWan, UMT5EncoderModel), dtype, device)
     return Wan(*parts, name=base, folder=folder, shift=shift)

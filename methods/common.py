@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -66,12 +67,13 @@ class RoundConfig(PromptConfig):
 
 def presets(config_class, **full_size):
     """The tiny world's settings, and train.py's at full size with a method's own in their place."""
-    made = {}
+    hints, made = get_type_hints(config_class, include_extras=True), {}
     for preset, cfg in train.PRESETS.items():
-        changed = {k: v for k, v in vars(cfg).items() if v != getattr(train.Config(), k)}
-        own = {} if preset == "tiny" else {"offset_noise": 0.0} | full_size
-        own |= {"tau": 1.0} if config_class.tau == 1.0 else {}  # not the base's own: there is no edit
-        made[preset] = config_class(**changed | own)
+        changed = {}
+        for name, value in vars(cfg).items():  # what a method fixes stays
+            if value != getattr(train.Config(), name) and "Fixed" not in str(hints[name]):
+                changed[name] = value
+        made[preset] = config_class(**changed | ({} if preset == "tiny" else full_size))
     return made
 
 

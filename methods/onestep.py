@@ -28,6 +28,7 @@ from tyro.conf import Fixed, Suppress
 
 import train
 from data import batch_indices
+from methods.common import presets
 from sampler import Levels, add_noise, edit_steps, guided
 from support.ranks import rank_and_size, sample_generator
 from support.settings import chain_levels
@@ -60,8 +61,7 @@ class Config(train.Config):
     cache_interval: Suppress[Fixed[int]] = 1
 
 
-UNUSED = {"tau": Config.tau, "grad_steps": Config.grad_steps}
-PRESETS = {name: Config(**vars(preset) | UNUSED) for name, preset in train.PRESETS.items()}
+PRESETS = presets(Config)
 
 
 def check(cfg):

@@ -83,7 +83,7 @@ class Config(common.NoiseConfig):
     cache_interval: Suppress[Fixed[int]] = 1
 
 
-PRESETS = common.presets(Config, rounds=10, videos=2048, batch_size=16, offset_noise=0.1)
+PRESETS = common.presets(Config, rounds=10, videos=2048, batch_size=16)
 
 
 def check(cfg):

@@ -24,7 +24,7 @@ BASES = {
     "modelscope": dict(frames=16, size=None, fps=8, guidance=3., num_steps=20, tau=.6, lambda_tar=1.,
                        offset_noise=.1),  # official code
     "videocrafter": dict(frames=16, size="320x512", fps=28, guidance=12., num_steps=20, tau=.5, lambda_tar=1.),
-    "svd": dict(frames=14, size="320x576", fps=7, guidance=3., num_steps=25, tau=.36, lambda_tar=1., grad_steps=3),
+    "svd": dict(frames=14, size="320x512", fps=7, guidance=3., num_steps=25, tau=.36, lambda_tar=1., grad_steps=3),
     "wan": dict(frames=17, size=256, fps=16, guidance=5., num_steps=20, tau=.4, lambda_tar=16 / 17),
     "cogvideox": dict(frames=17, size=256, fps=8, guidance=6., num_steps=20, tau=.35, lambda_tar=16 / 17),
     "opensora": dict(frames=51, size=256, fps=24, guidance=7., num_steps=20, tau=.5, lambda_tar=16 / 51)}
@@ -108,16 +108,16 @@ class TrainingSettings(RewardSettings):
     """clips of a rank's share of the batch that are computed at once, which sets the memory, not the gradient; 0 is all of them.
     Evaluations compute up to 8 videos at once; where a flag below saves memory, as many as clips at once"""
     checkpoint_activations: bool = False
-    """recompute the UNet's blocks in the backward pass: less memory, more time, the same gradient"""
+    """recompute the network's blocks in the backward pass: less memory, more time, the same gradient"""
     decode_chunk: int = 0
     """frames that pass the decoder and the reward at a time, recomputed in the backward pass; 0 is all at once"""
     low_memory: bool = False
     """checkpoint_activations and decode_chunk 1"""
     latent_context: int | None = None
-    """latents that carry gradient, of those that a frame is decoded from; default the base's own, Wan's 2; for bases alone whose
-    decoder remembers earlier latents"""
+    """of a base whose decoder mixes frames; default its own, 2. Wan, CogVideoX: latents with gradient, of those a frame is made
+    from; Stable Video Diffusion: frames on each side that a frame is decoded with, which changes its pixels"""
     compile: bool = False
-    """torch.compile the UNet"""
+    """torch.compile the network"""
 
 
 def chain_levels(base, cfg):
@@ -184,7 +184,7 @@ def check_training(cfg, world_size):
     if cfg.size is not None:
         rows_columns(cfg.size)
     if cfg.compile and cfg.cache_interval > 1:
-        raise ValueError(f"compile: cannot be had with cache_interval = {cfg.cache_interval}, as it takes the UNet as a whole")
+        raise ValueError(f"compile: cannot be had with cache_interval = {cfg.cache_interval}, as it takes the network as a whole")
     if cfg.early_stop and not (cfg.watch and cfg.eval_every):
         raise ValueError("early_stop: needs --watch, and evaluations (eval_every above 0), or there is nothing to stop for")
     if cfg.batch_size % world_size:

@@ -341,6 +341,7 @@ def test_a_run_takes_the_levels_of_its_own_size(world, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, flags", [
     ("draft", []), ("refl", []), ("vader", []), ("ddpo", ["--updates", "1"]), ("rwr", ["--rounds", "1", "--videos", "4"]),
+    ("nft", ["--updates", "1", "--group", "2"]), ("adjoint", ["--steps-learned", "1"]),
     ("dpo", ["--rounds", "1", "--pairs", "4"]), ("onestep", ["--data", "clips.txt", "--workers", "0"])])
 def test_every_method_trains_three_steps(world, name, flags, monkeypatch):
     asked = []
@@ -433,9 +434,9 @@ def test_parts_that_are_missing_or_do_not_fit_are_named(folder, tmp_path):
     weights_file, tensors = tmp_path / "t5/model.safetensors", T5EncoderModel(config).state_dict()
     del tensors["encoder.embed_tokens.weight"], tensors["encoder.final_layer_norm.weight"]  # the first is also shared.weight
     save_file(tensors, weights_file, {"format": "pt"})
-    refused("t5: tensors missing .encoder.final_layer_norm.weight.", text_encoder=str(tmp_path / "t5"))
+    refused("t5: 1 tensors missing .encoder.final_layer_norm.weight.", text_encoder=str(tmp_path / "t5"))
     weights_file.unlink()
-    refused("t5: no T5 encoder that can be read", text_encoder=str(tmp_path / "t5"))
+    refused("t5: cannot be loaded", text_encoder=str(tmp_path / "t5"))
     for file, change, what in (("net", {"qk_norm": False}, "net: .*expected qk_norm True, found False"),
                                ("vae", {"micro_frame_size": 16}, "vae: .*expected micro_frame_size 17, found 16"),
                                ("net", {"hidden_size": 64}, r"net: tensor .* has shape \[.*\], expected")):
@@ -479,7 +480,7 @@ def test_a_size_that_has_no_latents_is_refused(base, size, what):
 
 
 def test_what_it_cannot_do_is_refused_before_clips_are_read(world):
-    for flags, what in ((["--cache-interval", "2"], "cache_interval = 2: DeepCache needs a UNet"),
+    for flags, what in ((["--cache-interval", "2"], "cache_interval = 2: DeepCache knows ModelScopeT2V's UNet"),
                         (["--frames", "16"], "frames = 16: random-opensora makes 1 frame")):
         with pytest.raises(ValueError, match=what):
             train.main(["opensora", *FLAGS, "--data", "clips.txt", *flags, "--out", "refused"])

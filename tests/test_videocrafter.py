@@ -357,7 +357,7 @@ def test_generate_and_evaluate_tell_the_frame_rate(world, monkeypatch):
     for fps in (9, None):
         with pytest.raises(ZeroDivisionError):
             evaluate.main(evaluate.Config(prompts=("a=prompts.txt",), fps=fps, segments=1, **small))
-    assert [base.fps for base in made] == [12, 9, 28]
+    assert [base.fps for base in made] == [12, 9, 28] and evaluate.Config().fps is generate.Config().fps is None
 
 
 def test_the_presets_are_the_bases_and_vaders():
@@ -381,6 +381,7 @@ def test_the_presets_are_the_bases_and_vaders():
 @pytest.mark.parametrize("name, flags", [
     ("draft", []), ("refl", []), ("vader", ["--reward", "hpsv2"]), ("ddpo", ["--updates", "1"]),
     ("rwr", ["--rounds", "1", "--videos", "4"]), ("dpo", ["--rounds", "1", "--pairs", "4"]),
+    ("nft", ["--updates", "1", "--group", "2"]), ("adjoint", ["--steps-learned", "1"]),
     ("onestep", ["--data", "clips.txt", "--workers", "0"])])
 def test_every_method_trains_three_steps(world, name, flags):
     module = importlib.import_module(f"methods.{name}")

@@ -220,6 +220,7 @@ def test_an_adapter_makes_the_same_video_in_diffusers_and_comes_back(base, world
 @pytest.mark.slow
 @pytest.mark.parametrize("name, flags", [
     ("draft", []), ("refl", []), ("vader", []), ("ddpo", ["--updates", "1"]), ("rwr", ["--rounds", "1", "--videos", "4"]),
+    ("nft", ["--updates", "1", "--group", "2"]), ("adjoint", ["--steps-learned", "1"]),
     ("dpo", ["--rounds", "1", "--pairs", "4"]), ("onestep", ["--data", "clips.txt", "--workers", "0"])])
 def test_every_method_trains_three_steps(world, name, flags):
     module = importlib.import_module(f"methods.{name}")
@@ -265,7 +266,7 @@ def test_a_folder_is_read_and_what_is_missing_is_named(base, tmp_path):
 
 
 def test_what_a_base_cannot_do_is_refused_before_clips_are_read(world):
-    with pytest.raises(ValueError, match="cache_interval = 2: DeepCache needs a UNet"):
+    with pytest.raises(ValueError, match="cache_interval = 2: DeepCache knows ModelScopeT2V's UNet"):
         train.main(["wan", *FLAGS, "--data", "clips.txt", "--cache-interval", "2", "--out", "refused"])
     with pytest.raises(ValueError, match="preset modelscope: is not for base random-wan, whose own is wan"):
         train.main(["modelscope", *FLAGS, "--data", "clips.txt", "--prompts", "a=prompts.txt", "--out", "refused"])
