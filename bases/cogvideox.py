@@ -155,7 +155,7 @@ class CogVideoX(DiffusersBase):
 
     def decode_clip(self, z, index):
         """Frames index [S] of z (1,C,f,h,w) -> (S,3,H,W), about [-1, 1]. Gradient flows through whole chunks of two latents."""
-        def decode(chunk, j, memory):
+        def decode(chunk, j, memory=None):
             return self.vae.decoder(chunk, conv_cache=memory)
 
         latents = (z / self.vae.config.scaling_factor).to(self.dtype)

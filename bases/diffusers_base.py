@@ -114,11 +114,11 @@ class DiffusersBase:
             self.text_encoder.to("cpu")
 
 
-def decode_in_order(decode, parts, part_of, context, memory=None):
+def decode_in_order(decode, parts, part_of, context, memory=()):
     """
     Decode a clip's parts up to the last one that a frame needs, each with what the decoder remembers of those before.
 
-    decode(part, j, memory) -> frames (1, 3, n, H, W), memory; parts [(1, C, 1 or more, h, w)]; part_of: the part of each frame
+    decode(part, j, *memory) -> frames (1, 3, n, H, W), *memory; parts [(1, C, 1 or more, h, w)]; part_of: the part of each frame
     that is wanted. Gradient flows through `context` parts that end at such a one, each recomputed in the backward pass. Returns
     {part: (n, 3, H, W)}.
     """
@@ -126,8 +126,9 @@ def decode_in_order(decode, parts, part_of, context, memory=None):
     for j in range(max(part_of) + 1):
         with_grad = torch.is_grad_enabled() and any(0 <= last - j < context for last in part_of)
         with torch.set_grad_enabled(with_grad):
-            made, memory = (checkpoint(decode, parts[j], j, memory, use_reentrant=False) if with_grad
-                            else decode(parts[j], j, memory))
+            # Tensors one by one: those inside of a list an outer checkpoint, of decode_chunk, could not let go.
+            made, *memory = (checkpoint(decode, parts[j], j, *memory, use_reentrant=False) if with_grad
+                             else decode(parts[j], j, *memory))
         frames[j] = made[0].transpose(0, 1)
     return frames
 

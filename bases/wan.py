@@ -134,9 +134,9 @@ def to_vae(vae, z):
 
 def decode_clip(vae, latents, index, context):
     """Frames index [S] of latents (1,C,f,h,w), in one pass up to the last that is needed: (S, 3, H, W) about [-1, 1]."""
-    def decode_latent(latent, j, memory):
+    def decode_latent(latent, j, *memory):
         memory = list(memory)
-        return vae.decoder(latent, feat_cache=memory, feat_idx=[0], first_chunk=j == 0), memory
+        return vae.decoder(latent, feat_cache=memory, feat_idx=[0], first_chunk=j == 0), *memory
 
     latents = vae.post_quant_conv(latents)
     latent_of = [(i + 3) // 4 for i in index]  # 0, then 1 1 1 1, 2 2 2 2, ...
