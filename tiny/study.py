@@ -161,6 +161,7 @@ GAINS = {
     **for_each(("in_domain", "new", "other"), "{KEY[differences][reward][0]:+.3f} ± {KEY[error][reward]:.3f}"),
     "spread over seeds": "{in_domain[spread][reward]:.3f}", "s": "{in_domain[mean_seconds]:.0f}"}
 GAINS_AND_COSTS = GAINS | for_each(("watermark", "motion", "fidelity"), "{in_domain[measures][KEY]:.3f}")
+WITHOUT_TIME = {head: template for head, template in GAINS_AND_COSTS.items() if head != "s"}  # beside other work
 EVERY_ROW = {
     "": "{label}", "set": "{set}", "D": "{num_steps}", "guidance": "{guidance:g}", "HPStiny": "{measures[reward_mean]:.4f}",
     "gain ± error over prompts": "{differences[reward][0]:+.4f} ± {differences[reward][1]:.4f}",
@@ -169,7 +170,7 @@ EVERY_ROW = {
     **for_each(("action:left", "removal:watermark", "left", "watermark", "motion", "fidelity", "colour", "direction"),
                "{measures[KEY]:.3f} ± {spread[KEY]:.3f}"), "no motion": "{measures[static]:.3f} ± {spread[static]:.3f}"}
 TABLES = {"summary": ("headline", SUMMARY), "methods summary": ("methods", GAINS), "headline": ("headline", GAINS_AND_COSTS),
-          "methods": ("methods", GAINS_AND_COSTS)}  # {marker: (study, columns)}; every other marker is a study's name
+          "methods": ("methods", GAINS_AND_COSTS), "onestep": ("onestep", WITHOUT_TIME)}  # {marker: (study, columns)}; every other marker is a study's name
 PICTURES = {  # {file in docs: the (study, measure, words below) of each panel}
     "studies": [("headline", "reward", "what HPStiny gains, with its error over prompts")],
     "methods": [("methods", "reward", "what HPStiny gains, with the wider of its errors over prompts and over seeds")],
