@@ -170,7 +170,8 @@ EVERY_ROW = {
     **for_each(("action:left", "removal:watermark", "left", "watermark", "motion", "fidelity", "colour", "direction"),
                "{measures[KEY]:.3f} ± {spread[KEY]:.3f}"), "no motion": "{measures[static]:.3f} ± {spread[static]:.3f}"}
 TABLES = {"summary": ("headline", SUMMARY), "methods summary": ("methods", GAINS), "headline": ("headline", GAINS_AND_COSTS),
-          "methods": ("methods", GAINS_AND_COSTS), "onestep": ("onestep", WITHOUT_TIME)}  # {marker: (study, columns)}; every other marker is a study's name
+          "methods": ("methods", GAINS_AND_COSTS),
+          "onestep": ("onestep", WITHOUT_TIME)}  # {marker: (study, columns)}; every other marker is a study's name
 PICTURES = {  # {file in docs: the (study, measure, words below) of each panel}
     "studies": [("headline", "reward", "what HPStiny gains, with its error over prompts")],
     "methods": [("methods", "reward", "what HPStiny gains, with the wider of its errors over prompts and over seeds")],
