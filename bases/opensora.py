@@ -388,13 +388,13 @@ def load(base, folder, vae, text_encoder, dtype, device):
     text_encoder = find_base(text_encoder) if text_encoder else find_part(folder, ["text_encoder"])
     if vae is None:
         raise ValueError(f"{base}: no vae found in {folder}; expected net/ and vae/, or --vae, like {HUB_PARTS['vae']}")
-    network = read_part(folder / "net" if (folder / "net").is_dir() else folder, STDiT3, dtype, device)
-    autoencoder = read_part(vae, VideoAutoencoder, torch.float32, device)
+    network = read_network(folder / "net" if (folder / "net").is_dir() else folder, STDiT3, dtype, device)
+    autoencoder = read_network(vae, VideoAutoencoder, torch.float32, device)
     text = text_encoder and move_to(load_tower(text_encoder, *network.y_embedder.y_embedding.shape, dtype), device)
     return OpenSora(network, autoencoder, text, base, folder)
 
 
-def read_part(path, of_class, dtype, device):
+def read_network(path, of_class, dtype, device):
     """A network of a folder's config.json and weights, frozen. It leaves the host's memory before the next is read."""
     module = build_empty(lambda: of_class(**read_config(path, dict) or {}), path)
     return move_to(load_strict(module, read_tensors(path), path, dtype), device)
