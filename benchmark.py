@@ -190,6 +190,7 @@ def count_work(forward, unet, decoder, reward):
     tflop = dict.fromkeys(PARTS, 0.)
     calls = dict.fromkeys(PARTS[:4], 0)
     latest = {}  # {part: (result, TFLOP) of its network's latest call}
+    ran = []  # TFLOP of all calls that ran
     counter = FlopCounterMode(display=False)
     is_way_back = False
 
@@ -204,6 +205,7 @@ def count_work(forward, unet, decoder, reward):
                 before = counter.get_total_flops()
                 result = function(*args, **kwargs)
                 latest[part] = result, (counter.get_total_flops() - before) / 1e12
+                ran.append(latest[part][1])
             tflop[part] += latest[part][1]
             calls[part] += count_items(*args)
             return latest[part][0]
@@ -217,10 +219,11 @@ def count_work(forward, unet, decoder, reward):
               watch(reward, "forward", "reward", lambda frames, *more: frames.shape[:2].numel())):
             result = forward()
         before = counter.get_total_flops()
+        tflop["backward"] += before / 1e12 - sum(ran)  # of a gradient that is taken on the way, as Adjoint Matching does
         is_way_back = True
         if isinstance(result, torch.Tensor) and result.requires_grad:
             result.sum().backward()
-        tflop["backward"] = (counter.get_total_flops() - before) / 1e12
+        tflop["backward"] += (counter.get_total_flops() - before) / 1e12
     return {"tflop": tflop | {"step": sum(tflop.values())}, "calls": calls}
 
 
