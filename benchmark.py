@@ -333,7 +333,8 @@ def open_method(name, settings, base, reward, folder):
         return METHODS[name].method(settings, base, reward, Path(tempfile.mkdtemp(dir=folder)))
     score = lambda batch: ON_CLIPS[name](base, reward, base.unconditional(batch[2]), batch, settings)
     more = [[1]] if name == "onestep" else []  # the chain step, which does not change the cost
-    return train.Method(lambda step: (*synthetic_batch(base, settings, 1), *more), score)  # its own draw reads clips
+    batch = *synthetic_batch(base, settings, 1), *more  # now: what encoders make is kept, and no part of a step
+    return train.Method(lambda step: batch, score)  # its own draw reads clips
 
 
 def count_method(name, settings, base, reward, folder):
