@@ -46,7 +46,7 @@ from sampler import check_edit, edit_steps
 from support.files import check_folder, write_text
 from support.pictures import versions, write_png
 from support.ranks import pick_device, pick_dtype, progress, run_script, sample_generator
-from support.settings import BASES, check_at_least, kind_of, rows_columns
+from support.settings import BASES, check_at_least, clip_shape, kind_of, rows_columns
 
 GIB = 2**30
 CAPTION = "a red circle moving left"
@@ -171,14 +171,14 @@ def copy_to_meta(base, reward, frames):
 
 def synthetic_batch(base, cfg, batch_size):
     """A batch as train.draw_batch gives it, of noise: the numbers do not change the cost."""
-    size = rows_columns(cfg.size, base.default_size)
-    shape = (batch_size, *base.latent_shape(cfg.frames, *size))                           # (B, C, f, h, w)
+    F, H, W = clip_shape(base, cfg)
+    shape = (batch_size, *base.latent_shape(F, H, W))                                     # (B, C, f, h, w)
     generator = sample_generator(0, "benchmark")
     z, eps = torch.randn((2, *shape), generator=generator).to(base.device)                # (B, C, F, h, w) each
-    g = segment_frames(cfg.frames, train.Config.segments, batch_size, generator).to(base.device)
+    g = segment_frames(F, train.Config.segments, batch_size, generator).to(base.device)
     captions = [CAPTION] * batch_size
     if hasattr(base, "condition"):  # it starts from pictures, here black ones
-        return z, eps, base.condition(torch.zeros(batch_size, 3, *size)), g, captions
+        return z, eps, base.condition(torch.zeros(batch_size, 3, H, W)), g, captions
     return z, eps, base.encode_text(captions), g, captions
 
 
@@ -388,7 +388,7 @@ def count_row(base, reward, cfg):
     """What docs/bases.md says of a published base: TFLOP of a step by method, and GiB at the peak of ours by memory setting."""
     methods = count_methods(base, reward, cfg, IN_ROW)
     peaks = count_memory(base, reward, cfg, clips_at_once=(1,))
-    height, width = rows_columns(cfg.size, base.default_size)
+    _, height, width = clip_shape(base, cfg)
     return {"size": f"{height} x {width}", "tflop": {name: row["tflop"] for name, row in methods.items()},
             "gib": {memory_setting: peak[1]["total"] for memory_setting, peak in peaks.items()}}
 

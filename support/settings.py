@@ -223,7 +223,8 @@ def parse(argv, presets, description):
     defaults = presets.get(saved.get("preset", named), next(iter(presets.values())))
 
     flags = {word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in argv}
-    said = {name: value for name, value in saved.items() if name not in {*flags, "preset"}}
+    known = to_record(defaults)
+    said = {name: value for name, value in saved.items() if value != known[name] and name not in {*flags, "preset"}}
     hints = get_type_hints(type(defaults), include_extras=True)
     repeatable = {name for name in hints if "UseAppendAction" in str(hints[name])}
     emptied = dict.fromkeys(repeatable & {*flags, *said}, ())  # else what is said would be added to these

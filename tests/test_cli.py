@@ -196,7 +196,7 @@ def test_base_and_fine_tuned_on_two_sets_at_several_d_and_guidance(adapter, capf
     for row, scale in zip(rows[4:6], (0., .5)):
         lora.set_scale(base.network, scale)
         found, _ = evaluate.evaluate(base, score, [PROMPT, "a blue ring moving up"], seed=4, num_steps=3, guidance=1., segments=2,
-                                     frames=4)
+                                     shape=(4, 32, 32))
         assert row["measures"] == pytest.approx(tables.summary(found), abs=1e-6)
         again.append(found)
     gain = rows[5]["differences"]["reward"]

@@ -443,8 +443,8 @@ STATE = {"version": run_folder.VERSION, "step": 1, "adapters": {"a": ADAPTER, "b
 
 
 @pytest.mark.parametrize("change", [
-    [1], {"version": 2}, {"step": 0}, {"adapters": STATE["adapters"] | {7: 7}}, {"adapters": {"a": ADAPTER.int(), "b": ADAPTER}},
-    {"optimizer": {"state": {0: MOMENTS | {"exp_avg": torch.zeros(1)}}}}, {"optimizer": {"state": {2: MOMENTS}}}], ids=str)
+    [1], {"version": 2}, {"adapters": STATE["adapters"] | {7: 7}}, {"adapters": {"a": ADAPTER.T, "b": ADAPTER}},
+    {"adapters": {"a": ADAPTER}}, {"optimizer": {}}], ids=str)
 def test_a_checkpoint_is_data(tmp_path, change):
     def read(path):
         return run_folder.read_checkpoint(path, STATE["adapters"])

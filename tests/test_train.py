@@ -410,8 +410,8 @@ def test_evaluation_during_training_is_the_metric_of_evaluate(whole):
     base = load_base("tiny")
     lora.load(base.network, whole[0] / "lora.safetensors")
     prompts = train.prompt_sets(base, (), 1)["other"]
-    table, _ = evaluate(base, load_reward(base_folder=base.folder), prompts, seed=run_folder.EVAL_SEED + 2, segments=2, frames=4,
-                        num_steps=2)
+    table, _ = evaluate(base, load_reward(base_folder=base.folder), prompts, seed=run_folder.EVAL_SEED + 2, segments=2,
+                        shape=(4, 32, 32), num_steps=2)
     assert metrics(whole[0])[-1]["eval"]["other"]["reward_mean"] == pytest.approx(table["reward"].item(), abs=1e-6)
 
 
