@@ -164,7 +164,7 @@ def load(base, folder, vae, text_encoder, dtype, device):
     autoencoder = move_to(load_vae(paths["vae"]), device)
     text = load_text_encoder(paths["text_encoder"])
     names.expect_fitting(network.config, autoencoder.config, text.config, paths)
-    guidance = read_config(paths["unet"], names.own_guidance) or GUIDANCE
+    guidance = read_config(paths["unet"], lambda content: content.get("guidance")) or GUIDANCE
     file = paths["unet"] if paths["unet"].is_file() else None
     made = Base(network, autoencoder, move_to(text, device), base, folder, file, guidance)
     return in_precision(made, dtype)

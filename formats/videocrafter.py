@@ -13,9 +13,7 @@ ADAPTER_ALPHA = 8  # PEFT's default: VADER sets none, and its files do not say i
 
 def unet_tensors(tensors, config):
     """Tensors under model.ckpt's names, UNET taken off, or under the port's -> under ours. config: its structure."""
-    modelscope = {}
-    for name, t in tensors.items():
-        names.add_renamed(modelscope, names.replace_all(name, TO_MODELSCOPE), t)
+    modelscope = {names.replace_all(name, TO_MODELSCOPE): t for name, t in tensors.items()}
     return names.unet_from_official(modelscope, config)
 
 
@@ -41,8 +39,6 @@ def structures(content, unet_class, vae_class):
     of_vae = vae_class(
         channels=tuple(vae["ch"] * factor for factor in vae["ch_mult"]), blocks_per_level=vae["num_res_blocks"],
         latent_channels=vae["z_channels"], scale=content.get("scale_factor", vae_class.scale))
-    for made in (of_unet, of_vae):
-        names.check_whole(made.blocks_per_level, *made.channels)
     return of_unet, of_vae
 
 

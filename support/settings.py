@@ -222,29 +222,57 @@ def parse(argv, presets, description):
     saved = read_settings(folder, presets) if folder else {}
     defaults = presets.get(saved.get("preset", named), next(iter(presets.values())))
 
-    flags = {word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in argv}
-    known = to_record(defaults)
-    said = {name: value for name, value in saved.items() if value != known[name] and name not in {*flags, "preset"}}
-    hints = get_type_hints(type(defaults), include_extras=True)
-    repeatable = {name for name in hints if "UseAppendAction" in str(hints[name])}
-    emptied = dict.fromkeys(repeatable & {*flags, *said}, ())  # else what is said would be added to these
-    words = []
-    for name, value in said.items():
-        words += to_words(name.replace("_", "-"), value, hints[name], name in repeatable)
-    cfg = tyro.cli(type(defaults), args=words + argv, default=replace(defaults, **emptied), description=description)
+    cfg = from_record(saved, defaults, argv, description=description)
     if saved:
         record = to_record(cfg) | {"preset": named or saved["preset"]}
         changed = [name for name in record if record[name] != saved[name] and name not in MAY_CHANGE]
         if changed:
             raise ValueError(f"resume {folder}: {', '.join(changed)} would make it another run; only "
                              f"{', '.join(sorted(MAY_CHANGE))} may change")
-    elif named is None and cfg.base != defaults.base:
+        return cfg
+
+    if named is None and cfg.base != defaults.base:
         lacks = "comes without settings for training; name a preset first, " + " or ".join(presets)
         if not cfg.base.startswith("random") and not Path(cfg.base).exists():
             is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.base) is not None
             lacks = "no such file or folder" + is_hub_id * f"; if it is a hub id, it {lacks}"
         raise ValueError(f"base {cfg.base}: {lacks}")
+    check_is_read_back(cfg, defaults)
     return cfg
+
+
+def check_is_read_back(cfg, defaults):
+    """ValueError if config.json cannot keep settings of a method of one's own: the run could not be continued."""
+    for parent in type(cfg).__mro__[1:]:
+        for name, hint in get_type_hints(parent).items():
+            if get_type_hints(type(cfg))[name] != hint:
+                raise ValueError(f"setting {name}: {parent.__name__} has one of this name and of another type; rename yours")
+    try:
+        again = from_record(to_record(cfg), defaults, console_outputs=False)
+    except SystemExit:  # tyro's way to refuse
+        again = defaults
+    if to_record(again) != to_record(cfg):
+        raise ValueError("settings: cannot be read back from config.json, so the run could not be continued; each must be a "
+                         "number, a word, a path, None, or a tuple of such")
+
+
+def from_record(record, defaults, argv=(), **options):
+    """The settings that config.json keeps, then those of a command line, by tyro, whose options these are."""
+    flags = {word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in argv}
+    known, hints = to_record(defaults), get_type_hints(type(defaults), include_extras=True)
+    said = {name: value for name, value in record.items() if value != known[name] and name not in {*flags, "preset"}}
+    repeatable = {name for name in hints if "UseAppendAction" in str(hints[name])}
+    emptied = dict.fromkeys(repeatable & {*flags, *said}, ())  # else what is said would be added to these
+    words = []
+    for name, value in said.items():
+        flag, values = name.replace("_", "-"), value if isinstance(value, list) else [value]
+        if hints[name] is bool:
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif name in repeatable or not isinstance(value, list):
+            words += [f"--{flag}={item}" for item in values]
+        else:
+            words += [f"--{flag}", *map(str, values)]
+    return tyro.cli(type(defaults), args=[*words, *argv], default=replace(defaults, **emptied), **options)
 
 
 def read_settings(folder, presets):
@@ -263,15 +291,6 @@ def read_settings(folder, presets):
         if names:
             raise ValueError(f"{file}: not the settings of this method or version; {word}: {', '.join(sorted(names))}")
     return known | saved
-
-
-def to_words(flag, value, hint, is_repeatable):
-    """What the command line says for a setting's value as config.json has it. hint: its type."""
-    if hint is bool:
-        return [f"--{flag}" if value else f"--no-{flag}"]
-    if is_repeatable:
-        return [f"--{flag}={item}" for item in value]
-    return [f"--{flag}", *map(str, value)] if isinstance(value, list) else [f"--{flag}={value}"]
 
 
 def to_record(cfg):

@@ -2,7 +2,7 @@
 any player shows, and .gif. Letters: n possible starts of a window, K windows, F frames, H and W pixel rows and columns."""
 import os
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from types import SimpleNamespace
@@ -54,7 +54,7 @@ def shown_frames(container, stream):
 
 
 def plan_windows(path, config, times=None):
-    """Numbers (n, F) of the frames that make a window, from each possible start.
+    """Numbers (n, F) of the frames that make a window, from each possible start; whether their rate is even.
     times: when each frame is shown, in ticks, as decoding found. By default packets are asked, which takes milliseconds; the
     header of a truncated file promises too many."""
     decoded = times is not None
@@ -81,7 +81,7 @@ def plan_windows(path, config, times=None):
         needed, length = (config.num_frames - 1) * step + 1, at[-1] - at[0] + 1 if len(at) else 0
         raise ValueError(f"{path}: too short: {config.num_frames} frames at {config.fps:g} a second need {needed:g} at its "
                          f"{float(rate):g} a second, found {length:g}")
-    return np.searchsorted((at[1:] + at[:-1]) / 2, wanted)
+    return np.searchsorted((at[1:] + at[:-1]) / 2, wanted), even
 
 
 def is_even(times, frame_ticks):
@@ -92,6 +92,17 @@ def is_even(times, frame_ticks):
     late = np.cumsum(intervals - intervals.mean())
     # An eighth, since a GIF counts in hundredths of a second: 30 frames a second are then 33.3 by its header.
     return abs(late).max() <= intervals.mean() / 2 and abs(intervals.mean() / frame_ticks - 1) <= 1 / 8
+
+
+def read_as_in_version_1(path, config):
+    """Whether version 1 of the cache, which knew only even rates, square pixels and rotations, read this clip in the same way."""
+    with suppress(ValueError, StopIteration):  # cannot be read, or has no frame at all
+        even = plan_windows(path, config)[1]
+        with open_video(path) as (container, stream):
+            a, b, c, d = display_matrix(next(shown_frames(container, stream)))
+            plain = stream == container.streams.video[0] and (stream.sample_aspect_ratio or 1) == 1
+            return even and plain and a * d > b * c  # else mirrored
+    return False
 
 
 def display_matrix(frame):
@@ -133,7 +144,7 @@ def read_picture(path, height, width):
 def read_windows(path, config, times=None):
     """Windows of a clip, (K, F, 3, H, W) uint8, evenly from the first possible start to the last; if they are interlaced."""
     # In one pass, from the first frame to the last one needed: windows overlap, and most clips have few key frames to jump to.
-    possible = plan_windows(path, config, times)                                # (n, F)
+    possible = plan_windows(path, config, times)[0]                             # (n, F)
     last = len(possible) - 1
     windows = possible[sorted({round(k * last / max(1, config.starts - 1)) for k in range(config.starts)})]     # (K, F)
     frames, seen, interlaced = {}, [], False

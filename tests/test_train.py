@@ -685,13 +685,22 @@ class OwnConfig(train.Config):
     share: float | None = .5
     careful: bool | None = None
     folders: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    table: dict[str, int] | None = None
 
 
-def test_settings_of_every_kind_are_read_back():
+def test_settings_of_every_kind_are_read_back_or_refused_before_anything_is_loaded():
     presets = {"tiny": OwnConfig()}
     flags = ["--scales", "-1", "2.5", "--kind", "b", "--share", "None", "--careful", "True", "--folders", "x", "--folders", "y z"]
     cfg = assert_survives(flags, presets)
     assert (cfg.scales, cfg.kind, cfg.share, cfg.careful, cfg.folders) == ((-1., 2.5), "b", None, True, (Path("x"), Path("y z")))
+    refused("^settings: cannot be read back from config.json, so the run could not be ",
+            settings.parse, ["--table", "a", "1", "--scales", "3"], presets, "")
+
+    @dataclass(frozen=True)
+    class Shadowing(train.Config):
+        rank: str = "high"
+    refused("^setting rank: Config has one of this name and of another type; rename yours", settings.parse, [],
+            {"tiny": Shadowing()}, "")
 
 
 # ------------------------------------------------- Settings of a whole run -------------------------------------------------
