@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from support.files import first_names, read_text, write_whole
 from support.ranks import all_gather, barrier, is_main_process, map_tensors, progress, rank_and_size, take
-from support.videos import plan_windows, read_all_windows, read_as_in_version_1, read_picture
+from support.videos import read_all_windows, read_as_in_version_1, read_picture
 
 SUFFIXES = (".mp4 .webm .avi .mov .mkv .gif .m4v .mpg .mpeg .ts .mts .m2ts .flv .f4v .ogv .wmv .asf .3gp .3g2 .vob .m2v .mxf "
             ".y4m .divx .dv .rm .rmvb .nut").split()
@@ -263,25 +263,6 @@ def fill_cached(entries, files, compute, unit):
     entries.update(find_cached({item: file for item, file in files.items() if entries[item] is None}))
 
 
-def find_problems(clips, config, entries):
-    """{path: why it cannot be used}; entries: {path: its cache entry or None} of the files that are there. The ranks share the
-    work and all get the whole: a file that one node does not see is left out on every node."""
-    rank, world_size = rank_and_size()
-    mine = {}
-    for i, path in enumerate(dict.fromkeys(clip.path for clip in clips)):
-        if path not in entries:
-            mine[path] = f"{path}: cannot be read: no such file"
-        elif entries[path] is None and i % world_size == rank:
-            try:
-                plan_windows(path, config)
-            except ValueError as error:
-                mine[path] = str(error)
-    problems = {}
-    for theirs in all_gather(mine):
-        problems |= theirs
-    return problems
-
-
 def reason_against(clip, problems):
     """Why a clip cannot be used, "" if it can; problems: {path: why}."""
     return problems.get(clip.path, "" if clip.caption else f"{clip.path}: no caption")
@@ -301,19 +282,22 @@ def leave_out(clips, problems, max_skip):
 def encode_clips(clips, config, base, cache_dir, num_workers, max_skip):
     """Moments, text, captions and names of all usable clips, in the list's order, as data.encode_clips describes them."""
     vae_name, text_name = base.fingerprints()
-    files = {}
+    files, problems = {}, {}
     for path in dict.fromkeys(clip.path for clip in clips):
-        if path.is_file():  # a file that was replaced has another size or time
-            state = str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns
-            files[path] = cached_file(cache_dir, CACHE_VERSION, "moments", vae_name, asdict(config), state)
-            old = cached_file(cache_dir, 1, "moments", vae_name, asdict(config), state)
-            if old and old.exists() and read_as_in_version_1(path, config):
-                with suppress(FileNotFoundError):  # another rank was faster
-                    old.replace(files[path])
+        if not path.is_file():
+            problems[path] = f"{path}: cannot be read: no such file"
+            continue
+        state = str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns  # of a file that was replaced, others
+        files[path] = cached_file(cache_dir, CACHE_VERSION, "moments", vae_name, asdict(config), state)
+        old = cached_file(cache_dir, 1, "moments", vae_name, asdict(config), state)
+        if old and old.exists() and read_as_in_version_1(path, config):
+            with suppress(FileNotFoundError):  # another rank was faster
+                old.replace(files[path])
     entries = find_cached(files)
 
-    # 1. Cached clips were checked when they were encoded. Check the others before the long work.
-    problems = find_problems(clips, config, entries)
+    # 1. What is known before the long work: files that are not there, or that one node does not see, and captions.
+    for theirs in all_gather(problems):
+        problems |= theirs
     for clip in dict.fromkeys(clips) if is_main_process() else ():
         if reason_against(clip, problems):
             tqdm.write(f"left out: {reason_against(clip, problems)}")
@@ -328,6 +312,7 @@ def encode_clips(clips, config, base, cache_dir, num_workers, max_skip):
             if problem:
                 problems[path] = problem
                 tqdm.write(f"left out: {problem}")  # on any rank: only this one knows
+                leave_out(clips, problems, max_skip)  # ends here if too many are bad, not when all have been encoded
             encoded = [encode_window(base, window, config.fps) for window in windows]
             yield path, map_tensors(lambda *parts: torch.cat(parts), *encoded) if encoded else None  # (n, 2C, F, h, w)
 
