@@ -27,19 +27,6 @@ def expect(content, built):
             raise ValueError(f"expected {key} {value!r}, found {content[key]!r}")
 
 
-def random_sizes(spec):
-    """Settings of UNet, autoencoder and text tower for "random" (none: full size) or "random:W" (multiples of W channels)."""
-    width = spec.partition(":")[2] or "320"
-    w = int(width) if width.isdigit() else 0
-    if w % 32 or not 32 <= w <= 2**12:
-        raise ValueError(f"base {spec!r}: must be random, or random:W with W a multiple of 32")
-    if w == 320:
-        return {}, {}, {}
-    unet = dict(channels=(w, 2 * w, 4 * w, 4 * w), context_dim=64, head_dim=32 if w % 64 else 64, sample_size=8)
-    v = max(32, w * 2 // 5 // 32 * 32)
-    return unet, dict(channels=(v, 2 * v, 4 * v, 4 * v), blocks_per_level=1), dict(width=64, heads=1, layers=2)
-
-
 def replace_all(name, pairs):
     """A name with every old part of the pairs (old, new) replaced by the new one, in their order."""
     for old, new in pairs:
@@ -239,12 +226,3 @@ def expect_text_config(content, heads, layers):
     """ValueError if a text tower's config.json (transformers', or open_clip's) says anything that we do not build."""
     expect(content, dict(hidden_act="gelu", quick_gelu=False, layer_norm_eps=1e-5, num_attention_heads=heads,
                          num_hidden_layers=layers))
-
-
-def expect_fitting(unet, vae, text, paths):
-    """ValueError, naming the files, unless a UNet takes the latents and text features that the other parts, if there, make."""
-    width = text.width if text else unet.context_dim
-    if (unet.in_channels, unet.out_channels, unet.context_dim) != (vae.latent_channels, vae.latent_channels, width):
-        raise ValueError(f"{paths['unet']}: the UNet takes {unet.in_channels} and gives {unet.out_channels} latent channels, "
-                         f"text of width {unet.context_dim}; {paths['vae']} has {vae.latent_channels}, "
-                         f"{paths['text_encoder']} {width}")

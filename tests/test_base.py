@@ -26,7 +26,7 @@ import lora
 import reward
 import train
 from bases import modelscope
-from bases.modelscope import Base
+from bases.modelscope import Base, random_sizes
 from formats import adapters, names, reward_model, tensors as published, weights
 from model import Autoencoder, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig, load_base
 from support import run as run_folder, settings as run_settings
@@ -208,7 +208,7 @@ def test_a_random_base_is_seeded(monkeypatch):
     bases = [load_base("random:32", seed=seed) for seed in (1, 1, 2)]
     first, same, other = (published.fingerprint(base.network.state_dict()) for base in bases)
     assert first == same != other and torch.equal(torch.random.get_rng_state(), state)
-    unet, autoencoder, text = names.random_sizes("random:96")
+    unet, autoencoder, text = random_sizes("random:96")
     assert UNet3D(UNetConfig(**unet)).config.channels == (96, 192, 384, 384)
     assert Autoencoder(VAEConfig(**autoencoder)) and unet["context_dim"] == text["width"]
     for spec in ("random:0", "random:33", "random:big", "random:99999999968"):
