@@ -1,5 +1,5 @@
 """
-What a training step costs: work and memory counted from shapes alone, time compared with the same step built from diffusers.
+What a training step costs: work and memory, counted from shapes alone, and time.
 
     python benchmark.py                                     # the tiny world's sizes, on the CPU: a minute or two
     python benchmark.py --base random                       # full size with random weights, on a GPU
@@ -7,10 +7,7 @@ What a training step costs: work and memory counted from shapes alone, time comp
     python benchmark.py --base random --device meta --methods    # the same for every method of methods/
     python benchmark.py --base wan --device meta            # a published base at the size of its preset: its row of docs/bases.md
 
-Counting runs train.py's own functions on PyTorch's meta device, whose tensors have shapes and no memory. Timing runs our step and
-diffusers' in turn and compares the two times of each repeat, so that other work on the machine slows both alike. Diffusers' step
-has the same clips, noise, frames, weights, adapters and reward, and saves what ours saves: frozen weights in 16 bits, text,
-captions and latents cached, guidance as one call on a doubled batch, no dropout, only the S scored frames decoded.
+Counting runs train.py's own functions on PyTorch's meta device, whose tensors have shapes and no memory.
 
 Letters: B clips, F frames, S segments, C channels, h and w latent rows and columns, N text tokens, E their width.
 """
@@ -22,7 +19,6 @@ import statistics
 import tempfile
 import time
 import weakref
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,15 +34,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lora
 import train
-from formats.names import unet_to_diffusers, vae_to_diffusers
 from methods import adjoint, ddpo, dpo, draft, nft, onestep, refl, rwr, vader
 from model import load_base
-from reward import aggregate, load_reward, segment_edges, segment_frames, tar_weights
-from sampler import check_edit, edit_steps
+from reward import load_reward, segment_edges, segment_frames
+from sampler import check_edit
 from support.files import check_folder, write_text
 from support.pictures import versions, write_png
 from support.ranks import pick_device, pick_dtype, progress, run_script, sample_generator
-from support.settings import BASES, check_at_least, kind_of, rows_columns
+from support.settings import BASES, check_at_least, clip_shape, kind_of, rows_columns
 
 GIB = 2**30
 CAPTION = "a red circle moving left"
@@ -61,68 +56,14 @@ CARDS = (8, 12, 16, 24, 32, 48, 80, 141)  # GiB; a tenth is left for kernels' wo
 ROUND_OF_ONE = {"ddpo": {"updates": 1}, "rwr": {"videos": 1}, "dpo": {"pairs": 1}, "nft": {"updates": 1, "group": 1}}
 
 
-# -- The step, ours and on diffusers ---------------------------------------------------------------------------------
+# -- The step --------------------------------------------------------------------------------------------------------
 
-@dataclass
-class Contender:
-    """One way to compute the step."""
-    score: Callable   # a batch as train.draw_batch gives it -> R (B,) of Eq. (8), with gradient
-    parameters: list  # the adapters, A and B in turn
-    networks: tuple   # denoiser, what decodes frames (a base, or diffusers' autoencoder), reward
-
-
-def contenders(base, reward, cfg):
-    """{name: Contender}, both on the same weights. Ours is set up as in train.main; the base gets adapters."""
+def make_step(base, reward, cfg):
+    """train.py's step: (function of a batch, which gives R (B,) of Eq. (8) with gradient; the adapters that the base now has)."""
     settings = replace(preset(train, base), tau=cfg.tau, num_steps=cfg.num_steps, frames=cfg.frames, low_memory=cfg.low_memory)
     parameters = lora.inject(base.network, settings.rank)
     base.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
-    score = lambda batch: train.edit_rewards(base, reward, base.unconditional(batch[2]), batch, settings)[0]
-    ours = {"ours": Contender(score, parameters, (base.network, base, reward))}
-    return ours | {"diffusers": on_diffusers(base, reward, base.unconditional(), settings)} if cfg.diffusers else ours
-
-
-def on_diffusers(base, reward, uncond, settings):
-    """The step on diffusers' networks and scheduler, with the weights and adapters of ours, which must be there already."""
-    from diffusers import AutoencoderKL, DDIMScheduler, TransformerTemporalModel, UNet3DConditionModel
-    from diffusers.utils import logging
-
-    logging.set_verbosity_error()  # it warns of every change of precision
-    structure = unet_to_diffusers(base.network.config)
-    stem_heads = structure.pop("stem_heads")  # diffusers has no such field: it is always 8 there, but 1 in the tiny world
-    with torch.device(base.device):
-        vae = AutoencoderKL.from_config(vae_to_diffusers(base.vae.config))
-        unet = UNet3DConditionModel.from_config(structure)
-        unet.transformer_in = TransformerTemporalModel(
-            stem_heads, structure["attention_head_dim"], structure["block_out_channels"][0],
-            norm_num_groups=structure["norm_num_groups"])
-    for network in (unet, vae):
-        network.requires_grad_(False).eval().to(base.dtype)
-    parameters = lora.inject(unet, settings.rank)  # lora.py's too, so a difference in time comes from the networks
-    unet.load_state_dict(base.network.state_dict())
-    vae.load_state_dict(base.vae.state_dict())
-    vae.encoder = None  # ours needs no memory for it either
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                              set_alpha_to_one=False, steps_offset=1)
-    scheduler.set_timesteps(settings.num_steps)
-    timesteps = scheduler.timesteps[-edit_steps(settings.tau, settings.num_steps):]
-
-    def score(batch):
-        z, eps, text, g, captions = batch
-        embeds = torch.cat([uncond.expand(len(z), -1, -1), text]).to(base.dtype)          # (2B, N, E)
-        z_t = scheduler.add_noise(z, eps, timesteps[:1])
-        for i, t in zip(range(len(timesteps), 0, -1), timesteps):
-            with torch.set_grad_enabled(i <= settings.grad_steps):
-                doubled = scheduler.scale_model_input(torch.cat([z_t, z_t]), t).to(base.dtype)
-                eps_u, eps_c = unet(doubled, t, encoder_hidden_states=embeds).sample.float().chunk(2)
-                z_t = scheduler.step(eps_u + settings.guidance * (eps_c - eps_u), t, z_t).prev_sample
-
-        # The frames that are scored, decoded as in diffusers' TextToVideoSDPipeline.
-        clips = torch.arange(len(z), device=z.device)[:, None]
-        latent = z_t.transpose(1, 2)[clips, g].flatten(0, 1) / vae.config.scaling_factor  # (B*S, C, h, w)
-        frames = vae.decode(latent.to(base.dtype)).sample.float().unflatten(0, g.shape)   # (B, S, 3, H, W)
-        return aggregate(reward(frames / 2 + .5, captions), tar_weights(g, z.shape[2], settings.lambda_tar))
-
-    return Contender(score, parameters, (unet, vae, reward))
+    return lambda batch: train.edit_rewards(base, reward, base.unconditional(batch[2]), batch, settings)[0], parameters
 
 
 def load(cfg, device):
@@ -171,20 +112,20 @@ def copy_to_meta(base, reward, frames):
 
 def synthetic_batch(base, cfg, batch_size):
     """A batch as train.draw_batch gives it, of noise: the numbers do not change the cost."""
-    size = rows_columns(cfg.size, base.default_size)
-    shape = (batch_size, *base.latent_shape(cfg.frames, *size))                           # (B, C, f, h, w)
+    F, H, W = clip_shape(base, cfg)
+    shape = (batch_size, *base.latent_shape(F, H, W))                                     # (B, C, f, h, w)
     generator = sample_generator(0, "benchmark")
     z, eps = torch.randn((2, *shape), generator=generator).to(base.device)                # (B, C, F, h, w) each
-    g = segment_frames(cfg.frames, train.Config.segments, batch_size, generator).to(base.device)
+    g = segment_frames(F, train.Config.segments, batch_size, generator).to(base.device)
     captions = [CAPTION] * batch_size
     if hasattr(base, "condition"):  # it starts from pictures, here black ones
-        return z, eps, base.condition(torch.zeros(batch_size, 3, *size)), g, captions
+        return z, eps, base.condition(torch.zeros(batch_size, 3, H, W)), g, captions
     return z, eps, base.encode_text(captions), g, captions
 
 
 # -- Counting work and memory on meta --------------------------------------------------------------------------------
 
-def count_work(forward, unet, decoder, reward):
+def count_work(forward, base, reward):
     """{"tflop": {part: ...}, "calls": {part: items that its network ran on}} of forward() and its result's backward pass, if any.
     train.py does not mark where parts begin, so the networks are wrapped while it runs. The optimizer has no matrices: 0."""
     tflop = dict.fromkeys(PARTS, 0.)
@@ -200,7 +141,7 @@ def count_work(forward, unet, decoder, reward):
         def counted(*args, **kwargs):
             if is_way_back:  # what it recomputes is part of it
                 return function(*args, **kwargs)
-            part = network_part if torch.is_grad_enabled() or network is not unet else "chain"
+            part = network_part if torch.is_grad_enabled() or network is not base.network else "chain"
             if part != "chain" or part not in latest:  # all calls of a chain cost the same, so only the first is run
                 before = counter.get_total_flops()
                 result = function(*args, **kwargs)
@@ -212,10 +153,9 @@ def count_work(forward, unet, decoder, reward):
 
         return mock.patch.object(network, function_name, counted)
 
-    is_base = not isinstance(decoder, nn.Module)  # else diffusers' autoencoder
     with counter:
-        with (watch(unet, "forward", "last step", lambda z_t, *more: len(z_t)),
-              watch(decoder, "decode_frames" if is_base else "decode", "decode", lambda z, *g: g[0].numel() if g else len(z)),
+        with (watch(base.network, "forward", "last step", lambda z_t, *more: len(z_t)),
+              watch(base, "decode_frames", "decode", lambda z, g: g.numel()),
               watch(reward, "forward", "reward", lambda frames, *more: frames.shape[:2].numel())):
             result = forward()
         before = counter.get_total_flops()
@@ -227,12 +167,11 @@ def count_work(forward, unet, decoder, reward):
     return {"tflop": tflop | {"step": sum(tflop.values())}, "calls": calls}
 
 
-def count_contenders(base, reward, cfg):
-    """{contender: its work in a step, as count_work}, from shapes alone."""
+def count_step(base, reward, cfg):
+    """The work of train.py's step, as count_work, from shapes alone."""
     base, reward = copy_to_meta(base, reward, cfg.frames)
-    batch = synthetic_batch(base, cfg, cfg.batch_size)
-    both = contenders(base, reward, cfg).items()
-    return {name: count_work(partial(contender.score, batch), *contender.networks) for name, contender in both}
+    score, _ = make_step(base, reward, cfg)
+    return count_work(partial(score, synthetic_batch(base, cfg, cfg.batch_size)), base, reward)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -290,10 +229,9 @@ def measure_peak(forward, modules):
     return {kind: num_bytes / GIB for kind, num_bytes in peak.items()}
 
 
-def of_step(unet, decoder, reward):
-    """What of a Contender's networks is in memory in a step."""
-    vae = getattr(decoder, "vae", decoder)
-    return [unet, getattr(vae, "decoder", vae), reward]
+def of_step(base, reward):
+    """What is in memory in a step."""
+    return [base.network, getattr(base.vae, "decoder", base.vae), reward]
 
 
 def count_memory(base, reward, cfg, clips_at_once=(1, 2, 4, 8)):
@@ -310,7 +248,7 @@ def count_memory(base, reward, cfg, clips_at_once=(1, 2, 4, 8)):
         for clips in clips_at_once:
             batch = synthetic_batch(base, cfg, clips)
             score = partial(train.edit_rewards, base, reward, base.unconditional(batch[2]), batch, settings)
-            peaks[memory_setting][clips] = measure_peak(lambda: score()[0], of_step(base.network, base, reward))  # noqa: B023
+            peaks[memory_setting][clips] = measure_peak(lambda: score()[0], of_step(base, reward))  # noqa: B023
     return peaks
 
 
@@ -342,18 +280,18 @@ def count_method(name, settings, base, reward, folder):
     with ReadAsZero():
         method = open_method(name, settings, base, reward, folder)
         batches = []
-        draw = count_work(lambda: batches.append(method.draw(0)), base.network, base, reward)
+        draw = count_work(lambda: batches.append(method.draw(0)), base, reward)
         entry = train.split_batch(batches[0], 1)[0]
         if name == "refl":  # its chain stops at step m, drawn from the last ones; the middle m costs what they cost on average
             entry[-1] = [(1 + round(settings.late * settings.num_steps)) // 2]
-        score = count_work(lambda: method.score(entry)[0], base.network, base, reward)
+        score = count_work(lambda: method.score(entry)[0], base, reward)
 
         # What has gradient takes the most memory. Other chain steps leave nothing behind, so these are as good as all. DDPO needs
         # two: the last may have no density.
         fewest = 2 if name == "ddpo" else settings.grad_steps
         method = open_method(name, replace(settings, num_steps=fewest, tau=1.), base, reward, folder)
         entry = train.split_batch(method.draw(0), 1)[0]
-        peaks = [measure_peak(call, of_step(base.network, base, reward))
+        peaks = [measure_peak(call, of_step(base, reward))
                  for call in (lambda: method.draw(0), lambda: method.score(entry)[0])]
         peak = max(peaks, key=lambda peak: peak["total"])
 
@@ -388,7 +326,7 @@ def count_row(base, reward, cfg):
     """What docs/bases.md says of a published base: TFLOP of a step by method, and GiB at the peak of ours by memory setting."""
     methods = count_methods(base, reward, cfg, IN_ROW)
     peaks = count_memory(base, reward, cfg, clips_at_once=(1,))
-    height, width = rows_columns(cfg.size, base.default_size)
+    _, height, width = clip_shape(base, cfg)
     return {"size": f"{height} x {width}", "tflop": {name: row["tflop"] for name, row in methods.items()},
             "gib": {memory_setting: peak[1]["total"] for memory_setting, peak in peaks.items()}}
 
@@ -402,51 +340,46 @@ def now(device):
     return time.perf_counter()
 
 
-def time_step(contender, optimizer, batch, device):
-    """{"seconds" of an optimizer step as in train.train, "peak_gib" of GPU memory: its own weights and what the step adds}."""
+def time_step(score, parameters, optimizer, batch, device):
+    """(seconds of an optimizer step as in train.train, GiB of GPU memory at its peak or None)."""
     on_cuda = device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
-        other_weights = torch.cuda.memory_allocated(device) - sum(storages(of_step(*contender.networks)).values())
     start = now(device)
     optimizer.zero_grad(set_to_none=False)
-    (-contender.score(batch).mean()).backward()                                           # Eq. (9)
-    nn.utils.clip_grad_norm_(contender.parameters, train.Config.clip_grad)
+    (-score(batch).mean()).backward()                                                     # Eq. (9)
+    nn.utils.clip_grad_norm_(parameters, train.Config.clip_grad)
     optimizer.step()
-    seconds = now(device) - start
-    peak = (torch.cuda.max_memory_allocated(device) - other_weights) / GIB if on_cuda else None
-    return {"seconds": seconds, "peak_gib": peak}
+    return now(device) - start, torch.cuda.max_memory_allocated(device) / GIB if on_cuda else None
 
 
-def time_contenders(base, reward, cfg, device):
-    """{contender: [time_step of each repeat]}. In a repeat both run, one after the other, in turns as to which is first."""
+def time_steps(base, reward, cfg, device):
+    """{"seconds": the median of several steps, "peak_gib": time_step's}."""
+    score, parameters = make_step(base, reward, cfg)
     batch = synthetic_batch(base, cfg, cfg.batch_size)
-    running = contenders(base, reward, cfg)
-    adamw = partial(torch.optim.AdamW, lr=train.Config.lr, weight_decay=0)
-    optimizers = {name: adamw(contender.parameters) for name, contender in running.items()}
-    repeats = {name: [] for name in running}
-    for repeat in progress(range(-1, cfg.steps), "timing", unit="repeats", leave=False):
-        for name in sorted(running, reverse=repeat % 2 == 0):
-            repeats[name].append(time_step(running[name], optimizers[name], batch, device))
-    return {name: costs[1:] for name, costs in repeats.items()}  # the first one warms up
+    optimizer = torch.optim.AdamW(parameters, lr=train.Config.lr, weight_decay=0)
+    repeats = []
+    for _ in progress(range(cfg.steps + 1), "timing", unit="steps", leave=False):
+        repeats.append(time_step(score, parameters, optimizer, batch, device))
+    seconds, peaks = zip(*repeats[1:])  # the first one warms up
+    return {"seconds": statistics.median(seconds), "peak_gib": peaks[-1]}
 
 
 @dataclass
 class Config:
-    """Count and time a training step, alone or against the same step on diffusers."""
+    """Count and time a training step."""
     base: str = "tiny"  # any that train.py takes, as only its sizes matter; modelscope, wan, ...: full size, random weights
     batch_size: int = 2  # clips a step (paper, Sec. 3.3: 8 on 4 GPUs)
     tau: float = 0.6  # how far clips are noised, as a share of the chain (paper, Sec. 4.2)
     num_steps: int = 20  # D, DDIM steps of the whole chain (paper, Sec. 3.3)
     frames: int = 16  # F (paper, Sec. 3.3)
     size: int | str | None = None  # pixel rows and columns, 256 or 480x832; default what the base was trained on
-    steps: int = 5  # repeats: each is one step of ours and one on diffusers
+    steps: int = 5  # timed steps
     device: str | None = None  # cuda, mps, cpu, or meta to count alone; default the first of cuda, mps, cpu that is there
     dtype: str | None = None  # float32, bfloat16 or float16 of frozen weights; default bfloat16 on cuda and meta, else float32
-    checkpoint_activations: bool = False  # ours recomputes the UNet's blocks in the backward pass, as train.py's flag
-    low_memory: bool = False  # ours recomputes, and decodes one frame at a time, as train.py's flag
+    checkpoint_activations: bool = False  # recompute the network's blocks in the backward pass, as train.py's flag
+    low_memory: bool = False  # recompute, and decode one frame at a time, as train.py's flag
     methods: bool = False  # instead: count a step of each method of methods/ at its preset modelscope (needs --device meta)
-    diffusers: bool = True  # compare with the step built from diffusers (pip install -r requirements-dev.txt)
     out: Path = Path("out/benchmark.json")  # the report
 
 
@@ -466,11 +399,9 @@ def measure(cfg):
     """The whole report, as plain values."""
     check(cfg)
     if cfg.methods or cfg.device == "meta" and cfg.base in BASES:
-        cfg = replace(cfg, batch_size=1, diffusers=False)
+        cfg = replace(cfg, batch_size=1)
     device = torch.device("meta") if cfg.device == "meta" else pick_device(cfg.device)
     base, reward = load(cfg, device)
-    if kind_of(base) != "modelscope":  # diffusers' networks are the ones of the other bases
-        cfg = replace(cfg, diffusers=False)
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     report = {"settings": asdict(cfg) | {"out": str(cfg.out)}, "dtype": str(base.dtype).removeprefix("torch."),
               "device": f"{device}, {processor}", "threads": torch.get_num_threads()} | versions()
@@ -478,36 +409,25 @@ def measure(cfg):
         return report | {"methods": count_methods(base, reward, cfg)}
     if device.type == "meta" and cfg.base in BASES:
         return report | {"row": count_row(base, reward, cfg)}
-    report["contenders"] = count_contenders(base, reward, cfg)
+    report["step"] = count_step(base, reward, cfg)
     if device.type == "meta":
         return report | {"memory": count_memory(base, reward, cfg)}
     base.release_encoders()
-    repeats = time_contenders(base, reward, cfg, device)
-    for name, row in report["contenders"].items():
-        row["seconds"] = statistics.median([cost["seconds"] for cost in repeats[name]])
-        row["peak_gib"] = repeats[name][-1]["peak_gib"]
-    if cfg.diffusers:
-        ratios = [theirs["seconds"] / ours["seconds"] for theirs, ours in zip(repeats["diffusers"], repeats["ours"])]
-        report["time_ratio"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-    return report
+    return report | {"step": report["step"] | time_steps(base, reward, cfg, device)}
 
 
 def table(report):
     """The report as lines of text for the terminal."""
     settings = report["settings"]
-    rows = report.get("contenders", {})
     lines = [f"base {settings['base']}, {settings['batch_size']} clips of {settings['frames']} frames, {report['dtype']}, "
              f"on {report['device']}, {report['threads']} threads"]
-    if rows:
-        lines.append(f"{'TFLOP':11s}" + "".join(f"{part:>11s}" for part in (*PARTS, "step")))
-    for name, row in rows.items():
-        lines.append(f"{name:11s}" + "".join(f"{tflop:11.4g}" for tflop in row["tflop"].values()))
-    for name, row in rows.items():
-        if "seconds" in row:
-            peak = f", {row['peak_gib']:.1f} GiB" if row["peak_gib"] else ""
-            lines.append(f"{name}: {row['seconds']:.4g} s a step, {row['tflop']['step'] / row['seconds']:.4g} TFLOP/s{peak}")
-    if "time_ratio" in report:
-        lines.append("diffusers takes {median:.2f}x our time ({min:.2f} to {max:.2f})".format(**report["time_ratio"]))
+    if "step" in report:
+        tflop = report["step"]["tflop"]
+        lines += ["".join(f"{part:>11s}" for part in tflop), "".join(f"{number:11.4g}" for number in tflop.values()) + " TFLOP"]
+    if "seconds" in report.get("step", {}):
+        seconds, peak = report["step"]["seconds"], report["step"]["peak_gib"]
+        more = f", {peak:.1f} GiB" if peak else ""
+        lines.append(f"{seconds:.4g} s a step, {tflop['step'] / seconds:.4g} TFLOP/s{more}")
     if "memory" in report:
         counts = report["memory"]["no flag"]
         lines.append(f"expected peak memory of our step, GiB: total (saved activations + transients, on top of the weights'"

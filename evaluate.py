@@ -35,7 +35,7 @@ from support.files import check_exists, check_folder
 from support.pictures import evaluation_bar, save_evaluation
 from support.ranks import all_gather, join_ranks, rank_and_size, run_script
 from support.run import EVAL_SEED
-from support.settings import RewardSettings, check_at_least, rows_columns
+from support.settings import RewardSettings, check_at_least, clip_shape, rows_columns
 from support.tables import add_judge, check_watched, paired, pixel_measures, summary, table_of
 
 REPORT_SEED = 2_000_000  # not EVAL_SEED: what was chosen by some noise is measured on other
@@ -58,23 +58,22 @@ def prompt_sets(base, named_files, count):
 
 @torch.no_grad()
 def evaluate(base, rewards, prompts, *, seed=EVAL_SEED, num_steps=20, guidance=None, segments=4,
-             frames=16, size=None, batch_size=8, judge=None, keep=0, move_on=None, write=None):
+             shape=(16, 32, 32), batch_size=8, judge=None, keep=0, move_on=None, write=None):
     """
     Measures of one video for each prompt: {measure: (n,)}, and the first `keep` videos.
 
     Video i has seed + i. "reward" is the mean over the first frame of each segment (Sec. 3.3);
     judge(clips (1, F, 3, H, W), [caption]) -> {measure: (1,)} adds its own. The ranks share the
     work and all return the whole. Videos: (keep, F, 3, H, W) in about [0, 1], or None for none.
-    write(seed, video (F, 3, H, W)): called with every video.
+    write(seed, video (F, 3, H, W)): called with every video. shape: (F, H, W).
     """
     rewards = as_rewards(rewards)
     in_order = rewards.pixels or any(getattr(r, "num_frames", None) for r in rewards.every)
     rank, world_size = rank_and_size()
     mine = list(range(rank, len(prompts), world_size))
-    index = first_frames(frames, segments)[None]                              # (1, S)
-    height, width = rows_columns(size, base.default_size)
+    index = first_frames(shape[0], segments)[None]                            # (1, S)
     made = generate(base, [prompts[i] for i in mine], [seed + i for i in mine], num_steps,
-                    guidance, frames, height, width, batch_size, move_on)
+                    guidance, *shape, batch_size, move_on)
     rows, videos = {}, {}
     for j, z_0 in made:
         i = mine[j]
@@ -206,8 +205,8 @@ def main(cfg):
     base.fps = cfg.fps or getattr(base, "fps", 8)  # some networks are told it
     cfg = replace(cfg, fps=base.fps)
     sets = prompt_sets(base, cfg.prompts, 64 if cfg.count is None else cfg.count)
-    size = rows_columns(cfg.size, base.default_size)
-    base.latent_shape(cfg.frames, *size)
+    shape = clip_shape(base, cfg)                                             # (F, H, W)
+    base.latent_shape(*shape)  # refuses a size that has no latents
     rewards = load_rewards(cfg, base.folder, device=device)
 
     # 2. The base is the tuned model with its adapters at strength 0.
@@ -221,7 +220,7 @@ def main(cfg):
 
     # 3. Measure both.
     sets, writers = vbench.open_folders(cfg, sets, strengths)  # as they are without --vbench
-    results, sheets = compare(cfg, base, rewards, sets, strengths, size, writers)
+    results, sheets = compare(cfg, base, rewards, sets, strengths, shape, writers)
     if rank_and_size()[0] == 0:
         official_gaps = []
         if cfg.official_hps:
@@ -232,9 +231,9 @@ def main(cfg):
         vbench.finish(*writers.values())
 
 
-def compare(cfg, base, rewards, sets, strengths, size, writers):
+def compare(cfg, base, rewards, sets, strengths, shape, writers):
     """The rows of the report, and {set: [videos of each model]} at the first setting."""
-    judge = base.world and base.world.judge(base, cfg.frames, *size, sets)
+    judge = base.world and base.world.judge(base, *shape, sets)
     check_watched(cfg.watch, sets, judge)
     scales = cfg.guidance or (base.guidance,)
     settings = list(itertools.product(cfg.num_steps, scales))                 # (D, guidance)
@@ -252,7 +251,7 @@ def compare(cfg, base, rewards, sets, strengths, size, writers):
                 shown = max(cfg.sheet, 1) if cfg.official_hps else cfg.sheet
             table, videos = evaluate(
                 base, rewards, sets[name], seed=start[name], num_steps=steps, guidance=guidance,
-                segments=cfg.segments, frames=cfg.frames, size=cfg.size, batch_size=cfg.batch_size,
+                segments=cfg.segments, shape=shape, batch_size=cfg.batch_size,
                 judge=judge, keep=shown, write=write,
                 move_on=lambda done, steps=steps: bar.update(done * steps))
             if videos is not None:

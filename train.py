@@ -270,22 +270,22 @@ def method(cfg, base, rewards, folder):
 
 def read_clips(cfg, base):
     """The clips to edit: those of --data, encoded now or read from the cache, or the base's own."""
-    height, width = settings.rows_columns(cfg.size, base.default_size)
-    base.latent_shape(cfg.frames, height, width)  # refuses a size that has no latents
+    frames, height, width = settings.clip_shape(base, cfg)
+    base.latent_shape(frames, height, width)  # refuses a size that has no latents
     if not cfg.data:
-        return base.world.clips(base, cfg.frames, cfg.size or base.default_size)
+        return base.world.clips(base, frames, cfg.size or base.default_size)
 
     base.unconditional()  # refuses a base without a text tower before clips are encoded
     clips = ranks.on_rank_0(lambda: read_list(cfg.data, cfg.data_root))
-    return encode_clips(clips, ClipConfig(cfg.frames, cfg.fps, height, width), base,
+    return encode_clips(clips, ClipConfig(frames, cfg.fps, height, width), base,
                         cfg.cache_dir if cfg.cache else None, cfg.workers, cfg.max_skip)
 
 
 def plan_evaluations(cfg, folder, base, rewards):
     """What is looked at while a run trains, with functions that score videos and save adapters."""
     prompts = prompt_sets(base, cfg.prompts, cfg.eval_count) if cfg.eval_every else {}
-    size = settings.rows_columns(cfg.size, base.default_size)
-    judge = base.world and base.world.judge(base, cfg.frames, *size, prompts)
+    shape = settings.clip_shape(base, cfg)                                    # (F, H, W)
+    judge = base.world and base.world.judge(base, *shape, prompts)
     check_watched(cfg.watch, prompts, judge)
 
     # Evaluations score in float32, since best.safetensors is chosen by these scores and bfloat16
@@ -300,8 +300,8 @@ def plan_evaluations(cfg, folder, base, rewards):
         batch_size = min((saves_memory and cfg.clips_at_once) or cfg.batch_size, 8)
         exact.to(base.device)
         measured = evaluate(base, exact, captions, num_steps=cfg.num_steps, guidance=cfg.guidance,
-                            segments=cfg.segments, frames=cfg.frames, size=cfg.size,
-                            batch_size=batch_size, judge=judge, **more)
+                            segments=cfg.segments, shape=shape, batch_size=batch_size,
+                            judge=judge, **more)
         exact.to(waits_on)
         return measured
 

@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 
 from bases.deep_cache import DeepCache
-from formats import names
-from formats.tensors import fingerprint, read_config
-from formats.weights import find_parts
+from formats.tensors import check_hub_cache, fingerprint, read_config
+from formats.weights import PARTS, find_part
 from model import (
     Autoencoder,
     TextConfig,
@@ -30,6 +29,7 @@ from model import (
     sample_posterior,
 )
 from sampler import GUIDANCE, alpha_bars, ddim_levels
+from support.files import read_json
 from support.ranks import move_to
 
 
@@ -163,16 +163,61 @@ def load(base, folder, vae, text_encoder, dtype, device):
     network = move_to(load_unet(paths["unet"], dtype=dtype), device)
     autoencoder = move_to(load_vae(paths["vae"]), device)
     text = load_text_encoder(paths["text_encoder"])
-    names.expect_fitting(network.config, autoencoder.config, text.config, paths)
-    guidance = read_config(paths["unet"], names.own_guidance) or GUIDANCE
+    expect_fitting(network.config, autoencoder.config, text.config, paths)
+    guidance = read_config(paths["unet"], lambda content: content.get("guidance")) or GUIDANCE
     file = paths["unet"] if paths["unet"].is_file() else None
     made = Base(network, autoencoder, move_to(text, device), base, folder, file, guidance)
     return in_precision(made, dtype)
 
 
+def find_parts(base, folder, given):
+    """
+    (folder, {part: its file or folder}) of a base; a file is a UNet with its other parts beside it. given: {part: a path to take
+    instead, or None}. A base that does not predict noise is refused, since it would be trained as if it did.
+    """
+    scheduler = find_part(folder, ["scheduler/scheduler_config.json"])
+    predicted = read_json(scheduler).get("prediction_type", "epsilon") if scheduler else "epsilon"
+    if predicted != "epsilon":
+        raise ValueError(f"{scheduler}: prediction_type is {predicted!r}: must be 'epsilon', for which this code samples")
+
+    paths = {part: Path(path) for part, path in given.items() if path}
+    if folder.is_file():
+        paths["unet"] = folder
+        folder = folder.parent
+    for part, names in PARTS.items():
+        paths[part] = paths.get(part) or find_part(folder, names)
+        if paths[part] is None:
+            check_hub_cache(folder)
+            flag = "" if part == "unet" else f", or --{part.replace('_', '-')}"
+            raise ValueError(f"{base}: no {part} found in {folder}; expected one of {', '.join(names)}{flag}")
+    return folder, paths
+
+
+def expect_fitting(unet, vae, text, paths):
+    """ValueError, naming the files, unless a UNet takes the latents and text features that the other parts, if there, make."""
+    width = text.width if text else unet.context_dim
+    if (unet.in_channels, unet.out_channels, unet.context_dim) != (vae.latent_channels, vae.latent_channels, width):
+        raise ValueError(f"{paths['unet']}: the UNet takes {unet.in_channels} and gives {unet.out_channels} latent channels, "
+                         f"text of width {unet.context_dim}; {paths['vae']} has {vae.latent_channels}, "
+                         f"{paths['text_encoder']} {width}")
+
+
+def random_sizes(spec):
+    """Settings of UNet, autoencoder and text tower for "random" (none: full size) or "random:W" (multiples of W channels)."""
+    width = spec.partition(":")[2] or "320"
+    w = int(width) if width.isdigit() else 0
+    if w % 32 or not 32 <= w <= 2**12:
+        raise ValueError(f"base {spec!r}: must be random, or random:W with W a multiple of 32")
+    if w == 320:
+        return {}, {}, {}
+    unet = dict(channels=(w, 2 * w, 4 * w, 4 * w), context_dim=64, head_dim=32 if w % 64 else 64, sample_size=8)
+    v = max(32, w * 2 // 5 // 32 * 32)
+    return unet, dict(channels=(v, 2 * v, 4 * v, 4 * v), blocks_per_level=1), dict(width=64, heads=1, layers=2)
+
+
 def random(spec, seed, dtype, device):
     """Seeded random weights, to time and try the pipeline without a download. See model.load_base."""
-    unet, vae, text = names.random_sizes(spec)
+    unet, vae, text = random_sizes(spec)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone
         parts = [UNet3D(UNetConfig(**unet)), Autoencoder(VAEConfig(**vae)), TextEncoder(TextConfig(**text))]

@@ -135,7 +135,7 @@ def load(base, folder, vae, text_encoder, dtype, device):
     file = folder if folder.is_file() else folder / WHOLE
     if file.is_file():
         folder, whole = file.parent, read_tensors(file)
-        found = read_config(folder, lambda content: files.structures(content, UNetConfig, VAEConfig))
+        found = read_config(folder, structures)
         config, vae_config = found or (UNetConfig(), VAEConfig())
         tensors = names.of_part(whole, files.UNET)
         paths = {"unet": file, "vae": file if names.of_part(whole, files.VAE) else None,
@@ -143,7 +143,7 @@ def load(base, folder, vae, text_encoder, dtype, device):
     else:
         paths = {part: find_part(folder, PARTS[part]) for part in ("vae", "text_encoder")}
         paths["unet"] = find_part(folder, ["unet/config.json", "config.json"]).parent
-        config, vae_config = read_config(paths["unet"], lambda content: files.port_structure(content, UNetConfig)), None
+        config, vae_config = read_config(paths["unet"], port_structure), None
         tensors = read_tensors(paths["unet"])
     for part, given in (("vae", vae), ("text_encoder", text_encoder)):
         paths[part] = Path(given) if given else paths[part]
@@ -154,8 +154,33 @@ def load(base, folder, vae, text_encoder, dtype, device):
     network = load_strict(network, files.unet_tensors(tensors, config), paths["unet"], dtype)
     text = paths["text_encoder"] and load_text_encoder(paths["text_encoder"])
     autoencoder = load_vae(paths["vae"], vae_config)
-    names.expect_fitting(config, autoencoder.config, text.config if text else None, paths)
+    modelscope.expect_fitting(config, autoencoder.config, text.config if text else None, paths)
     return assembled(network, autoencoder, text, base, folder, dtype, device)
+
+
+def structures(content):
+    """The config.json beside a model.ckpt, with the arguments of its classes -> structures of its UNet and autoencoder."""
+    unet, vae = content["unet"], content["vae"]
+    names.expect(content, {"use_scale": True, "scale_b": LEAST, "linear_start": .00085, "linear_end": .012, "timesteps": 1000})
+    names.expect(unet, {"fps_cond": True, "addition_attention": True, "temporal_conv": True, "temporal_attention": True,
+                        "temporal_selfatt_only": True, "use_linear": True, "use_relative_position": False,
+                        "use_causal_attention": False, "transformer_depth": 1})
+    names.expect(vae, {"double_z": True, "in_channels": 3, "out_ch": 3, "attn_resolutions": []})
+    channels = tuple(unet["model_channels"] * factor for factor in unet["channel_mult"])
+    of_unet = UNetConfig(
+        in_channels=unet["in_channels"], out_channels=unet["out_channels"], channels=channels,
+        blocks_per_level=unet["num_res_blocks"], context_dim=unet["context_dim"], head_dim=unet["num_head_channels"],
+        attention_levels=tuple(2**i in unet["attention_resolutions"] for i in range(len(channels))))
+    of_vae = VAEConfig(
+        channels=tuple(vae["ch"] * factor for factor in vae["ch_mult"]), blocks_per_level=vae["num_res_blocks"],
+        latent_channels=vae["z_channels"], scale=content.get("scale_factor", VAEConfig.scale))
+    return of_unet, of_vae
+
+
+def port_structure(content):
+    """The config.json of the port -> the structure of its UNet."""
+    names.expect(content, {"_class_name": "UNet3DVideoCrafterConditionModel", "fps_cond": True})
+    return names.unet_from_diffusers(content | {"_class_name": "UNet3DConditionModel"}, UNetConfig)
 
 
 def random(base, seed, dtype, device, sizes=SMALL):

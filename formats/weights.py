@@ -4,7 +4,7 @@ import re
 from itertools import product
 from pathlib import Path
 
-from formats.tensors import check_hub_cache, read_tensors, weight_files
+from formats.tensors import read_tensors, weight_files
 from support.files import first_line, read_json
 
 TINY = Path(__file__).resolve().parents[1] / "tiny" / "weights"
@@ -69,29 +69,6 @@ def find_base_file(base, given):
         if part == "transformer" and config.is_file():
             raise ValueError(f"{config}: network {network!r}: must be one of {', '.join(NETWORKS)}")
     return "modelscope", path
-
-
-def find_parts(base, folder, given):
-    """
-    (folder, {part: its file or folder}) of a base; a file is a UNet with its other parts beside it. given: {part: a path to take
-    instead, or None}. A base that does not predict noise is refused, since it would be trained as if it did.
-    """
-    scheduler = find_part(folder, ["scheduler/scheduler_config.json"])
-    predicted = read_json(scheduler).get("prediction_type", "epsilon") if scheduler else "epsilon"
-    if predicted != "epsilon":
-        raise ValueError(f"{scheduler}: prediction_type is {predicted!r}: must be 'epsilon', for which this code samples")
-
-    paths = {part: Path(path) for part, path in given.items() if path}
-    if folder.is_file():
-        paths["unet"] = folder
-        folder = folder.parent
-    for part, names in PARTS.items():
-        paths[part] = paths.get(part) or find_part(folder, names)
-        if paths[part] is None:
-            check_hub_cache(folder)
-            flag = "" if part == "unet" else f", or --{part.replace('_', '-')}"
-            raise ValueError(f"{base}: no {part} found in {folder}; expected one of {', '.join(names)}{flag}")
-    return folder, paths
 
 
 def find_part(folder, names):

@@ -26,7 +26,7 @@ from support.clips import fit_prompts, read_prompts, told_by
 from support.files import read_json, write_text, write_whole
 from support.ranks import is_main_process, on_rank_0, rank_and_size, sample_generator
 from support.run import Stopped, read_metrics
-from support.settings import check_at_least, rows_columns
+from support.settings import check_at_least, clip_shape
 
 # ----------------------------------------------------------------------------------------------
 # Settings
@@ -126,8 +126,7 @@ class Videos:
         key: with a video's position it seeds the generator of its noise and frames; keys are for
         generators of what else a video draws."""
         cfg, base = self.cfg, self.base
-        height, width = rows_columns(cfg.size, base.default_size)
-        shape = base.latent_shape(cfg.frames, height, width)                  # (C, f, h, w)
+        shape = base.latent_shape(*clip_shape(base, cfg))                     # (C, f, h, w)
         noise, g, captions, keys = [], [], [], []
         for position, index in share:
             generator = sample_generator(*key, position)
@@ -154,8 +153,7 @@ def read_videos(cfg, base, pick_frames=None):
         prompts = base.world.prompt_sets()["in_domain"]
     else:
         prompts = read_prompts(cfg.prompts_train)
-    height, width = rows_columns(cfg.size, base.default_size)
-    base.latent_shape(cfg.frames, height, width)  # refuses a size that has no latents
+    base.latent_shape(*clip_shape(base, cfg))  # refuses a size that has no latents
     prompts = fit_prompts(prompts, base)
     for start in range(0, len(prompts), 64):  # now, as the text encoder may leave the accelerator
         base.encode_text(prompts[start:start + 64])

@@ -35,7 +35,7 @@ from methods import common
 from reward import first_frames
 from sampler import sample
 from support.ranks import map_tensors, rank_and_size, sample_generator
-from support.settings import chain_levels, check_positive
+from support.settings import chain_levels, check_at_least
 
 
 def dpo_loss(error_w, error_l, ref_error_w, ref_error_l, beta=5000.):
@@ -108,7 +108,7 @@ def check(cfg):
     """All that can be known before anything is loaded; ValueError in one line."""
     common.check(cfg)
     common.check_rounds(cfg, "pairs")
-    check_positive(cfg, "beta")
+    check_at_least(cfg, "beta")
 
 
 def method(cfg, base, rewards, folder):

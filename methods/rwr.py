@@ -35,7 +35,7 @@ from methods import common
 from reward import first_frames
 from sampler import sample
 from support.ranks import rank_and_size, sample_generator
-from support.settings import chain_levels, check_positive
+from support.settings import chain_levels, check_at_least
 
 
 def reward_weights(rewards, temperature):
@@ -89,7 +89,7 @@ PRESETS = common.presets(Config, rounds=10, videos=2048, batch_size=16)
 def check(cfg):
     """All that can be known before anything is loaded; ValueError in one line."""
     common.check(cfg)
-    check_positive(cfg, "temperature")
+    check_at_least(cfg, "temperature")
     if cfg.data is None:
         common.check_rounds(cfg, "videos")
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from support.files import first_names, read_text, write_whole
 from support.ranks import all_gather, barrier, is_main_process, map_tensors, progress, rank_and_size, take
-from support.videos import plan_windows, read_all_windows, read_as_in_version_1, read_picture
+from support.videos import read_all_windows, read_as_in_version_1, read_picture
 
 SUFFIXES = (".mp4 .webm .avi .mov .mkv .gif .m4v .mpg .mpeg .ts .mts .m2ts .flv .f4v .ogv .wmv .asf .3gp .3g2 .vob .m2v .mxf "
             ".y4m .divx .dv .rm .rmvb .nut").split()
@@ -263,73 +263,63 @@ def fill_cached(entries, files, compute, unit):
     entries.update(find_cached({item: file for item, file in files.items() if entries[item] is None}))
 
 
-def find_problems(clips, config, entries):
-    """{path, or Clip without a caption: why it cannot be used}; entries: {path: its cache entry or None} of files that are there.
-    The ranks share the work and all get the whole: a file that one node does not see is left out on every node."""
-    rank, world_size = rank_and_size()
-    mine = {}
-    for i, path in enumerate(dict.fromkeys(clip.path for clip in clips)):
-        if path not in entries:
-            mine[path] = f"{path}: cannot be read: no such file"
-        elif entries[path] is None and i % world_size == rank:
-            try:
-                plan_windows(path, config)
-            except ValueError as error:
-                mine[path] = str(error)
-    problems = {clip: f"{clip.path}: no caption" for clip in clips if not clip.caption}
-    for theirs in all_gather(mine):
-        problems |= theirs
-    return problems
+def reason_against(clip, problems):
+    """Why a clip cannot be used, "" if it can; problems: {path: why}."""
+    return problems.get(clip.path, "" if clip.caption else f"{clip.path}: no caption")
 
 
 def leave_out(clips, problems, max_skip):
-    """The clips without a problem. ValueError if too many have one."""
-    good = [clip for clip in clips if clip.path not in problems and clip not in problems]
-    bad = len(clips) - len(good)
-    if not good or not bad <= max_skip * len(clips):
-        first = next(iter(problems.values()), "none given")
-        raise ValueError(f"{bad} of {len(clips)} clips cannot be used; at most {max_skip:.0%} may, and not all (--max-skip). "
-                         f"The first: {first}")
-    return good
+    """The clips that can be used. ValueError if too many cannot."""
+    reasons = [reason_against(clip, problems) for clip in clips]
+    bad = list(filter(None, reasons))
+    if len(bad) == len(clips) or len(bad) > max_skip * len(clips):
+        raise ValueError(f"{len(bad)} of {len(clips)} clips cannot be used; at most {max_skip:.0%} may, and not all "
+                         f"(--max-skip). The first: {bad[0]}")
+    return [clip for clip, reason in zip(clips, reasons) if not reason]
 
 
 @torch.no_grad()
 def encode_clips(clips, config, base, cache_dir, num_workers, max_skip):
     """Moments, text, captions and names of all usable clips, in the list's order, as data.encode_clips describes them."""
     vae_name, text_name = base.fingerprints()
-    files = {}
+    files, problems = {}, {}
     for path in dict.fromkeys(clip.path for clip in clips):
-        if path.is_file():  # a file that was replaced has another size or time
-            state = str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns
-            files[path] = cached_file(cache_dir, CACHE_VERSION, "moments", vae_name, asdict(config), state)
-            old = cached_file(cache_dir, 1, "moments", vae_name, asdict(config), state)
-            if old and old.exists() and read_as_in_version_1(path, config):
-                with suppress(FileNotFoundError):  # another rank was faster
-                    old.replace(files[path])
+        if not path.is_file():
+            problems[path] = f"{path}: cannot be read: no such file"
+            continue
+        state = str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns  # of a file that was replaced, others
+        files[path] = cached_file(cache_dir, CACHE_VERSION, "moments", vae_name, asdict(config), state)
+        old = cached_file(cache_dir, 1, "moments", vae_name, asdict(config), state)
+        if old and old.exists() and read_as_in_version_1(path, config):
+            with suppress(FileNotFoundError):  # another rank was faster
+                old.replace(files[path])
     entries = find_cached(files)
 
-    # 1. Cached clips were checked when they were encoded. Check the others before the long work.
-    problems = find_problems(clips, config, entries)
-    for problem in problems.values() if is_main_process() else ():
-        tqdm.write(f"left out: {problem}")
+    # 1. What is known before the long work: files that are not there, or that one node does not see, and captions.
+    for theirs in all_gather(problems):
+        problems |= theirs
+    for clip in dict.fromkeys(clips) if is_main_process() else ():
+        if reason_against(clip, problems):
+            tqdm.write(f"left out: {reason_against(clip, problems)}")
     files = {clip.path: files[clip.path] for clip in leave_out(clips, problems, max_skip)}
 
     # 2. Decode and encode what is missing, window by window, which bounds the memory.
-    combed = []
+    interlaced = []
 
     def encode_paths(paths):
-        for path, windows, interlaced, problem in read_all_windows(paths, config, num_workers):
-            combed.extend([path] if interlaced else [])
+        for path, windows, is_interlaced, problem in read_all_windows(paths, config, num_workers):
+            interlaced.extend([path] if is_interlaced else [])
             if problem:
                 problems[path] = problem
                 tqdm.write(f"left out: {problem}")  # on any rank: only this one knows
+                leave_out(clips, problems, max_skip)  # ends here if too many are bad, not when all have been encoded
             encoded = [encode_window(base, window, config.fps) for window in windows]
             yield path, map_tensors(lambda *parts: torch.cat(parts), *encoded) if encoded else None  # (n, 2C, F, h, w)
 
     fill_cached(entries, files, encode_paths, "clips")
-    combed = sum(all_gather(combed), [])
-    if combed:
-        say_once(f"{len(combed)} clip(s) are interlaced, so that moving edges look like combs; the first: {combed[0]}")
+    interlaced = sum(all_gather(interlaced), [])
+    if interlaced:
+        say_once(f"{len(interlaced)} clip(s) are interlaced, so that moving edges look like combs; the first: {interlaced[0]}")
 
     # 3. A clip that another rank could not read has no entry: leave it out here too.
     for path in files:

@@ -3,14 +3,13 @@ Settings: the fields that several scripts share, checks that read as one line, a
 
 Every script has one frozen dataclass, from which tyro makes its command line; a field's docstring is its help.
 """
+import argparse
 import json
 import math
 import re
-from contextlib import suppress
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import UnionType
-from typing import Literal, Union, get_args, get_origin, get_type_hints
+from typing import Literal, get_type_hints
 
 import tyro
 
@@ -120,11 +119,6 @@ class TrainingSettings(RewardSettings):
     """torch.compile the network"""
 
 
-def chain_levels(base, cfg):
-    """The noise levels of a run's chain. Some bases' depend on how large its clips are."""
-    return base.levels(cfg.num_steps, (cfg.frames, *rows_columns(cfg.size, base.default_size)))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What a size means, and what a base can do
 
@@ -134,6 +128,16 @@ def rows_columns(size, default=1):
     if len(words) > 2 or not all(word.isdecimal() and int(word) > 0 for word in words):
         raise ValueError(f"size = {size}: must be pixel rows and columns, as in 256 or 480x832")
     return int(words[0]), int(words[-1])
+
+
+def clip_shape(base, cfg):
+    """(F, H, W) of the videos that a script's settings ask for; where they say no size, of the base's own."""
+    return cfg.frames, *rows_columns(cfg.size, base.default_size)
+
+
+def chain_levels(base, cfg):
+    """The noise levels of a run's chain. Some bases' depend on how large its clips are."""
+    return base.levels(cfg.num_steps, clip_shape(base, cfg))
 
 
 def kind_of(base):
@@ -171,11 +175,6 @@ def check_at_least(cfg, *above_zero, **least):
                 raise ValueError(f"{name} = {number}: must be {bound if smallest > -math.inf else 'a finite number'}")
 
 
-def check_positive(cfg, *names):
-    """Every named setting is a finite number above 0."""
-    check_at_least(cfg, *names)
-
-
 def check_training(cfg, world_size):
     """What TrainingSettings and the steps and batches of every method must be."""
     check_at_least(cfg, "lr", "clip_grad", "lora_alpha", steps=1, batch_size=1, max_bad_steps=1, save_every=1, frames=1,
@@ -211,27 +210,22 @@ GONE = {"keep", "tensorboard"}  # settings of earlier versions that changed no n
 def parse(argv, presets, description):
     """
     Command line -> settings. The first word may name one of the presets {name: settings}, else it is the first of them. With
-    --resume the run's own settings are the defaults; a flag that would make it another run is a ValueError.
+    --resume the run's own settings come first; a flag that would make it another run is a ValueError.
     """
     argv = list(argv)
     named = argv.pop(0) if argv and not argv[0].startswith("-") else None
     if named is not None and named not in presets:
         raise ValueError(f"preset {named!r}: must be one of {', '.join(presets)}")
-    words = []
-    for word in argv:
-        words += word.split("=", 1)
-    folder = words[words.index("--resume") + 1] if "--resume" in words[:-1] else None  # before the rest can be parsed
-    saved = read_settings(Path(folder), presets) if folder else None
-    defaults = saved or presets[named or next(iter(presets))]
-    flags = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv}
-    hints = get_type_hints(type(defaults), include_extras=True)
-    emptied = {name: () for name in hints.keys() & flags if "UseAppendAction" in str(hints[name])}  # else these are added to
-    cfg = tyro.cli(type(defaults), args=argv, default=replace(defaults, **emptied), description=description)
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--resume", type=Path)
+    folder = finder.parse_known_args(argv)[0].resume  # before the rest can be parsed
+    saved = read_settings(folder, presets) if folder else {}
+    defaults = presets.get(saved.get("preset", named), next(iter(presets.values())))
+
+    cfg = from_record(saved, defaults, argv, description=description)
     if saved:
-        old, new = to_record(saved), to_record(cfg)
-        changed = [name for name in old if old[name] != new[name] and name not in MAY_CHANGE]
-        if named not in (None, saved.preset):
-            changed.append("preset")
+        record = to_record(cfg) | {"preset": named or saved["preset"]}
+        changed = [name for name in record if record[name] != saved[name] and name not in MAY_CHANGE]
         if changed:
             raise ValueError(f"resume {folder}: {', '.join(changed)} would make it another run; only "
                              f"{', '.join(sorted(MAY_CHANGE))} may change")
@@ -243,58 +237,60 @@ def parse(argv, presets, description):
             is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.base) is not None
             lacks = "no such file or folder" + is_hub_id * f"; if it is a hub id, it {lacks}"
         raise ValueError(f"base {cfg.base}: {lacks}")
+    check_is_read_back(cfg, defaults)
+    return cfg
+
+
+def check_is_read_back(cfg, defaults):
+    """ValueError if config.json cannot keep settings of a method of one's own: the run could not be continued."""
     for parent in type(cfg).__mro__[1:]:
         for name, hint in get_type_hints(parent).items():
             if get_type_hints(type(cfg))[name] != hint:
                 raise ValueError(f"setting {name}: {parent.__name__} has one of this name and of another type; rename yours")
-    from_record(json.loads(json.dumps(asdict(cfg), default=str)), type(cfg))  # a run must not begin that cannot go on
-    return cfg
+    try:
+        again = from_record(to_record(cfg), defaults, console_outputs=False)
+    except SystemExit:  # tyro's way to refuse
+        again = defaults
+    if to_record(again) != to_record(cfg):
+        raise ValueError("settings: cannot be read back from config.json, so the run could not be continued; each must be a "
+                         "number, a word, a path, None, or a tuple of such")
+
+
+def from_record(record, defaults, argv=(), **options):
+    """The settings that config.json keeps, then those of a command line, by tyro, whose options these are."""
+    flags = {word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in argv}
+    known, hints = to_record(defaults), get_type_hints(type(defaults), include_extras=True)
+    said = {name: value for name, value in record.items() if value != known[name] and name not in {*flags, "preset"}}
+    repeatable = {name for name in hints if "UseAppendAction" in str(hints[name])}
+    emptied = dict.fromkeys(repeatable & {*flags, *said}, ())  # else what is said would be added to these
+    words = []
+    for name, value in said.items():
+        flag, values = name.replace("_", "-"), value if isinstance(value, list) else [value]
+        if hints[name] is bool:
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif name in repeatable or not isinstance(value, list):
+            words += [f"--{flag}={item}" for item in values]
+        else:
+            words += [f"--{flag}", *map(str, values)]
+    return tyro.cli(type(defaults), args=[*words, *argv], default=replace(defaults, **emptied), **options)
 
 
 def read_settings(folder, presets):
-    """The settings of a run folder's config.json; those that came later have defaults. ValueError if it is another method's."""
+    """What a run folder's config.json says, and the defaults of settings that came later. ValueError for another method's."""
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"resume {folder}: holds no run (no config.json)")
     saved = read_json(file)
     if "grad_accum" in saved or isinstance(saved.get("reward", []), str):
         raise ValueError(f"resume {folder}: a run of an early version; continue it with that version, or start it anew")
-    defaults = presets.get(str(saved.get("preset")), next(iter(presets.values())))
-    known = to_record(defaults)
+    known = to_record(presets.get(str(saved.get("preset")), next(iter(presets.values()))))
     for name in sorted(GONE & saved.keys()):
         print(f"{file}: {name} = {saved.pop(name)} is no setting any more, and changes nothing")
     for word, names in (("not known", saved.keys() - known.keys()),
                         ("missing", {"steps", "prompts_train"} & known.keys() - saved.keys())):
         if names:
             raise ValueError(f"{file}: not the settings of this method or version; {word}: {', '.join(sorted(names))}")
-    return from_record(known | saved, type(defaults))
-
-
-def from_record(value, hint):
-    """What JSON holds, as its type has it: lists become tuples, words paths. hint: a class of settings, or the type of one."""
-    kind, parts = get_origin(hint), get_args(hint)
-    if is_dataclass(hint):
-        settings, wrong = {}, []
-        for name, hint_of_name in get_type_hints(hint).items():
-            try:
-                settings[name] = from_record(value[name], hint_of_name)
-            except TypeError:
-                wrong.append(name)
-        if wrong:
-            raise ValueError(f"settings {', '.join(wrong)}: cannot be read back from config.json, so the run could not be "
-                             "continued; each must be of its type: a number, a word, a path, None, or a tuple of such")
-        return hint(**settings)
-    if kind in (Union, UnionType):
-        for part in parts:  # the first that fits, as on the command line
-            with suppress(TypeError):
-                return from_record(value, part)
-    if kind is tuple and isinstance(value, list):
-        return tuple(from_record(item, parts[0]) for item in value)
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if type(value) is hint or (hint is float and type(value) is int) or (kind is Literal and value in parts):
-        return value
-    raise TypeError
+    return known | saved
 
 
 def to_record(cfg):

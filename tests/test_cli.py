@@ -29,7 +29,7 @@ from formats.weights import TINY
 from model import load_base
 from sampler import sample
 from support import pictures, settings, tables, videos
-from support.clips import find_problems, read_list
+from support.clips import read_list
 from tiny import world
 
 PROMPT = "a red circle moving left"
@@ -74,7 +74,7 @@ def test_a_folder_of_generated_videos_is_what_train_takes_as_data():
     assert len(listing()) == len(listing("lr:1e-5")) == 3 * 3
     listed = read_list("lr:1e-5")
     assert [(clip.path.suffix, clip.caption) for clip in listed] == [(".mp4", prompt) for prompt in prompts]
-    assert not find_problems(listed, ClipConfig(num_frames=4), dict.fromkeys(clip.path for clip in listed))
+    assert not any(problem for *_, problem in videos.read_all_windows([clip.path for clip in listed], ClipConfig(num_frames=4)))
 
 
 def test_file_names_are_safe_whatever_the_prompt():
@@ -196,7 +196,7 @@ def test_base_and_fine_tuned_on_two_sets_at_several_d_and_guidance(adapter, capf
     for row, scale in zip(rows[4:6], (0., .5)):
         lora.set_scale(base.network, scale)
         found, _ = evaluate.evaluate(base, score, [PROMPT, "a blue ring moving up"], seed=4, num_steps=3, guidance=1., segments=2,
-                                     frames=4)
+                                     shape=(4, 32, 32))
         assert row["measures"] == pytest.approx(tables.summary(found), abs=1e-6)
         again.append(found)
     gain = rows[5]["differences"]["reward"]

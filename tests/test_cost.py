@@ -1,6 +1,6 @@
 """
 What a training step costs, held to the method's floor (guided steps tau D times, the last with gradient; S frames decoded and
-scored; nothing run twice), to diffusers' step, to whole runs of each method, and to what a process grows by.
+scored; nothing run twice), to whole runs of each method, and to what a process grows by.
 """
 import json
 import re
@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, TransformerTemporalModel, UNet3DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,17 +18,19 @@ import benchmark
 import lora
 import train
 from bases.modelscope import Base
-from benchmark import PARTS, Config, count_contenders, count_memory, measure, measure_peak, synthetic_batch
+from benchmark import PARTS, Config, count_memory, count_step, measure, measure_peak, synthetic_batch
+from formats import names
 from methods import adjoint, ddpo, dpo, draft, nft, refl, rwr, vader
 from model import Autoencoder, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig, load_base
-from reward import load_reward
+from reward import aggregate, load_reward, tar_weights
+from sampler import edit_steps
 from tests.conftest import refused
 
 # TFLOP of the networks at full size, 16 x 32 x 32 latents (multiply-adds x 2), and of a step's least work for one video with
 # cached latents: 24 denoiser calls, the last 2 with gradient to their inputs, 4 frames and pictures with gradient to theirs.
 UNET, DECODE, ENCODE, IMAGE, TEXT = 4.89, 0.62, 0.27, 0.33, 0.05
 FLOOR = 134.7
-FULL = Config(base="random", batch_size=1, device="meta", diffusers=False)
+FULL = Config(base="random", batch_size=1, device="meta")
 
 
 def tflop(run, *shapes, dtype=torch.float32):
@@ -38,7 +41,7 @@ def tflop(run, *shapes, dtype=torch.float32):
 
 def test_the_step_at_full_size_does_the_least_work():
     base, reward = benchmark.load(FULL, torch.device("meta"))
-    row = count_contenders(base, reward, FULL)["ours"]
+    row = count_step(base, reward, FULL)
     work = row["tflop"]
     assert row["calls"] == {"chain": 22, "last step": 2, "decode": 4, "reward": 4}
     assert work["step"] == pytest.approx(sum(work[part] for part in PARTS)) == pytest.approx(FLOOR, rel=.05)
@@ -74,7 +77,7 @@ def test_the_table_in_the_docs_is_the_count_at_full_size(monkeypatch):
 SMALL = UNetConfig(channels=(16, 32), blocks_per_level=1, attention_levels=(False, True), context_dim=16, head_dim=8,
                    stem_heads=1, norm_groups=8, sample_size=8)
 ONE_LEVEL = replace(SMALL, channels=(16,), attention_levels=(True,))  # on meta what takes time is operations
-SHORT = Config(base="small", batch_size=2, frames=4, size=16, num_steps=5, steps=1, diffusers=False)
+SHORT = Config(base="small", batch_size=2, frames=4, size=16, num_steps=5, steps=1)
 
 
 def small(config=ONE_LEVEL):
@@ -91,23 +94,48 @@ def small(config=ONE_LEVEL):
     return base, load_reward(weights="random:32")
 
 
-def gradient(contender, batch):
+def gradient(R, network):
     """R, and its gradient in the order of the adapters' names: diffusers has its modules in another one."""
-    adapters = {name: p for name, p in contender.networks[0].named_parameters() if p.requires_grad}
-    assert {*map(id, adapters.values())} == {*map(id, contender.parameters)}
-    R = contender.score(batch)
+    adapters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     return R.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(-R.sum(), [adapters[k] for k in sorted(adapters)])])
+
+
+def edit_by_diffusers(base, unet, batch, settings):
+    """z_0 of the edit by diffusers' own classes, guidance as one call on a doubled batch."""
+    z, eps, text, _, _ = batch
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                              set_alpha_to_one=False, steps_offset=1)
+    scheduler.set_timesteps(settings.num_steps)
+    timesteps = scheduler.timesteps[-edit_steps(settings.tau, settings.num_steps):]
+    embeds = torch.cat([base.encode_text([""]).expand(len(z), -1, -1), text])
+    z_t = scheduler.add_noise(z, eps, timesteps[:1])
+    for i, t in zip(range(len(timesteps), 0, -1), timesteps):
+        with torch.set_grad_enabled(i <= settings.grad_steps):
+            eps_u, eps_c = unet(torch.cat([z_t, z_t]), t, encoder_hidden_states=embeds).sample.chunk(2)
+            z_t = scheduler.step(eps_u + settings.guidance * (eps_c - eps_u), t, z_t).prev_sample
+    return z_t
 
 
 def test_the_step_on_diffusers_is_the_same_method():
     base, reward = small(SMALL)
-    mine = benchmark.contenders(base, reward, SHORT)["ours"]
+    score, _ = benchmark.make_step(base, reward, SHORT)
     for i, layer in enumerate(lora.layers(base.network).values()):  # not as they start, where A has no gradient
         torch.nn.init.normal_(layer.lora_B, std=0.1, generator=torch.Generator().manual_seed(i))
+    structure = names.unet_to_diffusers(SMALL)
+    del structure["stem_heads"]  # diffusers has no such field: it is always 8 there, but 1 here
+    unet = UNet3DConditionModel.from_config(structure)
+    unet.transformer_in = TransformerTemporalModel(1, SMALL.head_dim, SMALL.channels[0], norm_num_groups=SMALL.norm_groups)
+    vae = AutoencoderKL.from_config(names.vae_to_diffusers(base.vae.config))
+    lora.inject(unet)
+    for theirs, mine in ((unet, base.network), (vae, base.vae)):
+        theirs.eval().load_state_dict(mine.state_dict())
+
     settings = replace(train.PRESETS["modelscope"], tau=SHORT.tau, num_steps=SHORT.num_steps, frames=SHORT.frames)
-    batch = synthetic_batch(base, SHORT, 2)
-    R, grad = gradient(mine, batch)
-    R_theirs, theirs = gradient(benchmark.on_diffusers(base, reward, base.encode_text([""]), settings), batch)
+    batch = _, _, _, g, captions = synthetic_batch(base, SHORT, 2)
+    R, grad = gradient(score(batch), base.network)
+    latent = edit_by_diffusers(base, unet, batch, settings).transpose(1, 2)[torch.arange(2)[:, None], g]     # (B, S, C, h, w)
+    frames = vae.decode(latent.flatten(0, 1) / vae.config.scaling_factor).sample.unflatten(0, g.shape) / 2 + .5
+    R_theirs, theirs = gradient(aggregate(reward(frames, captions), tar_weights(g, SHORT.frames, settings.lambda_tar)), unet)
     assert grad.abs().max() > 0
     torch.testing.assert_close(R_theirs, R, rtol=1e-4, atol=1e-6)
     assert torch.cosine_similarity(grad, theirs, dim=0) > 0.9999 and (grad - theirs).norm() < 1e-3 * grad.norm()
@@ -119,7 +147,7 @@ def test_saving_memory_recomputes():
     (base, reward), cfg = small(SMALL), replace(SHORT, batch_size=1, num_steps=2, tau=1.)
     rows = []
     for flags in ({}, {"checkpoint_activations": True}, {"low_memory": True}):
-        rows.append(count_contenders(base, reward, replace(cfg, **flags))["ours"])
+        rows.append(count_step(base, reward, replace(cfg, **flags)))
         assert rows[-1]["calls"] == {"chain": 2, "last step": 2, "decode": 4, "reward": 4}
     plain, blocks, low = (row["tflop"] for row in rows)
     for part in set(PARTS) - {"backward"}:
@@ -147,7 +175,7 @@ def test_a_causal_decoder_is_counted_as_it_runs():
     """With the middle frames of the segments, on the CPU with numbers."""
     cfg = replace(SHORT, base="random-wan", batch_size=1, frames=9, size="16x32")
     base, reward = benchmark.load(cfg, torch.device("cpu"))
-    row = count_contenders(base, reward, cfg)["ours"]
+    row = count_step(base, reward, cfg)
     assert row["calls"] == {"chain": 4, "last step": 2, "decode": 4, "reward": 4}
     lora.inject(base.network)
     z, eps, text, _, captions = synthetic_batch(base, cfg, 1)
@@ -288,28 +316,23 @@ def test_refl_stops_at_the_middle_of_its_last_steps(monkeypatch):
     assert row["without_gradient"] == row["with_gradient"] == 2  # guidance takes two passes
 
 
-def test_the_report(tmp_path, capsys, monkeypatch):
-    order, timed = [], benchmark.time_step
-    monkeypatch.setattr(benchmark, "time_step", lambda mine, *more: order.append(type(mine.networks[0])) or timed(mine, *more))
+def test_the_report(tmp_path, capsys):
     out = tmp_path / "new" / "report.json"
     benchmark.main(Config(batch_size=1, frames=4, size=16, num_steps=4, tau=.5, steps=1, device="cpu", out=out))
     report, shown = json.loads(out.read_text()), capsys.readouterr().out
     assert report["settings"]["num_steps"] == 4 and report.keys() >= {"torch", "diffusers", "device", "threads", "dtype"}
-    for name, row in report["contenders"].items():
-        assert list(row["tflop"]) == [*PARTS, "step"] and row["seconds"] > 0 and row["peak_gib"] is None
-        assert row["calls"] == {"chain": 2, "last step": 2, "decode": 4, "reward": 4}
-        assert f"{name}: {row['seconds']:.4g} s a step, {row['tflop']['step'] / row['seconds']:.4g} TFLOP/s\n" in shown
-    ours, theirs = (report["contenders"][name]["tflop"] for name in ("ours", "diffusers"))
-    assert theirs == {part: pytest.approx(work, rel=.05) for part, work in ours.items()}  # it saves what ours saves
-    assert [network is UNet3D for network in order] == [False, True, True, False]  # in turns; the first two warm up
-    assert report["time_ratio"]["min"] > 0 and "diffusers takes" in shown and f"report: {out}" in shown
+    row = report["step"]
+    assert list(row["tflop"]) == [*PARTS, "step"] and row["seconds"] > 0 and row["peak_gib"] is None
+    assert row["calls"] == {"chain": 2, "last step": 2, "decode": 4, "reward": 4}
+    assert f"\n{row['seconds']:.4g} s a step, {row['tflop']['step'] / row['seconds']:.4g} TFLOP/s\n" in shown
+    assert f"report: {out}" in shown
 
 
 def test_the_meta_device_counts_and_times_nothing(monkeypatch):
     monkeypatch.setattr(benchmark, "MEMORY_SETTINGS", {"no flag": {}})
     monkeypatch.setattr(benchmark, "load", lambda cfg, device: small())
-    report = measure(Config(batch_size=1, frames=4, num_steps=1, tau=1., size=16, device="meta", diffusers=False))
-    assert "seconds" not in report["contenders"]["ours"] and "time_ratio" not in report
+    report = measure(Config(batch_size=1, frames=4, num_steps=1, tau=1., size=16, device="meta"))
+    assert "seconds" not in report["step"]
     shown = "\n".join(benchmark.table(report))
     assert "TFLOP" in shown and "no flag   " in shown and "TFLOP/s" not in shown
     saved = [peak["saved"] for peak in report["memory"]["no flag"].values()]
@@ -330,9 +353,8 @@ def test_settings_that_are_refused(settings, message, tmp_path):
 
 def test_a_second_gpu_is_timed_as_such(monkeypatch):
     """On fake functions of torch.cuda: each is asked for the device that was named."""
-    asked, weight, plain = {}, torch.nn.Parameter(torch.ones(1)), torch.nn.Identity()
-    for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+    asked, weight = {}, torch.nn.Parameter(torch.ones(1))
+    for name in ("synchronize", "reset_peak_memory_stats", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda device=None, name=name: asked.setdefault(name, device) and 0)
-    mine = benchmark.Contender(weight.mul, [weight], (plain, SimpleNamespace(decoder=plain), plain))
-    benchmark.time_step(mine, torch.optim.SGD([weight]), torch.ones(1), torch.device("cuda:1"))
-    assert len(asked) == 4 and {*asked.values()} == {torch.device("cuda:1")}
+    benchmark.time_step(weight.mul, [weight], torch.optim.SGD([weight]), torch.ones(1), torch.device("cuda:1"))
+    assert len(asked) == 3 and {*asked.values()} == {torch.device("cuda:1")}

@@ -20,7 +20,7 @@ from data import ClipConfig, LatentDataset, batch_indices, encode_clips, epoch_o
 from formats.words import WordTokenizer
 from model import sample_posterior
 from support import clips as clip_lists, ranks as processes
-from support.clips import Clip, find_problems, leave_out, read_list, read_prompts, report_long
+from support.clips import Clip, read_list, read_prompts, report_long
 from support.ranks import sample_generator
 from support.videos import is_even, plan_windows, read_all_windows, read_windows
 from tests.conftest import refused
@@ -169,7 +169,7 @@ def test_clips_without_a_caption_are_named_and_left_out_all_of_them(tmp_path, ca
                        ("list.csv", "path,caption\n0.mp4,a\n1.mp4,\n2.mp4,\" \"\n3.mp4,b\n4.mp4,c\n3.mp4,\n")):
         (tmp_path / name).write_text(text)
         listed = read_list(tmp_path / name)
-        refused(r"3 of 6 clips cannot be used.*1\.mp4: no caption", usable_clips, listed, SMALL)
+        refused(r"3 of 6 clips cannot be used.*1\.mp4: no caption", make, listed, None)
         dataset, encoders = make(listed, None, max_skip=0.5)
         out = capsys.readouterr().out
         assert all(f"left out: {tmp_path / f'{i}.mp4'}: no caption" in out for i in (1, 2, 3)) and "3 of 6 clips" in out
@@ -421,16 +421,23 @@ def test_packets_that_show_nothing_are_not_counted_on(tmp_path, hidden, order, w
     assert [indices(window, 16) for window in read] == (windows or [list(order[k:k + 4]) for k in range(len(order) - 3)])
 
 
-def test_usable_clips_names_what_it_leaves_out(tmp_path):
+def test_clips_that_are_left_out_are_named(tmp_path, capsys):
     clips = 8 * [Clip(grey(tmp_path / "good.mp4", n=8), "grey")]
     (tmp_path / "garbage.mp4").write_bytes(os.urandom(500))
     bad = [Clip(tmp_path / "garbage.mp4", "x"), Clip(grey(tmp_path / "short.mp4", n=9, fps=25), "y")]
     mixed = clips[:3] + bad + clips[3:]
-    good, [garbage, short] = usable_clips(mixed, SMALL, max_skip=0.2)
-    assert good == clips and "garbage.mp4: cannot be read" in garbage
-    assert short.endswith("short.mp4: too short: 4 frames at 8 a second need 10 at its 25 a second, found 9")
-    refused(r"2 of 10 clips cannot be used; at most 10% may, and not all.*--max-skip.*garbage\.mp4", usable_clips, mixed, SMALL)
-    refused("2 of 2 clips cannot be used", usable_clips, bad, SMALL, max_skip=1.0)  # whatever the share, nothing is not enough
+    assert make(mixed, None, max_skip=0.2)[0].captions == ["grey"] * 8
+    out = capsys.readouterr().out
+    assert "left out: " in out and "garbage.mp4: cannot be read" in out and "8 of 10 clips can be used" in out
+    assert "short.mp4: too short: 4 frames at 8 a second need 10 at its 25 a second, found 9\n" in out
+    refused(r"2 of 10 clips cannot be used; at most 10% may, and not all.*--max-skip.*garbage\.mp4", make, mixed, None)
+    refused("2 of 2 clips cannot be used", make, bad, None, max_skip=1.0)  # whatever the share, nothing is not enough
+    worst = [*bad, Clip(tmp_path / "more.mp4", "z"), *clips[:1]]
+    grey(worst[2].path, n=50)
+    encoders = Encoders()
+    encoders.fingerprints = lambda: ("vae", "text")
+    refused("1 of 4 clips cannot be used", encode_clips, worst, SMALL, encoders)
+    assert not encoders.frames, "it ends at the first one that is too many"
 
 
 def test_settings_must_be_above_zero_and_parts_equally_many():
@@ -501,12 +508,6 @@ def make(clips, cache_dir, config=SMALL, vae_name="vae", text_name="text", **opt
     encoders = Encoders()
     encoders.fingerprints = lambda: (vae_name, text_name)
     return encode_clips(clips, config, encoders, cache_dir, **options), encoders
-
-
-def usable_clips(clips, config, max_skip=0.1):
-    """What encode_clips does first: the clips that open and are long enough; it names the others."""
-    problems = find_problems(clips, config, {clip.path: None for clip in clips if clip.path.is_file()})
-    return leave_out(clips, problems, max_skip), list(problems.values())
 
 
 def contents(dataset):
@@ -632,7 +633,7 @@ def test_damage_inside_is_found_when_decoding_and_counts_too(tmp_path, clips, ca
     for _ in range(2):  # found out anew, not mistaken for a cached clip
         refused(r"1 of 5 clips cannot be used.*hole\.mp4", make, mixed, tmp_path / "cache")
     mixed.append(Clip(tmp_path / "nowhere.mp4", "x"))  # the share counts both kinds together
-    refused(r"2 of 6 clips cannot be used.*nowhere\.mp4", make, mixed, None, max_skip=0.2)
+    refused(r"2 of 6 clips cannot be used.*hole\.mp4", make, mixed, None, max_skip=0.2)
 
 
 def test_ranks_encode_disjoint_shares_and_see_the_same(tmp_path, clips, capsys, monkeypatch):

@@ -309,7 +309,7 @@ def less(tensors, *absent):
 
 
 ATTN = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
-Q, K = (f"encoder.layers.1.self_attn.{part}_proj.weight" for part in "qk")
+Q = "encoder.layers.1.self_attn.q_proj.weight"
 STEM = "diffusion_pytorch_model"
 INDEX = f"{STEM}.safetensors.index.json"
 TOWER = "expected the text tower of open_clip or"
@@ -325,9 +325,6 @@ BAD_FILES = [  # who reads it, its name, what it holds, words of the message
      "holds state dicts under ema, model; expected one"),
     (vae_file, "v.pth", {"x": torch.ones(1)} | less(vae, "quant_conv.bias"),
      "1 tensors missing (quant_conv.bias); 1 tensors not known (x)"),
-    (unet_file, "u.pth", official | {"conv_in.bias": unet["conv_in.bias"]}, "(conv_in.bias (a second one))"),
-    (vae_file, "v.pth", old_diffusers(vae) | {k: v for k, v in vae.items() if "to_q.bias" in k},
-     "2 tensors not known (", "to_q.bias (a second one)"),
     (unet_file, "u.pth", less(unet, ATTN) | {f"module.{ATTN}": unet[ATTN]}, f"(module.{ATTN})"),
     (unet_file, "u.pth", unet | {"a\nb\x1b[31m": torch.ones(1)}, r"a\nb\x1b[31m"),
     (unet_file, "u.safetensors", unet | {ATTN: torch.ones(8, 13)}, f"{ATTN} has shape [8, 13], expected [8, 128]"),
@@ -336,7 +333,6 @@ BAD_FILES = [  # who reads it, its name, what it holds, words of the message
     (load_text_encoder, "u.pth", official, TOWER),
     (load_text_encoder, "t.pth", less(text, "embeddings.token_embedding.weight"), TOWER),
     (load_text_encoder, "t.pth", less(text, Q), "1 tensors missing (transformer.resblocks.1.attn.in_proj_weight)"),
-    (load_text_encoder, "t.pth", less(text, K), "not the tensors of transformers' CLIPTextModel (KeyError: "),
     (load_text_encoder, "t.pth", text | {"text_projection.weight": torch.ones(8, 128)}, "text_projection.weight"),
     (load_text_encoder, "c.bin", {k: v for k, v in clip.state_dict().items() if "resblocks.1." not in k}, "not known (tran"),
 ]
@@ -347,7 +343,6 @@ BAD_FOLDERS = [  # changes of a UNet's folder {name: content, None: not there}, 
     ({"config.json": "{}"}, "config.json", "KeyError: 'in_channels'"),
     ({"config.json": {"_class_name": "AutoencoderKL"}}, "expected _class_name 'UNet3DConditionModel', found 'AutoencoderKL'"),
     ({"config.json": {"block_out_channels": []}}, "not a model that can be built"),
-    ({"config.json": {"layers_per_block": 10**9}}, "expected whole numbers from 1 to 64"),
     ({"config.json": {"attention_head_dim": 7}}, "expected [56, 8]"),
     ({"config.json": {"act_fn": "gelu"}}, "expected act_fn 'silu', found 'gelu'"),
     ({f"{STEM}.safetensors": None, INDEX: {"weight_map": {"a": "sub/x.safetensors"}}, "sub/x.safetensors": LFS}, INDEX, "'sub/x"),
@@ -384,8 +379,7 @@ def test_bad_folders_of_the_other_parts(tmp_path):
     write_file(tmp_path / f"vae/{STEM}.safetensors", vae)
     text_model.save_pretrained(tmp_path / "text")
     configs = {"vae": names.vae_to_diffusers(VAE), "text": json.loads((tmp_path / "text/config.json").read_text())}
-    for part, change, message in (("vae", {"scaling_factor": float("inf")}, "a scaling_factor above 0"),
-                                  ("vae", {"in_channels": 1}, "expected in_channels 3"),
+    for part, change, message in (("vae", {"in_channels": 1}, "expected in_channels 3"),
                                   ("vae", {"_class_name": "UNet3DConditionModel"}, "expected _class_name 'AutoencoderKL'"),
                                   ("text", {"hidden_act": "quick_gelu"}, "expected hidden_act 'gelu', found 'quick_gelu'"),
                                   ("text", {"num_attention_heads": 8}, "expected num_attention_heads 2, found 8")):
@@ -400,8 +394,7 @@ def test_bad_folders_of_the_other_parts(tmp_path):
 
 @pytest.mark.parametrize(("change", "of", "message"), [
     ({"hf_model_name": "someone/code"}, "text_cfg", "expected the fields context_length"), ({"embed_dim": 16}, None, "has shape"),
-    ({"layers": 10**6}, "vision_cfg", "whole numbers"), ({"embed_dim": True}, None, "whole numbers"),
-    ({"vision_cfg": [1]}, None, "expected whole numbers"), ({"heads": 5}, "text_cfg", "not a model that can be built")])
+    ({"vision_cfg": [1]}, None, "not the config of a model"), ({"heads": 5}, "text_cfg", "not a model that can be built")])
 def test_malformed_reward_folders(tmp_path, monkeypatch, change, of, message):
     monkeypatch.setattr(open_clip.model, "HFTextEncoder", lambda *args, **kwargs: pytest.fail("a file named a model to fetch"))
     write_file(tmp_path / "config.json", CLIP | ({of: CLIP[of] | change} if of else change))
@@ -443,8 +436,8 @@ STATE = {"version": run_folder.VERSION, "step": 1, "adapters": {"a": ADAPTER, "b
 
 
 @pytest.mark.parametrize("change", [
-    [1], {"version": 2}, {"step": 0}, {"adapters": STATE["adapters"] | {7: 7}}, {"adapters": {"a": ADAPTER.int(), "b": ADAPTER}},
-    {"optimizer": {"state": {0: MOMENTS | {"exp_avg": torch.zeros(1)}}}}, {"optimizer": {"state": {2: MOMENTS}}}], ids=str)
+    [1], {"version": 2}, {"adapters": STATE["adapters"] | {7: 7}}, {"adapters": {"a": ADAPTER.T, "b": ADAPTER}},
+    {"adapters": {"a": ADAPTER}}, {"optimizer": {}}], ids=str)
 def test_a_checkpoint_is_data(tmp_path, change):
     def read(path):
         return run_folder.read_checkpoint(path, STATE["adapters"])

@@ -236,7 +236,7 @@ SHORT = ["--steps", "3", "--save-every", "1", "--eval-every", "0", "--batch-size
     ["explain.py"], ["train.py", *SHORT], ["generate.py", "--prompt", "a red circle moving left"], ["evaluate.py", "--quick"],
     ["-m", "methods.vader", *SHORT], ["-m", "methods.ddpo", *SHORT, "--updates=1"], ["-m", "methods.dpo", *SHORT, "--pairs=4"],
     ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "train.py", *SHORT, "--out", "run"],
-    ["benchmark.py", "--steps", "1", "--no-diffusers"]], ids=" ".join)
+    ["benchmark.py", "--steps", "1"]], ids=" ".join)
 def test_scripts_with_the_defaults_of_cuda(words, aside):
     words, start = [str(ROOT / word) if word.endswith(".py") else word for word in words], time.time()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -485,10 +485,8 @@ def test_malformed_weights(tmp_path, small_sizes):
     refused("vocab.txt: not BERT's words", load_reward, "imagereward", path)
     path, _ = live_pickscore(tmp_path / "clip")
     config = json.loads((path / "config.json").read_text())
-    for key, value, message in (("num_hidden_layers", 10**9, "from 1 to 64"), ("hidden_size", "wide", "config.json")):
-        spoilt = config | {"vision_config": config["vision_config"] | {key: value}}
-        (path / "config.json").write_text(json.dumps(spoilt))
-        refused(message, load_reward, "pickscore", path)
+    (path / "config.json").write_text(json.dumps(config | {"vision_config": config["vision_config"] | {"hidden_size": "wide"}}))
+    refused("config.json", load_reward, "pickscore", path)
 
 
 def test_hub_folders_and_what_lies_beside(tmp_path, monkeypatch, capsys, small_sizes):

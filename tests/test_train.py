@@ -410,8 +410,8 @@ def test_evaluation_during_training_is_the_metric_of_evaluate(whole):
     base = load_base("tiny")
     lora.load(base.network, whole[0] / "lora.safetensors")
     prompts = train.prompt_sets(base, (), 1)["other"]
-    table, _ = evaluate(base, load_reward(base_folder=base.folder), prompts, seed=run_folder.EVAL_SEED + 2, segments=2, frames=4,
-                        num_steps=2)
+    table, _ = evaluate(base, load_reward(base_folder=base.folder), prompts, seed=run_folder.EVAL_SEED + 2, segments=2,
+                        shape=(4, 32, 32), num_steps=2)
     assert metrics(whole[0])[-1]["eval"]["other"]["reward_mean"] == pytest.approx(table["reward"].item(), abs=1e-6)
 
 
@@ -693,7 +693,7 @@ def test_settings_of_every_kind_are_read_back_or_refused_before_anything_is_load
     flags = ["--scales", "-1", "2.5", "--kind", "b", "--share", "None", "--careful", "True", "--folders", "x", "--folders", "y z"]
     cfg = assert_survives(flags, presets)
     assert (cfg.scales, cfg.kind, cfg.share, cfg.careful, cfg.folders) == ((-1., 2.5), "b", None, True, (Path("x"), Path("y z")))
-    refused("^settings table: cannot be read back from config.json, so the run could not be ",
+    refused("^settings: cannot be read back from config.json, so the run could not be ",
             settings.parse, ["--table", "a", "1", "--scales", "3"], presets, "")
 
     @dataclass(frozen=True)
