@@ -9,6 +9,7 @@ import support.threads  # noqa: E402, F401  as in every script
 import json  # noqa: E402
 import re  # noqa: E402
 import runpy  # noqa: E402
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import imageio.v3 as iio  # noqa: E402
@@ -22,6 +23,7 @@ import train  # noqa: E402
 from model import load_base  # noqa: E402
 from reward import load_reward  # noqa: E402
 from support import run as run_folder  # noqa: E402
+from support.videos import write_video  # noqa: E402
 from tiny import clips, world  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,6 +122,27 @@ def write_footage(count, folder=".", height=32, width=32):
     Path("clips.txt").write_text("".join(lines))
 
 
+def write_noise(path, frames=6, height=32, width=32, fps=8, seed=0):
+    """A clip of random pixels; returns them, (F, H, W, 3)."""
+    pixels = torch.randint(255, (frames, height, width, 3), generator=seeded(seed), dtype=torch.uint8).numpy()
+    write_video(Path(path), pixels, fps)
+    return pixels
+
+
+@pytest.fixture(scope="module")
+def animals(tmp_path_factory):
+    """A folder with two clips, two pictures and lists of them, in which runs of every base start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("animals"))
+        for i, name in enumerate(("cat", "dog")):
+            pixels = write_noise(f"{name}.mp4", 30, 32, 48, 24, seed=i)
+            iio.imwrite(f"{name}.png", pixels[0])
+        Path("clips.txt").write_text("cat.mp4|||a cat\ndog.mp4|||a dog\n")
+        Path("prompts.txt").write_text("cat.png|||a cat\ndog.png|||a dog\n")
+        Path("words.txt").write_text("a cat\n")
+        yield
+
+
 def contents(folder):
     """{path: bytes} of every file below a folder."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -156,6 +179,14 @@ def randn(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=seeded(seed), dtype=dtype)
 
 
+randn32 = partial(randn, dtype=torch.float32)
+
+
+def assert_near(ours, theirs, share=1e-4):
+    """Equal but for rounding, of the largest value."""
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=share * theirs.abs().max().item())
+
+
 def built(make, seed=0):
     """A module with seeded weights, frozen."""
     with torch.random.fork_rng():
@@ -171,6 +202,31 @@ def tuned_base(std=.1, dtype=torch.float32):
         for layer in lora.layers(base.network).values():
             layer.lora_B.normal_(std=std, generator=generator)
     return base
+
+
+def random_base(name, noise=0.):
+    """A small base with noise on every weight: as initialised, many parts do little, or the same to all."""
+    base = load_base(f"random-{name}")
+    with torch.no_grad():
+        for i, (path, p) in enumerate(base.network.named_parameters()):
+            if path != "rope.freqs":
+                p.add_(noise * randn32(*p.shape, seed=i))
+    return base
+
+
+def adapted(base, rank=4, alpha=8., letters="qkvo"):
+    """A base with adapters that change what it does."""
+    lora.inject(base.network, rank, alpha, None, letters)
+    with torch.no_grad():
+        for i, layer in enumerate(lora.layers(base.network).values()):
+            layer.lora_B.copy_(.3 * randn32(*layer.lora_B.shape, seed=i))
+    return base
+
+
+def assert_same_adapters(a, b):
+    """The same change of every weight, whatever is in A and what in B."""
+    for one, other in zip(lora.layers(a.network).values(), lora.layers(b.network).values(), strict=True):
+        torch.testing.assert_close(one.scale * one.lora_B @ one.lora_A, other.scale * other.lora_B @ other.lora_A)
 
 
 @pytest.fixture(scope="module")

@@ -1,46 +1,27 @@
 """bases/cogvideox.py against diffusers' own pipelines, on small random weights in the published classes."""
-import importlib
 import json
 import math
-from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
-from conftest import assert_same_run, metrics
-from diffusers import (
-    CogVideoXDDIMScheduler,
-    CogVideoXPipeline,
-    CogVideoXTransformer3DModel,
-    CogVideoXVideoToVideoPipeline,
-)
+from conftest import adapted, assert_near, assert_same_adapters, randn32 as randn, random_base, refused, seeded, write_file
+from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel, CogVideoXVideoToVideoPipeline
 from safetensors.torch import load_file, save_file
 
 import lora
 import sampler
-import train
 from bases import cogvideox
 from bases.diffusers_base import read_tokenizer
 from formats import adapters
 from model import load_base
-from support.videos import write_video
 
 FRAMES, HEIGHT, WIDTH = 9, 48, 32
 
 
-def shaken(module):
-    """The module, with noise on every weight: as initialised, many biases and scales are the same for all."""
-    with torch.no_grad():
-        for i, p in enumerate(module.parameters()):
-            p.add_(.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
-    return module
-
-
 @pytest.fixture(scope="module")
 def base():
-    made = load_base("random-cogvideox")
-    shaken(made.network)
-    return made
+    return random_base("cogvideox", .05)
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +33,6 @@ def base_5b(base):
                                alpha_bar=cogvideox.signal_power(1.))
     made.vae.register_to_config(scaling_factor=.7)
     return made
-
-
-def randn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def noise_like(base, seed=0, frames=FRAMES):
@@ -77,11 +54,6 @@ def ask(text, uncond, **more):
     return dict(prompt_embeds=text, negative_prompt_embeds=uncond, height=HEIGHT, width=WIDTH, guidance_scale=6., **more)
 
 
-def assert_near(ours, theirs, share=1e-4):
-    """Equal but for rounding, of the largest value."""
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=share * theirs.abs().max().item())
-
-
 # ------------------------------------------------------- The chain ---------------------------------------------------------
 
 def test_levels_are_the_published_schedulers():
@@ -96,8 +68,7 @@ def test_levels_are_the_published_schedulers():
     assert (L.t, L.alpha[0], L.sigma[0], L.alpha[2], L.sigma[2]) == ([-1, 499, 999], 1., 0., 0., 1.)
     assert L.alpha[1] == pytest.approx(math.sqrt(scheduler.alphas_cumprod[499])) and L.fresh[1] == 0
     assert cogvideox.levels(7).sigma[0] > 0  # 7 does not divide 1000: 142, less 1000 // 7, is level 0, not the clip
-    with pytest.raises(ValueError, match="num_steps = 0: must be from 1 to 1000"):
-        cogvideox.levels(0)
+    refused("num_steps = 0: must be from 1 to 1000", cogvideox.levels, 0)
 
 
 @pytest.mark.parametrize("kind, D", [("2b", 4), ("2b", 7), ("5b", 7)])
@@ -116,13 +87,13 @@ def test_sampling_equals_diffusers_pipeline(base, base_5b, kind, D):
 def test_the_edit_equals_diffusers_video_to_video(base, tau):
     text, uncond = base.encode_text(["a cat"]), base.unconditional()
     video = randn(FRAMES, 3, HEIGHT, WIDTH).sigmoid()                                          # in [0, 1]
-    generator = torch.Generator().manual_seed(3)
+    generator = seeded(3)
     z = base.draw_latents(base.encode(2 * video - 1)[0], generator)[None]
     C, f, h, w = z.shape[1:]
     eps = torch.randn(1, f, C, h, w, generator=generator).transpose(1, 2)                      # as the pipeline draws it
     ours = sampler.edit(base.predict, z, eps, text, uncond, base.levels(10), tau, 6.)
     theirs = pipeline(base, CogVideoXVideoToVideoPipeline)(
-        video=list(video), strength=tau, num_inference_steps=10, generator=torch.Generator().manual_seed(3),
+        video=list(video), strength=tau, num_inference_steps=10, generator=seeded(3),
         **ask(text, uncond), output_type="latent").frames
     assert_near(ours.detach(), theirs.transpose(1, 2))
 
@@ -202,47 +173,8 @@ def test_a_lower_precision_is_the_networks_and_the_decoders(base):
     assert z.grad.isfinite().all() and z.grad.any()
 
 
-# ------------------------------------------------------- Training ---------------------------------------------------------
-
-FLAGS = ["--base", "random-cogvideox", "--frames", "9", "--size", "32", "--num-steps", "4", "--batch-size", "2",
-         "--reward-weights", "random:32", "--device", "cpu", "--eval-every", "0", "--save-every", "1"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder with two clips and two prompts, in which runs start."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("cogvideox"))
-        for i in range(2):
-            pixels = torch.randint(255, (12, 32, 32, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
-            write_video(Path(f"{i}.mp4"), pixels.numpy(), 8)
-        Path("clips.txt").write_text("0.mp4|||a cat\n1.mp4|||a dog\n")
-        Path("prompts.txt").write_text("a cat\na dog\n")
-        yield
-
-
-def train_on_clips(*flags):
-    return train.main(["cogvideox", *FLAGS, "--data", "clips.txt", "--workers", "0", "--max-skip", "0", *map(str, flags)])
-
-
-def test_a_run_is_continued_bit_for_bit(world):
-    assert train_on_clips("--steps", 3, "--out", "whole") == 0
-    assert train_on_clips("--steps", 2, "--out", "parts") == 0
-    assert train.main(["--resume", "parts", "--steps", "3"]) == 0
-    assert_same_run("parts", "whole")
-    assert all(line["grad_norm"] > 0 for line in metrics("whole"))
-
-
 def test_an_adapter_makes_the_same_video_in_diffusers_and_comes_back(base, tmp_path):
-    def fresh():
-        made = load_base("random-cogvideox")
-        made.network.load_state_dict(base.network.state_dict())
-        return made
-    ours = fresh()
-    lora.inject(ours.network, 4, alpha=8.)
-    with torch.no_grad():
-        for i, layer in enumerate(lora.layers(ours.network).values()):
-            layer.lora_B.copy_(.3 * randn(*layer.lora_B.shape, seed=i))
+    ours = adapted(random_base("cogvideox", .05))
     assert len(lora.layers(ours.network)) == 8
     trained, file = tmp_path / "lora.safetensors", tmp_path / "exported.safetensors"
     lora.save(ours.network, trained)
@@ -252,39 +184,17 @@ def test_an_adapter_makes_the_same_video_in_diffusers_and_comes_back(base, tmp_p
     assert (expected - plain).abs().max() > .01
 
     adapters.export(trained, "diffusers-lora", file)
-    pipe = pipeline(fresh())
+    pipe = pipeline(random_base("cogvideox", .05))
     pipe.load_lora_weights(tmp_path, weight_name=file.name)
     asked = ask(text, uncond, num_frames=FRAMES, latents=noise.transpose(1, 2), num_inference_steps=4)
     assert_near(pipe(**asked, output_type="latent").frames.transpose(1, 2), expected)
-    again = fresh()
+    again = random_base("cogvideox", .05)
     lora.load(again.network, file)
-    for a, b in zip(lora.layers(again.network).values(), lora.layers(ours.network).values()):
-        torch.testing.assert_close(a.scale * a.lora_B @ a.lora_A, b.scale * b.lora_B @ b.lora_A)
-    with pytest.raises(ValueError, match="is no layer of Wan's"):
-        adapters.export(trained, "comfyui", tmp_path / "comfyui.safetensors")
+    assert_same_adapters(again, ours)
+    refused("is no layer of Wan's", adapters.export, trained, "comfyui", tmp_path / "comfyui.safetensors")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name, flags", [
-    ("draft", []), ("refl", []), ("vader", []), ("ddpo", ["--updates", "1"]), ("rwr", ["--rounds", "1", "--videos", "4"]),
-    ("dpo", ["--rounds", "1", "--pairs", "4"]), ("onestep", ["--data", "clips.txt", "--workers", "0"]),
-    ("nft", ["--updates", "1", "--group", "2"]), ("adjoint", ["--steps-learned", "1"])])
-def test_every_method_trains_three_steps(world, name, flags):
-    module = importlib.import_module(f"methods.{name}")
-    prompts = [] if name == "onestep" else ["--prompts-train", "prompts.txt"]
-    assert train.main(["cogvideox", *FLAGS, *prompts, "--steps", "3", *flags, "--out", name], module) == 0
-    lines = metrics(name)
-    assert [line["step"] for line in lines] == [1, 2, 3] and all(0 < line["grad_norm"] < math.inf for line in lines)
-
-
-# -------------------------------------------------------- Refusals ---------------------------------------------------------
-
-@pytest.mark.parametrize("size, what", [((13, 32, 32), "frames = 13: random-cogvideox makes 8k . 1 frames.* 13 frames would be"),
-                                        ((16, 32, 32), "frames = 16"), ((0, 32, 32), "frames = 0"),
-                                        ((9, 40, 32), "must be multiples of 16"), ((9, 32, 0), "must be multiples of 16")])
-def test_a_size_that_has_no_latents_is_refused(base, size, what):
-    with pytest.raises(ValueError, match=what):
-        base.latent_shape(*size)
+# -------------------------------------------------------- A folder ---------------------------------------------------------
 
 
 @pytest.fixture
@@ -302,8 +212,7 @@ def test_a_folder_is_read(base_5b, folder):
     for ours, theirs in zip(loaded.predict(noise, (500, .5, .5), text), base_5b.predict(noise, (500, .5, .5), text)):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert_near(loaded.decode_frames(noise), base_5b.decode_frames(noise))
-    with pytest.raises(ValueError, match="has no text encoder"):
-        loaded.encode_text(["a cat"])
+    refused("has no text encoder", loaded.encode_text, ["a cat"])
 
 
 def test_a_tokenizer_is_read_of_the_published_folders_one_file(tmp_path):
@@ -311,7 +220,7 @@ def test_a_tokenizer_is_read_of_the_published_folders_one_file(tmp_path):
     texts.write_text("a dog rides a bike\nthe quick brown fox\n" * 20)
     sentencepiece.SentencePieceTrainer.train(input=str(texts), model_prefix=str(tmp_path / "spiece"), vocab_size=24, pad_id=0,
                                              eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 4}))
+    write_file(tmp_path / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", "extra_ids": 4})
     words = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
     tokenizer = read_tokenizer(tmp_path)
     for caption in ("a dog  rides", "the \ufb01fth bike", ""):
@@ -323,10 +232,8 @@ def change(path, **values):
 
 
 def test_what_a_folder_lacks_or_is_not_is_named_before_weights_are_read(base, folder, monkeypatch):
-    def refuse(what):
-        with pytest.raises(ValueError, match=what) as raised:
-            load_base(str(folder))
-        assert "\n" not in str(raised.value)
+    def refuse(message):
+        refused(message, load_base, str(folder))
     network = folder / "transformer/diffusion_pytorch_model.safetensors"
     tensors = load_file(network)
     tensors.pop("proj_out.bias")
@@ -340,8 +247,8 @@ def test_what_a_folder_lacks_or_is_not_is_named_before_weights_are_read(base, fo
     (folder / "text_encoder/model.safetensors").unlink()
     refuse("text_encoder: no weights here")
     shards = {f"part {i}": f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
-    (folder / "text_encoder/model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    save_file({"part 1": torch.ones(1)}, folder / "text_encoder" / shards["part 1"])
+    write_file(folder / "text_encoder/model.safetensors.index.json", {"weight_map": shards})
+    write_file(folder / "text_encoder" / shards["part 1"], {"part 1": torch.ones(1)})
     refuse("text_encoder: 1 of 2 shards missing .model-00002-of-00002.safetensors")
 
     scheduler = folder / "scheduler/scheduler_config.json"
