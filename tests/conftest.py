@@ -256,6 +256,13 @@ def write_adapter(path):
     return path
 
 
+def docs_example(page, words):
+    """The lines of Python on a page of docs/ that have these words."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    example, = [lines for lines in blocks if words in lines]
+    return example
+
+
 def metrics(folder):
     """The lines of metrics.jsonl but for the time they took; of a run that goes on, the last one may be half written."""
     path = Path(folder) / "metrics.jsonl"
@@ -281,3 +288,15 @@ def assert_same_run(a, b):
         assert same_tensors(Path(a) / path.name, path), path.name
     if (Path(b) / "rewards.jsonl").is_file():  # DDPO's
         assert (Path(a) / "rewards.jsonl").read_text() == (Path(b) / "rewards.jsonl").read_text()
+
+
+def assert_nearly_same_run(a, b, bound=1e-5):
+    """As two ranks leave it, which add up in another order."""
+    x, y = (load_file(Path(folder) / "lora.safetensors") for folder in (a, b))
+    torch.testing.assert_close(x, y, atol=bound, rtol=0)
+    assert max(t.abs().max() for t in y.values()) > bound
+    for one, two in zip(metrics(a), metrics(b), strict=True):
+        for name, measures in one.pop("eval", {}).items():
+            assert measures == pytest.approx(two["eval"][name], abs=1e-5)
+        two.pop("eval", None)
+        assert one == pytest.approx(two, abs=1e-5)

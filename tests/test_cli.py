@@ -122,14 +122,6 @@ def test_a_lora_and_its_scale(adapter):
     assert adapter.name == "lora.safetensors" and not np.array_equal(base, video("--dtype", "bfloat16"))
 
 
-def test_unknown_words_are_said_once(capfd):
-    make("videos", "--prompt", "a red circle moving left and then right", "--prompt", "a red zebra", "--frames", 1)
-    unknown = [line for line in capfd.readouterr().err.splitlines() if "does not know" in line]
-    assert len(unknown) == 2  # one for each caption with new words, plain lines of their own
-    assert unknown[0].startswith("words this model does not know: and, then; it knows: a red")
-    assert unknown[1] == "words this model does not know: zebra"  # what it knows is listed once
-
-
 # --------------------------------------------------- evaluate.py ---------------------------------------------------
 
 EVALUATE = ["--device", "cpu", "--num-steps", "2", "--count", "2", "--out", "report"]
@@ -276,7 +268,7 @@ def bad_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     files = {"prompts.txt": "a red circle moving left\n", "file": "x", "empty.txt": "\n\n", "hole.txt": "1.mp4||||||16\n",
              "list.txt": "no separator in this line\n", "clips.txt": "gone.mp4|||a cat\n", "run/config.json": "{}",
-             "held/state.pt": "x", "damaged/metrics.jsonl": "x\n{}\n", "report/table.json": "{}"}
+             "held/state.pt": "x", "report/table.json": "{}"}
     for name, text in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
@@ -339,17 +331,13 @@ def test_wrong_values(argv, message, bad_files, monkeypatch):
 @pytest.mark.parametrize("name, argv, message", [
     ("train.py", "--frames 8", "frames = 8, size = 32: the tiny world draws 16 frames of 32 x 32 pixels"),
     ("train.py", "--size 30 --data clips.txt", "height 30 and width 30: must be multiples of"),
-    ("train.py", "--size 32x64", "frames = 16, size = 32x64: the tiny world draws 16 frames of 32 x 32 pixels"),
     ("train.py", "--latent-context 3", "latent_context = 3: base tiny decodes frames from no latents but their own"),
     ("train.py", "tiny --base random-wan --frames 17 --data clips.txt --prompts a=prompts.txt",
      "preset tiny: is not for base random-wan, whose own is wan$"),
-    ("explain.py", "wan --base random:32 --reward-weights random:32 --data clips.txt",
-     "preset wan: is not for base random:32, whose own is modelscope$"),
-    ("generate.py", "--prompt red --size 16x20x4", "size = 16x20x4: must be pixel rows and columns, as in 256 or 480x832"),
     ("train.py", "--data clips.txt", "1 of 1 clips cannot be used.*gone.mp4"), ("train.py", "--dtype int8", "dtype 'int8': must"),
     ("train.py", "tiny --base nowhere --data clips.txt --prompts a=prompts.txt", "base 'nowhere': no such file or folder"),
     ("train.py", "--out file/run", "out file/run: is a file, or inside one"), ("train.py", "--out held", "out held: holds"),
-    ("train.py", "--out damaged", "damaged/metrics.jsonl, line 1: not what"), ("train.py", "--steps many", "invalid"),
+    ("train.py", "--steps many", "invalid"),
     ("generate.py", "--prompt red --base random:32 --lora lora.safetensors", "lora.safetensors: "),
     ("generate.py", "--prompt red --lora file", "file: expected"), ("evaluate.py", "--device meta", "device 'meta'"),
     ("evaluate.py", "--watch diversity --count 2", "watch diversity: needs several")])

@@ -160,27 +160,6 @@ def test_a_causal_decoder_is_counted_as_it_runs():
     assert row["tflop"]["step"] == pytest.approx(counter.get_total_flops() / 1e12, rel=.01)
 
 
-def test_a_row_of_the_table_of_bases(monkeypatch, capsys, tmp_path):
-    """Of the settings of the base's preset, unless asked; the card has a tenth to spare with the flag that needs least."""
-    def parse(*flags):
-        monkeypatch.setattr("sys.argv", ["benchmark.py", "--base", "wan", "--device", "meta", *flags])
-        return benchmark.parse()
-
-    def count_memory(base, reward, cfg, clips_at_once):
-        assert clips_at_once == (1,)
-        return {"no flag": {1: {"total": 30.}}, "--low-memory": {1: {"total": gib}}}
-    monkeypatch.setattr(benchmark, "load", lambda cfg, device: small())
-    monkeypatch.setattr(benchmark, "count_methods", lambda base, reward, cfg, names: {name: {"tflop": 99.6} for name in names})
-    monkeypatch.setattr(benchmark, "count_memory", count_memory)
-    for gib, card in ((14.3, 16), (14.5, 24), (27., 32)):
-        benchmark.main(parse("--size", "32x48", "--out", str(tmp_path / "row.json")))
-        said = capsys.readouterr().out
-        assert f"| wan | 32 x 48 | 17 | 100 | 100 | 100 | 30.0 | {gib} | {card} |" in said
-        assert "base wan, 1 clips of 17 frames" in said
-    cfg = parse("--frames", "33")
-    assert (cfg.frames, cfg.tau, cfg.num_steps, cfg.size) == (33, .4, 20, 256)
-
-
 BASES_DOC = Path(benchmark.__file__).parent / "docs/bases.md"
 ROWS = re.search(r"<!-- python benchmark.py --base .*?\n(.*?)<!-- end -->", BASES_DOC.read_text(), re.DOTALL)[1].splitlines()
 
@@ -326,13 +305,3 @@ def test_settings_that_are_refused(settings, message, tmp_path):
     out = tmp_path / settings.get("out", "report.json")
     refused(message, measure, Config(**settings | {"out": out}))
     assert not [*tmp_path.iterdir()]
-
-
-def test_a_second_gpu_is_timed_as_such(monkeypatch):
-    """On fake functions of torch.cuda: each is asked for the device that was named."""
-    asked, weight, plain = {}, torch.nn.Parameter(torch.ones(1)), torch.nn.Identity()
-    for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
-        monkeypatch.setattr(torch.cuda, name, lambda device=None, name=name: asked.setdefault(name, device) and 0)
-    mine = benchmark.Contender(weight.mul, [weight], (plain, SimpleNamespace(decoder=plain), plain))
-    benchmark.time_step(mine, torch.optim.SGD([weight]), torch.ones(1), torch.device("cuda:1"))
-    assert len(asked) == 4 and {*asked.values()} == {torch.device("cuda:1")}

@@ -165,10 +165,10 @@ def test_behind_the_core_code_is_plain_too(path):
     assert not [node.lineno for node in ast.walk(tree) if isinstance(node, COMPREHENSIONS) and has_inner(node)]
 
 
-@pytest.mark.parametrize("name", CORE)
-def test_lines_and_functions_of_the_core_fit_on_a_screen(name):
-    assert not [line for line in core(name).read_text().splitlines() if len(line) > 100]
-    of_file = functions(parse(core(name)))
+@pytest.mark.parametrize("path", named([*map(core, CORE), *ROOT.glob("methods/*.py")]))
+def test_lines_and_functions_of_the_core_and_the_methods_fit_on_a_screen(path):
+    assert not [line for line in path.read_text().splitlines() if len(line) > 100]
+    of_file = functions(parse(path))
     assert not [f.name for f in of_file if f.end_lineno - f.lineno + 1 > 45]
     assert not [f.name for f in of_file if nesting(f) > 4]
 

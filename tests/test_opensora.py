@@ -51,14 +51,6 @@ def test_levels_by_hand():
     assert chain.alpha[10] / chain.sigma[10] == pytest.approx(.52, abs=.01)
 
 
-def test_a_step_is_eulers(base):
-    z, text, levels = noise_like(base), base.encode_text(["a cat"]), base.levels(5, (FRAMES, HEIGHT, WIDTH))
-    t, sigma = torch.tensor([levels.t[3]]), levels.sigma
-    v = base.network(z, t, text["text"], text["mask"], 24, HEIGHT, WIDTH)
-    stepped, _ = sampler.step(*base.predict(z, (levels.t[3], levels.alpha[3], sigma[3]), text), levels, 3)
-    close(stepped, z + (sigma[3] - sigma[2]) * v)
-
-
 def test_sampling_reads_the_learnt_text_under_the_prompts_own_mask(base):
     noise, text = torch.cat([noise_like(base), noise_like(base, 1)]), base.encode_text(["a cat", "a dog that eats"])
     uncond = base.unconditional(text)
@@ -352,7 +344,6 @@ def test_one_folder_is_read_with_and_without_text_tower(base, folder):
 def test_parts_that_are_missing_or_do_not_fit_are_named(folder, tmp_path):
     def refuse(message, **given):
         refused(message, load_base, str(folder), **given)
-    refuse("nowhere: no such file or folder", vae="nowhere")
     refused("org/vae: no such file or folder", load_base, "random-opensora", vae="org/vae")  # a hub id is no part of other bases
     config = T5EncoderModel.config_class(vocab_size=8, d_model=16, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     T5EncoderModel(config).save_pretrained(tmp_path / "t5")
@@ -362,11 +353,8 @@ def test_parts_that_are_missing_or_do_not_fit_are_named(folder, tmp_path):
     del tensors["encoder.embed_tokens.weight"], tensors["encoder.final_layer_norm.weight"]  # the first is also shared.weight
     save_file(tensors, weights_file, {"format": "pt"})
     refuse("t5: 1 tensors missing .encoder.final_layer_norm.weight.", text_encoder=str(tmp_path / "t5"))
-    weights_file.unlink()
-    refuse("t5: cannot be loaded", text_encoder=str(tmp_path / "t5"))
     for file, change, what in (("net", {"qk_norm": False}, "net: .*expected qk_norm True, found False"),
-                               ("vae", {"micro_frame_size": 16}, "vae: .*expected micro_frame_size 17, found 16"),
-                               ("net", {"hidden_size": 64}, r"net: tensor .* has shape \[.*\], expected")):
+                               ("vae", {"micro_frame_size": 16}, "vae: .*expected micro_frame_size 17, found 16")):
         path = folder / file / "config.json"
         before = path.read_text()
         path.write_text(json.dumps(json.loads(before) | change))
@@ -375,8 +363,6 @@ def test_parts_that_are_missing_or_do_not_fit_are_named(folder, tmp_path):
     (folder / "vae").rename(tmp_path / "elsewhere")
     refuse("no vae found in .*; expected net/ and vae/, or --vae, like hpcai-tech/OpenSora-VAE-v1.2")
     assert load_base(str(folder), vae=str(tmp_path / "elsewhere")).vae.spatial_scale == .18215
-    (folder / "net/model.safetensors").unlink()
-    refuse("net: no weights here", vae=str(tmp_path / "elsewhere"))
 
 
 def test_hub_ids_name_the_three_parts(base, folder, monkeypatch):

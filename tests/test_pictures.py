@@ -62,8 +62,6 @@ def test_tables_fit_a_terminal():
     assert all(f" {name} " in text for name in [*names, "HPStiny ± std"]) and "+0.1000 ± 0.0100" in text
 
 
-# ------------------------------------------------- measures of pixels ----------------------------------------------
-
 def measures(*frames):
     """Of one clip of these frames, each (3, H, W) or a grey value."""
     frames = [f if torch.is_tensor(f) else torch.full((3, 8, 8), f) for f in frames]

@@ -39,15 +39,7 @@ def test_a_log_has_a_line_now_and_then_that_says_what_how_far_the_reward_and_the
     assert lines[0] == "fine-tuning: 0/200 steps, 00:00 gone, ? left"
     assert lines[1] == "fine-tuning: 30/200 steps, 00:30 gone, 02:50 left, HPS 0.029"
     assert lines[-1] == "fine-tuning: 200/200 steps, 03:40 gone, 00:00 left, HPS 0.199"
-
-
-def test_a_part_that_takes_long_has_lines_of_its_own_and_a_short_job_two(shown):
-    slow = [line for line in shown(False, seconds=10.).splitlines() if "evaluating" in line]
-    assert 3 <= len(slow) <= 7 and re.fullmatch(r"evaluating: \d+/20 videos, 0\d:\d0 gone, 0\d:\d0 left", slow[0])
-    assert shown(False, seconds=.01).count("\n") == 2
-    assert shown(False, seconds=.01, leave=False) == ""
-    lines = shown(False, seconds=30.).splitlines()  # a line for every step, and the last one is not said again at the end
-    assert len(lines) == len(set(lines)) > 200
+    assert shown(False, seconds=.01).count("\n") == 2 and shown(False, seconds=.01, leave=False) == ""  # of a short job
 
 
 def test_a_terminal_has_a_bar_that_redraws_itself(shown):

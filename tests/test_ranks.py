@@ -84,8 +84,6 @@ def assert_ended_well(ended):
     assert [status for status, _, _ in ended] == [0, 0], ended
 
 
-# ------------------------------------------------------- Errors -------------------------------------------------------
-
 @pytest.mark.parametrize("error, status, expected", [
     (OSError("no space left"), 1, "script.py: rank 1: no space left"),
     (ValueError("no such file or folder"), 2, "script.py: rank 1: no such file or folder"),
@@ -150,8 +148,6 @@ def test_a_long_wait_for_another_rank_is_no_error(monkeypatch):
     assert_ended_well(ended)
 
 
-# ------------------------------------------------------ A whole run ------------------------------------------------------
-
 def train_in(folders, *argv, before=lambda rank: None):
     """train.py on two nodes, each with a folder of its own."""
     def run(rank):
@@ -188,8 +184,6 @@ def test_nodes_that_have_other_clips_are_told(short_clips):
     assert ended[0][0] == 2 and not Path("node0/run").exists()
     assert any("clips: rank 1 has {'clips': 5," in line and "the same on every node" in line for line in said(ended)), ended
 
-
-# ---------------------------------------------------------- Clips ----------------------------------------------------------
 
 def test_ranks_share_the_checking_of_clips_and_what_one_cannot_see_none_uses(tmp_path, monkeypatch):
     """Each file is demuxed by one of them. A network disk may tell one node that a file is not there."""

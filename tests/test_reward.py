@@ -245,15 +245,6 @@ def test_pixel_gradient():
     assert (frames.grad[saturated] == 0).all() and (frames.grad[~saturated] != 0).float().mean() > 0.999
 
 
-def test_gradient_is_the_slope():
-    hps, frames = HPSv2(tiny_clip().double()), (0.1 + 0.8 * random_frames(1, 1, 28, 28)).requires_grad_()
-    hps(frames, CAPTIONS[:1]).sum().backward()
-    step = 0.02 * torch.randn(frames.shape, generator=seeded())
-    with torch.no_grad():
-        slope = (hps(frames + step, CAPTIONS[:1]) - hps(frames - step, CAPTIONS[:1])).item() / 2
-    assert slope == pytest.approx((frames.grad * step).sum().item(), rel=0.02)
-
-
 def test_any_precision():
     clip = tiny_clip()
     exact = HPSv2(clip)(random_frames(), CAPTIONS)

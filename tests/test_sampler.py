@@ -58,8 +58,7 @@ def inputs(B=2, F=3, H=4, W=5, N=7, E=6):
     return (randn(B, 4, F, H, W, seed=10), randn(B, 4, F, H, W, seed=11), randn(B, N, E, seed=12), randn(1, N, E, seed=13))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Eq. (3): d(i)
+# ---- Eq. (3): d(i) ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("D", "steps"), [
     (20, [1, 51, 101, 151, 201, 251, 301, 351, 401, 451, 501, 551, 601, 651, 701, 751, 801, 851, 901, 951]),
@@ -85,8 +84,7 @@ def test_ddpm_step_outside_the_chain_is_refused(i, D):
         ddpm_step(i, D)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Eq. (4): t_noi = d(tau D)
+# ---- Eq. (4): t_noi = d(tau D) ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("tau", "D", "n", "t_noi"), [
     (0.6, 20, 12, 551),                                # the paper's
@@ -129,8 +127,7 @@ def test_sample_refuses_a_chain_longer_than_training(D):
         sample(None, z, text, uncond, num_steps=D)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# abar and Eq. (5)
+# ---- abar and Eq. (5) ------------------------------------------------------------------------------------
 
 def scheduler(**settings):
     """diffusers' DDIM as the published scheduler_config.json sets it up."""
@@ -167,8 +164,7 @@ def test_add_noise_keeps_dtype_and_device(dtype):
     assert add_noise(z.to("meta", dtype), eps.to("meta"), levels(), 12).device.type == "meta"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One step, which is DDIM's, Euler's of a rectified flow and Euler's of EDM
+# ---- One step, which is DDIM's, Euler's of a rectified flow and Euler's of EDM ---------------------------
 
 @pytest.mark.parametrize("D", [20, 50, 7, 1])
 def test_a_step_with_the_true_noise_stays_on_the_path(D):
@@ -273,8 +269,7 @@ def test_sample_and_edit_match_diffusers_on_the_unet():
                                rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Classifier-free guidance
+# ---- Classifier-free guidance ----------------------------------------------------------------------------
 
 def test_both_branches_in_one_call_on_a_doubled_batch():
     model, (z, eps, text, uncond) = Denoiser(), inputs(B=3)
@@ -325,8 +320,7 @@ def test_a_clip_does_not_depend_on_its_neighbours(make):
         torch.testing.assert_close(together[b:b + 1], alone, rtol=1e-10, atol=1e-10)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The gradient of an edit: through the last K steps, and through no other (Sec. 3.3)
+# ---- The gradient of an edit: through the last K steps, and through no other (Sec. 3.3) ------------------
 
 def chain_by_hand(model, z, eps, text, uncond, tau, D, guidance, K):
     """The same chain run entirely with gradient, and cut before its last K steps, by noise alone."""

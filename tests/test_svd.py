@@ -3,14 +3,12 @@ import importlib
 import math
 from pathlib import Path
 
-import imageio.v3 as iio
 import pytest
 import torch
-from conftest import adapted, assert_near, randn32 as randn, refused, script, seeded, write_file, write_noise
+from conftest import adapted, assert_near, randn32 as randn, refused, script, seeded, write_file
 from diffusers import EulerDiscreteScheduler, StableVideoDiffusionPipeline
 from diffusers.pipelines.stable_video_diffusion import pipeline_stable_video_diffusion as theirs
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from test_bases import ON_CLIPS as CLIPS, run_base
 from transformers import CLIPImageProcessor
 
@@ -35,22 +33,8 @@ def base():
     return load_base("random-svd")
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder with two pictures, two clips and lists of them, in which runs start."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("svd"))
-        for i, name in enumerate(("cat", "dog")):
-            pixels = write_noise(f"{name}.mp4", 8, HEIGHT, WIDTH, 7, seed=i)
-            iio.imwrite(f"{name}.png", pixels[0])
-        Path("clips.txt").write_text("cat.mp4|||a cat\ndog.mp4|||a dog\n")
-        Path("prompts.txt").write_text("cat.png|||a cat\ndog.png|||a dog\n")
-        Path("words.txt").write_text("a cat\n")
-        yield
-
-
 @pytest.fixture
-def told(base, world):
+def told(base, animals):
     """What is told of the first picture, and the noise of a video."""
     shape = base.latent_shape(FRAMES, HEIGHT, WIDTH)
     return base.encode_text(read_prompts("prompts.txt")[:1]), randn(1, *shape)
@@ -68,8 +52,6 @@ def make(pipe, noise, steps=4, **more):
     return pipe(Image.open("cat.png"), HEIGHT, WIDTH, num_frames=FRAMES, num_inference_steps=steps, fps=7,
                 generator=sample_generator(0, "picture"), latents=noise.transpose(1, 2), **more).frames
 
-
-# ------------------------------------------------------- The chain ---------------------------------------------------------
 
 def test_levels_are_those_of_diffusers():
     scheduler = EulerDiscreteScheduler(**SCHEDULER)
@@ -140,8 +122,6 @@ def test_the_loss_is_that_of_v(base, told):
     torch.testing.assert_close(base.error(z_0, eps, z, noise, level), (v - target).square().mean()[None], rtol=1e-4, atol=1e-5)
 
 
-# --------------------------------------------------------- Pixels ----------------------------------------------------------
-
 def decoded(base, z):
     """By the autoencoder's own call, (F, 3, H, W)."""
     return base.vae.decode(z[0].transpose(0, 1) / base.vae.config.scaling_factor, num_frames=z.shape[2]).sample / 2 + .5
@@ -169,8 +149,6 @@ def test_gradient_reaches_the_window(base):
     base.decode_frames(z, torch.tensor([[1]])).sum().backward()
     assert [bool(frame.any()) for frame in z.grad[0].unbind(1)] == [True] * 5 + [False]
 
-
-# ------------------------------------------------------- Adapters ---------------------------------------------------------
 
 
 def test_layers_that_can_learn_nothing_have_no_adapters(told, capsys):
@@ -222,9 +200,7 @@ def test_adapters_of_layers_that_learn_nothing_are_left_out_on_loading(told, tmp
         torch.testing.assert_close(ours, all_of_them, rtol=0, atol=1e-5)
 
 
-# ------------------------------------------------------- Training ---------------------------------------------------------
-
-def test_a_picture_begins_to_move(base, world):
+def test_a_picture_begins_to_move(base, animals):
     flags = ["--base", "random-svd", "--frames", "2", "--size", "32", "--num-steps", "2", "--device", "cpu"]
     assert script("generate.py", *flags, "--image", "cat.png", "--prompt", "a cat", "--out", "one") == 0
     assert script("generate.py", *flags, "--prompts", "prompts.txt", "--out", "two") == 0
@@ -242,9 +218,7 @@ def randn_of(seed, base):
     return torch.randn(1, *base.latent_shape(2, 32, 32), generator=sample_generator(seed, "generate"))
 
 
-# -------------------------------------------------------- Refusals ---------------------------------------------------------
-
-def test_prompts_bring_pictures_where_the_base_wants_them(base, world, monkeypatch):
+def test_prompts_bring_pictures_where_the_base_wants_them(base, animals, monkeypatch):
     prompts = fit_prompts(read_prompts("prompts.txt"), base)
     assert prompts == ["a cat", "a dog"] and prompts[1].picture == Path("dog.png") and prompts[1].line == "dog.png|||a dog"
     monkeypatch.setattr(modelscope.Base, "is_cut", lambda self, caption: False)
@@ -255,7 +229,7 @@ def test_prompts_bring_pictures_where_the_base_wants_them(base, world, monkeypat
     refused("words.txt: cannot be read", fit_prompts, [Prompt("a cat", Path("words.txt"), "")], base)
 
 
-def test_what_is_wrong_is_said_before_anything_long(base, world, monkeypatch):
+def test_what_is_wrong_is_said_before_anything_long(base, animals, monkeypatch):
     monkeypatch.setattr(svd.SVD, "predict", lambda *args: pytest.fail("sampled"))
     monkeypatch.setattr(svd.SVD, "condition", lambda *args: pytest.fail("encoded"))
     draft = importlib.import_module("methods.draft")
@@ -284,15 +258,7 @@ def test_a_folder_is_read_and_what_is_missing_is_named(base, told, tmp_path):
     write_file(config, SCHEDULER | {"prediction_type": "epsilon"})
     refused("prediction_type 'epsilon'; Stable Video Diffusion's is v_prediction", load_base, str(folder))
     config.unlink()
-    weights = folder / "image_encoder/model.safetensors"
-    tensors = load_file(weights)
-    save_file({name: t for name, t in tensors.items() if "visual_projection" not in name}, weights, {"format": "pt"})
-    refused("image_encoder: 1 tensors missing .visual_projection.weight.", load_base, str(folder))
-    save_file(tensors, weights, {"format": "pt"})
-    weights = folder / "vae/diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    refused("vae: cannot be loaded", load_base, str(folder))
-    weights.unlink()
+    (folder / "vae/diffusion_pytorch_model.safetensors").unlink()
     refused("vae: no weights here", load_base, str(folder))
     (folder / "image_encoder/config.json").unlink()
     refused("no config.json in .*image_encoder", load_base, str(folder))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import adapted, assert_near, randn32 as randn, random_base, refused, write_file
+from conftest import adapted, assert_near, docs_example, randn32 as randn, random_base, refused, write_file
 
 import evaluate
 import generate
@@ -43,8 +43,6 @@ def call(network, base, fps=28, seed=0):
     asked = noise_like(base, seed), torch.tensor([501]), base.encode_text(["a cat"])
     return network(*asked, torch.tensor([float(fps)]))
 
-
-# ------------------------------------------------------- The chain ---------------------------------------------------------
 
 def test_the_signal_is_scaled_and_the_noise_is_not():
     scale, L = videocrafter.scales(), videocrafter.levels(4)
@@ -112,8 +110,6 @@ def test_the_network_is_told_the_frame_rate(base):
     cfg = replace(train.PRESETS["videocrafter"], fps=12)
     assert settings.fit_to_base(cfg, mine := replace(base)).guidance == 12 and mine.fps == 12
 
-
-# ------------------------------------------------- Files, as they are published --------------------------------------------
 
 CONFIG = {"unet": dict(in_channels=4, out_channels=4, model_channels=32, attention_resolutions=[1], num_res_blocks=1,
                        channel_mult=[1, 2], num_head_channels=16, transformer_depth=1, context_dim=64, use_linear=True,
@@ -198,18 +194,9 @@ def test_the_port_is_read_with_what_lies_beside_it(base, tmp_path):
     assert weights.find_base_file(str(tmp_path), ()) == ("videocrafter", tmp_path)
 
 
-def test_hub_files_are_its_own():
-    assert weights.hub_files(["README.md", "model.ckpt"]) == {"all": ["model.ckpt"]}
-    files = ["README.md", "config.json", "diffusion_pytorch_model.safetensors"]
-    assert weights.hub_files(files) == {"part": files[1:]}
-
-
 @pytest.mark.parametrize("change, message", [
     ({"use_scale": False}, "config.json: .*expected use_scale True, found False"), ({"scale_b": .5}, "expected scale_b 0.7"),
-    ({"unet": CONFIG["unet"] | {"fps_cond": False}}, "expected fps_cond True"), ({"unet": {}}, "config.json: not the config"),
-    ({"unet": CONFIG["unet"] | {"model_channels": 64}}, "model.ckpt: .*(has shape|tensors missing)"),
-    ({"unet": CONFIG["unet"] | {"context_dim": "64"}}, "model.ckpt: not a model that can be built"),
-    ({"vae": CONFIG["vae"] | {"ch_mult": [1, 1]}}, "model.ckpt: .*tensors")])
+    ({"unet": CONFIG["unet"] | {"fps_cond": False}}, "expected fps_cond True"), ({"unet": {}}, "config.json: not the config")])
 def test_another_structure_is_refused(published, tmp_path, change, message):
     (tmp_path / "model.ckpt").symlink_to(published / "model.ckpt")
     write_file(tmp_path / "config.json", CONFIG | change)
@@ -217,15 +204,12 @@ def test_another_structure_is_refused(published, tmp_path, change, message):
 
 
 @pytest.mark.parametrize("lost, message", [("first_stage_model", "has no autoencoder; expected first_stage_model"),
-                                           ("model.diffusion_model.init_attn", "model.ckpt: .*tensors missing .*transformer_in"),
-                                           ("model.diffusion_model", "model.ckpt: .*tensors missing")])
+                                           ("model.diffusion_model.init_attn", "model.ckpt: .*tensors missing .*transformer_in")])
 def test_a_file_that_lacks_a_part_is_refused(base, tmp_path, lost, message):
     write_file(tmp_path / "model.ckpt", {name: t for name, t in whole(base).items() if not name.startswith(lost)})
     write_file(tmp_path / "config.json", CONFIG)
     refused(message, load_base, str(tmp_path))
 
-
-# ------------------------------------------------------- Adapters ---------------------------------------------------------
 
 
 @torch.no_grad()
@@ -270,17 +254,13 @@ def test_the_lines_of_the_docs_put_an_adapter_onto_diffusers_unet(base, tmp_path
     adapters.export("lora.safetensors", "peft", "out/peft")
     write_file(Path("videocrafterv2_diffusers/diffusion_pytorch_model.safetensors"), base.network.state_dict())
     write_file(Path("videocrafterv2_diffusers/config.json"), {k: v for k, v in PORT.items() if k != "stem_heads"})
-    text = (Path(__file__).resolve().parent.parent / "docs/bases.md").read_text()
-    lines, = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "PeftModel" in block and "fps" in block]
-    exec(lines, here := {})
+    exec(docs_example("bases.md", "PeftModel"), here := {})
     asked = noise_like(base), torch.tensor([501]), base.encode_text(["a cat"])
     theirs = here["unet"](*asked).sample
     assert type(here["unet"].base_model.model).__name__ == "UNet3DConditionModel"
     close(call(tuned.network, base), theirs, share=1e-4)
     assert (theirs - call(base.network, base)).abs().max() > .01
 
-
-# ------------------------------------------------------- Training ---------------------------------------------------------
 
 def test_generate_and_evaluate_tell_the_frame_rate(animals, monkeypatch):
     made = []

@@ -35,8 +35,6 @@ def ask(text, uncond, **more):
     return dict(prompt_embeds=text, negative_prompt_embeds=uncond, height=HEIGHT, width=WIDTH, guidance_scale=4., **more)
 
 
-# ------------------------------------------------------- The chain ---------------------------------------------------------
-
 def test_levels_by_hand():
     L = wan.levels(4)
     assert L.sigma == pytest.approx([0, 3 * .25 / 1.5, 3 * .5 / 2, 3 * .75 / 2.5, 1]) and L.t == [1000 * s for s in L.sigma]
@@ -88,8 +86,6 @@ def test_the_loss_is_the_velocitys(base):
     torch.testing.assert_close(loss, (v - (noise - z)).square().mean()[None], rtol=1e-4, atol=1e-5)
 
 
-# --------------------------------------------------------- Pixels ----------------------------------------------------------
-
 def test_a_few_frames_are_those_of_the_whole_video(base):
     z = torch.cat([noise_like(base, 1), noise_like(base, 2)])
     whole = base.vae.decode(wan.to_vae(base.vae, z)).sample.transpose(1, 2) / 2 + .5           # clamped by the autoencoder
@@ -118,8 +114,6 @@ def test_gradient_reaches_the_latents_of_the_context_and_is_the_decoders_own(bas
     pixels.square().sum().backward()
     torch.testing.assert_close(of_all, z.grad[0], rtol=1e-3, atol=1e-4 * z.grad.abs().max().item())
 
-
-# ------------------------------------------------------- Training ---------------------------------------------------------
 
 def test_latent_context_is_a_setting_of_training(animals):
     """It changes the gradient, not the frames; another one would be another run."""
