@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 import lora  # noqa: E402
 import train  # noqa: E402
+from formats.names import official_vae_names  # noqa: E402
 from model import load_base  # noqa: E402
 from reward import load_reward  # noqa: E402
 from support import run as run_folder  # noqa: E402
@@ -170,6 +171,15 @@ def write_file(path, content, **settings):
     return path
 
 
+def vae_to_official(tensors, config):
+    """An autoencoder's tensors under Stable Diffusion's names, where the attention's projections are 1x1 convolutions."""
+    official = {}
+    for ours, theirs in official_vae_names(config, tensors).items():
+        flat = theirs.endswith(("attn_1.q.weight", "attn_1.k.weight", "attn_1.v.weight", "attn_1.proj_out.weight"))
+        official[theirs] = tensors[ours][:, :, None, None] if flat else tensors[ours]
+    return official
+
+
 def seeded(seed=0):
     """A generator of its own."""
     return torch.Generator().manual_seed(seed)
@@ -223,17 +233,16 @@ def adapted(base, rank=4, alpha=8., letters="qkvo"):
     return base
 
 
-def assert_same_adapters(a, b):
-    """The same change of every weight, whatever is in A and what in B."""
-    for one, other in zip(lora.layers(a.network).values(), lora.layers(b.network).values(), strict=True):
-        torch.testing.assert_close(one.scale * one.lora_B @ one.lora_A, other.scale * other.lora_B @ other.lora_A)
-
-
 @pytest.fixture(scope="module")
 def parts():
     """(base with adapters that do something, reward, the empty caption's features)."""
     base = tuned_base(.05)
     return base, load_reward(base_folder=base.folder), base.encode_text([""])
+
+
+def letters(captions):
+    """A tokenizer: letters, padded to 9 tokens."""
+    return torch.tensor([[1, *(2 + ord(c) % 30 for c in caption[:7]), 33, *[0] * 7][:9] for caption in captions])
 
 
 CAPTIONS = ["a red circle moving left", "a green square moving up"]

@@ -1,9 +1,4 @@
-"""
-What a script loads before its first step: the base model from a folder, a file or the hub, the reward, the run to resume.
-
-Published files are full size; here their structures are small. The hub is a server in this process that speaks the hub's protocol
-to the real huggingface_hub.
-"""
+"""What a script loads first: the base from a folder, a file or the hub (a server in this process), the reward, a run to go on."""
 import hashlib
 import http.server
 import json
@@ -31,8 +26,7 @@ from formats import adapters, names, reward_model, tensors as published, weights
 from model import Autoencoder, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig, load_base
 from support import run as run_folder, settings as run_settings
 from support.videos import write_video
-from tests.conftest import built, contents, refused, same_tensors, write_file
-from tests.ldm import vae_to_official
+from tests.conftest import built, contents, refused, same_tensors, vae_to_official, write_file
 from tiny import clips
 
 UNET = UNetConfig(channels=(8, 16), blocks_per_level=1, attention_levels=(True, False), context_dim=64, head_dim=4, norm_groups=4,
@@ -313,14 +307,6 @@ def test_the_hub_is_asked_for_one_file_of_weights_a_part_and_only_once(hub, diff
     # What an interrupted download left is no base.
     next(Path("cache").glob(f"models--org--small/snapshots/*/vae/{WEIGHTS}")).unlink()
     refused("base 'org/small': .* cannot be downloaded .*put the folders of that repository", load_base, "org/small")
-
-
-def test_modelscopes_files_on_the_hub(hub, instructvideo, parts):
-    downloads, _ = hub(instructvideo)
-    base = load_base("org/small")
-    assert holds(base.network, without_lora(parts[0])) and holds(base.vae, parts[1].state_dict())
-    assert sorted(downloads) == ["model_scope_v1-4_0600000.pth", "stable-diffusion-v/open_clip_pytorch_model.bin",
-                                 "v2-1_512-ema-pruned.ckpt"]
 
 
 def test_repositories_of_other_bases():

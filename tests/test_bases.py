@@ -122,12 +122,9 @@ def test_its_guesses_fit_its_levels_and_its_network(velocity):
     torch.testing.assert_close(loss, (v - (levels.alpha[3] * noise - levels.sigma[3] * z)).square().mean()[None])
 
 
-def test_it_has_no_published_size(velocity):
-    refused("base random-velocity:full: bases/velocity.py has no published", load_base, "random-velocity:full")
-
-
 @pytest.mark.usefixtures("aside")
-def test_it_trains(velocity):
+def test_it_trains_and_has_no_published_size(velocity):
+    refused("base random-velocity:full: bases/velocity.py has no published", load_base, "random-velocity:full")
     write_noise("a.mp4")
     Path("clips.txt").write_text("a.mp4|||a cat\n")
     flags = "--data clips.txt --workers 0 --frames 2 --segments 1 --size 32 --num-steps 2 --steps 1 --batch-size 1 --eval-every 0"

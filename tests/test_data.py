@@ -1,7 +1,4 @@
-"""
-What data.py promises, on clips made here: frame i of a `grey` clip is a flat image whose level tells i, so that a test can ask
-which frames were read.
-"""
+"""data.py, on clips made here: frame i of a `grey` clip is a flat image whose level tells i."""
 import os
 import struct
 import time

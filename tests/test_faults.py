@@ -1,9 +1,4 @@
-"""
-Runs that are interrupted, killed, starved of disk, or spread over processes. Slow: `pytest -m slow`.
-
-Every run here is the whole script in a process of its own. Most of these are forked from a process that has imported everything
-already, which saves seconds each time; where how a process starts matters, it is started from nothing.
-"""
+"""Runs, each in a process of its own, that are interrupted, killed, starved of disk, or spread over processes. Slow."""
 import json
 import multiprocessing
 import os

@@ -1,7 +1,4 @@
-"""
-Readers of files as other programs write them (by diffusers, transformers, open_clip or torch where they can), and of every kind
-of file that is damaged, mismatched or hostile, which end in a ValueError of one line that names the file.
-"""
+"""Readers of files as other programs write them, and of damaged or hostile ones, which end in one line that names the file."""
 import json
 import os
 import re
@@ -27,8 +24,7 @@ import reward
 from formats import names, reward_model, words
 from model import Autoencoder, UNet3D, UNetConfig, VAEConfig, load_text_encoder, load_unet, load_vae
 from support import files, run as run_folder
-from tests.conftest import contents, refused as refused_in_a_line, write_file
-from tests.ldm import vae_to_official
+from tests.conftest import contents, letters, refused as refused_in_a_line, vae_to_official, write_file
 
 UNET = UNetConfig(channels=(8, 16), blocks_per_level=1, attention_levels=(True, False), context_dim=128, head_dim=4,
                   norm_groups=4)
@@ -94,6 +90,8 @@ def test_unet_as_other_versions_of_diffusers_describe_it(tmp_path):
     write_file(tmp_path / "config.json", {k: v for k, v in config.items() if k != "stem_heads"})
     write_file(tmp_path / "diffusion_pytorch_model.bin", {k: v.half() for k, v in unet.items()})
     assert_holds(load_unet(tmp_path), unet)
+    for tensors in (unet, official, with_lora(official)):  # and as one file, in either naming
+        assert_holds(load_unet(write_file(tmp_path / "unet.safetensors", tensors), UNET), unet)
 
 
 def training_state(tensors):
@@ -126,11 +124,6 @@ def test_official_unet_files(tmp_path, wrap, zipped):
             for entry in old.infolist():
                 new.writestr(entry.filename, old.read(entry))
         assert_holds(load_unet(tmp_path / "again.pth", UNET), unet)
-
-
-def test_unet_as_one_safetensors_file_in_either_naming(tmp_path):
-    for tensors in (unet, official, with_lora(official)):
-        assert_holds(load_unet(write_file(tmp_path / "unet.safetensors", tensors), UNET), unet)
 
 
 # ---------------------------------------------------- Autoencoder -----------------------------------------------------
@@ -194,9 +187,6 @@ def test_autoencoder_folder_as_diffusers_saves_it(tmp_path):
 
 
 # ----------------------------------------------------- Text tower -----------------------------------------------------
-
-def letters(captions):
-    return torch.tensor([[1, *(2 + ord(c) % 30 for c in caption[:7]), 33, *[0] * 7][:9] for caption in captions])
 
 
 CAPTIONS = ["a bear", "two"]
@@ -305,7 +295,7 @@ def less(tensors, *absent):
 
 
 ATTN = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
-Q, K = (f"encoder.layers.1.self_attn.{part}_proj.weight" for part in "qk")
+Q = "encoder.layers.1.self_attn.q_proj.weight"
 STEM = "diffusion_pytorch_model"
 INDEX = f"{STEM}.safetensors.index.json"
 TOWER = "expected the text tower of open_clip or"
@@ -316,38 +306,27 @@ BAD_FILES = [  # who reads it, its name, what it holds, words of the message
     (unet_file, "u.safetensors", b"\x90\0\0\0\0\0\0\0{", "expected a .safetensors file that can be read"),
     (unet_file, "u.pth", LFS, "is a Git LFS pointer, not the file itself; `git lfs pull`"),
     (unet_file, "u.pth", {"state_dict": {}, "step": 3}, "holds no tensors; expected a state dict"),
-    (unet_file, "u.pth", list(unet.values()), "expected a state dict, found list"),
     (unet_file, "u.pth", {"model": unet, "ema": unet, "step": torch.tensor(3)},
      "holds state dicts under ema, model; expected one"),
     (vae_file, "v.pth", {"x": torch.ones(1)} | less(vae, "quant_conv.bias"),
      "1 tensors missing (quant_conv.bias); 1 tensors not known (x)"),
-    (unet_file, "u.pth", official | {"conv_in.bias": unet["conv_in.bias"]}, "(conv_in.bias (a second one))"),
-    (vae_file, "v.pth", old_diffusers(vae) | {k: v for k, v in vae.items() if "to_q.bias" in k},
-     "2 tensors not known (", "to_q.bias (a second one)"),
     (unet_file, "u.pth", less(unet, ATTN) | {f"module.{ATTN}": unet[ATTN]}, f"(module.{ATTN})"),
     (unet_file, "u.pth", unet | {"a\nb\x1b[31m": torch.ones(1)}, r"a\nb\x1b[31m"),
     (unet_file, "u.safetensors", unet | {ATTN: torch.ones(8, 13)}, f"{ATTN} has shape [8, 13], expected [8, 128]"),
     (unet_file, "u.safetensors", unet | {ATTN: torch.ones(8, 128).to(torch.int8)}, f"{ATTN} is torch.int8"),
-    (unet_file, "u.pth", unet | {ATTN: torch.ones(8, 128, device="meta")}, "on meta", "floating-point numbers"),
-    (load_text_encoder, "u.pth", official, TOWER),
     (load_text_encoder, "t.pth", less(text, "embeddings.token_embedding.weight"), TOWER),
     (load_text_encoder, "t.pth", less(text, Q), "1 tensors missing (transformer.resblocks.1.attn.in_proj_weight)"),
-    (load_text_encoder, "t.pth", less(text, K), "not the tensors of transformers' CLIPTextModel (KeyError: "),
-    (load_text_encoder, "t.pth", text | {"text_projection.weight": torch.ones(8, 128)}, "text_projection.weight"),
     (load_text_encoder, "c.bin", {k: v for k, v in clip.state_dict().items() if "resblocks.1." not in k}, "not known (tran"),
 ]
 BAD_FOLDERS = [  # changes of a UNet's folder {name: content, None: not there}, words; {} of "config.json" are changes, too
     ({f"{STEM}.safetensors": None}, "no weights here; expected a file like", "found config.json"),
     ({f"{STEM}.safetensors": None, "config.json": None, "models--a--b/snapshots/c/x": b""}, "is the hub's", "b/snapshots/c"),
-    ({"config.json": "{'in_channels': 4}"}, "config.json: expected JSON"),
     ({"config.json": "{}"}, "config.json", "KeyError: 'in_channels'"),
     ({"config.json": {"_class_name": "AutoencoderKL"}}, "expected _class_name 'UNet3DConditionModel', found 'AutoencoderKL'"),
     ({"config.json": {"block_out_channels": []}}, "not a model that can be built"),
-    ({"config.json": {"layers_per_block": 10**9}}, "expected whole numbers from 1 to 64"),
     ({"config.json": {"attention_head_dim": 7}}, "expected [56, 8]"),
     ({"config.json": {"act_fn": "gelu"}}, "expected act_fn 'silu', found 'gelu'"),
     ({f"{STEM}.safetensors": None, INDEX: {"weight_map": {"a": "sub/x.safetensors"}}, "sub/x.safetensors": LFS}, INDEX, "'sub/x"),
-    ({f"{STEM}.safetensors": None, INDEX: {"weight_map": {"a": "evil.bin"}}, "evil.bin": b""}, INDEX, "evil.bin"),
     ({f"{STEM}.safetensors": None, INDEX: {"weight_map": {}}}, INDEX, "expected a weight_map"),
 ]
 
@@ -380,9 +359,7 @@ def test_bad_folders_of_the_other_parts(tmp_path):
     write_file(tmp_path / f"vae/{STEM}.safetensors", vae)
     text_model.save_pretrained(tmp_path / "text")
     configs = {"vae": names.vae_to_diffusers(VAE), "text": json.loads((tmp_path / "text/config.json").read_text())}
-    for part, change, message in (("vae", {"scaling_factor": float("inf")}, "a scaling_factor above 0"),
-                                  ("vae", {"in_channels": 1}, "expected in_channels 3"),
-                                  ("vae", {"_class_name": "UNet3DConditionModel"}, "expected _class_name 'AutoencoderKL'"),
+    for part, change, message in (("vae", {"in_channels": 1}, "expected in_channels 3"),
                                   ("text", {"hidden_act": "quick_gelu"}, "expected hidden_act 'gelu', found 'quick_gelu'"),
                                   ("text", {"num_attention_heads": 8}, "expected num_attention_heads 2, found 8")):
         write_file(tmp_path / part / "config.json", configs[part] | change)
@@ -396,8 +373,7 @@ def test_bad_folders_of_the_other_parts(tmp_path):
 
 @pytest.mark.parametrize(("change", "of", "message"), [
     ({"hf_model_name": "someone/code"}, "text_cfg", "expected the fields context_length"), ({"embed_dim": 16}, None, "has shape"),
-    ({"layers": 10**6}, "vision_cfg", "whole numbers"), ({"embed_dim": True}, None, "whole numbers"),
-    ({"vision_cfg": [1]}, None, "expected whole numbers"), ({"heads": 5}, "text_cfg", "not a model that can be built")])
+    ({"heads": 5}, "text_cfg", "not a model that can be built")])
 def test_malformed_reward_folders(tmp_path, monkeypatch, change, of, message):
     monkeypatch.setattr(open_clip.model, "HFTextEncoder", lambda *args, **kwargs: pytest.fail("a file named a model to fetch"))
     write_file(tmp_path / "config.json", CLIP | ({of: CLIP[of] | change} if of else change))
@@ -448,11 +424,6 @@ def test_a_checkpoint_is_data(tmp_path, change):
     read(write_file(tmp_path / "skipped.pt", STATE | {"optimizer": {"state": {}}}))  # every step so far was skipped
     content = STATE | change if isinstance(change, dict) else change
     refused(tmp_path, read, write_file(tmp_path / "state.pt", content), "state.pt: ")
-
-
-def test_a_few_names_stand_for_many():
-    assert files.first_names({"b", "a"}) == "a, b" and len(files.first_names(["x" * 10**6])) == 100
-    assert files.first_names("abcde") == "a, b, c and 2 more"
 
 
 # ------------------------------------------------------ Writing -------------------------------------------------------

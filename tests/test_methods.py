@@ -1,8 +1,4 @@
-"""
-methods/: what must be exactly true of each method, and that each runs, resumes and shares its work as train.py does.
-
-The formulas of other codes are worked out here from what they compute; no test depends on what the weights have learned.
-"""
+"""methods/: what must be exactly true of each, and that each runs, resumes and shares its work. Formulas are worked out here."""
 import importlib.util
 import json
 import math
@@ -70,15 +66,6 @@ def test_the_stochastic_step_is_diffusers(eta):
         theirs = scheduler.step(eps, levels.t[i], z_t, eta=eta, variance_noise=fresh).prev_sample
         torch.testing.assert_close(mean + std * fresh, theirs, rtol=1e-6, atol=1e-6)
         assert std > 0
-
-
-def test_eta_1_leaves_the_noise_level_as_it_is():
-    """What is taken of eps and what is fresh add up to the noise of the next level."""
-    z_0, eps = torch.zeros(1, 1, 1, 1, 1, dtype=torch.float64), torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)
-    levels = sampler.ddim_levels(20, sampler.alpha_bars())
-    for i in (20, 2):
-        mean, std = sampler.step(z_0, eps, levels, i, 1.)
-        assert 0 < std and (mean**2 + std**2).item() == pytest.approx(levels.sigma[i - 1] ** 2, abs=1e-12)
 
 
 # ------------------------------------------------------ DRaFT-K ------------------------------------------------------

@@ -260,9 +260,6 @@ def test_captions_are_cleaned_as_diffusers_cleans_them(monkeypatch):
 def test_captions_by_hand(caption, cleaned):
     assert clean_caption(caption) == f"{cleaned} aesthetic score: 6.5."
     assert clean_caption(f"{caption} aesthetic score: 5.0.") == f"{cleaned} aesthetic score: 5.0."
-
-
-def test_html_is_read():
     assert text_of_html("1 < 2 <i>it</i>alic<br/> <!-- no --> &lt;tag&gt; &#65; a & b") == "1 < 2 italic  <tag> A a & b"
 
 

@@ -1,12 +1,11 @@
-"""
-Several processes: real ones, two at a time, over gloo, with a store beside them as torchrun has it.
-
-They are forked from this one, which has imported everything, and are given what torchrun puts into the environment.
-"""
+"""Real processes, two at a time over gloo, forked from this one and told what torchrun tells; their bars; how threads wait."""
+import io
 import json
 import multiprocessing
 import os
+import re
 import signal
+import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -15,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import assert_same_run
+from conftest import ROOT, assert_same_run
 
 import train
-from support import clips as clip_lists, ranks as processes
+from support import clips as clip_lists, ranks, ranks as processes, threads
+from support.ranks import progress
 from tiny import clips
 
-PATIENCE = 120
+PATIENCE = 120  # seconds
 pytestmark = pytest.mark.usefixtures("aside")
 SHORT = ["--device", "cpu", "--frames", "4", "--segments", "2", "--batch-size", "2", "--num-steps", "2", "--tau", "1",
          "--eval-every", "0", "--save-every", "1", "--out", "run"]
@@ -204,3 +204,89 @@ def test_ranks_share_the_checking_of_clips_and_what_one_cannot_see_none_uses(tmp
     for rank in (0, 1):
         *checked, problems = ended[rank][1].splitlines()
         assert checked == [f"checked {i}.mp4" for i in range(rank, 6, 2)] and problems == "['3.mp4', '4.mp4']"
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What a job of 200 steps, with a part of 20 steps inside, writes where; a clock that moves by a second a step."""
+    def run(is_terminal, seconds=1., leave=True):
+        now = [1000.]
+        monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+        screen = io.StringIO()
+        screen.isatty = lambda: is_terminal
+        monkeypatch.setattr("sys.stderr", screen)
+        bar = progress(range(200), "fine-tuning", 200, leave=leave)
+        for step in bar:
+            now[0] += seconds
+            bar.set_postfix_str(f"HPS {step / 1000:.3f}", refresh=False)
+            if step == 99:
+                with progress(None, "evaluating", 20, unit="videos", leave=False) as inner:
+                    for _ in range(20):
+                        now[0] += seconds
+                        inner.update()
+        return screen.getvalue()
+    return run
+
+
+def test_a_log_has_a_line_now_and_then_that_says_what_how_far_the_reward_and_the_time_left(shown):
+    text = shown(False)
+    lines = text.splitlines()
+    assert not re.search(r"[\r\x1b]", text) and len(lines) == len(set(lines))
+    # A line at the start, one for each 30 of 220 seconds, one at the end; the part of 20 seconds has none.
+    assert 7 <= len(lines) <= 10 and not any("evaluating" in line for line in lines)
+    assert lines[0] == "fine-tuning: 0/200 steps, 00:00 gone, ? left"
+    assert lines[1] == "fine-tuning: 30/200 steps, 00:30 gone, 02:50 left, HPS 0.029"
+    assert lines[-1] == "fine-tuning: 200/200 steps, 03:40 gone, 00:00 left, HPS 0.199"
+    assert shown(False, seconds=.01).count("\n") == 2 and shown(False, seconds=.01, leave=False) == ""  # of a short job
+
+
+def test_with_several_ranks_a_bar_shows_the_work_of_all(monkeypatch):
+    """Three videos on two ranks: rank 0 makes two of them, and its second one ends the work of both."""
+    monkeypatch.setattr(ranks, "rank_and_size", lambda: (0, 2))
+    monkeypatch.setattr("sys.stderr", screen := io.StringIO())
+    with progress(None, "generating", 3, unit="videos", shared=True) as bar:
+        shown = []
+        for _ in range(2):
+            bar.update()
+            shown.append(bar.n)
+    assert shown == [2, 3] and screen.getvalue().splitlines()[-1].startswith("generating: 3/3 videos, ")
+    assert list(progress(range(3), "hidden", disable=True)) == [0, 1, 2] and "hidden" not in screen.getvalue()
+
+
+def waiting(monkeypatch, share, **environment):
+    """What the environment says of waiting after the choice, on a machine of which this share is idle."""
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(threads, "idle_share", lambda: share)
+    threads.choose_waiting()
+    return os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT")
+
+
+def test_threads_sleep_on_a_busy_machine_and_spin_briefly_on_an_idle_one(monkeypatch, capsys):
+    assert waiting(monkeypatch, .9) == (None, "10000") and not capsys.readouterr().err
+    assert waiting(monkeypatch, .4) == ("passive", None)
+    assert capsys.readouterr().err.startswith("the CPUs are busy: threads sleep")
+    assert waiting(monkeypatch, .4, LOCAL_RANK="1") == ("passive", None) and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("environment, kept", [({"OMP_WAIT_POLICY": "active"}, ("active", None)),
+                                               ({"GOMP_SPINCOUNT": "7"}, (None, "7")), ({"OMP_NUM_THREADS": "1"}, (None, None))])
+def test_what_the_user_has_set_stays(monkeypatch, environment, kept):
+    assert waiting(monkeypatch, .1, **environment) == kept
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/stat is Linux's")
+def test_a_busy_cpu_is_not_idle():
+    cpu = min(os.sched_getaffinity(0))
+    pinned = f"import os, sys; os.sched_setaffinity(0, [{cpu}]); sys.path.insert(0, {str(ROOT)!r})\n"
+    asked = "from support.threads import idle_share; print(idle_share(.3), 'torch' in sys.modules)"
+    loop = subprocess.Popen([sys.executable, "-c", pinned + "while True: pass"])
+    try:
+        share = subprocess.run([sys.executable, "-c", pinned + asked], capture_output=True, text=True,
+                               check=True).stdout.split()
+    finally:
+        loop.kill()
+        loop.wait()
+    assert float(share[0]) < .2 and share[1] == "False"

@@ -1,12 +1,7 @@
-"""
-rewards/: each reward against the live classes of transformers on small random weights, scores and pixel gradients; preprocessing
-against torchvision; what is refused.
-"""
-import importlib
+"""rewards/ against the live classes of transformers on small random weights: scores, gradients, preprocessing, refusals."""
 import json
 import os
 import re
-import sys
 import types
 import zlib
 from pathlib import Path
@@ -19,6 +14,8 @@ import torch
 import torch.nn.functional as F_
 import transformers
 from einops import rearrange
+from safetensors.torch import load_file
+from test_ranks import two_ranks
 from tokenizers import Tokenizer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,7 +33,8 @@ from formats.tensors import build_empty, check_tensors
 from reward import HPSv2, Rewards, aggregate, load_reward, load_rewards, tar_weights
 from rewards import imagereward, pickscore, viclip, videomae, videoreward, vjepa, yolos
 from rewards.hub import IMAGENET_MEAN, IMAGENET_STD, SIZES, fit_within
-from tests.conftest import docs_example, refused as refused_by_pattern
+from support import ranks as processes
+from tests.conftest import docs_example, metrics, refused as refused_by_pattern, run, same_tensors
 
 YOLOS_SIZE = {"shortest_edge": 512, "longest_edge": 864}  # yolos-tiny's preprocessor_config.json
 CAPTIONS = ["A red Panda's book &amp; playing piano, 4k", "a  cat moving left"]
@@ -372,17 +370,12 @@ def test_detectors_frames_are_as_large_as_its_own_processors(H, W):
     torch.testing.assert_close(Normalize(IMAGENET_MEAN, IMAGENET_STD)(ours), theirs, rtol=0, atol=rounding)
 
 
-def test_frames_of_a_video_reward():
-    assert spread_frames(16, 16).tolist() == list(range(16)) and spread_frames(9, 3).tolist() == [0, 3, 6]
-    reward = load_reward("videomae:playing piano", "random")
-    refused("frames = 15: VideoMAE-random:playing piano sees 16 frames", reward, random_frames(1, 15), ["a"])
-
-
 @pytest.mark.parametrize("F", [8, 15, 16, 17, 49, 81])
 def test_each_sees_the_frames_that_its_authors_choose(F):
     assert frames_of(load_reward("videoreward", "random"), F) == tuple(torch.linspace(0, F - 1, 4).round().int().tolist())
     edges = np.linspace(0, F, 9).astype(int)  # VBench's "middle"
     assert frames_of(load_reward("viclip", "random"), F) == tuple((a + b - 1) // 2 for a, b in zip(edges, edges[1:]))
+    assert spread_frames(16, 16).tolist() == list(range(16)) and spread_frames(9, 3).tolist() == [0, 3, 6]
     video = random_frames(1, F)  # and these are what is scored
     found = measure(Rewards([(1., Change("ends", 2, rule="ends"))]), video[:, :1], video, CAPTIONS[:1])["reward"]
     assert found == pytest.approx((video[0, -1] - video[0, 0]).square().mean().item())
@@ -451,18 +444,13 @@ def test_a_caption_that_names_no_action():
 def test_malformed_weights(tmp_path, small_sizes):
     """formats/tensors.py reads all files (tests/test_files.py); here is what only rewards have."""
     path, _ = live_imagereward(tmp_path / "blip")
-    tensors = torch.load(path)
-    torch.save(tensors | {"blip.visual_encoder.norm.weight": torch.zeros(3)}, path)
-    refused("post_layernorm.weight has shape [3], expected [32]", load_reward, "imagereward", path)
-    torch.save(tensors, path)
     (path.parent / "vocab.txt").write_text("a\nb\n")
     refused("vocab.txt: not BERT's words", load_reward, "imagereward", path)
     path, _ = live_pickscore(tmp_path / "clip")
     config = json.loads((path / "config.json").read_text())
-    for key, value, message in (("num_hidden_layers", 10**9, "from 1 to 64"), ("hidden_size", "wide", "config.json")):
-        spoilt = config | {"vision_config": config["vision_config"] | {key: value}}
-        (path / "config.json").write_text(json.dumps(spoilt))
-        refused(message, load_reward, "pickscore", path)
+    config["vision_config"]["hidden_size"] = "wide"
+    (path / "config.json").write_text(json.dumps(config))
+    refused("config.json", load_reward, "pickscore", path)
 
 
 def test_hub_folders_and_what_lies_beside(tmp_path, monkeypatch, capsys, small_sizes):
@@ -644,13 +632,6 @@ def test_own_rewards_that_do_not_work(aside, code, message):
     refused(message, lambda: load_reward("own.py:f")(random_frames().requires_grad_(), CAPTIONS))
 
 
-def test_nobody_pays_for_other_rewards(monkeypatch):
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("reward", "rewards")]:
-        monkeypatch.delitem(sys.modules, name)
-    importlib.import_module("reward").load_reward("hpsv2", "random:32")
-    assert "reward" in sys.modules and not any(name.startswith("rewards") for name in sys.modules)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "expected"), [
     ("viclip", [1.653, 3.718, .796, 1.382]), ("videoreward", [4.723, 9.769, 4.114, 3.617])])
@@ -675,3 +656,63 @@ def test_full_size_cost(kind, expected, monkeypatch):
     peak = measure_peak(lambda: reward(frames, ["a"]), [reward])
     tera = [counter.get_total_flops() / 1e12 for counter in (forward, backward)]
     assert [tera[0], sum(tera), peak["weights"], peak["total"] - peak["weights"]] == pytest.approx(expected, abs=2e-3)
+
+
+SHORT = ["--device", "cpu", "--batch-size", "2", "--num-steps", "2", "--tau", "1", "--save-every", "1"]
+MIXED = ["--reward", "hpsv2", "--reward", "aesthetic=0.5", "--reward", "videomae:moving left=2",
+         "--reward-weights", "aesthetic=random", "--reward-weights", "videomae=random"]
+RUN = pytest.mark.usefixtures("aside", "few_clips")
+
+
+@RUN
+def test_a_mixture_alone_is_the_plain_run_bit_for_bit():
+    """--watch makes a mixture of the one reward: what is optimised must not notice."""
+    Path("my_reward.py").write_text("def red(frames, captions):\n    return frames[:, :, 0].mean((2, 3))\n")
+    flags = [*SHORT, "--steps", 2, "--eval-every", 0, "--out"]
+    assert run(*flags, "plain") == run(*flags, "watched", "--watch", "my_reward.py:red") == 0
+    assert metrics("plain") == metrics("watched") and metrics("plain")[0].keys() == {"step", "reward", "loss", "grad_norm"}
+    assert same_tensors("plain/lora.safetensors", "watched/lora.safetensors")
+
+
+@RUN
+def test_several_rewards_are_logged_resumed_and_shared_among_ranks(monkeypatch):
+    Path("my_reward.py").write_text("def red(frames, captions):\n    return frames[:, :, 0].mean((2, 3))\n")
+    Path("prompts.txt").write_text("a red circle moving left\n")
+    flags = [*SHORT, *MIXED, "--watch", "my_reward.py:red", "--prompts", "mine=prompts.txt",
+             "--eval-count", "1", "--eval-every"]
+    assert run(*flags, 2, "--steps", 2, "--out", "whole") == 0
+    first, one, two, last = metrics("whole")
+    names = ["HPStiny", "aesthetic-random", "VideoMAE-random:moving left"]
+    assert list(one) == ["step", "reward", *names, "loss", "grad_norm"]
+    for line in (one, two):
+        assert line["reward"] == pytest.approx(line[names[0]] + .5 * line[names[1]] + 2 * line[names[2]], abs=1e-6)
+    for line in (first, last):
+        for measured in line["eval"].values():
+            assert measured.keys() >= {"reward_mean", *names, "my_reward:red", "watermark"}
+
+    # Resumed elsewhere: the file of the user's own reward is still found.
+    assert run(*flags, 2, "--steps", 1, "--out", "parts") == 0
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert run("--resume", "../parts", "--steps", 2) == 0
+    monkeypatch.chdir("..")
+    assert metrics("parts")[-1]["eval"] == last["eval"] and metrics("parts")[-2] == two
+    refused("reward would make it another run", run, "--resume", "parts", "--reward", "vjepa")
+
+    ranks = [*flags, 0, "--steps", 2, "--out", "ranks"]
+    ended, _ = two_ranks(lambda rank: processes.run_script("train.py", lambda: run(*ranks)))
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    for ours, theirs in zip(metrics("ranks"), (one, two), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    ours, theirs = load_file("ranks/lora.safetensors"), load_file("whole/lora.safetensors")
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@RUN
+def test_classes_are_known_with_the_weights_and_refused_with_nothing_written():
+    """What names alone tell is refused before anything is loaded (tests/test_rewards.py)."""
+    Path("clips.txt").write_text("a.mp4|||a cat\n")
+    flags = ["tiny", *SHORT, "--eval-every", 0, "--out", "refused", "--reward"]
+    refused("no class 'boook'", run, *flags, "yolos:boook", "--reward-weights", "random")
+    refused("is for the tiny world alone: must be", run, *flags, "action:left", "--base", "random:32", "--data", "clips.txt")
+    assert not Path("refused").exists()

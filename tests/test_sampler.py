@@ -71,10 +71,7 @@ def inputs(B=2, F=3, H=4, W=5, N=7, E=6):
 ])
 def test_ddpm_steps_by_hand(D, steps):
     assert [ddpm_step(i, D) for i in range(1, D + 1)] == steps
-
-
-def test_ddpm_steps_of_another_training_length():
-    assert [ddpm_step(i, 4, num_train_steps=100) for i in (1, 2, 3, 4)] == [1, 26, 51, 76]
+    assert [ddpm_step(i, 4, num_train_steps=100) for i in (1, 2, 3, 4)] == [1, 26, 51, 76]  # of another training length
 
 
 @pytest.mark.parametrize(("i", "D"), [
@@ -118,13 +115,6 @@ def test_noise_step_out_of_range_is_refused(tau, D, what):
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="rounds to no step"):
         noise_step(0.6, 0)
-
-
-@pytest.mark.parametrize("D", [0, 1000, 1001])
-def test_sample_refuses_a_chain_longer_than_training(D):
-    z, _, text, uncond = inputs()
-    with pytest.raises(ValueError, match=f"num_steps = {D}"):
-        sample(None, z, text, uncond, num_steps=D)
 
 
 # ---- abar and Eq. (5) ------------------------------------------------------------------------------------
@@ -389,15 +379,6 @@ def test_K_outside_the_edit_is_refused(K):
     for call in (lambda: check_edit(0.6, 5, K), lambda: edit(None, *inputs(), tau=0.6, num_steps=5, grad_steps=K)):
         with pytest.raises(ValueError, match=f"grad_steps = {K}: must be from 1 to 3"):
             call()
-
-
-@pytest.mark.parametrize("K", [1, 12])
-def test_an_edit_in_numbers(K):
-    check_edit(0.6, 20, grad_steps=K)
-    assert (edit_steps(0.6, 20), noise_step(0.6, 20)) == (12, 551)    # the paper's: 12 steps, from t_noi = 551
-    model = Denoiser()
-    edit(model, *inputs(), tau=0.6, num_steps=20, grad_steps=K)
-    assert len(model.calls) == 12 and (model.calls[0][1] == 551).all()
 
 
 def saved_tensors(run, *args, **settings):

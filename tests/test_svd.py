@@ -127,7 +127,7 @@ def decoded(base, z):
     return base.vae.decode(z[0].transpose(0, 1) / base.vae.config.scaling_factor, num_frames=z.shape[2]).sample / 2 + .5
 
 
-def test_a_few_frames_are_decoded_with_their_neighbours(base, monkeypatch):
+def test_a_few_frames_and_their_gradient_are_decoded_with_their_neighbours(base, monkeypatch):
     z = torch.cat([randn(1, 4, FRAMES, 4, 6, seed=i) for i in range(2)])
     whole = torch.stack([decoded(base, clip[None]) for clip in z])
     torch.testing.assert_close(base.decode_frames(z), whole, rtol=0, atol=1e-5)
@@ -142,10 +142,8 @@ def test_a_few_frames_are_decoded_with_their_neighbours(base, monkeypatch):
     exact = base.decode_frames(z, index)
     for b in range(2):
         torch.testing.assert_close(exact[b], whole[b, index[b]], rtol=0, atol=1e-5)
-
-
-def test_gradient_reaches_the_window(base):
-    z = randn(1, 4, FRAMES, 4, 6).requires_grad_()
+    monkeypatch.undo()
+    z = z[:1].requires_grad_()
     base.decode_frames(z, torch.tensor([[1]])).sum().backward()
     assert [bool(frame.any()) for frame in z.grad[0].unbind(1)] == [True] * 5 + [False]
 
