@@ -316,13 +316,11 @@ def test_repositories_of_other_bases():
 
 
 @pytest.mark.parametrize(("files", "unet"), [
-    ([f"unet/{STEM}.fp16.bin", f"unet/{STEM}.fp16.safetensors"], [1]),
     ([f"unet/{STEM}.fp16.safetensors", f"unet/{STEM}.bin", "unet/config.json"], [1, 2]),
     ([f"unet/{STEM}.fp16-00001-of-00002.safetensors", f"unet/{STEM}.fp16-00002-of-00002.safetensors",
       f"unet/{STEM}.safetensors.index.fp16.json", f"unet/{STEM}.fp16.bin"], [0, 1, 2]),
     ([f"unet/{STEM}-00001-of-00002.fp16.safetensors", f"unet/{STEM}.safetensors.fp16.index.json",  # as diffusers 0.28 has them
       f"unet/{STEM}-00001-of-00002.safetensors", f"unet/{STEM}.ema.safetensors"], [0, 1]),
-    ([f"unet/{WEIGHTS}.index.json", f"unet/{STEM}-00001-of-00001.safetensors", f"unet/{WEIGHTS}"], [2]),
     (["text2video_pytorch_model.pth", "unet/config.json", "model_scope_v1-4_0600000.pth"], [0]),
     (["unet/config.json", "unet/optimizer.bin", f"unet/{STEM}.safetensors.tmp", f"x/unet/{STEM}.bin"], [])])
 def test_which_files_of_a_repository_are_needed(files, unet):

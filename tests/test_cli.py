@@ -26,7 +26,7 @@ from formats import vbench
 from formats.weights import TINY
 from model import load_base
 from sampler import sample
-from support import pictures, settings, tables, videos
+from support import settings, tables, videos
 from support.clips import find_problems, read_list
 from support.videos import read_video
 from tiny import world
@@ -176,8 +176,7 @@ def test_base_and_fine_tuned_on_two_sets_at_several_d_and_guidance(adapter, capf
     rows = report["results"]
     assert [(r["set"], r["num_steps"], r["guidance"], r["model"]) for r in rows] == [
         (s, d, g, m) for s in ("shapes", "stripes") for d in (2, 3) for g in (1., 3.) for m in ("base", "fine-tuned")]
-    head, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
-    assert head == ["set", "D", "guidance", "model", "n", "HPStiny ± std", "gain ± error"]
+    _, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
     assert len(lines) == 16 and len({len(line) for line in table.splitlines()}) == 1  # aligned
 
     # One pair of rows again.
@@ -194,10 +193,6 @@ def test_base_and_fine_tuned_on_two_sets_at_several_d_and_guidance(adapter, capf
     assert gain == pytest.approx(tables.paired(*again), abs=1e-6) and "differences" not in rows[4]
     mean, deviation, _ = rows[5]["measures"].values()
     assert lines[5] == ["shapes", "3", "1", "fine-tuned", "2", f"{mean:.4f} ± {deviation:.4f}", "{:+.4f} ± {:.4f}".format(*gain)]
-
-    # One strip of two frames for each set and model, so that rows are sets and columns models.
-    height, width, _ = pictures.strip(np.zeros((4, 32, 32, 3), np.uint8)).shape
-    assert iio.imread("report/sheet.png").shape == (22 + 2 * (height + 22), 2 * (width + 14), 3)
 
 
 def test_several_strengths_show_what_the_reward_gains_and_what_is_lost(adapter, monkeypatch, capfd):
@@ -303,7 +298,6 @@ def test_numbers_out_of_range(check, cfg, wrong):
     ("train --data list.txt", "list.txt, line 1: 1 field"),
     ("train --data clips.txt --cache-dir file", "cache_dir file: is a file, or inside one"),
     ("train modelscope --prompts a=prompts.txt", "no clips: --data LIST must name some"),
-    ("train modelscope", "no prompts: --prompts NAME=FILE must name some"),
     ("train --base random:32", "base random:32: comes without settings for training; name a preset first, tiny or modelscope"),
     ("train --base nowhere", "base nowhere: no such file or folder$"),
     ("train --base some/where", "base some/where: no such file or folder; if it is a hub id, it comes without settings"),
@@ -429,5 +423,4 @@ def test_what_vbench_could_not_read_is_refused_before_anything_is_loaded(flags, 
     assert script("generate.py", "--vbench", *flags) == 2
     assert re.search(message, capfd.readouterr().err) and len(listing()) == 3
     Path("p.txt").write_text("either/or\n")
-    with pytest.raises(ValueError, match="has a /"):
-        evaluate.check(evaluate.Config(vbench=True, prompts=["p=p.txt"]))
+    refused("has a /", evaluate.check, evaluate.Config(vbench=True, prompts=["p=p.txt"]))

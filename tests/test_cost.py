@@ -66,8 +66,6 @@ def test_the_table_in_the_docs_is_the_count_at_full_size(monkeypatch):
     assert peak["weights"] == pytest.approx(4.56, abs=.02) and peak["saved"] == pytest.approx(16.74, abs=.1)
 
 
-# -------------- A small structure that diffusers can build too, with weights everywhere: zeros would hide mistakes --------------
-
 SMALL = UNetConfig(channels=(16, 32), blocks_per_level=1, attention_levels=(False, True), context_dim=16, head_dim=8,
                    stem_heads=1, norm_groups=8, sample_size=8)
 ONE_LEVEL = replace(SMALL, channels=(16,), attention_levels=(True,))  # on meta what takes time is operations

@@ -2,13 +2,11 @@
 import json
 import os
 import re
-import subprocess
 import sys
 import types
 import zipfile
 from collections import OrderedDict
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -16,10 +14,8 @@ import open_clip
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet3DConditionModel
-from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-import model
 import reward
 from formats import names, reward_model, words
 from model import Autoencoder, UNet3D, UNetConfig, VAEConfig, load_text_encoder, load_unet, load_vae
@@ -239,47 +235,6 @@ def test_a_loaded_model_does_not_follow_its_file(tmp_path):
         assert_holds(ours, unet)
 
 
-MEASURE = """
-import re, sys, threading, time
-import torch
-import model
-
-def watch():
-    while True:
-        with open("/proc/self/status") as file:
-            anonymous.append(int(re.search(r"RssAnon:\\s+(\\d+)", file.read())[1]) * 1024)
-        time.sleep(.002)
-
-config = model.UNetConfig(channels=(128, 384), blocks_per_level=1, attention_levels=(True, True))
-anonymous, unets = [], []
-threading.Thread(target=watch, daemon=True).start()
-for path in sys.argv[1:]:
-    time.sleep(.1)
-    before = anonymous[-1]
-    unets.append(model.load_unet(path, config, dtype=torch.bfloat16))
-    time.sleep(.1)
-    size = sum(p.numel() * p.element_size() for p in unets[-1].parameters())
-    print(size, (max(anonymous) - before) / size)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")
-def test_loading_needs_no_second_copy(tmp_path):
-    config = UNetConfig(channels=(128, 384), blocks_per_level=1, attention_levels=(True, True))
-    with torch.device("meta"):
-        shapes = {k: v.shape for k, v in UNet3D(config).state_dict().items()}
-    tensors = {k: torch.full(shape, 0.5, dtype=torch.float16) for k, shape in shapes.items()}
-    save_file(tensors, tmp_path / "unet.safetensors")
-    torch.save(training_state(names.unet_to_official(tensors, config)), tmp_path / "unet.pth")
-    del tensors
-    command = [sys.executable, "-c", MEASURE, tmp_path / "unet.pth", tmp_path / "unet.safetensors"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(model.__file__).parent)  # it has loaded nothing yet
-    for line in done.stdout.splitlines():
-        size, ratio = line.split()
-        assert int(size) > 80e6 and 0.9 < float(ratio) < 1.3, done
-    assert done.stdout.count("\n") == 2, done
-
-
 # ----------------------- Bad files: our names, bounds and messages, not what safetensors and torch check -----------------------
 
 def unet_file(path):
@@ -384,7 +339,6 @@ def test_malformed_reward_folders(tmp_path, monkeypatch, change, of, message):
 
 class Calls:
     """Pickles as a call: what a hostile file does to run code on loading. It would leave a file behind."""
-
     def __init__(self, mark):
         self.mark = mark
 

@@ -754,8 +754,7 @@ def test_the_modelscope_preset_on_a_reduced_structure(name, capsys):
     ("draft", "--grad-at first", "grad_at 'first': must be last, or with detach_input uniform or random"),
     ("draft", "--detach-input --cache-interval 2", "detach_input: cannot be had with a cache_interval above 1"),
     ("draft", "--prompts-train nowhere.txt", "prompts nowhere.txt: cannot be read"),
-    ("refl", "--late nan", "late = nan: must be above 0 and at most 1"),
-    ("vader", "--eta 1.5", "eta = 1.5: must be from 0 to 1"),
+    ("refl", "--late nan", "late = nan: must be above 0 and at most 1"), ("vader", "--eta 1.5", "eta = 1.5: must be from 0 to 1"),
     ("vader", "--frames-scored 17", "frames_scored = 17: must be from 0 to 16"),
     ("ddpo", "--group 3", "batch_size = 8: must be a multiple of 3, group"),
     ("ddpo", "--updates 3", "steps = 40: must be a multiple of 3, the updates of a round"),
@@ -765,10 +764,8 @@ def test_the_modelscope_preset_on_a_reduced_structure(name, capsys):
     ("ddpo", "--timestep-fraction 2", "timestep_fraction = 2.0: must be at most 1"),
     ("rwr", "--temperature 0", "temperature = 0.0: must be a finite number above 0"),
     ("rwr", "--rounds 3", "steps = 40: must be a multiple of 3, the rounds"),
-    ("dpo", "--beta 0", "beta = 0.0: must be a finite number above 0"),
-    ("nft", "--group 1", "group = 1: must be at least 2"),
-    ("nft", "--beta 0", "beta = 0.0: must be a finite number above 0"),
-    ("nft", "--kl -1", "kl = -1.0: must be at least 0"),
+    ("dpo", "--beta 0", "beta = 0.0: must be a finite number above 0"), ("nft", "--group 1", "group = 1: must be at least 2"),
+    ("nft", "--beta 0", "beta = 0.0: must be a finite number above 0"), ("nft", "--kl -1", "kl = -1.0: must be at least 0"),
     ("adjoint", "--reward-scale -1", "reward_scale = -1.0: must be at least 0"),
     ("adjoint", "--steps-learned 20", "steps_learned = 20: must be below num_steps = 20")])
 def test_what_is_refused_is_refused_in_one_line_and_writes_nothing(name, argv, message):

@@ -41,13 +41,6 @@ ONLY_DEEP = UNetConfig(in_channels=3, out_channels=5, channels=(4, 8, 8), blocks
                        attention_levels=(False, True, True), context_dim=6, head_dim=4, norm_groups=2)
 
 
-def unet_pair(config):
-    ours = randomised(UNet3D(config))
-    theirs = UNet3DConditionModel.from_config(names.unet_to_diffusers(config)).double().eval()
-    theirs.load_state_dict(ours.state_dict())  # strict: the names and shapes are theirs
-    return ours, theirs
-
-
 def unet_inputs(config, B, F, H, W):
     """z_t (B, C, F, H, W), t (B,), text (B, N, context_dim)."""
     return randn(B, config.in_channels, F, H, W, seed=1), torch.tensor([551, 1, 951])[:B], randn(B, 5, config.context_dim, seed=2)
@@ -62,7 +55,9 @@ def unet_inputs(config, B, F, H, W):
     (ONLY_DEEP, 2, 4, 4, 6),
 ])
 def test_unet_matches_diffusers(config, B, F, H, W):
-    (ours, theirs), (z_t, t, text) = unet_pair(config), unet_inputs(config, B, F, H, W)
+    ours, (z_t, t, text) = randomised(UNet3D(config)), unet_inputs(config, B, F, H, W)
+    theirs = UNet3DConditionModel.from_config(names.unet_to_diffusers(config)).double().eval()
+    theirs.load_state_dict(ours.state_dict())  # strict: the names and shapes are theirs
     z_t.requires_grad_(), text.requires_grad_()
     outs, grads = [], []
     for unet, call in ((ours, ours), (theirs, lambda *x: theirs(*x).sample)):
@@ -339,8 +334,6 @@ def test_full_size_text_tower_is_vit_h_14_less_a_block():
     left_out = {k for k in clip.keys() - ours.keys() if not k.startswith("visual.")}
     assert {k for k in left_out if not k.startswith("transformer.resblocks.23.")} == {"text_projection", "logit_scale"}
 
-
-# ---- There and back --------------------------------------------------------------------------------------
 
 
 def test_configs_of_diffusers_own_classes():

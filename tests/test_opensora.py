@@ -39,8 +39,6 @@ def close(ours, theirs, atol=1e-5):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
 
 
-# ------------------------------------------------------- The chain ---------------------------------------------------------
-
 def test_levels_by_hand():
     picture = opensora.levels(4, (1, 512, 512))
     assert picture.sigma == [0, .25, .5, .75, 1] and picture.t == [0, 250, 500, 750, 1000] and picture.fresh[1] == 0
@@ -77,8 +75,6 @@ def test_the_loss_is_the_velocitys_and_levels_are_drawn_as_its_authors_drew_them
     v = base.network(z_t, t[:1], text["text"], text["mask"], 24, HEIGHT, WIDTH)
     close(base.error(*base.predict(z_t, level, text), z, noise, level), (v - (z - noise)).square().mean()[None], 1e-4)
 
-
-# ------------------------------------------------------ The network --------------------------------------------------------
 
 def test_a_block_is_diffusers_block_with_normalised_queries_and_keys():
     ours = opensora.Block(32, 2)
@@ -165,8 +161,6 @@ def test_published_names_and_sizes():
     assert sum(p.numel() for p in lora.inject(network, 4)) == 3_354_624 and len(lora.layers(network)) == 280
 
 
-# ----------------------------------------------------- The autoencoder ------------------------------------------------------
-
 def test_the_2d_stage_is_diffusers(base):
     theirs = AutoencoderKL.from_config(names.vae_to_diffusers(VAEConfig((4, 8, 8, 8), 1, norm_groups=2))).eval()
     theirs.load_state_dict(base.vae.spatial_vae.module.state_dict())
@@ -229,8 +223,6 @@ def test_gradient_is_the_whole_decodings_and_stays_in_the_window(base):
     assert [bool(latent.any()) for latent in few[0].unbind(1)] == [False] * 5 + [True] * 5
 
 
-# -------------------------------------------------------- Captions ---------------------------------------------------------
-
 DIRTY = ["A cat, at https://cats.com/a-cat?x=1 or www.cats.org", "a <b>bold</b> cat &amp; a dog &quot;here&quot;", "“Quoted” cat",
          "this-is-my-cute-cat_photo.jpg 640x480", "***SALE*** free shipping worldwide, click for more", "jc6640 IMG_12345678",
          "@someone's \u732b cat—dog", "cats [and] dogs / 192.168.0.1 page 12", "a+cat%20walks   slowly . . .", "cat's paw",
@@ -274,8 +266,6 @@ def test_captions_are_read_by_t5_up_to_their_end(base):
     assert base.is_cut(captions[1]) and not base.is_cut(captions[0])
 
 
-# ------------------------------------------------------- Training ---------------------------------------------------------
-
 def test_a_run_takes_the_levels_of_its_own_size(animals, monkeypatch):
     asked = []
     monkeypatch.setattr(opensora.OpenSora, "levels", lambda self, *args: asked.append(args) or opensora.levels(*args))
@@ -298,8 +288,6 @@ def test_adapters_are_pefts(base, tmp_path):
     lora.load(again.network, tmp_path / "peft")
     close(again.network(*told).detach(), expected, 0)
 
-
-# ------------------------------------------------------- Loading, refusals -------------------------------------------------
 
 NETWORK = dict(model_type="STDiT3", hidden_size=32, depth=2, num_heads=2, caption_channels=32, model_max_length=64,
                input_sq_size=512, patch_size=[1, 2, 2], qk_norm=True)

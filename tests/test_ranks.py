@@ -17,8 +17,7 @@ import torch.distributed as dist
 from conftest import ROOT, assert_same_run
 
 import train
-from support import clips as clip_lists, ranks, ranks as processes, threads
-from support.ranks import progress
+from support import clips as clip_lists, ranks as processes, threads
 from tiny import clips
 
 PATIENCE = 120  # seconds
@@ -109,11 +108,6 @@ def test_what_all_ranks_find_wrong_is_printed_once():
         return processes.on_rank_0(lambda: int("x" * (rank + 1)))
     ended, _ = two_ranks(script(first))
     assert said(ended) == ["script.py: invalid literal for int() with base 10: 'x'"]
-
-    def machine(rank):
-        raise OSError("no such device") if rank else ValueError("steps = 0")
-    ended, _ = two_ranks(lambda rank: processes.run_script("script.py", lambda: machine(rank)))
-    assert said(ended) == ["script.py: rank 1: no such device", "script.py: steps = 0"]
 
 
 def test_a_hangup_that_is_ignored_stays_ignored():
@@ -206,51 +200,43 @@ def test_ranks_share_the_checking_of_clips_and_what_one_cannot_see_none_uses(tmp
         assert checked == [f"checked {i}.mp4" for i in range(rank, 6, 2)] and problems == "['3.mp4', '4.mp4']"
 
 
-@pytest.fixture
-def shown(monkeypatch):
-    """What a job of 200 steps, with a part of 20 steps inside, writes where; a clock that moves by a second a step."""
-    def run(is_terminal, seconds=1., leave=True):
-        now = [1000.]
+def test_a_log_has_a_line_now_and_then_that_says_what_how_far_the_reward_and_the_time_left(monkeypatch):
+    """Of a job of 200 steps, with a part of 20 steps inside, by a clock that moves by a second a step."""
+    def shown(seconds=1., leave=True):
+        now, screen = [1000.], io.StringIO()
         monkeypatch.setattr("tqdm.std.time", lambda: now[0])
-        screen = io.StringIO()
-        screen.isatty = lambda: is_terminal
         monkeypatch.setattr("sys.stderr", screen)
-        bar = progress(range(200), "fine-tuning", 200, leave=leave)
+        bar = processes.progress(range(200), "fine-tuning", 200, leave=leave)
         for step in bar:
             now[0] += seconds
             bar.set_postfix_str(f"HPS {step / 1000:.3f}", refresh=False)
             if step == 99:
-                with progress(None, "evaluating", 20, unit="videos", leave=False) as inner:
+                with processes.progress(None, "evaluating", 20, unit="videos", leave=False) as inner:
                     for _ in range(20):
                         now[0] += seconds
                         inner.update()
         return screen.getvalue()
-    return run
-
-
-def test_a_log_has_a_line_now_and_then_that_says_what_how_far_the_reward_and_the_time_left(shown):
-    text = shown(False)
-    lines = text.splitlines()
-    assert not re.search(r"[\r\x1b]", text) and len(lines) == len(set(lines))
+    lines = shown().splitlines()
+    assert not re.search(r"[\r\x1b]", "".join(lines)) and len(lines) == len(set(lines))
     # A line at the start, one for each 30 of 220 seconds, one at the end; the part of 20 seconds has none.
     assert 7 <= len(lines) <= 10 and not any("evaluating" in line for line in lines)
     assert lines[0] == "fine-tuning: 0/200 steps, 00:00 gone, ? left"
     assert lines[1] == "fine-tuning: 30/200 steps, 00:30 gone, 02:50 left, HPS 0.029"
     assert lines[-1] == "fine-tuning: 200/200 steps, 03:40 gone, 00:00 left, HPS 0.199"
-    assert shown(False, seconds=.01).count("\n") == 2 and shown(False, seconds=.01, leave=False) == ""  # of a short job
+    assert shown(seconds=.01).count("\n") == 2 and shown(seconds=.01, leave=False) == ""  # of a short job
 
 
 def test_with_several_ranks_a_bar_shows_the_work_of_all(monkeypatch):
     """Three videos on two ranks: rank 0 makes two of them, and its second one ends the work of both."""
-    monkeypatch.setattr(ranks, "rank_and_size", lambda: (0, 2))
+    monkeypatch.setattr(processes, "rank_and_size", lambda: (0, 2))
     monkeypatch.setattr("sys.stderr", screen := io.StringIO())
-    with progress(None, "generating", 3, unit="videos", shared=True) as bar:
+    with processes.progress(None, "generating", 3, unit="videos", shared=True) as bar:
         shown = []
         for _ in range(2):
             bar.update()
             shown.append(bar.n)
     assert shown == [2, 3] and screen.getvalue().splitlines()[-1].startswith("generating: 3/3 videos, ")
-    assert list(progress(range(3), "hidden", disable=True)) == [0, 1, 2] and "hidden" not in screen.getvalue()
+    assert list(processes.progress(range(3), "hidden", disable=True)) == [0, 1, 2] and "hidden" not in screen.getvalue()
 
 
 def waiting(monkeypatch, share, **environment):

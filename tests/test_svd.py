@@ -207,13 +207,10 @@ def test_a_picture_begins_to_move(base, animals):
     prompts = fit_prompts(read_prompts("prompts.txt"), base)
     base.latent_shape(2, 32, 32)
     z_0 = [z for _, z in generate.generate(base, prompts, [0, 1], 2, frames=2)]
-    by_hand = sampler.sample(base.predict, randn_of(1, base), base.encode_text(prompts[1:]), base.unconditional(
+    noise = torch.randn(1, *base.latent_shape(2, 32, 32), generator=sample_generator(1, "generate"))
+    by_hand = sampler.sample(base.predict, noise, base.encode_text(prompts[1:]), base.unconditional(
         base.encode_text(prompts[1:])), base.levels(2), 3.)
     torch.testing.assert_close(z_0[1], by_hand[0], rtol=0, atol=1e-5)
-
-
-def randn_of(seed, base):
-    return torch.randn(1, *base.latent_shape(2, 32, 32), generator=sample_generator(seed, "generate"))
 
 
 def test_prompts_bring_pictures_where_the_base_wants_them(base, animals, monkeypatch):

@@ -50,18 +50,8 @@ def bow_tie(x, y):
     return (.5 - (torch.maximum(x.abs(), y.abs()) - half * (.67 + .33 * sag))).clamp(0, 1)
 
 
-def pebble(x, y):
-    radius = RADIUS * (1 + .2 * torch.cos(3 * torch.atan2(y, x)))
-    return (.5 - ((x**2 + y**2).sqrt() - radius)).clamp(0, 1)
-
-
-def hollow_square(x, y):
-    return drawn("square", x, y) - .6 * world.mask("square", x, y, .55 * RADIUS)
-
-
 @pytest.mark.parametrize("shape, faulty, at_most", [
-    ("square", bow_tie, .85), ("circle", pebble, .87), ("square", hollow_square, .87),
-    ("ring", lambda x, y: world.mask("circle", x, y, 1.05 * RADIUS), .85)])
+    ("square", bow_tie, .85), ("ring", lambda x, y: world.mask("circle", x, y, 1.05 * RADIUS), .85)])
 def test_a_shape_drawn_badly_has_a_lower_fidelity_than_the_shape(shape, faulty, at_most):
     x, y = grid(15.3, 16.8)
     assert fidelity(drawn(shape, x, y), shape) > .97
@@ -86,14 +76,6 @@ def test_a_drawn_clip_sets_the_top_of_both_scales_whatever_its_trail_watermark_a
         for mask, scene in zip(masks, scenes):
             assert judge.fidelity(mask, scene) > .92
         assert judge.steadiness(masks).min() > .93
-
-
-def test_the_mask_leaves_out_the_trail_and_sees_through_the_watermark():
-    scene = world.Scene("green", "square", "left")
-    clips = [world.make_clip(scene, 3, *how)[0] for how in (({}, ""), ({}, None), ({"watermark": 1.}, None))]
-    alone, with_trail, marked = judge.shape_mask(torch.stack(clips))
-    assert judge.overlap(with_trail, alone).min() > .97
-    assert judge.overlap(marked, alone).min() > .93
 
 
 def test_stripes_the_other_way_round_or_too_narrow_fit_badly():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import adapted, assert_near, docs_example, randn32 as randn, random_base, refused, write_file
 
+import evaluate
 import generate
 import lora
 import sampler
@@ -261,7 +262,7 @@ def test_the_lines_of_the_docs_put_an_adapter_onto_diffusers_unet(base, tmp_path
     assert (theirs - call(base.network, base)).abs().max() > .01
 
 
-def test_generate_tells_the_frame_rate(animals, monkeypatch):
+def test_generate_and_evaluate_tell_the_frame_rate(animals, monkeypatch):
     made, load_model = [], generate.load_model
 
     def watched(cfg, device):
@@ -271,7 +272,12 @@ def test_generate_tells_the_frame_rate(animals, monkeypatch):
     for fps in (12, None):
         generate.main(generate.Config(base="random-videocrafter", frames=1, size=32, device="cpu", prompt=["a cat"], num_steps=1,
                                       fps=fps, out=Path(f"video-{fps}")))
-    assert [base.fps for base in made] == [12, 28]
+    monkeypatch.setattr(evaluate, "load_model", watched)
+    monkeypatch.setattr(evaluate, "load_rewards", lambda *args, **more: 1 / 0)  # far enough
+    with pytest.raises(ZeroDivisionError):
+        evaluate.main(evaluate.Config(base="random-videocrafter", frames=1, size=32, device="cpu", prompts=("a=prompts.txt",),
+                                      fps=9, segments=1))
+    assert [base.fps for base in made] == [12, 28, 9]
 
 
 def test_the_preset_is_vaders():
