@@ -213,8 +213,6 @@ def test_text_tower_of_transformers(tmp_path, form):
         torch.testing.assert_close(ours(CAPTIONS), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
-# ------------------------------------------------- Precision, memory --------------------------------------------------
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_files_load_as_float32_or_as_asked(tmp_path, dtype):
     path = write_file(tmp_path / "unet.pth", {k: v.half() for k, v in official.items()})

@@ -1,10 +1,6 @@
-"""
-What only a GPU can tell: `pytest -m gpu`, by estimate five to nine minutes, with torch and requirements.txt alone; full-size
-weights are random and made on the GPU. A table at the end, to paste into an issue, has times beside those estimated for an H100;
-memory and results are asserted. Not yet run on a GPU, but tried on a CPU at small sizes.
-
-Without a GPU one slow test: each method's step, forward, on fake "cuda" tensors, which have a device and no numbers.
-"""
+"""What only a GPU can tell: `pytest -m gpu`, five to nine minutes, its weights random. A table at the end has times beside those
+estimated for an H100; memory and results are asserted. Not yet run on a GPU, but tried on a CPU at small sizes. Without a GPU one
+slow test: each method's step, forward, on fake "cuda" tensors, which have no numbers."""
 import os
 import subprocess
 import sys

@@ -55,8 +55,6 @@ def difference(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-# ------------------------------------------------ The paper's numbers -------------------------------------------------
-
 def test_the_papers_counts_and_the_official_names():
     """The SHA-256 is of json.dumps(sorted([name, shape] of every LoRA tensor)) in the published InstructVideo weights."""
     with torch.device("meta"):

@@ -310,8 +310,6 @@ def test_text_features_do_not_depend_on_company_or_context():
     hps(frames, CAPTIONS).sum().backward()  # ... then training, with the same features
 
 
-# ------ Weights from files; of tests/test_files.py those that are damaged, of tests/test_base.py where they lie -------
-
 def test_loaded_equals_built(tmp_path):
     weights = {k: v.half() for k, v in tiny_clip().state_dict().items()}  # as published
     path = tmp_path / "HPS_v2.1_compressed.pt"
