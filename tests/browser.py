@@ -1,7 +1,4 @@
-"""
-A real browser for tests: chromium without a window, driven by its DevTools protocol: JSON messages, each ended by a zero byte,
-on file descriptors 3 and 4 of the browser.
-"""
+"""Chromium without a window, driven by its DevTools protocol: messages of JSON, each ended by a zero byte, on two pipes."""
 import fcntl
 import json
 import os

@@ -9,6 +9,7 @@ import support.threads  # noqa: E402, F401  as in every script
 import json  # noqa: E402
 import re  # noqa: E402
 import runpy  # noqa: E402
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import imageio.v3 as iio  # noqa: E402
@@ -19,9 +20,11 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 import lora  # noqa: E402
 import train  # noqa: E402
+from formats.names import official_vae_names  # noqa: E402
 from model import load_base  # noqa: E402
 from reward import load_reward  # noqa: E402
 from support import run as run_folder  # noqa: E402
+from support.videos import write_video  # noqa: E402
 from tiny import clips, world  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,6 +123,27 @@ def write_footage(count, folder=".", height=32, width=32):
     Path("clips.txt").write_text("".join(lines))
 
 
+def write_noise(path, frames=6, height=32, width=32, fps=8, seed=0):
+    """A clip of random pixels; returns them, (F, H, W, 3)."""
+    pixels = torch.randint(255, (frames, height, width, 3), generator=seeded(seed), dtype=torch.uint8).numpy()
+    write_video(Path(path), pixels, fps)
+    return pixels
+
+
+@pytest.fixture(scope="module")
+def animals(tmp_path_factory):
+    """A folder with two clips, two pictures and lists of them, in which runs of every base start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("animals"))
+        for i, name in enumerate(("cat", "dog")):
+            pixels = write_noise(f"{name}.mp4", 30, 32, 48, 24, seed=i)
+            iio.imwrite(f"{name}.png", pixels[0])
+        Path("clips.txt").write_text("cat.mp4|||a cat\ndog.mp4|||a dog\n")
+        Path("prompts.txt").write_text("cat.png|||a cat\ndog.png|||a dog\n")
+        Path("words.txt").write_text("a cat\n")
+        yield
+
+
 def contents(folder):
     """{path: bytes} of every file below a folder."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -147,6 +171,15 @@ def write_file(path, content, **settings):
     return path
 
 
+def vae_to_official(tensors, config):
+    """An autoencoder's tensors under Stable Diffusion's names, where the attention's projections are 1x1 convolutions."""
+    official = {}
+    for ours, theirs in official_vae_names(config, tensors).items():
+        flat = theirs.endswith(("attn_1.q.weight", "attn_1.k.weight", "attn_1.v.weight", "attn_1.proj_out.weight"))
+        official[theirs] = tensors[ours][:, :, None, None] if flat else tensors[ours]
+    return official
+
+
 def seeded(seed=0):
     """A generator of its own."""
     return torch.Generator().manual_seed(seed)
@@ -154,6 +187,14 @@ def seeded(seed=0):
 
 def randn(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=seeded(seed), dtype=dtype)
+
+
+randn32 = partial(randn, dtype=torch.float32)
+
+
+def assert_near(ours, theirs, share=1e-4):
+    """Equal but for rounding, of the largest value."""
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=share * theirs.abs().max().item())
 
 
 def built(make, seed=0):
@@ -173,11 +214,35 @@ def tuned_base(std=.1, dtype=torch.float32):
     return base
 
 
+def random_base(name, noise=0.):
+    """A small base with noise on every weight: as initialised, many parts do little, or the same to all."""
+    base = load_base(f"random-{name}")
+    with torch.no_grad():
+        for i, (path, p) in enumerate(base.network.named_parameters()):
+            if path != "rope.freqs":
+                p.add_(noise * randn32(*p.shape, seed=i))
+    return base
+
+
+def adapted(base, rank=4, alpha=8., letters="qkvo"):
+    """A base with adapters that change what it does."""
+    lora.inject(base.network, rank, alpha, None, letters)
+    with torch.no_grad():
+        for i, layer in enumerate(lora.layers(base.network).values()):
+            layer.lora_B.copy_(.3 * randn32(*layer.lora_B.shape, seed=i))
+    return base
+
+
 @pytest.fixture(scope="module")
 def parts():
     """(base with adapters that do something, reward, the empty caption's features)."""
     base = tuned_base(.05)
     return base, load_reward(base_folder=base.folder), base.encode_text([""])
+
+
+def letters(captions):
+    """A tokenizer: letters, padded to 9 tokens."""
+    return torch.tensor([[1, *(2 + ord(c) % 30 for c in caption[:7]), 33, *[0] * 7][:9] for caption in captions])
 
 
 CAPTIONS = ["a red circle moving left", "a green square moving up"]
@@ -198,6 +263,13 @@ def write_adapter(path):
     """A file with the adapters of tuned_base."""
     lora.save(tuned_base().network, path, base="tiny")
     return path
+
+
+def docs_example(page, words):
+    """The lines of Python on a page of docs/ that have these words."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    example, = [lines for lines in blocks if words in lines]
+    return example
 
 
 def metrics(folder):
@@ -225,3 +297,15 @@ def assert_same_run(a, b):
         assert same_tensors(Path(a) / path.name, path), path.name
     if (Path(b) / "rewards.jsonl").is_file():  # DDPO's
         assert (Path(a) / "rewards.jsonl").read_text() == (Path(b) / "rewards.jsonl").read_text()
+
+
+def assert_nearly_same_run(a, b, bound=1e-5):
+    """As two ranks leave it, which add up in another order."""
+    x, y = (load_file(Path(folder) / "lora.safetensors") for folder in (a, b))
+    torch.testing.assert_close(x, y, atol=bound, rtol=0)
+    assert max(t.abs().max() for t in y.values()) > bound
+    for one, two in zip(metrics(a), metrics(b), strict=True):
+        for name, measures in one.pop("eval", {}).items():
+            assert measures == pytest.approx(two["eval"][name], abs=1e-5)
+        two.pop("eval", None)
+        assert one == pytest.approx(two, abs=1e-5)

@@ -1,39 +1,117 @@
-"""docs/bases.md: the worked example of a base of one's own."""
+"""What is asked of every base: runs of all methods, resumed and on two ranks, and sizes. And docs/bases.md: one of one's own."""
 import importlib
-import re
+import math
 import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import metrics
+from conftest import assert_nearly_same_run, assert_same_run, docs_example, metrics, randn32, refused, seeded, write_noise
+from test_ranks import two_ranks
 
 import sampler
 import train
-from bases import modelscope
-from formats import weights
+from bases import opensora
+from formats import adapters, weights
 from model import load_base
 from support import ranks
-from support.videos import write_video
 
-DOCS = Path(__file__).resolve().parent.parent / "docs/bases.md"
+# ----------------------------------------------- Every base but the first -------------------------------------------------
 
+OF_BASE = {"wan": ["--frames", "9"], "cogvideox": ["--frames", "9"], "opensora": ["--frames", "17"],
+           "videocrafter": ["--frames", "4", "--size", "32x40", "--fps", "16", "--lora-layers", "qkv", "--lora-alpha", "2"],
+           "svd": ["--frames", "6", "--tau", ".75"]}
+SMALL = ["--size", "32", "--num-steps", "4", "--batch-size", "2", "--reward-weights", "random:32", "--device", "cpu",
+         "--eval-every", "0", "--save-every", "1"]
+ON_CLIPS = ["--data", "clips.txt", "--workers", "0"]
+ON_PROMPTS = ["--prompts-train", "prompts.txt"]
+METHODS = [("draft", []), ("refl", []), ("vader", ["--reward", "hpsv2"]), ("ddpo", ["--updates", "1"]),
+           ("rwr", ["--rounds", "1", "--videos", "4"]), ("nft", ["--updates", "1", "--group", "2"]),
+           ("adjoint", ["--steps-learned", "1"]), ("dpo", ["--rounds", "1", "--pairs", "4"]), ("onestep", ON_CLIPS),
+           ("rwr", ON_CLIPS)]
+
+
+def run_base(base, *flags, method=train):
+    of_base = [flag for flag in OF_BASE[base] if method is train or flag not in ("--tau", ".75")]
+    return train.main([base, "--base", f"random-{base}", *SMALL, *of_base, *map(str, flags)], method)
+
+
+@pytest.mark.parametrize("base", OF_BASE)
+def test_a_run_is_continued_bit_for_bit(base, animals):
+    """And the cache changes nothing."""
+    assert run_base(base, *ON_CLIPS, "--max-skip", 0, "--steps", 3, "--out", f"{base}-whole") == 0
+    assert run_base(base, *ON_CLIPS, "--max-skip", 0, "--steps", 2, "--no-cache", "--out", f"{base}-parts") == 0
+    assert train.main(["--resume", f"{base}-parts", "--steps", "3", "--cache"]) == 0
+    assert_same_run(f"{base}-parts", f"{base}-whole")
+    lines = metrics(f"{base}-whole")
+    assert [line["step"] for line in lines] == [1, 2, 3] and all(line["grad_norm"] > 0 for line in lines)
+    if base == "videocrafter":  # whose flags name three projections and an alpha
+        adapter = adapters.read_adapter(f"{base}-whole")
+        assert adapter.alpha == 2 and not [name for name in adapter.tensors if "to_out" in name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base, flags", [("wan", ["--size", "32x48", "--latent-context", 1, "--no-cache"]), ("svd", [])])
+def test_two_ranks_do_what_one_does(base, flags, animals):
+    """Wan on oblong clips, with gradient through one latent of a frame alone."""
+    flags = [*ON_CLIPS, *flags, "--steps", 2]
+    one_rank, both = f"{base}-one-rank", f"{base}-two-ranks"
+    assert run_base(base, *flags, "--out", one_rank) == 0
+    ended, _ = two_ranks(lambda rank: ranks.run_script("train.py", lambda: run_base(base, *flags, "--out", both)))
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    assert_nearly_same_run(both, one_rank)
+    assert all(line["grad_norm"] > 0 for line in metrics(both))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, flags", METHODS)
+@pytest.mark.parametrize("base", OF_BASE)
+def test_every_method_trains_three_steps(base, name, flags, animals, monkeypatch):
+    """Open-Sora's levels are those of the run's own size, wherever they are asked for."""
+    asked, out = [], f"{base}-{name}{len(flags)}"
+    monkeypatch.setattr(opensora.OpenSora, "levels", lambda self, *args: asked.append(args) or opensora.levels(*args))
+    flags = [*flags, *([] if flags == ON_CLIPS else ON_PROMPTS), "--steps", "3", "--out", out]
+    assert run_base(base, *flags, method=importlib.import_module(f"methods.{name}")) == 0
+    lines = metrics(out)
+    assert [line["step"] for line in lines] == [1, 2, 3] and all(0 < line["grad_norm"] < math.inf for line in lines)
+    assert {*asked} == ({(4, (17, 32, 32))} if base == "opensora" else set())
+
+
+@pytest.mark.parametrize("base, size, message", [
+    ("wan", (16, 32, 32), "frames = 16: random-wan makes 4k . 1 frames"), ("wan", (0, 32, 32), "frames = 0"),
+    ("wan", (9, 40, 32), "must be multiples of 16"), ("wan", (9, 32, 0), "must be multiples of 16"),
+    ("cogvideox", (13, 32, 32), "frames = 13: random-cogvideox makes 8k . 1 frames.* 13 frames would be"),
+    ("cogvideox", (16, 32, 32), "frames = 16"), ("cogvideox", (9, 40, 32), "must be multiples of 16"),
+    ("opensora", (16, 32, 32), "frames = 16: random-opensora makes 1 frame, or a multiple of 17"),
+    ("opensora", (0, 32, 32), "frames = 0"), ("opensora", (17, 240, 426), "width 426: must be multiples of 8"),
+    ("opensora", (17, 4, 32), "must be multiples of 8"), ("svd", (6, 36, 36), "must be at least 1, and multiples of 8")])
+def test_a_size_that_has_no_latents_is_refused(base, size, message):
+    refused(message, load_base(f"random-{base}").latent_shape, *size)
+
+
+@pytest.mark.parametrize("base", ["wan", "cogvideox", "opensora", "svd"])
+def test_what_a_base_cannot_do_is_refused_before_clips_are_read(base, animals):
+    for flags, message in ((["--cache-interval", 2], "cache_interval = 2: DeepCache knows ModelScopeT2V's UNet"),
+                           (["--size", 36], "multiples of")):
+        refused(message, run_base, base, "--data", "clips.txt", *flags, "--out", "refused")
+    assert not Path("refused").exists()
+
+
+# ------------------------------------------------- A base of one's own ----------------------------------------------------
 
 @pytest.fixture
 def velocity(monkeypatch):
     """The example, as if its file lay in bases/."""
-    example, = [lines for lines in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL) if "class Base" in lines]
     module = types.ModuleType("bases.velocity")
-    exec(example, vars(module))
+    exec(docs_example("bases.md", "class Base"), vars(module))
     monkeypatch.setitem(sys.modules, "bases.velocity", module)
     monkeypatch.setitem(weights.NETWORKS, "VelocityUNet", "velocity")
     return load_base("random-velocity")
 
 
 def test_its_guesses_fit_its_levels_and_its_network(velocity):
-    g = torch.Generator().manual_seed(0)
-    z, noise = torch.randn(2, 1, *velocity.latent_shape(2, 32, 32), generator=g)
+    z, noise = torch.randn(2, 1, *velocity.latent_shape(2, 32, 32), generator=seeded())
     text, levels = velocity.encode_text(["a cat"]), velocity.levels(4)
     z_t = sampler.add_noise(z, noise, levels, 3)
     z_0, eps = velocity.predict(z_t, (levels.t[3], levels.alpha[3], levels.sigma[3]), text)
@@ -44,15 +122,10 @@ def test_its_guesses_fit_its_levels_and_its_network(velocity):
     torch.testing.assert_close(loss, (v - (levels.alpha[3] * noise - levels.sigma[3] * z)).square().mean()[None])
 
 
-def test_it_has_no_published_size(velocity):
-    with pytest.raises(ValueError, match="base random-velocity:full: bases/velocity.py has no published"):
-        load_base("random-velocity:full")
-
-
 @pytest.mark.usefixtures("aside")
-def test_it_trains(velocity):
-    pixels = torch.randint(255, (6, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    write_video(Path("a.mp4"), pixels.numpy(), 8)
+def test_it_trains_and_has_no_published_size(velocity):
+    refused("base random-velocity:full: bases/velocity.py has no published", load_base, "random-velocity:full")
+    write_noise("a.mp4")
     Path("clips.txt").write_text("a.mp4|||a cat\n")
     flags = "--data clips.txt --workers 0 --frames 2 --segments 1 --size 32 --num-steps 2 --steps 1 --batch-size 1 --eval-every 0"
     assert train.main(["modelscope", "--base", "random-velocity", "--reward-weights", "random:32", "--device", "cpu",
@@ -60,73 +133,20 @@ def test_it_trains(velocity):
     assert metrics("run")[0]["grad_norm"] > 0
 
 
-# ------------------------------------------- Text as a dict of tensors ----------------------------------------------------
+# ------------------------------------------- What bases may tell the core --------------------------------------------------
 
-class Words(modelscope.Base):
-    """ModelScopeT2V's parts, told a dict: a caption's features and a number that they are multiplied by."""
-    def encode_captions(self, captions):
-        words = super().encode_captions(captions)
-        return {"words": words / 2, "times": torch.full((len(words), 1), 2.)}
-
-    def encode_text(self, captions):
-        return ranks.stack([ranks.take(self.encode_captions([caption]), 0) for caption in captions], self.device)
-
-    def unconditional(self, text=None):
-        if text is None:  # on its way out of memory
-            return None
-        assert text["words"].shape[1:] == (77, 64) and len(text["words"]) == len(text["times"])
-        return self.encode_text([""] * len(text["times"]))
-
-    def fingerprints(self):
-        vae, text = super().fingerprints()
-        return [vae, f"{text} as a dict"]
-
-    def predict(self, z_t, level, text):
-        assert len(text["words"]) == len(z_t)
-        return super().predict(z_t, level, text["words"] * text["times"][..., None])
-
-
-@pytest.fixture
-def told_a_dict(monkeypatch, aside, plain):
-    """Clips and prompts in a folder, and random-words, whose weights are those of random:32."""
-    module = types.ModuleType("bases.words")
-    module.random = lambda base, *rest: Words(**vars(modelscope.random("random:32", *rest)))
-    monkeypatch.setitem(sys.modules, "bases.words", module)
-    monkeypatch.setitem(weights.NETWORKS, "WordsUNet", "words")
-    for i in range(2):
-        pixels = torch.randint(255, (6, 32, 32, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
-        write_video(Path(f"{i}.mp4"), pixels.numpy(), 8)
-    Path("clips.txt").write_text("0.mp4|||a cat\n1.mp4|||a dog runs\n")
-    Path("prompts.txt").write_text("a cat\na dog runs\n")
-
-
-CLIPS = ["--data", "clips.txt", "--workers", "0", "--clips-at-once", "1"]
-PROMPTS = ["--prompts-train", "prompts.txt"]
-
-
-@pytest.mark.parametrize("name, flags", [
-    ("train", [*CLIPS, "--prompts", "a=prompts.txt", "--eval-every", "1", "--eval-count", "2"]),
-    *[pytest.param(name, flags, marks=pytest.mark.slow) for name, flags in [
-        ("train", [*CLIPS, "--no-cache"]), ("methods.onestep", CLIPS),
-        ("methods.draft", PROMPTS), ("methods.refl", PROMPTS), ("methods.vader", PROMPTS),
-        ("methods.ddpo", [*PROMPTS, "--updates", "1"]), ("methods.rwr", [*PROMPTS, "--rounds", "1", "--videos", "4"]),
-        ("methods.dpo", [*PROMPTS, "--rounds", "1", "--pairs", "4"])]]])
-def test_text_may_be_a_dict_of_tensors(told_a_dict, name, flags):
-    """The run is that of the same text as one tensor, bit for bit: divided by two and multiplied again, it is the same."""
-    flags = ["--frames", "2", "--segments", "1", "--size", "32", "--num-steps", "2", "--steps", "1", "--batch-size", "2",
-             "--device", "cpu", "--reward-weights", "random:32", *([] if "--eval-every" in flags else ["--eval-every", "0"]),
-             *flags]
-    for base in ("random:32", "random-words"):
-        for _ in range(1 + (name == "train" and base == "random-words")):  # the second time of what is cached
-            assert train.main(["modelscope", "--base", base, *flags, "--out", base, "--overwrite"],
-                              importlib.import_module(name)) == 0
-    assert metrics("random:32") == metrics("random-words")
-    assert all(line["grad_norm"] > 0 for line in metrics("random-words") if "grad_norm" in line)
+def test_text_may_be_a_dict_of_tensors():
+    """Each goes through what one tensor would. Open-Sora and SVD, whose runs are above, have such text."""
+    told = {"text": randn32(3, 7, 5), "mask": randn32(3, 7, seed=1)}
+    for call in (lambda t: ranks.take(t, [2, 0]), lambda t: ranks.take(t, 1), lambda t: ranks.take(t, slice(1, 3)),
+                 lambda t: ranks.stack([ranks.take(t, 2), ranks.take(t, 1)], "cpu"),
+                 lambda t: ranks.map_tensors(lambda one, other: torch.cat([one, other]), t, t)):
+        found = call(told)
+        assert found.keys() == told.keys() and all(found[name].equal(call(told[name])) for name in told)
 
 
 def test_guidance_may_differ_from_frame_to_frame():
-    g = torch.Generator().manual_seed(0)
-    z, text = torch.randn(2, 4, 3, 2, 2, generator=g), torch.randn(2, 1, 5, generator=g)
+    z, text = torch.randn(2, 4, 3, 2, 2, generator=seeded()), torch.randn(2, 1, 5, generator=seeded(1))
 
     def predict(z_t, level, text):
         return z_t * text.mean(dim=(1, 2)).view(-1, 1, 1, 1, 1), z_t

@@ -1,12 +1,9 @@
-"""
-The command lines: what generate.py and evaluate.py write, and that a wrong value ends any script with one line, writing nothing.
-
-In-process, on the shipped weights; no test depends on what they have learned.
-"""
+"""Command lines: what generate.py and evaluate.py write, and that wrong values end scripts with a line, writing nothing."""
 import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,11 +22,13 @@ import lora
 import reward
 import train
 from data import ClipConfig
+from formats import vbench
 from formats.weights import TINY
 from model import load_base
 from sampler import sample
-from support import pictures, settings, tables, videos
+from support import settings, tables, videos
 from support.clips import read_list
+from support.videos import read_video
 from tiny import world
 
 PROMPT = "a red circle moving left"
@@ -122,14 +121,6 @@ def test_a_lora_and_its_scale(adapter):
     assert adapter.name == "lora.safetensors" and not np.array_equal(base, video("--dtype", "bfloat16"))
 
 
-def test_unknown_words_are_said_once(capfd):
-    make("videos", "--prompt", "a red circle moving left and then right", "--prompt", "a red zebra", "--frames", 1)
-    unknown = [line for line in capfd.readouterr().err.splitlines() if "does not know" in line]
-    assert len(unknown) == 2  # one for each caption with new words, plain lines of their own
-    assert unknown[0].startswith("words this model does not know: and, then; it knows: a red")
-    assert unknown[1] == "words this model does not know: zebra"  # what it knows is listed once
-
-
 # --------------------------------------------------- evaluate.py ---------------------------------------------------
 
 EVALUATE = ["--device", "cpu", "--num-steps", "2", "--count", "2", "--out", "report"]
@@ -185,8 +176,7 @@ def test_base_and_fine_tuned_on_two_sets_at_several_d_and_guidance(adapter, capf
     rows = report["results"]
     assert [(r["set"], r["num_steps"], r["guidance"], r["model"]) for r in rows] == [
         (s, d, g, m) for s in ("shapes", "stripes") for d in (2, 3) for g in (1., 3.) for m in ("base", "fine-tuned")]
-    head, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
-    assert head == ["set", "D", "guidance", "model", "n", "HPStiny ± std", "gain ± error"]
+    _, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
     assert len(lines) == 16 and len({len(line) for line in table.splitlines()}) == 1  # aligned
 
     # One pair of rows again.
@@ -203,10 +193,6 @@ def test_base_and_fine_tuned_on_two_sets_at_several_d_and_guidance(adapter, capf
     assert gain == pytest.approx(tables.paired(*again), abs=1e-6) and "differences" not in rows[4]
     mean, deviation, _ = rows[5]["measures"].values()
     assert lines[5] == ["shapes", "3", "1", "fine-tuned", "2", f"{mean:.4f} ± {deviation:.4f}", "{:+.4f} ± {:.4f}".format(*gain)]
-
-    # One strip of two frames for each set and model, so that rows are sets and columns models.
-    height, width, _ = pictures.strip(np.zeros((4, 32, 32, 3), np.uint8)).shape
-    assert iio.imread("report/sheet.png").shape == (22 + 2 * (height + 22), 2 * (width + 14), 3)
 
 
 def test_several_strengths_show_what_the_reward_gains_and_what_is_lost(adapter, monkeypatch, capfd):
@@ -276,7 +262,7 @@ def bad_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     files = {"prompts.txt": "a red circle moving left\n", "file": "x", "empty.txt": "\n\n", "hole.txt": "1.mp4||||||16\n",
              "list.txt": "no separator in this line\n", "clips.txt": "gone.mp4|||a cat\n", "run/config.json": "{}",
-             "held/state.pt": "x", "damaged/metrics.jsonl": "x\n{}\n", "report/table.json": "{}"}
+             "held/state.pt": "x", "report/table.json": "{}"}
     for name, text in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
@@ -312,7 +298,6 @@ def test_numbers_out_of_range(check, cfg, wrong):
     ("train --data list.txt", "list.txt, line 1: 1 field"),
     ("train --data clips.txt --cache-dir file", "cache_dir file: is a file, or inside one"),
     ("train modelscope --prompts a=prompts.txt", "no clips: --data LIST must name some"),
-    ("train modelscope", "no prompts: --prompts NAME=FILE must name some"),
     ("train --base random:32", "base random:32: comes without settings for training; name a preset first, tiny or modelscope"),
     ("train --base nowhere", "base nowhere: no such file or folder$"),
     ("train --base some/where", "base some/where: no such file or folder; if it is a hub id, it comes without settings"),
@@ -339,17 +324,13 @@ def test_wrong_values(argv, message, bad_files, monkeypatch):
 @pytest.mark.parametrize("name, argv, message", [
     ("train.py", "--frames 8", "frames = 8, size = 32: the tiny world draws 16 frames of 32 x 32 pixels"),
     ("train.py", "--size 30 --data clips.txt", "height 30 and width 30: must be multiples of"),
-    ("train.py", "--size 32x64", "frames = 16, size = 32x64: the tiny world draws 16 frames of 32 x 32 pixels"),
     ("train.py", "--latent-context 3", "latent_context = 3: base tiny decodes frames from no latents but their own"),
     ("train.py", "tiny --base random-wan --frames 17 --data clips.txt --prompts a=prompts.txt",
      "preset tiny: is not for base random-wan, whose own is wan$"),
-    ("explain.py", "wan --base random:32 --reward-weights random:32 --data clips.txt",
-     "preset wan: is not for base random:32, whose own is modelscope$"),
-    ("generate.py", "--prompt red --size 16x20x4", "size = 16x20x4: must be pixel rows and columns, as in 256 or 480x832"),
     ("train.py", "--data clips.txt", "1 of 1 clips cannot be used.*gone.mp4"), ("train.py", "--dtype int8", "dtype 'int8': must"),
     ("train.py", "tiny --base nowhere --data clips.txt --prompts a=prompts.txt", "base 'nowhere': no such file or folder"),
     ("train.py", "--out file/run", "out file/run: is a file, or inside one"), ("train.py", "--out held", "out held: holds"),
-    ("train.py", "--out damaged", "damaged/metrics.jsonl, line 1: not what"), ("train.py", "--steps many", "invalid"),
+    ("train.py", "--steps many", "invalid"),
     ("generate.py", "--prompt red --base random:32 --lora lora.safetensors", "lora.safetensors: "),
     ("generate.py", "--prompt red --lora file", "file: expected"), ("evaluate.py", "--device meta", "device 'meta'"),
     ("evaluate.py", "--watch diversity --count 2", "watch diversity: needs several")])
@@ -378,3 +359,68 @@ def test_a_script_draws_and_writes_whatever_a_notebook_or_the_locale_has_set():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ | odd | {"PYTHONPATH": str(ROOT)})
     assert (done.returncode, done.stdout) == (0, b"\\u732b\n"), done.stderr
     assert listing() == ["figure.png", "words.txt"] and Path("words.txt").read_bytes() == "猫".encode()
+
+
+OTHER = "a blue ring-2"  # of the second one its own number must stay
+
+
+def read_as_vbench(out):
+    """seeds.json. VBench takes any file's ending for that of all, and a prompt for the name before its number."""
+    names = [path.name for path in (out / "videos").iterdir()]
+    prompts, seeds = (json.loads((out / f"{name}.json").read_text()) for name in ("prompts", "seeds"))
+    assert {Path(name).suffix for name in names} == {".mp4"} and prompts.keys() == seeds.keys() == {*names}
+    assert prompts == {name: re.sub(r"-\d+$", "", Path(name).stem) for name in names}
+    return seeds
+
+
+def test_generated_videos_are_found_and_told_apart_by_vbenchs_own_rules(capfd):
+    flags = ["generate.py", "--device", "cpu", "--num-steps", 2, "--frames", 2]
+    assert script(*flags, "--seed", 7, "--vbench", "--per-prompt", 3, "--prompt", PROMPT, "--prompt", OTHER, "--out", "it's") == 0
+    seeds = read_as_vbench(Path("it's"))
+    assert seeds == {f"{p}-{i}.mp4": 7 + 3 * k + i for k, p in enumerate((PROMPT, OTHER)) for i in range(3)}
+    folder = str(Path("it's").resolve())
+    assert shlex.split(capfd.readouterr().out.strip().splitlines()[-1]) == [
+        "vbench", "evaluate", "--videos_path", f"{folder}/videos", "--dimension", *vbench.DIMENSIONS, "--mode=custom_input",
+        "--prompt_file", f"{folder}/prompts.json"]
+
+    assert script(*flags, "--seed", seeds[f"{OTHER}-1.mp4"], "--prompt", OTHER, "--out", "alone") == 0  # each seed is the video's
+    again, same, another = map(read_video, map(Path, ("alone/0000-a-blue-ring-2.mp4", f"it's/videos/{OTHER}-1.mp4",
+                                                      f"it's/videos/{OTHER}-0.mp4")))
+    assert np.array_equal(again, same) and not np.array_equal(again, another)
+
+
+def test_base_and_tuned_are_a_folder_each_of_the_videos_that_were_measured(tmp_path, capfd):
+    Path("a.txt").write_text(f"{PROMPT}\n{OTHER}\n")
+    Path("b.txt").write_text(f"{PROMPT}\n")  # once more, in another set
+    common = ["--device", "cpu", "--num-steps", 2, "--frames", 4, "--lora", write_adapter(tmp_path / "lora.safetensors")]
+    assert script("evaluate.py", *common, "--vbench", "--per-prompt", 2, "--guidance", 1, 2, "--segments", 2, "--count", 0,
+                  "--sheet", 1, "--prompts", "a=a.txt", "--prompts", "b=b.txt", "--seed", 5, "--out", "both") == 0
+    assert capfd.readouterr().out.count("\nvbench evaluate ") == 2
+    written = []
+    for model, scale in (("base", 0), ("fine-tuned", 1)):
+        seeds = read_as_vbench(Path("both", model))
+        assert list(seeds.values()) == [*range(5, 11)] and list(seeds)[3:5] == [f"{OTHER}-1.mp4", f"{PROMPT}-2.mp4"]
+        # The first guidance's, by this model and seed.
+        flags = ["--guidance", 1, "--seed", 9, "--lora-scale", scale, "--prompt", PROMPT, "--out", model]
+        assert script("generate.py", *common, *flags) == 0
+        written.append(read_video(Path("both", model, "videos", f"{PROMPT}-2.mp4")))
+        assert np.array_equal(written[-1], read_video(Path(model, "0000-a-red-circle-moving-left.mp4")))
+    assert not np.array_equal(*written)
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--prompt", "either/or"], "vbench: prompt 'either/or' has a /: VBench knows a prompt by the file's name, so it must"),
+    (["--prompt", "x" * 250], "has 250 bytes: .* and at most 249 bytes"), (["--prompt", "猫" * 84], "has 252 bytes"),
+    (["--prompt", PROMPT, "--gif"], "vbench: its folder has files of one kind; leave gif or vbench out"),
+    (["--prompt", PROMPT, "--per-prompt", "1", "--out", "held"], r"holds 1 other files \(a red circle moving left-1.mp4\)")])
+def test_what_vbench_could_not_read_is_refused_before_anything_is_loaded(flags, message, monkeypatch, capfd):
+    longest = "猫" * (vbench.LONGEST // 3)
+    vbench.Folder(Path("out"), vbench.plan_files([longest], 0, 2, Path("out")))(1, evaluate.torch.zeros(1, 3, 8, 8))
+    for i in range(2):
+        Path("held/videos").mkdir(parents=True, exist_ok=True)
+        (Path("held/videos") / f"{PROMPT}-{i}.mp4").touch()
+    monkeypatch.setattr("model.load_base", lambda *args, **settings: pytest.fail("was loaded"))
+    assert script("generate.py", "--vbench", *flags) == 2
+    assert re.search(message, capfd.readouterr().err) and len(listing()) == 3
+    Path("p.txt").write_text("either/or\n")
+    refused("has a /", evaluate.check, evaluate.Config(vbench=True, prompts=["p=p.txt"]))

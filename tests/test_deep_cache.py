@@ -41,9 +41,6 @@ def test_with_gradient_it_is_exact_and_nothing_stays_behind(parts):
     assert base.chain_predict(1) == base.predict
 
 
-KEYS = [(0, 0, 0, "chain"), (0, 0, 1, "chain")]
-
-
 def refl_rewards(base, reward, uncond, batch, cfg):
     noise, text, g, captions, m = batch
     return train.video_rewards(base, reward, refl.predict(base, noise, text, uncond, m[0], cfg), g, captions, cfg)
@@ -51,7 +48,7 @@ def refl_rewards(base, reward, uncond, batch, cfg):
 
 @pytest.mark.parametrize(("step", "config", "last"), [
     (train.edit_rewards, train.Config(tau=1.), None), (draft.draft_rewards, draft.Config(), [[1], [1]]),
-    (refl_rewards, refl.Config(), [1, 1]), (vader.vader_rewards, vader.Config(), KEYS)],
+    (refl_rewards, refl.Config(), [1, 1]), (vader.vader_rewards, vader.Config(), [(0, 0, 0, "chain"), (0, 0, 1, "chain")])],
     ids=["InstructVideo", "draft", "refl", "vader"])
 def test_a_step_saves_calls_and_the_fewer_the_nearer_is_its_gradient(parts, step, config, last):
     """Of the five calls without gradient N = 2 computes the inner levels in the first, third and fifth."""

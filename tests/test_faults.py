@@ -1,9 +1,4 @@
-"""
-Runs that are interrupted, killed, starved of disk, or spread over processes. Slow: `pytest -m slow`.
-
-Every run here is the whole script in a process of its own. Most of these are forked from a process that has imported everything
-already, which saves seconds each time; where how a process starts matters, it is started from nothing.
-"""
+"""Runs, each in a process of its own, that are interrupted, killed, starved of disk, or spread over processes. Slow."""
 import json
 import multiprocessing
 import os
@@ -23,8 +18,7 @@ import open_clip  # noqa: F401  as above
 import PIL.ImageFont  # noqa: F401  as above
 import pytest
 import torch
-from conftest import ROOT, assert_same_run, listing, metrics, write_adapter, write_footage
-from safetensors.torch import load_file
+from conftest import ROOT, assert_nearly_same_run, assert_same_run, listing, metrics, write_adapter, write_footage
 
 import train  # noqa: F401  as above
 from formats import adapters
@@ -93,29 +87,6 @@ def checkpoint(folder):
     return torch.load(Path(folder) / "state.pt", weights_only=True)
 
 
-# ------------------------------------------------ Signals and kill -9 ------------------------------------------------
-
-TERMINAL = f"""
-import fcntl, runpy, sys, termios
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # standard input becomes the session's terminal
-runpy.run_path({str(ROOT / 'train.py')!r}, run_name="__main__")
-"""
-
-
-def test_a_closed_terminal_ends_a_run_with_all_saved():
-    """test_train.py shows that after this and other signals it goes on as if nothing had happened."""
-    folder = Path("hung-up")
-    flags = [*SMALL, "--eval-every", "3", "--save-every", "400", "--steps", "500", "--out", folder]
-    master, terminal = os.openpty()  # the terminal of a session of its own; when it is closed, SIGHUP is sent
-    process = subprocess.Popen([sys.executable, "-c", TERMINAL, *flags], stdin=terminal, stdout=terminal, stderr=terminal,
-                               start_new_session=True)
-    os.close(terminal)
-    wait_for(lambda: steps_done(folder) >= 2, "two steps")
-    os.close(master)
-    assert process.wait(PATIENCE) == 129
-    assert checkpoint(folder)["step"] == steps_done(folder)
-
-
 def test_what_cannot_be_written_is_said_before_clips_are_encoded(small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     for flags in (["--out", small_disk / "run"], ["--out", small_disk], ["--cache-dir", small_disk / "cache", "--out", "none"]):
@@ -161,8 +132,6 @@ def test_killed_at_twenty_moments_a_run_ends_as_if_nothing_had_happened():
     assert finish(*flags, "--steps", at + 2, "--out", "never-killed")[0] == 0
     assert_same_run(run, "never-killed")
 
-
-# ------------------------------------------------------ A full disk ------------------------------------------------------
 
 @pytest.fixture
 def small_disk(tmp_path):
@@ -210,8 +179,6 @@ def test_a_full_disk_is_a_clear_error_and_the_checkpoint_before_is_whole(small_d
     assert finish("--resume", run, "--steps", 4)[0] == 0 and checkpoint(run)["step"] == 4
 
 
-# -------------------------------------------------------- torchrun --------------------------------------------------------
-
 def torchrun(*argv, script="train.py", options=(), **more):
     """(exit status, stdout, stderr, seconds) of two ranks, on the CPU."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *options,
@@ -219,20 +186,6 @@ def torchrun(*argv, script="train.py", options=(), **more):
     began = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, timeout=3 * PATIENCE, env=os.environ | more)
     return done.returncode, done.stdout, done.stderr, time.monotonic() - began
-
-
-def assert_nearly_the_same_run(a, b):
-    """To 1e-5: the ranks add up in another order."""
-    x, y = (load_file(Path(folder) / "lora.safetensors") for folder in (a, b))
-    torch.testing.assert_close(x, y, atol=1e-5, rtol=0)
-    for one, two in zip(metrics(a), metrics(b), strict=True):
-        for name, measures in one.pop("eval", {}).items():
-            assert measures == pytest.approx(two["eval"][name], abs=1e-5)
-        two.pop("eval", None)
-        assert one == pytest.approx(two, abs=1e-5)
-
-
-RANKS = [*SMALL, "--batch-size", "4", "--steps", "2", "--eval-every", "2", "--eval-count", "3"]
 
 
 def test_two_ranks_generate_and_evaluate_what_one_does():
@@ -265,21 +218,6 @@ def test_two_ranks_generate_and_evaluate_what_one_does():
     assert np.abs(sheets[0] - sheets[1]).max() <= 1
 
 
-def test_two_ranks_do_what_one_does():
-    assert finish(*RANKS, "--out", "one-rank")[0] == 0
-    status, said, errors, _ = torchrun(*RANKS, "--cache-dir", "cache-of-two", "--out", "two-ranks")
-    assert status == 0, errors
-    assert_nearly_the_same_run("two-ranks", "one-rank")
-    assert listing("two-ranks") == listing("one-rank")
-    # Only one of them speaks and draws bars.
-    assert said.count("run folder: two-ranks") == 1 and said.count("before and after 2 steps") == 1
-    assert errors.count("encoding clips: 0/5 clips") == errors.count("fine-tuning: 0/2 steps") == 1
-    # Wrong values too.
-    status, said, errors, _ = torchrun(*RANKS, "--batch-size", "3", "--out", "three")
-    assert status != 0 and not Path("three").exists()
-    assert errors.count("train.py: batch_size = 3: must be a multiple of 2") == 1
-
-
 DYING = '''
 import os, threading, time
 def die():
@@ -307,7 +245,7 @@ def test_a_rank_that_dies_takes_the_run_down_and_a_restart_continues_it(tmp_path
     status, said, errors, _ = torchrun(*flags, "--steps", last, "--out", "reborn", options=["--max-restarts", "1"],
                                        PYTHONPATH=path, DIE_AFTER="reborn/state.pt")
     assert status == 0, errors
-    assert said.count("run folder: reborn, from step ") == 1
+    assert said.count("run folder: reborn, from step ") == 1  # one of them speaks
     assert finish(*flags, "--steps", last, "--out", "alive")[0] == 0
     assert [line["step"] for line in metrics("reborn")] == list(range(1, last + 1))
-    assert_nearly_the_same_run("reborn", "alive")
+    assert_nearly_same_run("reborn", "alive")

@@ -1,17 +1,12 @@
-"""
-Readers of files as other programs write them (by diffusers, transformers, open_clip or torch where they can), and of every kind
-of file that is damaged, mismatched or hostile, which end in a ValueError of one line that names the file.
-"""
+"""Readers of files as other programs write them, and of damaged or hostile ones, which end in one line that names the file."""
 import json
 import os
 import re
-import subprocess
 import sys
 import types
 import zipfile
 from collections import OrderedDict
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -19,16 +14,13 @@ import open_clip
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet3DConditionModel
-from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-import model
 import reward
 from formats import names, reward_model, words
 from model import Autoencoder, UNet3D, UNetConfig, VAEConfig, load_text_encoder, load_unet, load_vae
 from support import files, run as run_folder
-from tests.conftest import contents, refused as refused_in_a_line, write_file
-from tests.ldm import vae_to_official
+from tests.conftest import contents, letters, refused as refused_in_a_line, vae_to_official, write_file
 
 UNET = UNetConfig(channels=(8, 16), blocks_per_level=1, attention_levels=(True, False), context_dim=128, head_dim=4,
                   norm_groups=4)
@@ -94,6 +86,8 @@ def test_unet_as_other_versions_of_diffusers_describe_it(tmp_path):
     write_file(tmp_path / "config.json", {k: v for k, v in config.items() if k != "stem_heads"})
     write_file(tmp_path / "diffusion_pytorch_model.bin", {k: v.half() for k, v in unet.items()})
     assert_holds(load_unet(tmp_path), unet)
+    for tensors in (unet, official, with_lora(official)):  # and as one file, in either naming
+        assert_holds(load_unet(write_file(tmp_path / "unet.safetensors", tensors), UNET), unet)
 
 
 def training_state(tensors):
@@ -126,11 +120,6 @@ def test_official_unet_files(tmp_path, wrap, zipped):
             for entry in old.infolist():
                 new.writestr(entry.filename, old.read(entry))
         assert_holds(load_unet(tmp_path / "again.pth", UNET), unet)
-
-
-def test_unet_as_one_safetensors_file_in_either_naming(tmp_path):
-    for tensors in (unet, official, with_lora(official)):
-        assert_holds(load_unet(write_file(tmp_path / "unet.safetensors", tensors), UNET), unet)
 
 
 # ---------------------------------------------------- Autoencoder -----------------------------------------------------
@@ -195,9 +184,6 @@ def test_autoencoder_folder_as_diffusers_saves_it(tmp_path):
 
 # ----------------------------------------------------- Text tower -----------------------------------------------------
 
-def letters(captions):
-    return torch.tensor([[1, *(2 + ord(c) % 30 for c in caption[:7]), 33, *[0] * 7][:9] for caption in captions])
-
 
 CAPTIONS = ["a bear", "two"]
 
@@ -209,10 +195,6 @@ def test_text_tower_of_open_clip(tmp_path, place):
     parts = ("token_embedding", "positional_embedding", "transformer", "ln_final")
     assert_holds(ours, {k: v for k, v in clip.state_dict().items() if k.startswith(parts) and "resblocks.2." not in k})
     assert (ours.config.layers, ours.config.heads, ours.config.context_length) == (2, 2, 9)
-    x = clip.token_embedding(letters(CAPTIONS)) + clip.positional_embedding
-    for block in clip.transformer.resblocks[:-1]:
-        x = block(x, attn_mask=clip.attn_mask)
-    torch.testing.assert_close(ours(CAPTIONS), clip.ln_final(x).detach(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("form", ["saved", "bare", "prefix", "position_ids", "fp16"])
@@ -230,8 +212,6 @@ def test_text_tower_of_transformers(tmp_path, form):
         expected = text_model(letters(CAPTIONS)).last_hidden_state
         torch.testing.assert_close(ours(CAPTIONS), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
-
-# ------------------------------------------------- Precision, memory --------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_files_load_as_float32_or_as_asked(tmp_path, dtype):
@@ -251,47 +231,6 @@ def test_a_loaded_model_does_not_follow_its_file(tmp_path):
         with open(path, "r+b") as file:
             file.write(b"\xff" * path.stat().st_size)
         assert_holds(ours, unet)
-
-
-MEASURE = """
-import re, sys, threading, time
-import torch
-import model
-
-def watch():
-    while True:
-        with open("/proc/self/status") as file:
-            anonymous.append(int(re.search(r"RssAnon:\\s+(\\d+)", file.read())[1]) * 1024)
-        time.sleep(.002)
-
-config = model.UNetConfig(channels=(128, 384), blocks_per_level=1, attention_levels=(True, True))
-anonymous, unets = [], []
-threading.Thread(target=watch, daemon=True).start()
-for path in sys.argv[1:]:
-    time.sleep(.1)
-    before = anonymous[-1]
-    unets.append(model.load_unet(path, config, dtype=torch.bfloat16))
-    time.sleep(.1)
-    size = sum(p.numel() * p.element_size() for p in unets[-1].parameters())
-    print(size, (max(anonymous) - before) / size)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")
-def test_loading_needs_no_second_copy(tmp_path):
-    config = UNetConfig(channels=(128, 384), blocks_per_level=1, attention_levels=(True, True))
-    with torch.device("meta"):
-        shapes = {k: v.shape for k, v in UNet3D(config).state_dict().items()}
-    tensors = {k: torch.full(shape, 0.5, dtype=torch.float16) for k, shape in shapes.items()}
-    save_file(tensors, tmp_path / "unet.safetensors")
-    torch.save(training_state(names.unet_to_official(tensors, config)), tmp_path / "unet.pth")
-    del tensors
-    command = [sys.executable, "-c", MEASURE, tmp_path / "unet.pth", tmp_path / "unet.safetensors"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(model.__file__).parent)  # it has loaded nothing yet
-    for line in done.stdout.splitlines():
-        size, ratio = line.split()
-        assert int(size) > 80e6 and 0.9 < float(ratio) < 1.3, done
-    assert done.stdout.count("\n") == 2, done
 
 
 # ----------------------- Bad files: our names, bounds and messages, not what safetensors and torch check -----------------------
@@ -320,7 +259,6 @@ BAD_FILES = [  # who reads it, its name, what it holds, words of the message
     (unet_file, "u.safetensors", b"\x90\0\0\0\0\0\0\0{", "expected a .safetensors file that can be read"),
     (unet_file, "u.pth", LFS, "is a Git LFS pointer, not the file itself; `git lfs pull`"),
     (unet_file, "u.pth", {"state_dict": {}, "step": 3}, "holds no tensors; expected a state dict"),
-    (unet_file, "u.pth", list(unet.values()), "expected a state dict, found list"),
     (unet_file, "u.pth", {"model": unet, "ema": unet, "step": torch.tensor(3)},
      "holds state dicts under ema, model; expected one"),
     (vae_file, "v.pth", {"x": torch.ones(1)} | less(vae, "quant_conv.bias"),
@@ -329,24 +267,19 @@ BAD_FILES = [  # who reads it, its name, what it holds, words of the message
     (unet_file, "u.pth", unet | {"a\nb\x1b[31m": torch.ones(1)}, r"a\nb\x1b[31m"),
     (unet_file, "u.safetensors", unet | {ATTN: torch.ones(8, 13)}, f"{ATTN} has shape [8, 13], expected [8, 128]"),
     (unet_file, "u.safetensors", unet | {ATTN: torch.ones(8, 128).to(torch.int8)}, f"{ATTN} is torch.int8"),
-    (unet_file, "u.pth", unet | {ATTN: torch.ones(8, 128, device="meta")}, "on meta", "floating-point numbers"),
-    (load_text_encoder, "u.pth", official, TOWER),
     (load_text_encoder, "t.pth", less(text, "embeddings.token_embedding.weight"), TOWER),
     (load_text_encoder, "t.pth", less(text, Q), "1 tensors missing (transformer.resblocks.1.attn.in_proj_weight)"),
-    (load_text_encoder, "t.pth", text | {"text_projection.weight": torch.ones(8, 128)}, "text_projection.weight"),
     (load_text_encoder, "c.bin", {k: v for k, v in clip.state_dict().items() if "resblocks.1." not in k}, "not known (tran"),
 ]
 BAD_FOLDERS = [  # changes of a UNet's folder {name: content, None: not there}, words; {} of "config.json" are changes, too
     ({f"{STEM}.safetensors": None}, "no weights here; expected a file like", "found config.json"),
     ({f"{STEM}.safetensors": None, "config.json": None, "models--a--b/snapshots/c/x": b""}, "is the hub's", "b/snapshots/c"),
-    ({"config.json": "{'in_channels': 4}"}, "config.json: expected JSON"),
     ({"config.json": "{}"}, "config.json", "KeyError: 'in_channels'"),
     ({"config.json": {"_class_name": "AutoencoderKL"}}, "expected _class_name 'UNet3DConditionModel', found 'AutoencoderKL'"),
     ({"config.json": {"block_out_channels": []}}, "not a model that can be built"),
     ({"config.json": {"attention_head_dim": 7}}, "expected [56, 8]"),
     ({"config.json": {"act_fn": "gelu"}}, "expected act_fn 'silu', found 'gelu'"),
     ({f"{STEM}.safetensors": None, INDEX: {"weight_map": {"a": "sub/x.safetensors"}}, "sub/x.safetensors": LFS}, INDEX, "'sub/x"),
-    ({f"{STEM}.safetensors": None, INDEX: {"weight_map": {"a": "evil.bin"}}, "evil.bin": b""}, INDEX, "evil.bin"),
     ({f"{STEM}.safetensors": None, INDEX: {"weight_map": {}}}, INDEX, "expected a weight_map"),
 ]
 
@@ -380,7 +313,6 @@ def test_bad_folders_of_the_other_parts(tmp_path):
     text_model.save_pretrained(tmp_path / "text")
     configs = {"vae": names.vae_to_diffusers(VAE), "text": json.loads((tmp_path / "text/config.json").read_text())}
     for part, change, message in (("vae", {"in_channels": 1}, "expected in_channels 3"),
-                                  ("vae", {"_class_name": "UNet3DConditionModel"}, "expected _class_name 'AutoencoderKL'"),
                                   ("text", {"hidden_act": "quick_gelu"}, "expected hidden_act 'gelu', found 'quick_gelu'"),
                                   ("text", {"num_attention_heads": 8}, "expected num_attention_heads 2, found 8")):
         write_file(tmp_path / part / "config.json", configs[part] | change)
@@ -394,7 +326,7 @@ def test_bad_folders_of_the_other_parts(tmp_path):
 
 @pytest.mark.parametrize(("change", "of", "message"), [
     ({"hf_model_name": "someone/code"}, "text_cfg", "expected the fields context_length"), ({"embed_dim": 16}, None, "has shape"),
-    ({"vision_cfg": [1]}, None, "not the config of a model"), ({"heads": 5}, "text_cfg", "not a model that can be built")])
+    ({"heads": 5}, "text_cfg", "not a model that can be built")])
 def test_malformed_reward_folders(tmp_path, monkeypatch, change, of, message):
     monkeypatch.setattr(open_clip.model, "HFTextEncoder", lambda *args, **kwargs: pytest.fail("a file named a model to fetch"))
     write_file(tmp_path / "config.json", CLIP | ({of: CLIP[of] | change} if of else change))
@@ -405,7 +337,6 @@ def test_malformed_reward_folders(tmp_path, monkeypatch, change, of, message):
 
 class Calls:
     """Pickles as a call: what a hostile file does to run code on loading. It would leave a file behind."""
-
     def __init__(self, mark):
         self.mark = mark
 
@@ -445,11 +376,6 @@ def test_a_checkpoint_is_data(tmp_path, change):
     read(write_file(tmp_path / "skipped.pt", STATE | {"optimizer": {"state": {}}}))  # every step so far was skipped
     content = STATE | change if isinstance(change, dict) else change
     refused(tmp_path, read, write_file(tmp_path / "state.pt", content), "state.pt: ")
-
-
-def test_a_few_names_stand_for_many():
-    assert files.first_names({"b", "a"}) == "a, b" and len(files.first_names(["x" * 10**6])) == 100
-    assert files.first_names("abcde") == "a, b, c and 2 more"
 
 
 # ------------------------------------------------------ Writing -------------------------------------------------------

@@ -16,8 +16,6 @@ SHORT = ["--device", "cpu", "--frames", "4", "--segments", "2", "--batch-size", 
 pytestmark = pytest.mark.usefixtures("aside", "short_clips")
 
 
-# ------------------------------------------------- what may be watched ---------------------------------------------
-
 def test_what_names_mean():
     assert tables.pixel_names(("pixels", "judge", "flicker")) == tables.PIXELS[:5]
     assert tables.watched_names(("judge", "diversity", "motion")) == ["pixel_motion", "pixel_diversity", "judge"]
@@ -48,8 +46,6 @@ def test_everything_watched_is_measured(plain):
     table = json.loads(Path("run/samples/step_000001.json").read_text())["a"]
     assert table["pixel_diversity"][1] is None and table["pixel_diversity"][0] == table["pixel_diversity"][2] > 0
 
-
-# ------------------------------------------------- verdicts --------------------------------------------------------
 
 N = 24
 PROMPTS = {"one": [f"prompt {i}" for i in range(N // 2)], "two": [f"other {i}" for i in range(N // 2)]}
@@ -126,8 +122,6 @@ def test_the_best_step_is_the_highest_reward_before_the_turn():
     assert tables.best_step(rewards, None) == 30 and tables.best_step(rewards, tables.Turn(30, [], (.3, .1))) == 10
     assert tables.best_step({0: -torch.inf, 10: .1}, None) == 10 and tables.best_step({0: -torch.inf}, None) is None
 
-
-# ------------------------------------------------- a run -----------------------------------------------------------
 
 @pytest.fixture
 def scripted(plain, monkeypatch):

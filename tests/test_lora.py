@@ -3,9 +3,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ import model
 from formats import adapters, names
 from formats.tensors import fingerprint
 from lora import LoRALinear, adapter_state, inject, layers, load, merge, save, set_scale, unmerge
-from tests.conftest import contents, refused, seeded, write_file
+from tests.conftest import contents, docs_example, refused, seeded, write_file
 
 # ModelScopeT2V's structure, small. Eight heads in the first temporal transformer, as diffusers has them.
 CONFIG = model.UNetConfig(channels=(32, 64), blocks_per_level=1, attention_levels=(True, False), context_dim=32, head_dim=8,
@@ -56,8 +54,6 @@ def run(module, dtype=torch.float32):
 def difference(a, b):
     return ((a - b).norm() / b.norm()).item()
 
-
-# ------------------------------------------------ The paper's numbers -------------------------------------------------
 
 def test_the_papers_counts_and_the_official_names():
     """The SHA-256 is of json.dumps(sorted([name, shape] of every LoRA tensor)) in the published InstructVideo weights."""
@@ -284,7 +280,6 @@ FIRST, SECOND = (f"base_model.model.transformer_in.transformer_blocks.0.attn1.to
 A, B = torch.zeros(4, 64), torch.zeros(64, 4)
 MALFORMED = {  # what is wrong: tensors to replace (None: remove), metadata to replace, message
     "missing layer": ({FIRST: None, SECOND: None}, {}, "2 tensors missing .*attn1.to_q"),
-    "half a layer": ({FIRST: None}, {}, "to_q.lora_B.weight is not half of an adapter"),
     "unknown layer": ({k.replace("_in", "_on"): t for k, t in ((FIRST, A), (SECOND, B))}, {}, "2 tensors not known .*_on"),
     "not an adapter": ({"conv": B}, {}, "tensor conv is not half of an adapter"),
     "wrong width": ({FIRST: A[:, :9].clone()}, {}, r"to_q.lora_A.weight has shape \[4, 9\], expected \[4, 64\]"),
@@ -294,7 +289,6 @@ MALFORMED = {  # what is wrong: tensors to replace (None: remove), metadata to r
     "not finite": ({FIRST: A / 0}, {}, "finite"),
     "rank lies": ({}, {"rank": "1000000000"}, "records rank '1000000000' .*; expected rank 4"),
     "no alpha": ({}, {"alpha": None}, "records rank '4' and alpha None"),
-    "alpha not finite": ({}, {"alpha": "inf"}, "records rank '4' and alpha 'inf'"),
     "of the future": ({}, {"version": "2"}, "version '2', this code reads 1"),
 }
 
@@ -346,9 +340,8 @@ def test_the_lines_of_the_docs_put_an_adapter_onto_diffusers_unet(tmp_path, monk
     adapters.export(tmp_path / "lora.safetensors", "peft", tmp_path / "out" / "peft")
     assert "note" not in capsys.readouterr().out
     diffusers_unet(unet).save_pretrained(tmp_path / "model" / "unet")
-    text = (Path(__file__).resolve().parent.parent / "docs" / "formats.md").read_text()
-    [lines] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert "ali-vilab/text-to-video-ms-1.7b" in lines and len(lines.splitlines()) <= 11
+    lines = docs_example("formats.md", "ali-vilab/text-to-video-ms-1.7b")
+    assert len(lines.splitlines()) <= 11
     here = {}
     exec(lines.replace("ali-vilab/text-to-video-ms-1.7b", "model"), here)
     assert type(here["unet"]).__name__ == "UNet3DConditionModel"
@@ -358,32 +351,6 @@ def test_the_lines_of_the_docs_put_an_adapter_onto_diffusers_unet(tmp_path, monk
     adapters.export(tmp_path / "tiny.safetensors", "peft", tmp_path / "tiny")
     assert "note: the tiny base is no UNet that diffusers can build" in capsys.readouterr().out
     load(fresh := tiny_unet(), tmp_path / "tiny")
-    assert torch.equal(run(fresh), run(unet))
-
-
-@torch.no_grad()
-def test_on_diffusers_own_unet(tmp_path):
-    """inject and load find the projections of UNet3DConditionModel too, by the same names."""
-    unet = trained_unet(dtype=torch.float64)
-    save(unet, tmp_path / "lora.safetensors")
-    theirs = diffusers_unet(unet)
-    assert len(load(theirs, tmp_path / "lora.safetensors")) == len(adapter_state(unet))
-    assert difference(run(theirs, torch.float64), run(unet, torch.float64)) < 1e-5
-
-
-@torch.no_grad()
-def test_official_files_exported_to_peft(tmp_path):
-    from peft import PeftModel
-    unet = trained_unet()
-    adapter = write_file(tmp_path / "fine-tuned.pth", official_state(unet))
-    adapters.export(adapter, "peft", tmp_path / "peft", config=CONFIG)
-    theirs = PeftModel.from_pretrained(diffusers_unet(unet), tmp_path / "peft")
-    assert theirs.peft_config["default"].r == 4 and theirs.peft_config["default"].lora_alpha == 4
-    assert difference(run(theirs), run(tiny_unet())) > 0.1
-    assert difference(run(theirs), run(unet)) < 1e-5
-
-    # And back into ours.
-    load(fresh := tiny_unet(), tmp_path / "peft")
     assert torch.equal(run(fresh), run(unet))
 
 
@@ -400,15 +367,14 @@ def test_adapters_that_peft_trained(tmp_path):
     # Every field that PEFT has: plain LoRA is read, and what means another base or another layer is refused by name.
     file = tmp_path / "peft/adapter_config.json"
     settings = json.loads(file.read_text())
-    plain = {"init_lora_weights": (True, False, "gaussian", "orthogonal"), "task_type": ("FEATURE_EXTRACTION",),
-             "base_model_name_or_path": ("a",), "lora_dropout": (.1,), "exclude_modules": ("conv",), "revision": ("main",),
-             "auto_mapping": ({"base_model_class": "UNet"},), "layers_to_transform": ([0],), "of_the_future": (None, False, {})}
-    for field, values in plain.items():
-        for value in values:
-            file.write_text(json.dumps(settings | {field: value}))
-            assert adapters.read_adapter(tmp_path / "peft"), (field, value)
-    inits = ("pissa", "pissa_niter_4", "olora", "corda", "eva", "loftq", "lora_ga", "mica", "of_the_future")
-    changes = [{"init_lora_weights": init} for init in inits] + [{"bias": "all"}, {"peft_type": "ADALORA"}, {"of_the_future": 1}]
+    plain = {"init_lora_weights": "orthogonal", "task_type": "FEATURE_EXTRACTION", "base_model_name_or_path": "a",
+             "lora_dropout": .1, "exclude_modules": "conv", "revision": "main", "auto_mapping": {"base_model_class": "UNet"},
+             "layers_to_transform": [0], "of_the_future": {}}
+    for field, value in plain.items():
+        file.write_text(json.dumps(settings | {field: value}))
+        assert adapters.read_adapter(tmp_path / "peft"), field
+    changes = [{"init_lora_weights": init} for init in ("pissa", "pissa_niter_4", "loftq", "of_the_future")]
+    changes += [{"bias": "all"}, {"peft_type": "ADALORA"}, {"of_the_future": 1}]
     known = plain.keys() | {"bias", "peft_type", "target_modules", "lora_alpha", "r", "inference_mode", "peft_version",
                             "megatron_core", "qalora_group_size", "layers_pattern", "runtime_config"}
     changes += [{field.name: {"to_q": 8}} for field in dataclasses.fields(LoraConfig) if field.name not in known]
@@ -471,10 +437,8 @@ def test_export_to_the_official_code(tmp_path):
 
 EXPORT_ERRORS = [  # arguments, part of the message
     ("lora.safetensors --to peft --out base", "base: is there already"),
-    ("none.safetensors --to peft --out out", "none.safetensors: no such file"),
     ("lora.safetensors --to diffusers --out out", "does not say what it was trained on.* --base must name its weights"),
     ("tiny.safetensors --to diffusers --out out", "was trained on 'tiny'.* --base must name its weights"),
-    ("lora.safetensors --to diffusers --out out --base none", "base 'none': no such file"),
     ("lora.safetensors --to diffusers --out out --base lora.safetensors", "was trained on 'weights' of fingerprint"),
     ("tiny.safetensors --to official --out out.pth", "was trained on 'tiny', an official file is for ModelScope's UNet"),
     ("lora.safetensors --to official --out out.safetensors --base base", "a name like lora.pth"),

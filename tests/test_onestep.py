@@ -1,11 +1,9 @@
 """methods/onestep.py: one network call in the place of a chain."""
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_run, gradient, metrics, tuned_base
+from conftest import assert_same_run, gradient, metrics, refused, tuned_base
 
 import sampler
 import train
@@ -94,10 +92,4 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been():
     (dict(tau_low=.6, tau_high=.4), "tau_low = 0.6: must be at most tau_high = 0.4"), (dict(tau_high=1.2), "tau = 1.2: must be"),
     (dict(tau_low=.01), "rounds to no step at all")])
 def test_ranges_that_are_none_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        onestep.check(config(**changes))
-
-
-def test_started_as_a_file_it_names_the_new_form():
-    ended = subprocess.run([sys.executable, ROOT / "methods/onestep.py"], capture_output=True, text=True)
-    assert ended.returncode == 2 and ended.stderr == "start it as: python -m methods.onestep\n"
+    refused(message, onestep.check, config(**changes))

@@ -3,7 +3,6 @@ import importlib
 import inspect
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -151,13 +150,6 @@ def test_a_guess_takes_the_noise_out():
     assert [t for t, _ in guesses] == [801, 601, 401, 201, 1]
     for _, guess in guesses:
         torch.testing.assert_close(guess, z, atol=1e-4, rtol=0)
-
-
-def test_a_16_bit_base_has_the_same_clips(explained, monkeypatch):
-    """Its encoder is float32; and train.train reads off the settings whether to scale the loss."""
-    monkeypatch.setattr(explain, "CLIPS", 2)
-    half = explain.Setup(replace(explained[0].cfg, dtype="float16"))
-    assert torch.equal(half.z, explained[0].z) and (half.base.dtype, explained[0].cfg.dtype) == (torch.float16, "float32")
 
 
 def test_heat_maps_are_the_gradient_of_R_on_the_scored_frames(explained):
@@ -364,17 +356,12 @@ def test_a_prompt_counts_once_however_many_voted():
 
 @pytest.mark.parametrize("words, message", [
     ("report.py", "give either run folders"), ("report.py run --blind a b", "found runs and blind"),
-    ("report.py nothing", "nothing: holds no run"), ("report.py clips", "clips: holds no run (no config.json)"),
-    (f"report.py {ROOT}/tiny/weights", "holds no run (no run.json)"), ("report.py norun", "run.json has no prompts"),
-    ("report.py broken.json", "not the file of a study"),
-    ("report.py --blind run@7 run", "no evaluation at that step; there are 0, 10, 20"),
-    ("report.py --blind run clips", "not in both"), ("report.py --blind clips wide", "must be alike"),
-    ("report.py --tally run/config.json", "no key"),
+    ("report.py clips", "clips: holds no run (no config.json)"), ("report.py norun", "run.json has no prompts"),
+    ("report.py --blind run@7 run", "no evaluation at that step; there are 0, 10"), ("report.py --blind run clips", "in both"),
+    ("report.py --blind clips wide", "must be alike"), ("report.py --tally bad.json --key key.json", "one of left, tie, right"),
     ("report.py --tally broken.json --key broken.json", "not the key of a blind comparison"),
-    ("report.py --tally broken.json --key key.json", "another comparison"),
-    ("report.py --tally bad.json --key key.json", "must be one of left, tie, right"),
+    ("report.py --tally broken.json --key key.json", "another comparison"), ("explain.py --step -1", "step = -1"),
     ("report.py --tally good.json good.json --key key.json", "each rater counts once"),
-    ("explain.py --step -1", "step = -1"), ("explain.py tiny --base random:64", "no clips"),
     ("explain.py --reward hpsv2 --reward action:left", "sees a clip as a whole")])
 def test_bad_input_is_one_line_and_nothing_is_written(words, message, capfd, inputs, monkeypatch):
     monkeypatch.chdir(inputs)

@@ -51,6 +51,9 @@ def test_curves_have_a_running_mean_and_no_constant_lines(monkeypatch):
     assert "HPStiny" in training.get_title() and "HPStiny" in held_out.get_title() and "judge" in watched.get_title()
     pictures.draw_curves(lines[8:9], "HPStiny", None)  # before the first step
     assert len(figures[1].axes) == 2
+    nothing = {"reward_mean": None, "reward_std": None, "n": 1}  # of a reward that is never finite
+    pictures.draw_curves([{"step": 1, "reward": None}, *({"step": i, "eval": {"a": nothing}} for i in (1, 2))], "mine", None)
+    assert len(figures) == 2
 
 
 def test_tables_fit_a_terminal():
@@ -61,8 +64,6 @@ def test_tables_fit_a_terminal():
     assert max(map(len, text.splitlines())) <= 100
     assert all(f" {name} " in text for name in [*names, "HPStiny ± std"]) and "+0.1000 ± 0.0100" in text
 
-
-# ------------------------------------------------- measures of pixels ----------------------------------------------
 
 def measures(*frames):
     """Of one clip of these frames, each (3, H, W) or a grey value."""
@@ -86,12 +87,8 @@ def test_measures_of_known_clips():
             ((edge, edge), {"sharpness": .6, "saturation": 0}, exact), ((red, red), {"sharpness": 0, "saturation": .7}, exact)):
         found = measures(*frames)
         assert {name: found[name] for name in expected} == pytest.approx(expected, abs=error)
-
-
-def test_quantiles_are_torchs():
-    """Whose own are for at most 16 million values."""
     values = torch.rand(2, 1000, generator=torch.Generator().manual_seed(0))
-    for q in (.9, .99, 1.):
+    for q in (.9, .99, 1.):  # torch's own are for at most 16 million values
         torch.testing.assert_close(tables.quantile(values, q), values.quantile(q, dim=1))
 
 
@@ -113,11 +110,3 @@ def test_the_judges_score_is_the_mean_of_six():
         assert "judge" not in table
         tables.add_judge(watched, table, {"motion": torch.tensor([.2, .6])})
     torch.testing.assert_close(table["judge"], torch.tensor([(1 + 1 + 0 + .9 + .9 + .25) / 6, (0 + 1 + 1 + .5 + .7 + 1) / 6]))
-
-
-def test_a_run_in_which_nothing_changes_has_no_curves(tmp_path):
-    """As one of a reward that is never finite: its numbers are null."""
-    lines = [{"step": 1, "reward": None}, {"step": 1, "eval": {"a": {"reward_mean": None, "reward_std": None, "n": 1}}},
-             {"step": 2, "eval": {"a": {"reward_mean": None, "reward_std": None, "n": 1}}}]
-    pictures.draw_curves(lines, "mine", tmp_path / "curves.png")
-    assert not (tmp_path / "curves.png").exists()

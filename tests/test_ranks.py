@@ -1,12 +1,11 @@
-"""
-Several processes: real ones, two at a time, over gloo, with a store beside them as torchrun has it.
-
-They are forked from this one, which has imported everything, and are given what torchrun puts into the environment.
-"""
+"""Real processes, two at a time over gloo, forked from this one and told what torchrun tells; their bars; how threads wait."""
+import io
 import json
 import multiprocessing
 import os
+import re
 import signal
+import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -16,14 +15,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import assert_same_run
+from conftest import ROOT, assert_same_run
 
 import train
 from data import ClipConfig
-from support import clips as clip_lists, ranks as processes
+from support import clips as clip_lists, ranks as processes, threads
 from tiny import clips
 
-PATIENCE = 120
+PATIENCE = 120  # seconds
 pytestmark = pytest.mark.usefixtures("aside")
 SHORT = ["--device", "cpu", "--frames", "4", "--segments", "2", "--batch-size", "2", "--num-steps", "2", "--tau", "1",
          "--eval-every", "0", "--save-every", "1", "--out", "run"]
@@ -86,8 +85,6 @@ def assert_ended_well(ended):
     assert [status for status, _, _ in ended] == [0, 0], ended
 
 
-# ------------------------------------------------------- Errors -------------------------------------------------------
-
 @pytest.mark.parametrize("error, status, expected", [
     (OSError("no space left"), 1, "script.py: rank 1: no space left"),
     (ValueError("no such file or folder"), 2, "script.py: rank 1: no such file or folder"),
@@ -113,11 +110,6 @@ def test_what_all_ranks_find_wrong_is_printed_once():
         return processes.on_rank_0(lambda: int("x" * (rank + 1)))
     ended, _ = two_ranks(script(first))
     assert said(ended) == ["script.py: invalid literal for int() with base 10: 'x'"]
-
-    def machine(rank):
-        raise OSError("no such device") if rank else ValueError("steps = 0")
-    ended, _ = two_ranks(lambda rank: processes.run_script("script.py", lambda: machine(rank)))
-    assert said(ended) == ["script.py: rank 1: no such device", "script.py: steps = 0"]
 
 
 def test_a_hangup_that_is_ignored_stays_ignored():
@@ -151,8 +143,6 @@ def test_a_long_wait_for_another_rank_is_no_error(monkeypatch):
     ended, _ = two_ranks(script(main))
     assert_ended_well(ended)
 
-
-# ------------------------------------------------------ A whole run ------------------------------------------------------
 
 def train_in(folders, *argv, before=lambda rank: None):
     """train.py on two nodes, each with a folder of its own."""
@@ -211,3 +201,81 @@ def test_a_clip_that_one_rank_cannot_see_none_uses(tmp_path, monkeypatch):
     assert_ended_well(ended)
     for rank in (0, 1):
         assert ended[rank][1].splitlines()[-1] == str([f"{i}.mp4" for i in (0, 1, 2, 3, 5)])
+
+
+def test_a_log_has_a_line_now_and_then_that_says_what_how_far_the_reward_and_the_time_left(monkeypatch):
+    """Of a job of 200 steps, with a part of 20 steps inside, by a clock that moves by a second a step."""
+    def shown(seconds=1., leave=True):
+        now, screen = [1000.], io.StringIO()
+        monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+        monkeypatch.setattr("sys.stderr", screen)
+        bar = processes.progress(range(200), "fine-tuning", 200, leave=leave)
+        for step in bar:
+            now[0] += seconds
+            bar.set_postfix_str(f"HPS {step / 1000:.3f}", refresh=False)
+            if step == 99:
+                with processes.progress(None, "evaluating", 20, unit="videos", leave=False) as inner:
+                    for _ in range(20):
+                        now[0] += seconds
+                        inner.update()
+        return screen.getvalue()
+    lines = shown().splitlines()
+    assert not re.search(r"[\r\x1b]", "".join(lines)) and len(lines) == len(set(lines))
+    # A line at the start, one for each 30 of 220 seconds, one at the end; the part of 20 seconds has none.
+    assert 7 <= len(lines) <= 10 and not any("evaluating" in line for line in lines)
+    assert lines[0] == "fine-tuning: 0/200 steps, 00:00 gone, ? left"
+    assert lines[1] == "fine-tuning: 30/200 steps, 00:30 gone, 02:50 left, HPS 0.029"
+    assert lines[-1] == "fine-tuning: 200/200 steps, 03:40 gone, 00:00 left, HPS 0.199"
+    assert shown(seconds=.01).count("\n") == 2 and shown(seconds=.01, leave=False) == ""  # of a short job
+
+
+def test_with_several_ranks_a_bar_shows_the_work_of_all(monkeypatch):
+    """Three videos on two ranks: rank 0 makes two of them, and its second one ends the work of both."""
+    monkeypatch.setattr(processes, "rank_and_size", lambda: (0, 2))
+    monkeypatch.setattr("sys.stderr", screen := io.StringIO())
+    with processes.progress(None, "generating", 3, unit="videos", shared=True) as bar:
+        shown = []
+        for _ in range(2):
+            bar.update()
+            shown.append(bar.n)
+    assert shown == [2, 3] and screen.getvalue().splitlines()[-1].startswith("generating: 3/3 videos, ")
+    assert list(processes.progress(range(3), "hidden", disable=True)) == [0, 1, 2] and "hidden" not in screen.getvalue()
+
+
+def waiting(monkeypatch, share, **environment):
+    """What the environment says of waiting after the choice, on a machine of which this share is idle."""
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(threads, "idle_share", lambda: share)
+    threads.choose_waiting()
+    return os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT")
+
+
+def test_threads_sleep_on_a_busy_machine_and_spin_briefly_on_an_idle_one(monkeypatch, capsys):
+    assert waiting(monkeypatch, .9) == (None, "10000") and not capsys.readouterr().err
+    assert waiting(monkeypatch, .4) == ("passive", None)
+    assert capsys.readouterr().err.startswith("the CPUs are busy: threads sleep")
+    assert waiting(monkeypatch, .4, LOCAL_RANK="1") == ("passive", None) and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("environment, kept", [({"OMP_WAIT_POLICY": "active"}, ("active", None)),
+                                               ({"GOMP_SPINCOUNT": "7"}, (None, "7")), ({"OMP_NUM_THREADS": "1"}, (None, None))])
+def test_what_the_user_has_set_stays(monkeypatch, environment, kept):
+    assert waiting(monkeypatch, .1, **environment) == kept
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/stat is Linux's")
+def test_a_busy_cpu_is_not_idle():
+    cpu = min(os.sched_getaffinity(0))
+    pinned = f"import os, sys; os.sched_setaffinity(0, [{cpu}]); sys.path.insert(0, {str(ROOT)!r})\n"
+    asked = "from support.threads import idle_share; print(idle_share(.3), 'torch' in sys.modules)"
+    loop = subprocess.Popen([sys.executable, "-c", pinned + "while True: pass"])
+    try:
+        share = subprocess.run([sys.executable, "-c", pinned + asked], capture_output=True, text=True,
+                               check=True).stdout.split()
+    finally:
+        loop.kill()
+        loop.wait()
+    assert float(share[0]) < .2 and share[1] == "False"

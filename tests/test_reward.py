@@ -80,6 +80,8 @@ def test_tar_weights_by_hand():
     torch.testing.assert_close(f, torch.tensor(by_hand))
     # F/2 is not rounded: the centre of 5 frames is 2.5.
     torch.testing.assert_close(tar_weights(torch.tensor([[2, 3]]), 5, 2.0), torch.tensor([[1.0, 1.0]]) / math.e)
+    for lambda_tar in (-1.0, math.nan, math.inf):
+        refused(f"lambda_tar = {lambda_tar}: must be", tar_weights, torch.tensor([[0]]), 16, lambda_tar)
 
 
 def test_tar_weights_average_0_135():
@@ -93,11 +95,6 @@ def test_lambda_zero_is_the_plain_mean():
     g, r = segment_frames(16, 4, batch=5, generator=seeded()), torch.rand(5, 4, generator=seeded())
     assert tar_weights(g, 16, 0).eq(1).all()
     torch.testing.assert_close(aggregate(r, tar_weights(g, 16, 0.0)), r.mean(dim=1))
-
-
-@pytest.mark.parametrize("lambda_tar", [-1.0, math.nan, math.inf])
-def test_lambda_must_be_finite_and_not_negative(lambda_tar):
-    refused(f"lambda_tar = {lambda_tar}: must be", tar_weights, torch.tensor([[0]]), 16, lambda_tar)
 
 
 def test_aggregate_is_eq_8():
@@ -245,15 +242,6 @@ def test_pixel_gradient():
     assert (frames.grad[saturated] == 0).all() and (frames.grad[~saturated] != 0).float().mean() > 0.999
 
 
-def test_gradient_is_the_slope():
-    hps, frames = HPSv2(tiny_clip().double()), (0.1 + 0.8 * random_frames(1, 1, 28, 28)).requires_grad_()
-    hps(frames, CAPTIONS[:1]).sum().backward()
-    step = 0.02 * torch.randn(frames.shape, generator=seeded())
-    with torch.no_grad():
-        slope = (hps(frames + step, CAPTIONS[:1]) - hps(frames - step, CAPTIONS[:1])).item() / 2
-    assert slope == pytest.approx((frames.grad * step).sum().item(), rel=0.02)
-
-
 def test_any_precision():
     clip = tiny_clip()
     exact = HPSv2(clip)(random_frames(), CAPTIONS)
@@ -322,8 +310,6 @@ def test_text_features_do_not_depend_on_company_or_context():
     hps(frames, CAPTIONS).sum().backward()  # ... then training, with the same features
 
 
-# ------ Weights from files; of tests/test_files.py those that are damaged, of tests/test_base.py where they lie -------
-
 def test_loaded_equals_built(tmp_path):
     weights = {k: v.half() for k, v in tiny_clip().state_dict().items()}  # as published
     path = tmp_path / "HPS_v2.1_compressed.pt"
@@ -339,13 +325,6 @@ def test_loaded_equals_built(tmp_path):
         assert ours.keys() == theirs.keys() and len(theirs)
         for name, tensor in theirs.items():
             torch.testing.assert_close(ours[name].data, tensor.data, rtol=0, atol=0)
-    frames = random_frames().requires_grad_()
-    exact = hps(frames, CAPTIONS)
-    torch.testing.assert_close(exact, HPSv2(built)(frames, CAPTIONS))
-
+    torch.testing.assert_close(hps(random_frames(), CAPTIONS), HPSv2(built)(random_frames(), CAPTIONS))
     rough = load_hpsv2(path, "v2.1", torch.bfloat16, clip_config=CONFIG)
     assert rough.name == "HPSv2.1" and {p.dtype for p in rough.parameters()} == {torch.bfloat16}
-    scores = rough(frames, CAPTIONS)
-    scores.sum().backward()
-    assert scores.dtype == torch.float32 and frames.grad.isfinite().all()
-    torch.testing.assert_close(scores, exact, rtol=0, atol=0.02)

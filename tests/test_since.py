@@ -1,7 +1,7 @@
 """methods/nft.py and methods/adjoint.py: what must be exactly true of them. That they run, test_methods.py sees."""
 import pytest
 import torch
-from conftest import tuned_base
+from conftest import CAPTIONS, gradient, tuned_base
 
 import lora
 import sampler
@@ -12,18 +12,10 @@ from model import load_base
 from reward import load_reward
 from support.ranks import sample_generator
 
-CAPTIONS = ["a red circle moving left", "a green square moving up"]
-
-
-def gradient(base, loss):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss.sum(), lora.parameters(base.network))])
-
 
 def close(a, b, bound=1e-3):
     return (a - b).norm() < bound * b.norm() and b.norm() > 0
 
-
-# -------------------------------------------------- DiffusionNFT --------------------------------------------------
 
 @pytest.fixture(scope="module")
 def tuned():
@@ -97,8 +89,6 @@ def test_the_old_model_and_the_base_are_only_asked(tuned):
         lora.set_scale(base.network, 1.)
         assert (R - far)[b].item() == pytest.approx(10 * (guess - by_base).square().mean().item(), rel=1e-3)
 
-
-# ------------------------------------------------ Adjoint Matching ------------------------------------------------
 
 @pytest.fixture(scope="module")
 def fresh():

@@ -3,8 +3,6 @@ import importlib
 import json
 import shlex
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 
@@ -104,9 +102,3 @@ def test_the_clips_that_studies_read_are_written_once(aside, monkeypatch):
         study.write_inputs(f"--data {study.WORK}/{name} --steps 3")
         assert [clip.caption for clip in read_list(study.WORK / name)] == [scene.caption] * 2
     assert len({path.read_bytes() for path in study.WORK.glob("*/*.mp4")}) == 5  # one of the flawed has none, by chance
-
-
-@pytest.mark.parametrize("name", ["study", "build"])
-def test_started_as_a_file_it_names_the_new_form(name):
-    ended = subprocess.run([sys.executable, study.ROOT / "tiny" / f"{name}.py"], capture_output=True, text=True)
-    assert ended.returncode == 2 and f"python -m tiny.{name}" in ended.stderr and ended.stderr.count("\n") == 1
