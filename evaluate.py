@@ -35,7 +35,7 @@ from support.files import check_exists, check_folder
 from support.pictures import evaluation_bar, save_evaluation
 from support.ranks import all_gather, join_ranks, rank_and_size, run_script
 from support.run import EVAL_SEED
-from support.settings import RewardSettings, check_at_least, rows_columns
+from support.settings import TINY, RewardSettings, check_at_least, rows_columns
 from support.tables import add_judge, check_watched, paired, pixel_measures, summary, table_of
 
 REPORT_SEED = 2_000_000  # not EVAL_SEED: what was chosen by some noise is measured on other
@@ -48,7 +48,7 @@ def prompt_sets(base, named_files, count):
     A set with fewer prompts than count repeats them, each time with other noise. Files are taken
     whole when count is 0. ValueError for a malformed argument.
     """
-    sets = read_prompt_sets(named_files, base.name) or base.world.prompt_sets()
+    sets = read_prompt_sets(named_files, base.world) or base.world.prompt_sets()
     chosen = {}
     for name, prompts in sets.items():
         prompts = fit_prompts(prompts, base)
@@ -189,7 +189,7 @@ def check(cfg):
     check_folder(cfg.out)
     if (cfg.out / "table.json").exists() and not cfg.overwrite:
         raise ValueError(f"out {cfg.out}: holds results; choose another folder, or --overwrite")
-    sets = read_prompt_sets(cfg.prompts, cfg.base)
+    sets = read_prompt_sets(cfg.prompts, cfg.base in TINY)
     vbench.open_folders(cfg, sets, ["base"])  # refuses prompts that name no file
     check_exists(cfg.lora)
 

@@ -35,15 +35,15 @@ class Judge(nn.Module):
         return [head(features) for head in self.heads]
 
 
-def load_judge(path):
-    """The shipped judge from a safetensors file, frozen. ValueError if it is another file, or damaged."""
+def load_judge(path=Path(__file__).parent / "weights/judge.safetensors"):
+    """The shipped judge, or another file's, frozen. ValueError if it is not one, or damaged."""
     return load_strict(Judge(), read_tensors(path), path, torch.float32)
 
 
 def left(frames, captions):
     """1 for a clip (B, F, 3, H, W) that the judge sees move left, whatever its caption says, else 0 -> (B, 1). To be watched."""
-    judge = load_judge(Path(__file__).parent / "weights" / "judge.safetensors").to(frames.device)
-    return (judge(frames)[2].argmax(dim=1) == DIRECTIONS.index("left")).float()[:, None]
+    judge = load_judge().to(frames.device)
+    return (judge(frames[:, :world.FRAMES])[2].argmax(dim=1) == DIRECTIONS.index("left")).float()[:, None]
 
 
 left.name = "left"  # in tables; as a reward it is called for with --watch tiny/judge.py:left
