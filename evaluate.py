@@ -144,8 +144,8 @@ class Config(RewardSettings):
     """strength of the adapter; several show what the reward gains and what videos lose"""
     segments: int = 4
     """S: the first frame of each of S segments is scored (paper, Sec. 3.3)"""
-    frames: int = 16
-    """frames of a video (paper, Sec. 3.3)"""
+    frames: int | None = None
+    """frames of a video; default what the base was trained on, 16 (paper, Sec. 3.3)"""
     size: int | str | None = None
     """pixel rows and columns, 256 or 480x832; default what the base was trained on"""
     fps: int | None = None
@@ -179,7 +179,6 @@ def check(cfg):
     for steps in cfg.num_steps:
         ddpm_step(steps, steps)
 
-    first_frames(cfg.frames, cfg.segments)  # refuses more segments than frames
     requested_rewards(cfg)
     if cfg.official_hps and (cfg.reward not in ((), ("hpsv2",), ("hpsv2.1",)) or cfg.watch):
         raise ValueError("official_hps: checks hpsv2 or hpsv2.1 alone, without others or watch")
@@ -204,7 +203,8 @@ def main(cfg):
     # 1. The base, the prompts and the reward. Scores are in float32 whatever the base's precision.
     base, adapted = load_model(cfg, device)
     base.fps = cfg.fps or getattr(base, "fps", 8)  # some networks are told it
-    cfg = replace(cfg, fps=base.fps)
+    cfg = replace(cfg, fps=base.fps, frames=cfg.frames or base.default_frames)
+    first_frames(cfg.frames, cfg.segments)  # refuses more segments than frames
     sets = prompt_sets(base, cfg.prompts, 64 if cfg.count is None else cfg.count)
     size = rows_columns(cfg.size, base.default_size)
     base.latent_shape(cfg.frames, *size)

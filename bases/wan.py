@@ -60,7 +60,7 @@ def levels(num_steps, shape=None, published=False, shift=SHIFT):
 
 class Wan(DiffusersBase):
     """The base as train.py and all methods know it; `load` and `random` make one, frozen."""
-    default_size, fps = SETTINGS["size"], SETTINGS["fps"]
+    default_frames, default_size, fps = SETTINGS["frames"], SETTINGS["size"], SETTINGS["fps"]
     guidance = SETTINGS["guidance"]
     max_tokens = MAX_TOKENS
 
@@ -128,8 +128,9 @@ class TinyWan(Wan):
 
     def latent_shape(self, frames, height, width):
         """(C, f, h, w) of a clip's latents. ValueError unless it has 4k + 1 frames, and rows and columns in eights."""
-        if frames < 1 or frames % 4 != 1 or height % 8 or width % 8:
-            raise ValueError(f"frames = {frames}, size = {height}x{width}: {self.name} makes 4k + 1 frames, rows and columns in eights")
+        if frames < 1 or frames % 4 != 1 or height < 8 or width < 8 or height % 8 or width % 8:
+            raise ValueError(f"frames = {frames}, size = {height}x{width}: {self.name} makes 4k + 1 frames, and rows and columns in "
+                             "eights")
         return self.vae.config.z_dim, (frames - 1) // 4 + 1, height // 4, width // 4
 
     def encode_caption(self, caption):

@@ -88,7 +88,7 @@ def is_matrix_of_block(name, parameter):
 
 
 def build_transformer(cfg):
-    """The text-to-video transformer, by flow matching (the loss of bases/wan.py), with captions dropped in a tenth of the clips."""
+    """The text-to-video transformer, by the velocity's loss of bases/wan.py, with captions dropped in a tenth of the clips."""
     vae = AutoencoderKLWan.from_pretrained(cfg.out / "vae")
     network = WanTransformer3DModel(**NETWORK).to(cfg.device)
     shutil.copytree(cfg.first / "text_encoder", cfg.out / "text_encoder", dirs_exist_ok=True)
@@ -110,6 +110,6 @@ def build_transformer(cfg):
         z_0, eps = base.predict(alpha * z + sigma * noise, level, text[caption.to(cfg.device)])
         return base.error(z_0, eps, z, noise, level).mean()
 
-    steps = min(7500, cfg.max_steps)
+    steps = min(6000, cfg.max_steps)
     network = fit("transformer", network, loss_of, steps, lr=2e-3, ema_decay=.999, muon=is_matrix_of_block)
     network.half().save_pretrained(cfg.out / "transformer")
