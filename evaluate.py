@@ -35,7 +35,7 @@ from support.files import check_exists, check_folder
 from support.pictures import evaluation_bar, save_evaluation
 from support.ranks import all_gather, join_ranks, rank_and_size, run_script
 from support.run import EVAL_SEED
-from support.settings import RewardSettings, check_at_least, clip_shape, rows_columns
+from support.settings import TINY, RewardSettings, check_at_least, clip_shape, rows_columns
 from support.tables import add_judge, check_watched, paired, pixel_measures, summary, table_of
 
 REPORT_SEED = 2_000_000  # not EVAL_SEED: what was chosen by some noise is measured on other
@@ -48,7 +48,7 @@ def prompt_sets(base, named_files, count):
     A set with fewer prompts than count repeats them, each time with other noise. Files are taken
     whole when count is 0. ValueError for a malformed argument.
     """
-    sets = read_prompt_sets(named_files, base.name) or base.world.prompt_sets()
+    sets = read_prompt_sets(named_files, base.world) or base.world.prompt_sets()
     chosen = {}
     for name, prompts in sets.items():
         prompts = fit_prompts(prompts, base)
@@ -143,8 +143,8 @@ class Config(RewardSettings):
     """strength of the adapter; several show what the reward gains and what videos lose"""
     segments: int = 4
     """S: the first frame of each of S segments is scored (paper, Sec. 3.3)"""
-    frames: int = 16
-    """frames of a video (paper, Sec. 3.3)"""
+    frames: int | None = None
+    """frames of a video; default what the base was trained on, 16 (paper, Sec. 3.3)"""
     size: int | str | None = None
     """pixel rows and columns, 256 or 480x832; default what the base was trained on"""
     fps: int | None = None
@@ -178,7 +178,6 @@ def check(cfg):
     for steps in cfg.num_steps:
         ddpm_step(steps, steps)
 
-    first_frames(cfg.frames, cfg.segments)  # refuses more segments than frames
     requested_rewards(cfg)
     if cfg.official_hps and (cfg.reward not in ((), ("hpsv2",), ("hpsv2.1",)) or cfg.watch):
         raise ValueError("official_hps: checks hpsv2 or hpsv2.1 alone, without others or watch")
@@ -188,7 +187,7 @@ def check(cfg):
     check_folder(cfg.out)
     if (cfg.out / "table.json").exists() and not cfg.overwrite:
         raise ValueError(f"out {cfg.out}: holds results; choose another folder, or --overwrite")
-    sets = read_prompt_sets(cfg.prompts, cfg.base)
+    sets = read_prompt_sets(cfg.prompts, cfg.base in TINY)
     vbench.open_folders(cfg, sets, ["base"])  # refuses prompts that name no file
     check_exists(cfg.lora)
 
@@ -203,7 +202,8 @@ def main(cfg):
     # 1. The base, the prompts and the reward. Scores are in float32 whatever the base's precision.
     base, adapted = load_model(cfg, device)
     base.fps = cfg.fps or getattr(base, "fps", 8)  # some networks are told it
-    cfg = replace(cfg, fps=base.fps)
+    cfg = replace(cfg, fps=base.fps, frames=cfg.frames or base.default_frames)
+    first_frames(cfg.frames, cfg.segments)  # refuses more segments than frames
     sets = prompt_sets(base, cfg.prompts, 64 if cfg.count is None else cfg.count)
     shape = clip_shape(base, cfg)                                             # (F, H, W)
     base.latent_shape(*shape)  # refuses a size that has no latents

@@ -86,8 +86,8 @@ class Config(ModelSettings):
     guidance: float | None = None
     """classifier-free guidance scale; default the base's own, 3 if it has none (official code:
     modules/config.py:74)"""
-    frames: int = 16
-    """frames of a video (paper, Sec. 3.3)"""
+    frames: int | None = None
+    """frames of a video; default what the base was trained on, 16 (paper, Sec. 3.3)"""
     size: int | str | None = None
     """pixel rows and columns, 256 or 480x832; default what the base was trained on, 256 for
     ModelScopeT2V (paper, Sec. 3.3)"""
@@ -186,7 +186,8 @@ def main(cfg):
     if adapted:
         lora.set_scale(base.network, cfg.lora_scale)
     height, width = rows_columns(cfg.size, base.default_size)
-    base.latent_shape(cfg.frames, height, width)
+    frames = cfg.frames or base.default_frames
+    base.latent_shape(frames, height, width)
 
     # 2. What each video shows, in the order of seeds.
     prompts = fit_prompts([prompt for _, prompt in files.values()], base)
@@ -195,7 +196,7 @@ def main(cfg):
     mine = range(rank, len(prompts), world_size)
     with ranks.progress(None, "generating", len(prompts), unit="videos", shared=True) as bar:
         made = generate(base, [prompts[i] for i in mine], [cfg.seed + i for i in mine],
-                        cfg.num_steps, cfg.guidance, cfg.frames, height, width, cfg.batch_size,
+                        cfg.num_steps, cfg.guidance, frames, height, width, cfg.batch_size,
                         bar.update)
         write_all(made, base, files, cfg)
     if cfg.vbench and rank == 0:

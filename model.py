@@ -661,6 +661,6 @@ def load_base(base, vae=None, text_encoder=None, dtype=torch.float32, device="cp
             raise ValueError(f"base {base}: bases/{name}.py has no {make}")
         return getattr(module, make)(base, seed, dtype, device)
     made = module.load(base, folder, vae, text_encoder, dtype, device)
-    if (folder / "judge.safetensors").is_file():  # the tiny world's clips, prompts and judge
+    if (folder / "reward/words.txt").is_file():  # the tiny world's clips, prompts and judge
         made.world = importlib.import_module("tiny.clips")
     return made

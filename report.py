@@ -79,7 +79,7 @@ def blind(cfg):
     out = cfg.out or Path("out/blind")
     if (out / "key.json").exists():
         raise ValueError(f"out {out}: holds the key of an earlier comparison, which its votes need; choose another folder")
-    prompts = read_prompt_sets(cfg.prompts, "tiny")  # may be none, as for the tiny world
+    prompts = read_prompt_sets(cfg.prompts, True)  # may be none, as for the tiny world
     key = draw_key(cfg.blind, run_pages.pair_up(*cfg.blind, prompts))
     shown = []
     for pair in key["pairs"]:

@@ -236,7 +236,9 @@ class Config(settings.TrainingSettings):
 
 FULL_SIZE = dict(steps=20_000, batch_size=8, lr=1e-5, eval_every=1000, eval_count=0, save_every=500,
                  clips_at_once=1)
-PRESETS = {"tiny": Config()}
+PRESETS = {}
+for name, of_base in settings.TINY.items():
+    PRESETS[name] = Config(preset=name, base=name, **of_base)
 for name, of_base in settings.BASES.items():
     PRESETS[name] = Config(preset=name, base=HUB_BASES[name], **of_base | FULL_SIZE)
 
@@ -248,7 +250,7 @@ def check(cfg, needs_clips=True):
 
     check_edit(cfg.tau, cfg.num_steps, cfg.grad_steps)
     segment_edges(cfg.frames, cfg.segments)  # raises for more segments than frames
-    if needs_clips and cfg.data is None and cfg.base != "tiny":
+    if needs_clips and cfg.data is None and cfg.base not in settings.TINY:
         raise ValueError("no clips: --data LIST must name some (only the tiny world draws its own)")
 
 

@@ -104,7 +104,7 @@ class DiffusersBase:
     def fingerprints(self):
         """Of the autoencoder, and of the text tower: their weights and precision."""
         parts = [self.vae, self.text_encoder]
-        return ["none" if part is None else f"{fingerprint(part.state_dict())} {part.dtype}" for part in parts]
+        return ["none" if part is None else f"{fingerprint(part.state_dict())} {next(part.parameters()).dtype}" for part in parts]
 
     def release_encoders(self):
         """Free accelerator memory, once every caption and clip has been encoded."""

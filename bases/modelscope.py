@@ -42,6 +42,7 @@ class Base:
     name: str                                                       # as the user gave it
     folder: Path | None = None                                      # where it lies, if anywhere
     network_file: Path | None = None                                # a file may hold LoRA tensors
+    default_frames = 16
     guidance: float = GUIDANCE                                      # w
     world: object = None                                            # tiny.clips, the tiny base's
     texts: dict = field(default_factory=dict)                       # {caption: its features}, on the CPU

@@ -20,16 +20,18 @@ Letters: B clips, C latent channels, F frames, f latents in time, h and w latent
 import html
 import re
 from functools import partial
+from pathlib import Path
 
 import ftfy
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from bases.diffusers_base import DiffusersBase, decode_in_order, find_folders, frozen, load_parts
+from bases.diffusers_base import DiffusersBase, decode_in_order, find_folders, frozen, load_parts, read_part
+from model import load_text_encoder
 from sampler import Levels
 from support.files import read_json
-from support.settings import BASES
+from support.settings import BASES, TINY
 
 SETTINGS = BASES["wan"]
 SHIFT = 3.  # of the noise levels, towards noise (the hub's scheduler, for 480p; 5 for 720p)
@@ -58,7 +60,7 @@ def levels(num_steps, shape=None, published=False, shift=SHIFT):
 
 class Wan(DiffusersBase):
     """The base as train.py and all methods know it; `load` and `random` make one, frozen."""
-    default_size, fps = SETTINGS["size"], SETTINGS["fps"]
+    default_frames, default_size, fps = SETTINGS["frames"], SETTINGS["size"], SETTINGS["fps"]
     guidance = SETTINGS["guidance"]
     max_tokens = MAX_TOKENS
 
@@ -119,6 +121,27 @@ class Wan(DiffusersBase):
         return decode_clip(self.vae, to_vae(self.vae, z), index, self.latent_context)
 
 
+class TinyWan(Wan):
+    """The same in the tiny world (tiny/flow.py), whose captions its small CLIP reads."""
+    default_size, fps = TINY["tiny-wan"]["size"], TINY["tiny-wan"]["fps"]
+    guidance = TINY["tiny-wan"]["guidance"]
+
+    def latent_shape(self, frames, height, width):
+        """(C, f, h, w) of a clip's latents. ValueError unless it has 4k + 1 frames, and rows and columns in eights."""
+        if frames < 1 or frames % 4 != 1 or height < 8 or width < 8 or height % 8 or width % 8:
+            raise ValueError(f"frames = {frames}, size = {height}x{width}: {self.name} makes 4k + 1 frames, of sizes "
+                             "that are multiples of 8")
+        return self.vae.config.z_dim, (frames - 1) // 4 + 1, height // 4, width // 4
+
+    def encode_caption(self, caption):
+        """(1, N, E)."""
+        return self.text_encoder([caption])
+
+    def is_cut(self, caption):
+        """Whether a caption is longer than the text encoder reads."""
+        return len(self.text_encoder.tokenizer.encode(caption)) > self.text_encoder.config.context_length - 2
+
+
 def statistics(vae, z):
     """The mean and the deviation of each channel of the autoencoder's latents, as z (B,C,f,h,w): the network's have 0 and 1."""
     config = vae.config
@@ -153,6 +176,11 @@ def clean(caption):
 
 def load(base, folder, vae, text_encoder, dtype, device):
     """Of a diffusers folder, as WanPipeline.save_pretrained writes it. See model.load_base. A base without text tower loads."""
+    tower = Path(text_encoder or folder / "text_encoder")
+    if (tower / "words.txt").is_file():
+        network = read_part(WanTransformer3DModel, folder / "transformer", device, torch_dtype=dtype)
+        autoencoder = read_part(AutoencoderKLWan, Path(vae or folder / "vae"), device, torch_dtype=torch.float32)
+        return TinyWan(network, autoencoder, None, frozen(load_text_encoder(tower), device), name=base, folder=folder)
     folders = find_folders(base, folder, vae, text_encoder)
     shift = read_shift(folder / "scheduler/scheduler_config.json")
     parts = load_parts(folders, (WanTransformer3DModel, AutoencoderKLWan, UMT5EncoderModel), dtype, device)

@@ -8,6 +8,7 @@ from formats.tensors import read_tensors, weight_files
 from support.files import first_line, read_json
 
 TINY = Path(__file__).resolve().parents[1] / "tiny" / "weights"
+SHIPPED = {"tiny": TINY, "tiny-wan": TINY.with_name("weights_wan")}
 HUB_BASES = {"modelscope": "ali-vilab/text-to-video-ms-1.7b", "wan": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
              "videocrafter": "VideoCrafter/VideoCrafter2", "svd": "stabilityai/stable-video-diffusion-img2vid",
              "cogvideox": "THUDM/CogVideoX-2b", "opensora": "hpcai-tech/OpenSora-STDiT-v3"}
@@ -26,8 +27,8 @@ WHOLE = "model.ckpt"  # VideoCrafter2's only file
 
 
 def find_base(base):
-    """Folder or file of a base: "tiny", a path, or a hub id, which is downloaded."""
-    path = TINY if str(base) == "tiny" else Path(base)
+    """Folder or file of a base: one that ships, a path, or a hub id, which is downloaded."""
+    path = SHIPPED.get(str(base)) or Path(base)
     path = path if path.exists() else from_hub(str(base))
     manifest = path / "manifest.json"  # of SHA-256 digests: every file must be there and as it was built
     for name, digest in read_json(manifest).items() if manifest.is_file() else ():

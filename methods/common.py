@@ -26,7 +26,7 @@ from support.clips import fit_prompts, read_prompts, told_by
 from support.files import read_json, write_text, write_whole
 from support.ranks import is_main_process, on_rank_0, rank_and_size, sample_generator
 from support.run import Stopped, read_metrics
-from support.settings import check_at_least, clip_shape
+from support.settings import TINY, check_at_least, clip_shape
 
 # ----------------------------------------------------------------------------------------------
 # Settings
@@ -73,7 +73,7 @@ def presets(config_class, **full_size):
         for name, value in vars(cfg).items():  # what a method fixes stays
             if value != getattr(train.Config(), name) and "Fixed" not in str(hints[name]):
                 changed[name] = value
-        made[preset] = config_class(**changed | ({} if preset == "tiny" else full_size))
+        made[preset] = config_class(**changed | ({} if preset in TINY else full_size))
     return made
 
 
@@ -82,7 +82,7 @@ def check(cfg):
     train.check(cfg, needs_clips=False)
     if cfg.prompts_train is not None:
         read_prompts(cfg.prompts_train)
-    elif cfg.base != "tiny" and cfg.data is None:
+    elif cfg.base not in TINY and cfg.data is None:
         raise ValueError("no prompts to train on: --prompts-train FILE must name some (only the "
                          "tiny world has its own)")
 

@@ -167,15 +167,15 @@ def read_prompts(path):
     return prompts
 
 
-def read_prompt_sets(named_files, base):
-    """{name: prompts} of NAME=FILE arguments. ValueError for a malformed one, and for none unless the base is tiny's."""
+def read_prompt_sets(named_files, has_own):
+    """{name: prompts} of NAME=FILE arguments. ValueError for a malformed one, and for none unless the base has its own."""
     sets = {}
     for argument in named_files:
         name, equals, path = argument.partition("=")
         if not (name and equals and path) or name in sets:
             raise ValueError(f"prompts {argument!r}: must be NAME=FILE, each name once")
         sets[name] = read_prompts(path)
-    if not sets and base != "tiny":
+    if not sets and not has_own:
         raise ValueError("no prompts: --prompts NAME=FILE must name some, once for each set (the tiny world has its own)")
     return sets
 

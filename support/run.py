@@ -24,7 +24,7 @@ from support.clips import told_by
 from support.files import check_folder, first_line, read_json, write_text, write_whole
 from support.pictures import choose_comparisons, contact_sheet, draw_curves, versions, write_comparisons, write_png
 from support.ranks import all_gather, catch_signals, is_main_process, on_rank_0, progress, rank_and_size, signalled
-from support.settings import to_record
+from support.settings import TINY, to_record
 from support.tables import add_judge, best_step, column, find_turn, json_numbers, or_nan, paired, summary, with_error
 from support.videos import to_pixels, video_name, write_video
 
@@ -204,7 +204,7 @@ class Evaluations:
                     raise Stopped
             for name, prompts in self.prompts.items():
                 # The tiny world's videos are small, so all are kept; before_after.png then chooses among all.
-                keep = len(prompts) if self.cfg.base == "tiny" else SHOWN
+                keep = len(prompts) if self.cfg.base in TINY else SHOWN
                 tables[name], videos[name] = self.evaluate(prompts, seed=seed, keep=keep, move_on=move_on)
                 first_tables = next(iter(self.tables.values()), tables)
                 add_judge(self.watched, tables[name], first_tables[name])

@@ -27,6 +27,8 @@ BASES = {
     "wan": dict(frames=17, size=256, fps=16, guidance=5., num_steps=20, tau=.4, lambda_tar=16 / 17),
     "cogvideox": dict(frames=17, size=256, fps=8, guidance=6., num_steps=20, tau=.35, lambda_tar=16 / 17),
     "opensora": dict(frames=51, size=256, fps=24, guidance=7., num_steps=20, tau=.5, lambda_tar=16 / 51)}
+# Those that ship, with clips, prompts and a judge of their own: against the defaults of train.py, which are those of "tiny".
+TINY = {"tiny": {}, "tiny-wan": dict(frames=17, size=32, fps=8, guidance=1.5, tau=.4, lr=5e-4)}
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def kind_of(base):
 def fit_to_base(cfg, base):
     """The settings with what is the base's own, and the base as they ask. ValueError for what is not for this base."""
     kind = kind_of(base)
-    made_for = {"tiny": "modelscope"}.get(cfg.preset, cfg.preset)
+    made_for = {"tiny": "modelscope", "tiny-wan": "wan"}.get(cfg.preset, cfg.preset)
     if made_for != kind and {made_for, kind} <= BASES.keys():
         raise ValueError(f"preset {cfg.preset}: is not for base {base.name}, whose own is {kind}")
     base.chain_predict(cfg.cache_interval)  # refuses what it cannot do
@@ -195,7 +197,7 @@ def check_training(cfg, world_size):
             check_folder(cfg.cache_dir, "cache_dir")
         read_list(cfg.data, cfg.data_root)
     if cfg.eval_every:
-        read_prompt_sets(cfg.prompts, cfg.base)
+        read_prompt_sets(cfg.prompts, cfg.base in TINY)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,5 +318,5 @@ def to_record(cfg):
 
 def absolute(path):
     """A path as text that means the same in any folder; names such as tiny and random stay, and paths to nothing."""
-    is_name = path.partition(":")[0] in ("tiny", "random")
+    is_name = path.partition(":")[0] in (*TINY, "random")
     return path if is_name or not Path(path).exists() else str(Path(path).absolute())

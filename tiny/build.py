@@ -1,8 +1,9 @@
 """
 Rebuild every weight that ships in tiny/weights, from seeds alone.
 
-    python -m tiny.build                      # all stages, in order
+    python -m tiny.build                      # all stages of the first base, in order
     python -m tiny.build --stages judge       # one stage; it reads what earlier stages wrote
+    python -m tiny.build --base tiny-wan      # the second base, which reads the first one's text tower and judge
 
 tiny/README.md says what the parts are.
 
@@ -14,8 +15,6 @@ if not __package__:
     print("start it as: python -m tiny.build", file=sys.stderr)
     sys.exit(2)
 
-import copy
-import hashlib
 import json
 import math
 from dataclasses import dataclass, replace
@@ -26,19 +25,21 @@ import open_clip
 import torch
 import torch.nn.functional as F_
 import tyro
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 import model
 from bases.modelscope import Base
 from formats.names import unet_to_diffusers, vae_to_diffusers
 from formats.reward_model import clip_normalize
+from formats.weights import SHIPPED
 from rewards import action, removal
 from sampler import Levels, edit, guided, sample
 from support.files import read_json
 from support.ranks import progress
-from tiny import world
+from tiny import flow, world
 from tiny.judge import DIRECTIONS, Judge, judge_clips, labels, load_judge
+from tiny.training import all_scenes, captions_of, fit, render, save, write_manifest
 
 VAE = model.VAEConfig(channels=(24, 48, 96), blocks_per_level=1, norm_groups=8)
 UNET = model.UNetConfig(channels=(32, 64), blocks_per_level=1, attention_levels=(False, True), context_dim=64, head_dim=32,
@@ -61,67 +62,6 @@ GATES = {"colour": .95, "shape": .95, "direction": .80, "watermarked": .25, "act
 GATES_OF_COPIES = {"fidelity": .90, "steadiness": .90, "sharpness": .75, "saturation": .80}
 
 
-def fit(name, module, loss_of, steps, lr, ema_decay=0.):
-    """Train a module on loss_of(step): AdamW, clipped gradients. Returns it, or with ema_decay its average over the steps."""
-    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0)
-    average = copy.deepcopy(module) if ema_decay else module
-    bar = progress(range(steps), name)
-    for step in bar:
-        warm_up = min(1, (step + 1) / 100)  # linear, then a cosine to zero
-        optimizer.param_groups[0]["lr"] = lr * warm_up * .5 * (1 + math.cos(math.pi * step / steps))
-        loss = loss_of(step)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        if ema_decay:  # the average is short at first, so that it forgets the untrained weights
-            decay = min(ema_decay, (1 + step) / (10 + step))
-            with torch.no_grad():
-                for averaged, parameter in zip(average.parameters(), module.parameters()):
-                    averaged.lerp_(parameter, 1 - decay)
-        if step % 50 == 0:
-            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-    return average.eval()
-
-
-def save(path, module, config=None):
-    """Weights in fp16, with their config beside them unless the module's own file says its size."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.half().cpu().contiguous() for name, t in module.state_dict().items()}, path)
-    if config:
-        (path.parent / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    if isinstance(module, open_clip.CLIP):  # what its tokenizer reads: the context length, then the vocabulary
-        (path.parent / "words.txt").write_text("\n".join([str(world.CONTEXT_LENGTH), *world.WORDS]) + "\n")
-
-
-def write_manifest(folder):
-    """manifest.json: the SHA-256 of every file, which loading checks."""
-    digests = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != "manifest.json":
-            digests[path.relative_to(folder).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(digests, indent=1) + "\n")
-
-
-def all_scenes():
-    """What the base learns: the scenes of every prompt set."""
-    return world.scenes("in_domain") + world.scenes("new") + world.scenes("other")
-
-
-def captions_of(scenes):
-    return [scene.caption for scene in scenes]
-
-
-def render(scenes, seed, rates=world.FLAWS, trails=None):
-    """Draw a clip of each scene -> clips (n, F, 3, H, W) in [0, 1], float16, on the CPU, and their flaws. Clip i has seed + i.
-    rates: how often each flaw is drawn. trails: a trail for each clip, as in world.draw."""
-    made = []
-    for i, scene in enumerate(progress(scenes, desc="drawing clips", unit="clips")):
-        made.append(world.make_clip(scene, seed + i, trail=trails[i] if trails else None, rates=rates))
-    clips, flaws = zip(*made)
-    return torch.stack(clips).half(), flaws
-
-
 def encode(base, clips):
     """Clips -> moments (B, 2C, F, h, w)."""
     return base.encode(clips.flatten(0, 1).float() * 2 - 1)[0].unflatten(1, clips.shape[:2]).transpose(0, 1)
@@ -133,9 +73,17 @@ def draw_latents(base, moments):
     return model.sample_posterior(moments, torch.randn_like(moments.chunk(2, dim=1)[0]), base.vae.config.scale)
 
 
+def to_latents(base, clips):
+    """Clips -> z (B, C, f, h, w), as the base's network is trained on them."""
+    if base.name == "tiny-wan":
+        return flow.encode(base, clips)
+    return draw_latents(base, encode(base, clips).half())
+
+
 def decode(base, z):
-    """z (B, C, F, h, w) -> clips."""
-    return base.decode_frames(z).clamp(0, 1).half().cpu()
+    """z (B, C, f, h, w) -> clips."""
+    clips = flow.decode(base, z) if base.name == "tiny-wan" else base.decode_frames(z)
+    return clips.clamp(0, 1).half().cpu()
 
 
 @torch.no_grad()
@@ -143,7 +91,10 @@ def through_autoencoder(base, clips):
     """Clips encoded and decoded, since a reward only ever sees what the autoencoder decodes."""
     copies = []
     for batch in progress(clips.split(8), desc="through the autoencoder"):
-        z = model.sample_posterior(encode(base, batch), 0., base.vae.config.scale)             # without noise: the mean
+        if base.name == "tiny-wan":
+            z = flow.encode(base, batch)
+        else:
+            z = model.sample_posterior(encode(base, batch), 0., base.vae.config.scale)         # without noise: the mean
         copies.append(decode(base, z))
     return torch.cat(copies)
 
@@ -152,17 +103,23 @@ def through_autoencoder(base, clips):
 def base_clips(base, captions, clips=None):
     """Videos by the base, from pure noise, or as edits of given clips (Eqs. 3-5), whose content is known."""
     uncond, levels = base.encode_text([""]), base.levels(NUM_STEPS)
+    shape = base.latent_shape(frames_of(base), world.SIZE, world.SIZE)
     videos = []
     for start in progress(range(0, len(captions), 12), desc="clips by the base"):
         text = base.encode_text(captions[start:start + 12])
-        noise = torch.randn(len(text), UNET.in_channels, world.FRAMES, UNET.sample_size, UNET.sample_size).to(base.device)
+        noise = torch.randn(len(text), *shape).to(base.device)
         if clips is None:
-            z_0 = sample(base.predict, noise, text, uncond, levels, GUIDANCE)
+            z_0 = sample(base.predict, noise, text, uncond, levels, base.guidance)
         else:
-            z = draw_latents(base, encode(base, clips[start:start + 12]).half())
-            z_0 = edit(base.predict, z, noise, text, uncond, levels, .3, GUIDANCE)
+            z = to_latents(base, clips[start:start + 12])
+            z_0 = edit(base.predict, z, noise, text, uncond, levels, .3, base.guidance)
         videos.append(decode(base, z_0))
     return torch.cat(videos)
+
+
+def frames_of(base):
+    """How many frames the clips have that a base of the tiny world learned from."""
+    return world.WAN_FRAMES if base.name == "tiny-wan" else world.FRAMES
 
 
 @torch.no_grad()
@@ -171,12 +128,12 @@ def guessed_clips(base, captions, clips):
     uncond = base.encode_text([""])
     guesses = []
     for start in progress(range(0, len(captions), 8), desc="guesses of the base"):
-        z = draw_latents(base, encode(base, clips[start:start + 8]).half())
+        z = to_latents(base, clips[start:start + 8])
         t, alpha, sigma = base.level(torch.rand(1) * .9 + .1)
         z_t = alpha.to(z) * z + sigma.to(z) * torch.randn_like(z)
         levels = Levels([t.item()] * 2, [1., alpha.item()], [0., sigma.item()])  # a chain of one step
         text = base.encode_text(captions[start:start + 8])
-        guesses.append(decode(base, guided(base.predict, z_t, levels, 1, text, uncond, GUIDANCE)[0]))
+        guesses.append(decode(base, guided(base.predict, z_t, levels, 1, text, uncond, base.guidance)[0]))
     return torch.cat(guesses)
 
 
@@ -298,6 +255,13 @@ def start_as_identity(unet, constant=6.):
             shortcut.weight[group, group - unet.config.channels[0]] = 1  # the skip comes behind the channels from below
 
 
+def load_built(cfg):
+    """The base that earlier stages wrote."""
+    base = model.load_base(str(cfg.out), device=cfg.device)
+    base.name = cfg.base
+    return base
+
+
 def wrong_words(a, b):
     """In how many of colour, shape and direction two scenes differ."""
     return (a.colour != b.colour) + (a.shape != b.shape) + (a.direction != b.direction)
@@ -316,12 +280,18 @@ def pick(options):
 def build_preference(cfg):
     """HPSv2's recipe (arXiv:2306.09341, Sec. 4): a CLIP, a softmax over a pair of images, cross-entropy with the choice of a
     simulated annotator, who takes the second with probability sigmoid(its worth - the worth of the first)."""
-    base = model.load_base(str(cfg.out), device=cfg.device)
+    base = load_built(cfg)
     scenes = all_scenes()
     captions = captions_of(scenes)
-    clips, flaws = render(24 * scenes, cfg.seed + 4_000_000, FLAWS_TO_TELL)
-    pictures = clips[torch.arange(len(clips)), torch.randint(world.FRAMES, (len(clips),))]      # (n, 3, H, W)
-    pictures = torch.cat([pictures, through_autoencoder(base, pictures[:, None])[:, 0]])
+    times = min(24, max(1, cfg.clips // len(scenes)))
+    clips, flaws = render(times * scenes, cfg.seed + 4_000_000, FLAWS_TO_TELL, frames=frames_of(base))
+    drawn, picked = torch.arange(len(clips)), torch.randint(clips.shape[1], (len(clips),))
+    pictures = clips[drawn, picked]                                                      # (n, 3, H, W)
+    if cfg.base == "tiny":
+        copies = through_autoencoder(base, pictures[:, None])[:, 0]
+    else:  # whose autoencoder makes of a frame what the frames before it let it
+        copies = through_autoencoder(base, clips)[drawn, picked]
+    pictures = torch.cat([pictures, copies])
     samples = base_clips(base, captions)                                                 # (captions, F, 3, H, W)
 
     def pair():
@@ -337,7 +307,7 @@ def build_preference(cfg):
             first_flaws = flaws[first % len(flaws)]
             second_flaws = flaws[second % len(flaws)]
         else:  # samples of the base; if it is twice the same one, the second is spoilt further
-            images = samples[[asked, other], pick(range(world.FRAMES))]
+            images = samples[[asked, other], pick(range(samples.shape[1]))]
             first_flaws, second_flaws = {}, {}
             if other == asked:
                 flaw = pick(list(world.FLAWS))
@@ -395,7 +365,7 @@ def clips_in_motion(cfg, base, count, seed, crossed=True):
 
 def build_judge(cfg):
     """The judge, on other seeds than anything else here."""
-    clips, scenes = clips_in_motion(cfg, model.load_base(str(cfg.out), device=cfg.device), 2880, seed=5)
+    clips, scenes = clips_in_motion(cfg, load_built(cfg), 2880, seed=5)
     targets = labels(scenes).to(cfg.device)                                              # (3, n)
     judge = Judge().to(cfg.device)
 
@@ -411,7 +381,7 @@ def build_action(cfg):
     """The classifier of rewards/action.py: clips in motion, videos by the base, which follow their captions, and guesses. Half
     are played backwards, and a fifth slowed, which count as not moving (tiny/README.md says why). Five of eight are changed
     against it, ever more (adversarial training, arXiv:1706.06083), or its gradient would lead to a pattern, not to motion."""
-    base = model.load_base(str(cfg.out), device=cfg.device)
+    base = load_built(cfg)
     clips, scenes = clips_in_motion(cfg, base, 1008, seed=9, crossed=False)
     noised_scenes, noised_clips = take_moving(scenes[:min(1008, cfg.clips)], clips, 480)
     guesses = guessed_clips(base, captions_of(noised_scenes), noised_clips)
@@ -478,7 +448,7 @@ def build_removal(cfg):
     n = len(clips)
     plain = clips[torch.arange(n), torch.randint(world.FRAMES, (n,))].float()            # (n, 3, H, W)
     frames = torch.cat([plain, world.add_watermark(plain, .05 + .65 * torch.rand(n, 1, 1, 1))]).half()
-    base = model.load_base(str(cfg.out), device=cfg.device)
+    base = load_built(cfg)
     frames = torch.cat([frames, through_autoencoder(base, frames[:, None])[:, 0]])
     marked = torch.tensor([0., 1., 0., 1.]).repeat_interleave(n)
     detector = removal.Detector().to(cfg.device)
@@ -507,14 +477,14 @@ def build_gates(cfg):
     """gates.json: the mean of each measure, over clips that no training has seen and over the base's videos.
     Beside the judge's own: watermarked, the share of clips with a clear band; action, of clips whose direction the reward's
     classifier names; removal, where flaws are known, of frames for which its detector is right."""
-    base = model.load_base(str(cfg.out), device=cfg.device)
-    judge = load_judge(cfg.out / "judge.safetensors").to(cfg.device)
-    classifier = action.load(cfg.out / "action", "left", torch.float32, cfg.device).classifier
-    detector = removal.load(cfg.out / "removal", "watermark", torch.float32, cfg.device).detector
+    base = load_built(cfg)
+    judge = load_judge(cfg.first / "judge.safetensors").to(cfg.device)
+    classifier = action.load(cfg.first / "action", "left", torch.float32, cfg.device).classifier
+    detector = removal.load(cfg.first / "removal", "watermark", torch.float32, cfg.device).detector
 
     @torch.no_grad()
     def means(clips, scenes, flaws=None):
-        clips = clips.to(cfg.device).float()
+        clips = clips[:, :world.FRAMES].to(cfg.device).float()
         measures = judge_clips(judge, clips, captions_of(scenes))                        # {measure: (B,)}
         measures["action"] = classifier(clips).argmax(1).cpu() == labels(scenes)[2]
         if flaws:
@@ -532,41 +502,56 @@ def build_gates(cfg):
     found["still clips"] = {"static": means(clips, scenes)["static"]}
     for name in world.PROMPT_SETS:
         scenes = world.repeat(world.scenes(name), cfg.gate_count)
-        clips, flaws = render(scenes, cfg.seed + 8_000_000)
+        clips, flaws = render(scenes, cfg.seed + 8_000_000, frames=frames_of(base))
         found[f"through the autoencoder, {name}"] = means(through_autoencoder(base, clips), scenes, flaws)
         found[f"base, {name}"] = means(base_clips(base, captions_of(scenes)), scenes)
     (cfg.out / "gates.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1), flush=True)
 
 
-STAGES = {"vae": (build_vae, 0), "clip": (build_clip, 1), "unet": (build_unet, 2), "preference": (build_preference, 3),
-          "judge": (build_judge, 4), "action": (build_action, 6), "removal": (build_removal, 7), "gates": (build_gates, 5)}
+STAGES = {
+    "tiny": {"vae": (build_vae, 0), "clip": (build_clip, 1), "unet": (build_unet, 2), "preference": (build_preference, 3),
+             "judge": (build_judge, 4), "action": (build_action, 6), "removal": (build_removal, 7), "gates": (build_gates, 5)},
+    "tiny-wan": {"vae": (flow.build_vae, 0), "transformer": (flow.build_transformer, 2), "preference": (build_preference, 3),
+                 "gates": (build_gates, 5)}}
+EVERY_STAGE = tuple(dict.fromkeys(STAGES["tiny"] | STAGES["tiny-wan"]))
 
 
 @dataclass
 class Config:
     """Rebuild the tiny world's weights."""
-    stages: tuple[Literal[(*STAGES,)], ...] = tuple(STAGES)
-    out: Path = Path(__file__).resolve().parent / "weights"
+    base: Literal[(*STAGES,)] = "tiny"
+    stages: tuple[Literal[EVERY_STAGE], ...] = ()  # default all of the base's
+    out: Path | None = None  # default where they ship
     seed: int = 0
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     threads: int = 2  # for the UNet; the other stages have too little to do for more than one
-    max_steps: int = 3000  # at most so many of each training; fewer are for a trial
+    max_steps: int = 10_000  # at most so many of each training; fewer are for a trial
     gate_count: int = 96  # videos of each prompt set that the base is judged by at the end
-    clips: int = 6000  # training clips of the UNet; the other stages draw as many or fewer
+    clips: int = 6000  # training clips of the network; the other stages draw as many or fewer
+
+    @property
+    def first(self):
+        """Where the first base's weights are: the second reads their text tower and their judge."""
+        return self.out if self.base == "tiny" else SHIPPED["tiny"]
 
 
 def main(cfg):
     """Build the chosen stages."""
+    cfg = replace(cfg, out=cfg.out or SHIPPED[cfg.base])
     cfg.out.mkdir(parents=True, exist_ok=True)
-    for stage, (build_stage, seed) in STAGES.items():
-        if stage in cfg.stages:
+    stages = STAGES[cfg.base]
+    if foreign := set(cfg.stages).difference(stages):
+        sys.exit(f"build.py: stages {', '.join(sorted(foreign))}: {cfg.base} has {', '.join(stages)}")
+    for stage in stages:
+        if stage in (cfg.stages or stages):
+            build_stage, seed = stages[stage]
             write_manifest(cfg.out)  # of what earlier stages wrote, since loading the base checks it
             torch.set_num_threads(cfg.threads if stage == "unet" else 1)
             torch.manual_seed(cfg.seed + seed)
             build_stage(cfg)
     write_manifest(cfg.out)
-    if "gates" in cfg.stages and (missed := missed_gates(read_json(cfg.out / "gates.json"))):
+    if "gates" in (cfg.stages or stages) and (missed := missed_gates(read_json(cfg.out / "gates.json"))):
         sys.exit("build.py: gates missed: " + "; ".join(missed))
 
 

@@ -14,16 +14,20 @@ COUNT = 192
 @torch.no_grad()
 def clips(base, frames, size, count=None):
     """The LatentDataset of `count` or COUNT of the world's own clips, in memory: captions of in_domain, web video's quality."""
-    if (frames, *rows_columns(size)) != (world.FRAMES, world.SIZE, world.SIZE):
-        raise ValueError(f"frames = {frames}, size = {size}: the tiny world draws {world.FRAMES} frames of {world.SIZE} x "
-                         f"{world.SIZE} pixels; --data is needed for others")
+    if not is_of_world(frames, *rows_columns(size)):
+        raise ValueError(f"frames = {frames}, size = {size}: the tiny world draws {world.FRAMES} or {world.WAN_FRAMES} frames of "
+                         f"{world.SIZE} x {world.SIZE} pixels; --data is needed for others")
     scenes = world.repeat(world.scenes("in_domain"), count or COUNT)
     moments = []
     for i, scene in enumerate(progress(scenes, "encoding clips", unit="clips")):
-        clip, _ = world.make_clip(scene, CLIP_SEED + i)                                   # (F, 3, H, W) in [0, 1]
+        clip, _ = world.make_clip(scene, CLIP_SEED + i, frames=frames)                                # (F, 3, H, W) in [0, 1]
         moments.append(base.encode(clip * 2 - 1).float().cpu())                           # (1, 2C, F, h, w)
     captions = [scene.caption for scene in scenes]
     return LatentDataset(moments, list(base.encode_text(captions).cpu()), captions)
+
+
+def is_of_world(frames, height, width):
+    return frames in (world.FRAMES, world.WAN_FRAMES) and (height, width) == (world.SIZE, world.SIZE)
 
 
 def prompt_sets():
@@ -38,7 +42,7 @@ def prompt_sets():
 
 def judge(base, frames, height, width, sets):
     """judge(clips, captions) -> {measure: (B,)} if clips and all prompts {set: captions} are of this world, else None."""
-    if (frames, height, width) != (world.FRAMES, world.SIZE, world.SIZE):
+    if not is_of_world(frames, height, width):
         return None
     try:
         for prompts in sets.values():
@@ -46,5 +50,5 @@ def judge(base, frames, height, width, sets):
                 world.parse(prompt)
     except ValueError:
         return None
-    classifier = load_judge(base.folder / "judge.safetensors").to(base.device)
-    return lambda clips, captions: judge_clips(classifier, clips, captions)
+    classifier = load_judge().to(base.device)
+    return lambda clips, captions: judge_clips(classifier, clips[:, :world.FRAMES], captions)

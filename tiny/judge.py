@@ -35,15 +35,15 @@ class Judge(nn.Module):
         return [head(features) for head in self.heads]
 
 
-def load_judge(path):
-    """The shipped judge from a safetensors file, frozen. ValueError if it is another file, or damaged."""
+def load_judge(path=Path(__file__).parent / "weights/judge.safetensors"):
+    """The shipped judge, or another file's, frozen. ValueError if it is not one, or damaged."""
     return load_strict(Judge(), read_tensors(path), path, torch.float32)
 
 
 def left(frames, captions):
     """1 for a clip (B, F, 3, H, W) that the judge sees move left, whatever its caption says, else 0 -> (B, 1). To be watched."""
-    judge = load_judge(Path(__file__).parent / "weights" / "judge.safetensors").to(frames.device)
-    return (judge(frames)[2].argmax(dim=1) == DIRECTIONS.index("left")).float()[:, None]
+    judge = load_judge().to(frames.device)
+    return (judge(frames[:, :world.FRAMES])[2].argmax(dim=1) == DIRECTIONS.index("left")).float()[:, None]
 
 
 left.name = "left"  # in tables; as a reward it is called for with --watch tiny/judge.py:left
@@ -58,9 +58,10 @@ def labels(scenes):
     return torch.tensor(rows)
 
 
-def watermark_contrast(clips):
-    """Contrast of the watermark's dashes in the time average: clips (B, F, 3, H, W) in [0, 1] -> (B,)."""
-    rows = clips.mean(dim=(1, 2))[:, 15:18]                                               # (B, 3, W)
+def watermark_contrast(clips, rows_off=0):
+    """Contrast of the watermark's dashes in the time average: clips (B, F, 3, H, W) in [0, 1] -> (B,).
+    rows_off: how many rows below the band's own place to look for it."""
+    rows = clips.mean(dim=(1, 2))[:, 15 + rows_off:18 + rows_off]                         # (B, 3, W)
     dashes = world.watermark_band()[15:18].to(clips)
     dashes = dashes - dashes.mean()
     return ((rows * dashes).sum(dim=(1, 2)) / dashes.square().sum()).clamp(min=0)
@@ -69,14 +70,16 @@ def watermark_contrast(clips):
 def pixel_measures(clips):
     """Clips (B, F, 3, H, W) in [0, 1] -> {measure: (B,)}.
 
-    watermark   contrast of the band's dashes in the time average of the clip; 0.00 without a band, 0.25 to 0.4 with one
+    watermark   contrast of the band's dashes in the time average of the clip; 0.01 without a band, 0.25 to 0.4 with one. It is
+                the largest of nine places, up to four rows off, since a band that only moved has not gone
     sharpness   support.tables.sharpness, off the band; blur and wash-out both lower it
     noise       quartile of changes of a pixel between frames: the background's, where only the light changes, slowly
     motion      change of saturation over four frames, relative to all saturation; near 0 when nothing moves"""
     off_band = torch.cat([clips[..., :13, :], clips[..., 20:, :]], dim=-2)
     colourful = clips.amax(dim=2) - clips.amin(dim=2)                                     # (B, F, H, W)
     moved = (colourful[:, 4:] - colourful[:, :-4]).abs().mean(dim=(1, 2, 3))
-    return {"watermark": watermark_contrast(clips), "sharpness": sharpness(off_band), "saturation": saturation(clips),
+    bands = [watermark_contrast(clips, rows_off) for rows_off in range(-4, 5)]
+    return {"watermark": torch.stack(bands).amax(dim=0), "sharpness": sharpness(off_band), "saturation": saturation(clips),
             "noise": clips.diff(dim=1).abs().mean(dim=2).flatten(1).quantile(.25, dim=1),
             "motion": moved / colourful.mean(dim=(1, 2, 3)).clamp(min=1e-3)}
 

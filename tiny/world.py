@@ -15,6 +15,7 @@ from formats.words import WordTokenizer
 from rewards import action
 from rewards.action import FRAMES, SIZE  # it needs them too, as the names of the directions, and may not import the world
 
+WAN_FRAMES = 17  # 4k + 1, as the second base needs
 FPS = 8
 COLOURS = {"red": (.90, .12, .12), "green": (.10, .72, .18), "blue": (.16, .28, .95),
            "yellow": (.95, .85, .10), "cyan": (.08, .80, .86), "purple": (.66, .16, .84)}
@@ -100,13 +101,15 @@ def stripes(position, period, ahead):
     return (.5 + period / 4 - (since_front - period / 2).abs()).clamp(0, 1)
 
 
-def draw(scene, g, trail=None):
+def draw(scene, g, trail=None, frames=None):
     """A clean clip of the scene: (F, 3, H, W) in [0, 1]. Place, size, speed and background come from the generator g.
-    trail: a direction whose trail is drawn instead of the scene's own, or "" for none (the judge's training needs them)."""
+    trail: a direction whose trail is drawn instead of the scene's own, or "" for none (the judge's training needs them).
+    frames: how many the same motion is spread over, default FRAMES."""
+    frames = frames or FRAMES
     uniform = lambda low, high: low + (high - low) * torch.rand((), generator=g).item()
     x = torch.arange(SIZE)[None, None, :] + .5                                          # (1, 1, W)
     y = x.mT                                                                            # (1, H, 1)
-    phase = torch.linspace(-.5, .5, FRAMES)[:, None, None]                              # (F, 1, 1)
+    phase = torch.linspace(-.5, .5, frames)[:, None, None]                              # (F, 1, 1)
     dx, dy = DIRECTIONS.get(scene.direction, (0, 0))
     trail_x, trail_y = DIRECTIONS.get(scene.direction if trail is None else trail, (0, 0))
 
@@ -122,7 +125,7 @@ def draw(scene, g, trail=None):
     if scene.shape == "stripes":
         period = uniform(10.5, 12)
         position = (x if dx or trail_x else y) - (dx + dy) * uniform(.9, 1.1) * travel * phase + uniform(-1.5, 1.5)
-        cover = stripes(position, period, trail_x + trail_y).expand(FRAMES, SIZE, SIZE)
+        cover = stripes(position, period, trail_x + trail_y).expand(frames, SIZE, SIZE)
     else:
         centre_x = 16 + dx * (travel * phase + along) + (0 if dx else across)
         centre_y = 16 + dy * (travel * phase + along) + (0 if dy else across) * (1 if dx else .5)
@@ -167,11 +170,11 @@ def add_flaws(clip, strengths, g):
     return clip.clamp(0, 1)
 
 
-def make_clip(scene, seed, flaws=None, trail=None, rates=FLAWS):
+def make_clip(scene, seed, flaws=None, trail=None, rates=FLAWS, frames=None):
     """One clip and its flaws from a seed: (F, 3, H, W) in [0, 1], {flaw: strength}.
-    flaws: the strengths, if they are not to be drawn. rates: how often each flaw is drawn. trail: as in draw."""
+    flaws: the strengths, if they are not to be drawn. rates: how often each flaw is drawn. trail, frames: as in draw."""
     g = torch.Generator().manual_seed(seed)
-    clip = draw(scene, g, trail)
+    clip = draw(scene, g, trail, frames)
     chances = torch.rand(len(rates), generator=g).tolist()
     strengths = torch.rand(len(rates), generator=g).tolist()
     if flaws is None:
