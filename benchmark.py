@@ -429,10 +429,10 @@ def table(report):
         more = f", {peak:.1f} GiB" if peak else ""
         lines.append(f"{seconds:.4g} s a step, {tflop['step'] / seconds:.4g} TFLOP/s{more}")
     if "memory" in report:
-        counts = report["memory"]["no flag"]
+        no_flag = report["memory"]["no flag"]
         lines.append(f"expected peak memory of our step, GiB: total (saved activations + transients, on top of the weights'"
-                     f" {counts[1]['weights']:.1f}); workspaces of kernels and gaps between tensors come on top")
-        lines.append(f"{'clips at once':26s}" + "".join(f"{clips:>22}" for clips in counts))
+                     f" {no_flag[1]['weights']:.1f}); workspaces of kernels and gaps between tensors come on top")
+        lines.append(f"{'clips at once':26s}" + "".join(f"{clips:>22}" for clips in no_flag))
     for memory_setting, peaks in report.get("memory", {}).items():
         cells = [f"{peak['total']:.1f} ({peak['saved']:5.1f} + {peak['transient']:.1f})" for peak in peaks.values()]
         lines.append(f"{memory_setting:26s}" + "".join(f"{cell:>22}" for cell in cells))
@@ -463,8 +463,8 @@ def main(cfg):
 def parse():
     """The command line. What a published base was made for is its own, unless given."""
     cfg = tyro.cli(Config, description=__doc__)
-    own = {name: value for name, value in BASES.get(cfg.base, {}).items() if hasattr(cfg, name)}
-    return tyro.cli(Config, description=__doc__, default=Config(**own))
+    made_for = {name: value for name, value in BASES.get(cfg.base, {}).items() if hasattr(cfg, name)}
+    return tyro.cli(Config, description=__doc__, default=Config(**made_for))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import torch
 from support import clips as clip_files
 from support.clips import read_list  # noqa: F401  read_list: offered from here
 from support.ranks import sample_generator
+from support.settings import check_at_least
 
 # ----------------------------------------------------------------------------------------------
 # Which clips, which noise
@@ -112,9 +113,7 @@ class ClipConfig:
     starts: int = 4
 
     def __post_init__(self):
-        for name, value in asdict(self).items():
-            if not value > 0:
-                raise ValueError(f"{name} = {value}: must be above 0")
+        check_at_least(self, *asdict(self))
 
 
 def encode_clips(clips, config, base, cache_dir=None, num_workers=0, max_skip=0.1) -> LatentDataset:

@@ -26,6 +26,7 @@ import torch.nn.functional as F_
 from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from bases import modelscope
 from bases.diffusers_base import DiffusersBase, check_weights, read_part
 from formats.reward_model import clip_normalize
 from formats.tensors import fingerprint
@@ -77,13 +78,7 @@ class SVD:
         network.no_adapters = DEAD
         self.size, self.pictures = None, {}  # (H, W) of the videos to come; {(picture, size, fps): what is told of it}
 
-    @property
-    def device(self):
-        return self.network.conv_in.weight.device
-
-    @property
-    def dtype(self):
-        return self.network.conv_in.weight.dtype
+    device, dtype = modelscope.Base.device, modelscope.Base.dtype  # this UNet, too, begins with conv_in
 
     def latent_shape(self, frames, height, width):
         """(C, f, h, w) of a clip's latents; ValueError unless its rows and columns divide. Asked before prompts are encoded:

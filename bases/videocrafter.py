@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from bases import modelscope
-from formats import names, videocrafter as files
+from formats import names
 from formats.tensors import build_empty, fingerprint, load_strict, read_config, read_tensors
 from formats.weights import PARTS, WHOLE, find_part
 from model import Autoencoder, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig, embed, load_text_encoder, load_vae
@@ -138,9 +138,9 @@ def load(base, folder, vae, text_encoder, dtype, device):
         folder, whole = file.parent, read_tensors(file)
         found = read_config(folder, structures)
         config, vae_config = found or (UNetConfig(), VAEConfig())
-        tensors = names.of_part(whole, files.UNET)
-        paths = {"unet": file, "vae": file if names.of_part(whole, files.VAE) else None,
-                 "text_encoder": file if names.of_part(whole, files.TEXT) else None}
+        tensors = names.of_part(whole, names.IN_WHOLE["unet"])
+        paths = {part: file if names.of_part(whole, prefix) else None for part, prefix in names.IN_WHOLE.items()}
+        paths["unet"] = file
     else:
         paths = {part: find_part(folder, PARTS[part]) for part in ("vae", "text_encoder")}
         paths["unet"] = find_part(folder, ["unet/config.json", "config.json"]).parent
@@ -149,10 +149,10 @@ def load(base, folder, vae, text_encoder, dtype, device):
     for part, given in (("vae", vae), ("text_encoder", text_encoder)):
         paths[part] = Path(given) if given else paths[part]
     if paths["vae"] is None:
-        raise ValueError(f"{base}: has no autoencoder; expected {files.VAE}* in {WHOLE}, vae/ in the port's folder, or --vae")
+        raise ValueError(f"{base}: has no autoencoder; expected first_stage_model.* in {WHOLE}, vae/ in the port's, or --vae")
 
     network = build_empty(lambda: VideoCrafterUNet(config), paths["unet"])
-    network = load_strict(network, files.unet_tensors(tensors, config), paths["unet"], dtype)
+    network = load_strict(network, names.unet_from_videocrafter(tensors, config), paths["unet"], dtype)
     text = paths["text_encoder"] and load_text_encoder(paths["text_encoder"])
     autoencoder = load_vae(paths["vae"], vae_config)
     modelscope.expect_fitting(config, autoencoder.config, text.config if text else None, paths)

@@ -16,7 +16,7 @@ import tyro
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from formats import names, videocrafter
+from formats import names
 from formats.names import official_unet_blocks, split_lora, unet_from_official
 from formats.tensors import check_numbers, check_tensors, fingerprint, read_config, read_tensors
 from formats.transformer_lora import from_published, to_published
@@ -25,6 +25,7 @@ from support.files import first_names, read_json, write_folder, write_whole
 
 TENSOR = "base_model.model.{}.lora_{}.weight"  # what PEFT calls half "A" or "B" of the adapter of the layer at a path
 NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+VADER = "base_model.model." + names.IN_WHOLE["unet"]  # it adapts the whole model
 # Which layers are adapted, in every attention: {name: its letters}. The second half is Open-Sora's.
 LETTERS = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o",
            "attn.qkv": "qkv", "attn.proj": "o", "cross_attn.q_linear": "q", "cross_attn.kv_linear": "kv", "cross_attn.proj": "o"}
@@ -87,10 +88,11 @@ def read_adapter(path, config=None):
         tensors = read_tensors(path)
         rest, official = split_lora(tensors)
         ours = from_published(tensors)
-        of_vader = videocrafter.adapter_tensors(tensors, config or names.MODELSCOPE)
+        of_vader = names.of_part(tensors, VADER)
         if of_vader:
-            tensors = of_vader
-            recorded = {"rank": common_rank(tensors, path), "alpha": videocrafter.ADAPTER_ALPHA}
+            paths = names.unet_from_videocrafter(of_vader, config or names.MODELSCOPE)
+            tensors = {f"base_model.model.{name}": t for name, t in paths.items()}
+            recorded = {"rank": common_rank(tensors, path), "alpha": 8}  # PEFT's default, as VADER sets none
         elif ours.keys() != tensors.keys():
             tensors = ours
             recorded = dict.fromkeys(("rank", "alpha"), common_rank(tensors, path))
@@ -106,10 +108,7 @@ def read_adapter(path, config=None):
     rank = common_rank(tensors, path)
     if recorded.get("version", VERSION) != VERSION:
         raise ValueError(f"{path}: has format version {recorded['version']!r}, this code reads {VERSION}")
-    try:
-        alpha = float(recorded.get("alpha"))
-    except (TypeError, ValueError):
-        alpha = 0
+    alpha = float(recorded.get("alpha") or 0)
     if str(recorded.get("rank")) != str(rank) or not 0 < alpha < math.inf:
         raise ValueError(f"{path}: records rank {recorded.get('rank')!r} and alpha {recorded.get('alpha')!r}; expected rank "
                          f"{rank}, as its tensors have, and an alpha above 0, which tells their scale")

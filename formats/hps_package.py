@@ -42,8 +42,6 @@ def import_hpsv2():
 def official_hps(clip, clip_config=None, tokenizer=None):
     """The hpsv2 package's score(frames (S, 3, H, W) uint8, caption) -> S floats, on the float32 CLIP of `load_hpsv2(...).clip`.
     clip_config: as there; tokenizer: default the package's. On CUDA it differs more from HPSv2, since it computes in float16."""
-    if {p.dtype for p in clip.parameters()} != {torch.float32}:
-        raise ValueError("the hpsv2 package scores in float32; load the weights with dtype=torch.float32")
     img_score, fork = import_hpsv2()
     with torch.device("meta"):
         model = fork.CLIP(**(clip_config or fork.get_model_config("ViT-H-14")), output_dict=True)

@@ -14,6 +14,9 @@ from support.files import first_names
 LORA_TENSOR = re.compile(r"_lora\.(down|up)_linear\.weight$")
 UNET_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
                "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+VIDEOCRAFTER = [("init_attn.0.", "input_blocks.0.1."), (".0.op.", ".op."), ("fps_embedding.0.", "fps_embedding.linear_1."),
+                ("fps_embedding.2.", "fps_embedding.linear_2.")]  # where its names differ from ModelScope's
+IN_WHOLE = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model.model."}
 CONV1D = re.compile(r"(temp_attentions\.\d+|transformer_in)\.proj_(in|out)\.weight$")  # Linear here and in diffusers
 MODELSCOPE = SimpleNamespace(  # the structure of the published UNet, for files that bring no config.json
     in_channels=4, out_channels=4, channels=(320, 640, 1280, 1280), blocks_per_level=2, context_dim=1024, head_dim=64,
@@ -97,6 +100,11 @@ def unet_from_official(tensors, config):
     return renamed
 
 
+def unet_from_videocrafter(tensors, config):
+    """VideoCrafter2's names, of model.ckpt (without IN_WHOLE's) or its port -> ours: ModelScope's and a frame rate embedding."""
+    return unet_from_official({replace_all(name, VIDEOCRAFTER): t for name, t in tensors.items()}, config)
+
+
 def split_lora(tensors):
     """A fine-tuned official file holds both: -> (base tensors, LoRA tensors)."""
     lora = {k: v for k, v in tensors.items() if LORA_TENSOR.search(k)}
@@ -152,7 +160,7 @@ def official_vae_names(config, names):
 
 def vae_from_official(tensors, config, names):
     """LDM's names, with or without first_stage_model., or diffusers' old ones -> ours (names), without what is no autoencoder."""
-    prefix = "first_stage_model."
+    prefix = IN_WHOLE["vae"]
     of_whole_model = any(name.startswith(prefix) for name in tensors)
     ours_of = {theirs: ours for ours, theirs in official_vae_names(config, names).items()}
     renamed = {}
@@ -206,7 +214,7 @@ def text_from_transformers(tensors):
 
 def text_tower(tensors, path):
     """The tensors of a text tower up to its penultimate block, under OpenCLIP's names, and the number of blocks that is."""
-    tensors = of_part(tensors, "cond_stage_model.model.") or tensors
+    tensors = of_part(tensors, IN_WHOLE["text_encoder"]) or tensors
     ends_early = any("self_attn.q_proj" in k for k in tensors)  # transformers' text_encoder has no block after the penultimate
     if ends_early:
         tensors = text_from_transformers(tensors)

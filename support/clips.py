@@ -304,11 +304,11 @@ def encode_clips(clips, config, base, cache_dir, num_workers, max_skip):
     files = {clip.path: files[clip.path] for clip in leave_out(clips, problems, max_skip)}
 
     # 2. Decode and encode what is missing, window by window, which bounds the memory.
-    interlaced = []
+    combed = []
 
     def encode_paths(paths):
-        for path, windows, is_interlaced, problem in read_all_windows(paths, config, num_workers):
-            interlaced.extend([path] if is_interlaced else [])
+        for path, windows, interlaced, problem in read_all_windows(paths, config, num_workers):
+            combed.extend([path] if interlaced else [])
             if problem:
                 problems[path] = problem
                 tqdm.write(f"left out: {problem}")  # on any rank: only this one knows
@@ -317,9 +317,9 @@ def encode_clips(clips, config, base, cache_dir, num_workers, max_skip):
             yield path, map_tensors(lambda *parts: torch.cat(parts), *encoded) if encoded else None  # (n, 2C, F, h, w)
 
     fill_cached(entries, files, encode_paths, "clips")
-    interlaced = sum(all_gather(interlaced), [])
-    if interlaced:
-        say_once(f"{len(interlaced)} clip(s) are interlaced, so that moving edges look like combs; the first: {interlaced[0]}")
+    combed = sum(all_gather(combed), [])
+    if combed:
+        say_once(f"{len(combed)} clip(s) are interlaced, so that moving edges look like combs; the first: {combed[0]}")
 
     # 3. A clip that another rank could not read has no entry: leave it out here too.
     for path in files:

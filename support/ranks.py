@@ -107,18 +107,16 @@ def barrier():
 
 def on_rank_0(function):
     """What function() returns on rank 0, where alone it is called; all ranks get that, or a ValueError, with words on rank 0."""
-    rank, world_size = rank_and_size()
-    values = [None, None]  # what it returns, what it raises
-    if rank == 0:
+    value = error = None
+    if is_main_process():
         try:
-            values[0] = function()
-        except ValueError as error:
-            values[1] = error
-    if world_size > 1:
-        dist.broadcast_object_list(values, group=GROUPS["patient"])
-    if values[1]:
-        raise values[1] if rank == 0 else ValueError()
-    return values[0]
+            value = function()
+        except ValueError as found:
+            error = found
+    value, error = all_gather((value, error))[0]
+    if error:
+        raise error if is_main_process() else ValueError()
+    return value
 
 
 def all_gather(value):

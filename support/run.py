@@ -301,17 +301,17 @@ def train_and_report(run, train):
 
 def print_end(run):
     """Where the adapter is, two commands that go on from it, and how an early end is overruled."""
-    adapter, cfg = run.folder / "lora.safetensors", run.cfg
-    words = []
-    for name, default in (("base", "tiny"), ("vae", None), ("text_encoder", None), ("frames", 16), ("size", None), ("fps", 8)):
-        if getattr(cfg, name) != default:
-            words += ["--" + name.replace("_", "-"), str(getattr(cfg, name))]
+    adapter, flags, cfg = shlex.quote(str(run.folder / "lora.safetensors")), "", run.cfg
+    for flag, value, default in (("base", cfg.base, "tiny"), ("vae", cfg.vae, None), ("text-encoder", cfg.text_encoder, None),
+                                 ("frames", cfg.frames, 16), ("size", cfg.size, None), ("fps", cfg.fps, 8)):
+        if value != default:
+            flags += f" --{flag} {shlex.quote(str(value))}"
     prompts = sum(run.evaluations.prompts.values(), []) or ["a red circle moving left"]
     if hasattr(prompts[0], "picture"):
-        words += ["--image", str(prompts[0].picture)]
-    generate = shlex.join(["python", "generate.py", *words, "--lora", str(adapter), "--prompt", prompts[0]])
-    print(f"adapter: {adapter}\nnext: {generate}\n      {shlex.join(['python', 'report.py', str(run.folder)])}")
-    if run.step < cfg.steps:
+        flags += f" --image {shlex.quote(str(prompts[0].picture))}"
+    print(f"adapter: {adapter}\nnext: python generate.py{flags} --lora {adapter} --prompt {shlex.quote(prompts[0])}\n"
+          f"      python report.py {shlex.quote(str(run.folder))}")
+    if run.step < run.cfg.steps:
         print(f"ended early; to go on: the same command with --resume {run.folder} --no-early-stop")
 
 

@@ -262,7 +262,8 @@ def from_record(record, defaults, argv=(), **options):
     """The settings that config.json keeps, then those of a command line, by tyro, whose options these are."""
     flags = {word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in argv}
     known, hints = to_record(defaults), get_type_hints(type(defaults), include_extras=True)
-    said = {name: value for name, value in record.items() if value != known[name] and name not in {*flags, "preset"}}
+    said = {name: value for name, value in record.items() if value != known[name] and name not in flags}
+    hidden = {name: said.pop(name) for name in hints if name in said and "Suppress" in str(hints[name])}  # those have no flag
     repeatable = {name for name in hints if "UseAppendAction" in str(hints[name])}
     emptied = dict.fromkeys(repeatable & {*flags, *said}, ())  # else what is said would be added to these
     words = []
@@ -274,7 +275,7 @@ def from_record(record, defaults, argv=(), **options):
             words += [f"--{flag}={item}" for item in values]
         else:
             words += [f"--{flag}", *map(str, values)]
-    return tyro.cli(type(defaults), args=[*words, *argv], default=replace(defaults, **emptied), **options)
+    return tyro.cli(type(defaults), args=[*words, *argv], default=replace(defaults, **emptied, **hidden), **options)
 
 
 def read_settings(folder, presets):

@@ -437,7 +437,7 @@ def test_clips_that_are_left_out_are_named(tmp_path, capsys):
 def test_settings_must_be_above_zero_and_parts_equally_many():
     refused("equally many", LatentDataset, torch.zeros(2, 1), torch.zeros(2, 1), ["a"])
     for name, wrong in (("num_frames", 0), ("fps", float("nan")), ("height", -1), ("starts", 0)):
-        refused(f"{name} = .*: must be above 0", ClipConfig, **{name: wrong})
+        refused(f"{name} = .*: must be a finite number above 0", ClipConfig, **{name: wrong})
 
 
 # ------------------------------------------- Which clips, which noise -------------------------------------------
