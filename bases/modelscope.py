@@ -7,6 +7,7 @@ it and adds one.
 
 Letters: B clips, C latent channels, F frames, h and w latent rows and columns, N text tokens, E their width.
 """
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -165,10 +166,18 @@ def load(base, folder, vae, text_encoder, dtype, device):
     autoencoder = move_to(load_vae(paths["vae"]), device)
     text = load_text_encoder(paths["text_encoder"])
     expect_fitting(network.config, autoencoder.config, text.config, paths)
-    guidance = read_config(paths["unet"], lambda content: content.get("guidance")) or GUIDANCE
+    guidance = read_config(paths["unet"], own_guidance) or GUIDANCE
     file = paths["unet"] if paths["unet"].is_file() else None
     made = Base(network, autoencoder, move_to(text, device), base, folder, file, guidance)
     return in_precision(made, dtype)
+
+
+def own_guidance(content):
+    """The guidance scale that a UNet's config.json (a dict) recommends, or None; an exception if it is no number."""
+    scale = content.get("guidance")
+    if scale is not None and (type(scale) not in (int, float) or not math.isfinite(scale)):
+        raise ValueError(f"expected a number as guidance, found {scale!r}")
+    return scale
 
 
 def find_parts(base, folder, given):
