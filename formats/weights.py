@@ -71,6 +71,17 @@ def find_base_file(base, given):
     return "modelscope", path
 
 
+def preset_of(base):
+    """The preset that is for a base: the file of bases/ that knows it, or tiny; None where only a download could tell."""
+    for name, repo in HUB_BASES.items():
+        if base == repo:
+            return name
+    if not base.startswith("random") and not Path(base).exists():
+        return None
+    name, path = find_base_file(base, ())
+    return "tiny" if path and (path / "judge.safetensors").is_file() else name
+
+
 def find_parts(base, folder, given):
     """
     (folder, {part: its file or folder}) of a base; a file is a UNet with its other parts beside it. given: {part: a path to take
