@@ -56,7 +56,7 @@ def vader_rewards(base, rewards, uncond, batch, cfg):
         grad_steps = cfg.grad_steps if k >= cfg.parts - cfg.grad_parts else 0
         made.append(chain(predict, levels.start * noises[k], text, uncond, levels, cfg.num_steps,
                           cfg.guidance, grad_steps, cfg.eta, news[k]))        # (B, C, F, h, w)
-    z_0 = torch.cat(made, dim=2)                                              # (B, C, parts F, h, w)
+    z_0 = torch.cat(made, dim=2)                                              # of all parts
 
     # 2. Score the random frames; lambda 0 gives their plain mean. A video reward has its own.
     return train.video_rewards(base, rewards, z_0, g, captions, cfg)
