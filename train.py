@@ -294,7 +294,7 @@ def plan_evaluations(cfg, folder, base, rewards):
     if cfg.eval_every and base.dtype != torch.float32:
         exact, waits_on = as_rewards(load_rewards(cfg, base.folder)), "cpu"
 
-    def evaluate_prompts(captions, **more):
+    def evaluate_set(captions, **more):
         # Eight videos take less memory than one clip with gradient, unless a flag saves that.
         saves_memory = cfg.checkpoint_activations or cfg.low_memory
         batch_size = min((saves_memory and cfg.clips_at_once) or cfg.batch_size, 8)
@@ -308,8 +308,8 @@ def plan_evaluations(cfg, folder, base, rewards):
     def save_adapter(path):
         lora.save(base.network, path, base=cfg.base)
 
-    return run_folder.Evaluations(cfg, folder, prompts, evaluate_prompts, save_adapter,
-                                  exact.name, watched_names(cfg.watch, exact.watched), exact.parts)
+    return run_folder.Evaluations(cfg, folder, prompts, evaluate_set, save_adapter, rewards.name,
+                                  watched_names(cfg.watch, exact.watched), exact.parts)
 
 
 def main(argv, module=sys.modules[__name__]):

@@ -391,6 +391,8 @@ def test_vader_trains_on_long_videos_and_scores_the_whole(world, monkeypatch, ca
                           (["--frames", "1"], "frames = 1: must be at least 2"),
                           (["--frames-scored", "18"], "frames_scored = 18: must be from 0 to 17")):
         refused(message, run, *flags, *more, "--out", "refused", module=vader)
+    refused("parts = 2: must be 1, since tiny starts from no picture", train.main, ["--parts", "2", "--out", "refused"], vader)
+    assert not Path("refused").exists()
 
 
 # -------------------------------------------------------- Refusals ---------------------------------------------------------
