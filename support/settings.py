@@ -232,7 +232,7 @@ def parse(argv, presets, description, preset_of=lambda base: None):
         found = preset_of(base)
         if found in presets:
             named = found
-            say_once(f"preset {named}: none is named, and it is for base {base}")
+            say_once(f"preset {named}, that of base {base}, as none is named")
     defaults = saved or presets[named or next(iter(presets))]
     flags = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv}
     hints = get_type_hints(type(defaults), include_extras=True)
