@@ -23,6 +23,7 @@ from tyro.conf import Fixed, Suppress
 
 import lora
 import train
+from formats.weights import preset_of
 from model import load_base
 from pages.html import heat, picture_uri, pixels_uri, write_page
 from pages.step import draw_step
@@ -257,5 +258,5 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    run_script("explain.py", lambda: main(settings.parse(sys.argv[1:], PRESETS, __doc__)),
+    run_script("explain.py", lambda: main(settings.parse(sys.argv[1:], PRESETS, __doc__, preset_of)),
                refused=(RuntimeError, OSError))

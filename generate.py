@@ -3,10 +3,12 @@ Text to video: the base, or the base with a LoRA, from seeded noise.
 
     python generate.py --prompt "a red circle moving left" --lora out/tiny/lora.safetensors
     python generate.py --base ali-vilab/text-to-video-ms-1.7b --prompts prompts.txt --guidance 9
+    python generate.py --base SVD --image cat.png --prompt "a cat" --continue 3   # four parts
 
 Paper: InstructVideo (arXiv:2312.12490), Sec. 3.1; ModelScopeT2V (arXiv:2308.06571).
 Noise belongs to the prompt and its seed, so video 7 is the same, to rounding, in any batch and on
-any number of ranks, and two models can be compared on the same noise.
+any number of ranks, and two models can be compared on the same noise. A base that starts from a
+picture can go on from a video's last frame (--continue; VADER, arXiv:2407.08737, Fig. 9).
 
 Letters: B videos, C channels, F frames, h and w latent rows and columns, H and W pixels.
 """
@@ -15,6 +17,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
@@ -37,10 +40,12 @@ def generate(base, prompts, seeds, num_steps=20, guidance=None, frames=16, heigh
     """
     Latents of videos, one by one: yields (index, z_0 (C, F, h, w)), scaled, in order.
 
-    prompts [n], seeds [n]: video i depends on (prompts[i], seeds[i]) only. height and width in
-    pixels: multiples of the autoencoder's downscale, else ValueError. guidance: default the base's
-    own. move_on: called after each batch with its size.
+    prompts [n], seeds [n]: video i depends on (prompts[i], seeds[i]) only. frames: of the whole
+    video, which has base.parts parts. height and width in pixels: multiples of the autoencoder's
+    downscale, else ValueError. guidance: default the base's own. move_on: called after each batch
+    with its size.
     """
+    num_parts = getattr(base, "parts", 1)
     shape = base.latent_shape(frames, height, width)                          # (C, f, h, w)
     guidance = base.guidance if guidance is None else guidance
     levels = base.levels(num_steps, (frames, height, width))
@@ -52,16 +57,19 @@ def generate(base, prompts, seeds, num_steps=20, guidance=None, frames=16, heigh
         noise = []
         for i in batch:
             generator = ranks.sample_generator(seeds[i], "generate")
-            noise.append(torch.randn(shape, generator=generator))             # (C, F, h, w)
+            noise.append(ranks.start_noise(shape, generator, num_parts))      # (C, F, h, w)
         noise = torch.stack(noise).to(base.device)                            # (B, C, F, h, w)
 
-        # 2. The whole chain, for a batch at once.
+        # 2. The whole chain, for a batch at once. A next part starts from the last frame so far.
         text = base.encode_text([prompts[i] for i in batch])                  # (B, N, E)
-        uncond = base.unconditional(text)                                     # (1 or B, N, E)
-        z_0 = sample(base.predict, noise, text, uncond, levels, guidance)     # (B, C, F, h, w)
+        made = []
+        for noise_of_part in noise.chunk(num_parts, dim=2):
+            text = base.next_text(made[-1]) if made else text
+            uncond = base.unconditional(text)                                 # (1 or B, N, E)
+            made.append(sample(base.predict, noise_of_part, text, uncond, levels, guidance))
         if move_on:
             move_on(len(batch))
-        yield from zip(batch, z_0)
+        yield from zip(batch, torch.cat(made, dim=2))                         # (C, F, h, w) each
 
 
 # ----------------------------------------------------------------------------------------------
@@ -88,6 +96,8 @@ class Config(ModelSettings):
     modules/config.py:74)"""
     frames: int | None = None
     """frames of a video; default what the base was trained on, 16 (paper, Sec. 3.3)"""
+    continue_: Annotated[int, tyro.conf.arg(name="continue")] = 0
+    """parts of as many frames to add, each from the last frame before it; image-to-video alone"""
     size: int | str | None = None
     """pixel rows and columns, 256 or 480x832; default what the base was trained on, 256 for
     ModelScopeT2V (paper, Sec. 3.3)"""
@@ -122,8 +132,8 @@ def check(cfg):
     if not prompts or not all(p.strip() for p in prompts):
         raise ValueError("no prompt given, or an empty one: name some by --prompt or --prompts")
 
-    check_at_least(cfg, frames=1, fps=1, batch_size=1, per_prompt=1, guidance=-math.inf,
-                   lora_scale=-math.inf)
+    check_at_least(cfg, continue_=0, frames=min(2, 1 + cfg.continue_), fps=1, batch_size=1,
+                   per_prompt=1, guidance=-math.inf, lora_scale=-math.inf)
     rows_columns(cfg.size)
     ddpm_step(cfg.num_steps, cfg.num_steps)  # refuses a D that the schedule has not
     check_folder(cfg.out)
@@ -181,12 +191,14 @@ def main(cfg):
     # 1. The model. The size of a video is its own, unless asked.
     base, adapted = load_model(cfg, device)
     base.fps = cfg.fps or getattr(base, "fps", 8)  # some networks are told it
-    if cfg.image and not hasattr(base, "condition"):
-        raise ValueError(f"image: {base.name} starts from no picture")
+    if (cfg.image or cfg.continue_) and not hasattr(base, "condition"):
+        named = "image" if cfg.image else "continue"
+        raise ValueError(f"{named}: {base.name} starts from no picture")
     if adapted:
         lora.set_scale(base.network, cfg.lora_scale)
     height, width = rows_columns(cfg.size, base.default_size)
-    frames = cfg.frames or base.default_frames
+    base.parts = 1 + cfg.continue_
+    frames = base.parts * ((cfg.frames or base.default_frames) - 1) + 1  # parts share their ends
     base.latent_shape(frames, height, width)
 
     # 2. What each video shows, in the order of seeds.

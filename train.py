@@ -22,7 +22,7 @@ import math
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from safetensors import SafetensorError
@@ -33,7 +33,7 @@ from data import ClipConfig, batch_indices, encode_clips, read_list
 from evaluate import evaluate, prompt_sets
 from formats.reward_model import frames_of
 from formats.reward_names import requested_rewards
-from formats.weights import HUB_BASES
+from formats.weights import HUB_BASES, preset_of
 from model import load_base
 from reward import aggregate, as_rewards, load_rewards, segment_edges, segment_frames, tar_weights
 from sampler import check_edit, edit
@@ -296,7 +296,7 @@ def plan_evaluations(cfg, folder, base, rewards):
     if cfg.eval_every and base.dtype != torch.float32:
         exact, waits_on = as_rewards(load_rewards(cfg, base.folder)), "cpu"
 
-    def evaluate_prompts(captions, **more):
+    def evaluate_set(captions, **more):
         # Eight videos take less memory than one clip with gradient, unless a flag saves that.
         saves_memory = cfg.checkpoint_activations or cfg.low_memory
         batch_size = min((saves_memory and cfg.clips_at_once) or cfg.batch_size, 8)
@@ -310,14 +310,14 @@ def plan_evaluations(cfg, folder, base, rewards):
     def save_adapter(path):
         lora.save(base.network, path, base=cfg.base)
 
-    return run_folder.Evaluations(cfg, folder, prompts, evaluate_prompts, save_adapter,
-                                  rewards.name, watched_names(cfg.watch, exact.watched))
+    return run_folder.Evaluations(cfg, folder, prompts, evaluate_set, save_adapter, rewards.name,
+                                  watched_names(cfg.watch, exact.watched), exact.parts)
 
 
 def main(argv, module=sys.modules[__name__]):
     """A run of a method, from the command line to the last line printed; returns the exit status.
     module: its PRESETS, check(cfg) and method(cfg, base, rewards, folder)."""
-    cfg = settings.parse(argv, module.PRESETS, module.__doc__)
+    cfg = settings.parse(argv, module.PRESETS, module.__doc__, preset_of)
     module.check(cfg)
     device = ranks.join_ranks(cfg.device)
     with ExitStack() as held:
@@ -327,20 +327,22 @@ def main(argv, module=sys.modules[__name__]):
         dtype = ranks.pick_dtype(cfg.dtype, device)
         base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype, device, cfg.seed)
         cfg = settings.fit_to_base(cfg, base)  # refuses what the base cannot do
-        file = base.network_file
-        parameters = file and lora.load_beside(base.network, file, cfg.rank)
+        whole = replace(cfg, frames=base.parts * (cfg.frames - 1) + 1)  # parts share their ends
+        parameters = lora.load_beside(base.network, base.network_file, cfg.rank)
         generator = ranks.sample_generator(cfg.seed, "lora")
         parameters = parameters or lora.inject(base.network, cfg.rank, cfg.lora_alpha, generator,
                                                cfg.lora_layers)
-        rewards = load_rewards(cfg, base.folder, dtype, device)
-        evaluations = plan_evaluations(cfg, folder, base, rewards)
+        rewards = load_rewards(whole, base.folder, dtype, device)
+        evaluations = plan_evaluations(whole, folder, base, rewards)
 
         # 2. Clips and captions go through the encoders once, which then may leave the accelerator.
-        method = module.method(cfg, base, rewards, folder)
+        method = module.method(whole, base, rewards, folder)
         for captions in evaluations.prompts.values():
             base.encode_text(captions)
         base.release_encoders()
         base.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
+        if cfg.save_on_cpu:
+            held.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda"))
         if cfg.compile:
             base.network.compile()
 

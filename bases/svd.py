@@ -44,14 +44,13 @@ P_MEAN, P_STD = .7, 1.6         # of ln sigma in training (as other trainers of 
 DEAD = (r"attn2\.to_[qk]$", "attn2's to_q and to_k get no adapters: with one picture, one key, their gradient would always be 0")
 PARTS = {"unet": UNetSpatioTemporalConditionModel, "vae": AutoencoderKLTemporalDecoder,
          "image_encoder": CLIPVisionModelWithProjection}
-# Constructor arguments of the three, where the classes have others.
 KINDS = ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal", "UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal")
 SMALL = (dict(block_out_channels=(32, 64), num_attention_heads=(2, 4), cross_attention_dim=16, layers_per_block=1,
               addition_time_embed_dim=8, projection_class_embeddings_input_dim=24, down_block_types=KINDS[:2],
               up_block_types=KINDS[2:]),
          dict(block_out_channels=(32,) * 4, layers_per_block=1),
          dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=32, projection_dim=16))
-PUBLISHED = ({}, dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2),
+PUBLISHED = ({}, dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2),  # arguments, where the classes have others
              dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14,
                   projection_dim=1024, hidden_act="gelu"))
 
@@ -71,6 +70,7 @@ class SVD:
     world = network_file = None  # no clips of its own, and no adapters beside its weights
     latent_context = 2           # frames on each side with which a wanted one is decoded
     fps = SETTINGS["fps"]        # of prompts' videos, set by the scripts; a training clip has its own
+    parts = 1                    # of a video, set by the scripts: each next one starts from the last frame of the one before
 
     def __init__(self, network, vae, image_encoder, name, folder=None, sigmas=SIGMAS):
         self.network, self.vae, self.image_encoder = network, vae, image_encoder
@@ -82,12 +82,12 @@ class SVD:
 
     def latent_shape(self, frames, height, width):
         """(C, f, h, w) of a clip's latents; ValueError unless its rows and columns divide. Asked before prompts are encoded:
-        their pictures are then fitted to this size."""
+        their pictures are then fitted to this size. The latents of parts follow each other."""
         f = 2 ** (len(self.vae.config.block_out_channels) - 1)
         if min(frames, height, width) < 1 or height % f or width % f:
             raise ValueError(f"frames {frames}, height {height} and width {width}: must be at least 1, and multiples of {f}")
         self.size = height, width
-        return self.vae.config.latent_channels, frames, height // f, width // f
+        return self.vae.config.latent_channels, frames + self.parts - 1, height // f, width // f
 
     def levels(self, num_steps, shape=None, published=False):
         return levels(num_steps, shape, published, self.sigmas)
@@ -114,7 +114,6 @@ class SVD:
 
     chain_predict, checkpoint_activations = DiffusersBase.chain_predict, DiffusersBase.checkpoint_activations
 
-    @torch.no_grad()
     def condition(self, images, fps=None, motion=MOTION, strength=STRENGTH, noise=None):
         """
         What the network is told of pictures (B,3,H,W) in [-1, 1] that begin to move: {"clip": (B,1,E), "image": (B,C,h,w), "ids":
@@ -155,10 +154,27 @@ class SVD:
         noise = torch.randn(moments.chunk(2)[0].shape, generator=generator)
         return sample_posterior(moments, noise, self.vae.config.scaling_factor)
 
+    def next_text(self, z):
+        """What the part after z (B,C,F,h,w) is told, whose picture is z's last frame: exact, or with gradient as a wanted one."""
+        last = torch.tensor([[z.shape[2] - 1]]) if z.requires_grad else None
+        pictures = [self.decode_part(video, last)[:, -1] for video in z.split(1)]               # (1, 3, H, W) each
+        return self.condition(2 * torch.cat(pictures).clamp(0, 1) - 1)
+
     def decode_frames(self, z, index=None):
-        """Frames index (B, S), or all, of z (B,C,F,h,w) -> (B,S,3,H,W), about [0, 1], not clamped. All are decoded together,
-        which is exact; a wanted one with `latent_context` frames on each side, though the decoder looks up to 29 frames away: how
-        far off that is, docs/bases.md says."""
+        """Frames index (B, S), or all, of z (B,C,f,h,w) -> (B,S,3,H,W), about [0, 1], not clamped. Parts share a frame."""
+        if self.parts == 1:
+            return self.decode_part(z, index)
+        parts = z.unflatten(2, (self.parts, -1)).transpose(1, 2)                                # (B, parts, C, F, h, w)
+        if index is None:
+            return torch.cat([self.decode_part(part)[:, min(k, 1):] for k, part in enumerate(parts.unbind(1))], dim=1)
+        new = parts.shape[3] - 1                                                                # frames that a next part adds
+        of_part = (index.cpu() - 1).clamp(min=0) // new                                         # (B, S)
+        chosen = parts[torch.arange(len(z))[:, None], of_part].flatten(0, 1)                    # (B*S, C, F, h, w)
+        return self.decode_part(chosen, (index.cpu() - new * of_part).view(-1, 1))[:, 0].unflatten(0, index.shape)
+
+    def decode_part(self, z, index=None):
+        """The same of one part. All frames are decoded together, exactly; a wanted one with `latent_context` frames on each side,
+        though the decoder looks up to 29 away: how far off that is, docs/bases.md says."""
         latents = z.transpose(1, 2) / self.vae.config.scaling_factor                            # (B, F, C, h, w)
         B, F = latents.shape[:2]
         n = F if index is None else min(2 * self.latent_context + 1, F)
@@ -174,9 +190,9 @@ class SVD:
         return [f"{fingerprint(self.vae.state_dict())} {fingerprint(self.image_encoder.state_dict())} {MOTION} {STRENGTH}", ""]
 
     def release_encoders(self):
-        """Free accelerator memory, once every picture and clip has been encoded."""
-        self.vae.encoder.to("cpu")
-        self.image_encoder.to("cpu")
+        """Free accelerator memory, once every picture and clip has been encoded: pictures of next parts are still to come."""
+        for encoder in (self.vae.encoder, self.image_encoder) if self.parts == 1 else ():
+            encoder.to("cpu")
 
 
 def clip_pixels(images, size):
@@ -220,12 +236,11 @@ def read_sigmas(path):
 
 def random(base, seed, dtype, device, sizes=SMALL):
     """Seeded random weights at small width, to try a pipeline without a download. See model.load_base."""
-    of_network, of_vae, of_image = sizes
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone
-        parts = (UNetSpatioTemporalConditionModel(**of_network),
-                 AutoencoderKLTemporalDecoder(down_block_types=("DownEncoderBlock2D",) * 4, **of_vae),
-                 CLIPVisionModelWithProjection(CLIPVisionConfig(**of_image)))
+        parts = (UNetSpatioTemporalConditionModel(**sizes[0]),
+                 AutoencoderKLTemporalDecoder(down_block_types=("DownEncoderBlock2D",) * 4, **sizes[1]),
+                 CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes[2])))
     return in_precision(SVD(*parts, base), dtype, device)
 
 

@@ -72,6 +72,21 @@ def find_base_file(base, given):
     return "modelscope", path
 
 
+def preset_of(base):
+    """The preset that is for a base: the file of bases/ that knows it, or one that ships; None where only a download could tell."""
+    if base in SHIPPED:
+        return base
+    for name, repo in HUB_BASES.items():
+        if base == repo:
+            return name
+    if not base.startswith("random") and not Path(base).exists():
+        return None
+    name, path = find_base_file(base, ())
+    if path and (path / "reward/words.txt").is_file():
+        return {"modelscope": "tiny", "wan": "tiny-wan"}[name]
+    return name
+
+
 def find_part(folder, names):
     """The first of some files or folders that is in the folder, or beside it if the folder is itself a part; else None."""
     for parent, name in product((folder, folder.absolute().parent), names):

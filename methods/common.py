@@ -128,9 +128,10 @@ class Videos:
         cfg, base = self.cfg, self.base
         shape = base.latent_shape(*clip_shape(base, cfg))                     # (C, f, h, w)
         noise, g, captions, keys = [], [], [], []
+        parts = getattr(base, "parts", 1)
         for position, index in share:
             generator = sample_generator(*key, position)
-            noise.append(torch.randn(shape, generator=generator))             # (C, F, h, w)
+            noise.append(ranks.start_noise(shape, generator, parts))          # (C, F, h, w)
             g.append(self.pick_frames(generator))                             # (S,)
             captions.append(self.prompts[index])
             keys.append((*key, position, "chain"))

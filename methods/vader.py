@@ -11,6 +11,10 @@ Against train.py: (1) it starts from pure noise and needs prompts only; (2) it r
 of stochastic steps unless --eta 0; (3) it scores n random frames, one by default, and takes their
 plain mean (--lambda-tar 0); --frames-scored 0 is all of them. A video reward sees its own frames.
 
+A long video (Fig. 9): a base that starts from a picture goes on from a video's last frame, --parts
+times in all, and the whole is scored. Gradient stays within the last part, unless --grad-parts.
+docs/bases.md says what of this is ours.
+
 Ours differs from the authors' code: number of steps, guidance and rank are those of the other
 methods here, but for the preset `videocrafter`, which is theirs (scripts/run_text2video_train.sh)
 less what is named there.
@@ -30,7 +34,7 @@ import train
 from methods.common import PromptConfig, check as check_common, fresh_noise, presets, read_videos
 from sampler import chain
 from support.ranks import sample_generator
-from support.settings import chain_levels
+from support.settings import chain_levels, check_at_least
 
 
 def vader_rewards(base, rewards, uncond, batch, cfg):
@@ -41,9 +45,18 @@ def vader_rewards(base, rewards, uncond, batch, cfg):
     generators = [sample_generator(*key) for key in keys]
     fresh = fresh_noise(noise, generators, cfg.num_steps)                     # (D, B, C, F, h, w)
 
-    # 1. The whole chain; fresh noise comes in at every step, and the last K build a graph.
-    z_0 = chain(base.chain_predict(cfg.cache_interval), levels.start * noise, text, uncond, levels,
-                cfg.num_steps, cfg.guidance, cfg.grad_steps, cfg.eta, fresh)  # (B, C, F, h, w)
+    # 1. The whole chain; fresh noise comes in at every step, and the last K build a graph. Each
+    #    next part of a long video does the same, from the last frame of the part before.
+    made, predict = [], base.chain_predict(cfg.cache_interval)
+    noises, news = noise.chunk(cfg.parts, dim=2), fresh.chunk(cfg.parts, dim=3)
+    for k in range(cfg.parts):
+        if k:
+            text = base.next_text(made[-1])
+            uncond = base.unconditional(text)
+        grad_steps = cfg.grad_steps if k >= cfg.parts - cfg.grad_parts else 0
+        made.append(chain(predict, levels.start * noises[k], text, uncond, levels, cfg.num_steps,
+                          cfg.guidance, grad_steps, cfg.eta, news[k]))        # (B, C, F, h, w)
+    z_0 = torch.cat(made, dim=2)                                              # of all parts
 
     # 2. Score the random frames; lambda 0 gives their plain mean. A video reward has its own.
     return train.video_rewards(base, rewards, z_0, g, captions, cfg)
@@ -64,6 +77,11 @@ class Config(PromptConfig):
     """share of fresh noise in a chain step, 0 (deterministic) to 1 (authors' scripts)"""
     lambda_tar: float = 0.0
     """how fast weights fall off from the centre; 0: the plain mean over frames, as in the paper"""
+    parts: int = 1
+    """of a video, --frames each: the next one starts from the last frame of the one before, and the
+    whole is scored (paper, Fig. 9); image-to-video alone"""
+    grad_parts: int = 1
+    """last parts that carry gradient; above 1 it also passes the frame that a part starts from"""
 
 
 PRESETS = presets(Config, lr=2e-4, lambda_tar=0.)
@@ -80,6 +98,10 @@ PRESETS["videocrafter"] = replace(
 
 def check(cfg):
     """All that can be known before anything is loaded; ValueError in one line."""
+    check_at_least(cfg, parts=1, grad_parts=1, frames=min(cfg.parts, 2))
+    if cfg.grad_parts > cfg.parts:
+        raise ValueError(f"grad_parts = {cfg.grad_parts}: must be from 1 to {cfg.parts}, the parts")
+    cfg = replace(cfg, frames=cfg.parts * (cfg.frames - 1) + 1)  # parts share their ends
     check_common(cfg)
     if not 0 <= cfg.eta <= 1:
         raise ValueError(f"eta = {cfg.eta}: must be from 0 to 1")

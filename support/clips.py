@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from support.files import first_names, read_text, write_whole
 from support.ranks import all_gather, barrier, is_main_process, map_tensors, progress, rank_and_size, take
-from support.videos import read_all_windows, read_as_in_version_1, read_picture
+from support.videos import FLAWS, read_all_windows, read_as_in_version_1, read_picture
 
 SUFFIXES = (".mp4 .webm .avi .mov .mkv .gif .m4v .mpg .mpeg .ts .mts .m2ts .flv .f4v .ogv .wmv .asf .3gp .3g2 .vob .m2v .mxf "
             ".y4m .divx .dv .rm .rmvb .nut").split()
@@ -304,11 +304,11 @@ def encode_clips(clips, config, base, cache_dir, num_workers, max_skip):
     files = {clip.path: files[clip.path] for clip in leave_out(clips, problems, max_skip)}
 
     # 2. Decode and encode what is missing, window by window, which bounds the memory.
-    combed = []
+    flawed = []
 
     def encode_paths(paths):
-        for path, windows, interlaced, problem in read_all_windows(paths, config, num_workers):
-            combed.extend([path] if interlaced else [])
+        for path, windows, flaws, problem in read_all_windows(paths, config, num_workers):
+            flawed.extend((flaw, path) for flaw in flaws)
             if problem:
                 problems[path] = problem
                 tqdm.write(f"left out: {problem}")  # on any rank: only this one knows
@@ -317,9 +317,11 @@ def encode_clips(clips, config, base, cache_dir, num_workers, max_skip):
             yield path, map_tensors(lambda *parts: torch.cat(parts), *encoded) if encoded else None  # (n, 2C, F, h, w)
 
     fill_cached(entries, files, encode_paths, "clips")
-    combed = sum(all_gather(combed), [])
-    if combed:
-        say_once(f"{len(combed)} clip(s) are interlaced, so that moving edges look like combs; the first: {combed[0]}")
+    flawed = sum(all_gather(flawed), [])
+    for flaw in FLAWS:
+        having = [path for its_flaw, path in flawed if its_flaw == flaw]
+        if having:
+            say_once(f"{len(having)} clip(s) {flaw}; the first: {having[0]}")
 
     # 3. A clip that another rank could not read has no entry: leave it out here too.
     for path in files:

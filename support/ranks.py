@@ -272,3 +272,9 @@ def sample_generator(seed, *key):
     """A CPU generator that depends on nothing but (seed, *key), whole numbers and words."""
     digest = hashlib.sha256(json.dumps([seed, *key]).encode()).digest()  # hashed: neighbouring seeds stay unrelated
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))  # torch's CPU generator uses 32 bits of a seed
+
+
+def start_noise(shape, generator, parts=1):
+    """What a video (C, f, h, w) starts from, drawn part after part: the first part is the same however many follow it."""
+    C, f, h, w = shape
+    return torch.cat([torch.randn(C, f // parts, h, w, generator=generator) for _ in range(parts)], dim=1)

@@ -163,7 +163,8 @@ class Evaluations:
     What is looked at while a run trains: videos from pure noise for held-out prompts, the same noise every time.
 
     prompts: {set: its prompts}. evaluate(prompts, seed, keep, move_on) -> ({measure: (n,)}, videos (keep, F, 3, H, W)) of one
-    set; it calls move_on(how many videos) as it goes. watched: measures that the guard compares.
+    set; it calls move_on(how many videos) as it goes. watched: measures that the guard compares. summed: weights and rewards of
+    the sum.
     """
 
     cfg: Any
@@ -173,6 +174,7 @@ class Evaluations:
     save_adapter: Callable
     reward_name: str
     watched: list
+    summed: list
     tables: dict = field(default_factory=dict)  # {step: {set: {measure: (n,)}}}
 
     def due(self, step):
@@ -244,11 +246,15 @@ class Evaluations:
               "(mean, paired difference and its standard error over prompts):")
         for name in before:
             means = {measure: (before[name][measure].mean(), after[name][measure].mean()) for measure in before[name]}
-            gain = with_error(*paired(before[name], after[name], clusters=[*map(told_by, self.prompts[name])]), sign="+")
+            clusters = [*map(told_by, self.prompts[name])]
+            gain = with_error(*paired(before[name], after[name], clusters=clusters), sign="+")
             line = "  {:10s} {:.4f} -> {:.4f}   {}   n {}".format(name, *means["reward"], gain, len(self.prompts[name]))
             if "watermark" in means:
                 line += "   watermark {:.3f} -> {:.3f}".format(*means["watermark"])
             print(line)
+            for _, reward in self.summed if len(self.summed) > 1 else ():
+                gain = with_error(*paired(before[name], after[name], reward.name, clusters), sign="+")
+                print("  {:10s} {:.4f} -> {:.4f}   {}   {}".format("", *means[reward.name], gain, reward.name))
         print(f"picture: {self.folder / 'before_after.png'}\nmoving picture: {self.folder / 'before_after.gif'}")
         if self.watched:
             turn = self.turn()
@@ -303,7 +309,8 @@ def print_end(run):
     """Where the adapter is, two commands that go on from it, and how an early end is overruled."""
     adapter, flags, cfg = shlex.quote(str(run.folder / "lora.safetensors")), "", run.cfg
     for flag, value, default in (("base", cfg.base, "tiny"), ("vae", cfg.vae, None), ("text-encoder", cfg.text_encoder, None),
-                                 ("frames", cfg.frames, 16), ("size", cfg.size, None), ("fps", cfg.fps, 8)):
+                                 ("frames", cfg.frames, 16), ("size", cfg.size, None), ("fps", cfg.fps, 8),
+                                 ("continue", getattr(cfg, "parts", 1) - 1, 0)):
         if value != default:
             flags += f" --{flag} {shlex.quote(str(value))}"
     prompts = sum(run.evaluations.prompts.values(), []) or ["a red circle moving left"]

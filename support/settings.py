@@ -13,7 +13,7 @@ from typing import Literal, get_type_hints
 
 import tyro
 
-from support.clips import read_list, read_prompt_sets
+from support.clips import read_list, read_prompt_sets, say_once
 from support.files import check_folder, read_json
 
 # What each base was trained for; its preset and its file in bases/ take it from here. size: None is what its own configuration
@@ -117,6 +117,8 @@ class TrainingSettings(RewardSettings):
     latent_context: int | None = None
     """of a base whose decoder mixes frames; default its own, 2. Wan, CogVideoX: latents with gradient, of those a frame is made
     from; Stable Video Diffusion: frames on each side that a frame is decoded with, which changes its pixels"""
+    save_on_cpu: bool = False
+    """what the backward pass needs waits in the host's memory: less on the accelerator, more time, the same gradient"""
     compile: bool = False
     """torch.compile the network"""
 
@@ -154,7 +156,9 @@ def fit_to_base(cfg, base):
     if made_for != kind and {made_for, kind} <= BASES.keys():
         raise ValueError(f"preset {cfg.preset}: is not for base {base.name}, whose own is {kind}")
     base.chain_predict(cfg.cache_interval)  # refuses what it cannot do
-    base.fps = cfg.fps  # some networks are told it
+    base.fps, base.parts = cfg.fps, getattr(cfg, "parts", 1)  # some networks are told the first
+    if base.parts > 1 and not hasattr(base, "next_text"):
+        raise ValueError(f"parts = {base.parts}: must be 1, since {base.name} starts from no picture")
     if cfg.latent_context is not None:
         if not hasattr(base, "latent_context"):
             raise ValueError(f"latent_context = {cfg.latent_context}: base {base.name} decodes frames from no latents but their "
@@ -204,15 +208,16 @@ def check_training(cfg, world_size):
 # The command line of a script that trains
 
 # What a continued run may have otherwise than it began with: these change its numbers by rounding at most.
-MAY_CHANGE = {"steps", "device", "clips_at_once", "low_memory", "checkpoint_activations", "decode_chunk", "compile", "workers",
-              "cache", "cache_dir", "save_every", "eval_every", "early_stop"}
+MAY_CHANGE = {"steps", "device", "clips_at_once", "low_memory", "checkpoint_activations", "decode_chunk", "save_on_cpu",
+              "compile", "workers", "cache", "cache_dir", "save_every", "eval_every", "early_stop"}
 GONE = {"keep", "tensorboard"}  # settings of earlier versions that changed no number
 
 
-def parse(argv, presets, description):
+def parse(argv, presets, description, preset_of=lambda base: None):
     """
-    Command line -> settings. The first word may name one of the presets {name: settings}, else it is the first of them. With
-    --resume the run's own settings come first; a flag that would make it another run is a ValueError.
+    Command line -> settings. The first word may name one of the presets {name: settings}, else it is what preset_of says of
+    --base, else the first of them. With --resume the run's own settings come first; a flag that would make it another run is a
+    ValueError.
     """
     argv = list(argv)
     named = argv.pop(0) if argv and not argv[0].startswith("-") else None
@@ -220,8 +225,15 @@ def parse(argv, presets, description):
         raise ValueError(f"preset {named!r}: must be one of {', '.join(presets)}")
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--resume", type=Path)
-    folder = finder.parse_known_args(argv)[0].resume  # before the rest can be parsed
+    finder.add_argument("--base")
+    given = finder.parse_known_args(argv)[0]  # before the rest can be parsed
+    folder = given.resume
     saved = read_settings(folder, presets) if folder else {}
+    if not (named or saved or given.base in (None, next(iter(presets.values())).base)):
+        found = preset_of(given.base)
+        if found in presets:
+            named = found
+            say_once(f"preset {named}, that of base {given.base}, as none is named")
     defaults = presets.get(saved.get("preset", named), next(iter(presets.values())))
 
     cfg = from_record(saved, defaults, argv, description=description)

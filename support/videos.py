@@ -16,6 +16,10 @@ from support.files import write_whole
 
 HDR = {16: "PQ", 18: "HLG"}  # FFmpeg's numbers of the transfer curves that need tone mapping, for which PyAV's wheels lack zscale
 
+# What clips may have that is said of them, and does not keep them from being used.
+FLAWS = ("are interlaced, so that moving edges look like combs",
+         "have fewer frames a second than --fps asks for, so that theirs pass faster, or some of them twice")
+
 
 @contextmanager
 def open_video(path):
@@ -142,7 +146,7 @@ def read_picture(path, height, width):
 
 
 def read_windows(path, config, times=None):
-    """Windows of a clip, (K, F, 3, H, W) uint8, evenly from the first possible start to the last; if they are interlaced."""
+    """Windows of a clip, (K, F, 3, H, W) uint8, evenly from the first possible start to the last; what of FLAWS the clip has."""
     # In one pass, from the first frame to the last one needed: windows overlap, and most clips have few key frames to jump to.
     possible = plan_windows(path, config, times)[0]                             # (n, F)
     last = len(possible) - 1
@@ -150,6 +154,7 @@ def read_windows(path, config, times=None):
     frames, seen, interlaced = {}, [], False
     with open_video(path) as (container, stream):
         pixel_aspect = float(stream.sample_aspect_ratio or 1)
+        slow = (stream.average_rate or stream.guessed_rate) < .95 * config.fps  # not for 23.976 instead of 24
         for number, frame in enumerate(islice(shown_frames(container, stream), windows.max() + 1)):
             seen.append(frame.pts)
             interlaced = interlaced or frame.interlaced_frame
@@ -157,20 +162,21 @@ def read_windows(path, config, times=None):
                 frames[number] = fit_frame(frame, path, config, pixel_aspect)
     if windows.max() >= len(seen):  # two-pass VP8, for one, has packets that show nothing: choose again, among the real frames
         return read_windows(path, config, seen)
-    return torch.stack([frames[number] for number in windows.flat]).unflatten(0, windows.shape), interlaced
+    flaws = [flaw for flaw, found in zip(FLAWS, (interlaced, slow)) if found]
+    return torch.stack([frames[number] for number in windows.flat]).unflatten(0, windows.shape), flaws
 
 
 def read_or_explain(config, path):
     """read_all_windows' entry of a path, its windows as an array: it passes a pipe, where a tensor needs shared memory."""
     try:
-        windows, interlaced = read_windows(path, config)
-        return path, windows.numpy(), interlaced, ""
+        windows, flaws = read_windows(path, config)
+        return path, windows.numpy(), flaws, ""
     except ValueError as error:
-        return path, np.empty(0), False, str(error)
+        return path, np.empty(0), [], str(error)
 
 
 def read_all_windows(paths, config, num_workers=0):
-    """Yields path, its windows (K, F, 3, H, W) uint8, if they are interlaced, and why there are none; workers read ahead."""
+    """Yields path, its windows (K, F, 3, H, W) uint8, its flaws, and why there are no windows; workers read ahead."""
     generator = torch.Generator()  # a loader draws from the global one even when it does not shuffle
     for path, windows, *others in DataLoader(paths, batch_size=None, collate_fn=partial(read_or_explain, config),
                                              num_workers=num_workers, generator=generator):

@@ -23,8 +23,10 @@ import train
 from bases import modelscope
 from bases.modelscope import Base, random_sizes
 from formats import adapters, names, reward_model, tensors as published, weights
+from methods import vader
 from model import Autoencoder, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig, load_base
 from support import run as run_folder, settings as run_settings
+from support.clips import say_once
 from support.videos import write_video
 from tests.conftest import built, contents, refused, same_tensors, vae_to_official, write_file
 from tiny import clips
@@ -434,6 +436,20 @@ def test_the_same_command_with_resume_continues(capsys):
         assert f"Error parsing --{name}" in capsys.readouterr().err
     write_file(config, json.dumps(record)[:-9])
     refused("config.json: expected JSON", parse, resume)
+
+
+def test_a_preset_is_found_by_its_base(capsys):
+    write_file(Path("folder/unet/config.json"), {"_class_name": "UNetSpatioTemporalConditionModel"})
+    for base, preset in (("folder", "svd"), ("random:32", "modelscope"), (weights.HUB_BASES["wan"], "wan"),
+                         ("random-opensora", "opensora"), (str(weights.TINY), "tiny")):
+        for presets in (train.PRESETS, vader.PRESETS):
+            say_once.cache_clear()
+            cfg = run_settings.parse([f"--base={base}", "--fps", "5"], presets, "", weights.preset_of)
+            assert cfg == replace(presets[preset], base=base, fps=5)
+            assert capsys.readouterr().out.startswith(f"preset {preset}, that of base {base}, as none")
+    refused("it comes without settings for training; name a preset first", run_settings.parse, ["--base", "an/other"],
+            train.PRESETS, "", weights.preset_of)
+    assert run_settings.parse(["wan", "--base", "folder"], train.PRESETS, "", weights.preset_of).preset == "wan"
 
 
 def test_a_run_may_be_moved(monkeypatch):

@@ -23,7 +23,7 @@ import reward
 import train
 from data import ClipConfig
 from formats import vbench
-from formats.weights import TINY
+from formats.weights import TINY, preset_of
 from model import load_base
 from sampler import sample
 from support import settings, tables, videos
@@ -298,7 +298,8 @@ def test_numbers_out_of_range(check, cfg, wrong):
     ("train --data list.txt", "list.txt, line 1: 1 field"),
     ("train --data clips.txt --cache-dir file", "cache_dir file: is a file, or inside one"),
     ("train modelscope --prompts a=prompts.txt", "no clips: --data LIST must name some"),
-    ("train --base random:32", "base random:32: comes without settings for training; name a preset first, tiny or modelscope"),
+    ("train modelscope", "no prompts: --prompts NAME=FILE must name some"),
+    ("train --base random:32 --prompts a=prompts.txt", "no clips: --data LIST must name some"),
     ("train --base nowhere", "base nowhere: no such file or folder$"),
     ("train --base some/where", "base some/where: no such file or folder; if it is a hub id, it comes without settings"),
     ("train --prompts x", "prompts 'x': must be NAME=FILE"), ("train --prompts a=hole.txt", "found an empty one"),
@@ -317,7 +318,8 @@ def test_wrong_values(argv, message, bad_files, monkeypatch):
     module = {"train": train, "generate": generate, "evaluate": evaluate}[name]
 
     def check():
-        module.check(settings.parse(argv, train.PRESETS, "") if name == "train" else tyro.cli(module.Config, args=argv))
+        cfg = settings.parse(argv, train.PRESETS, "", preset_of) if name == "train" else tyro.cli(module.Config, args=argv)
+        module.check(cfg)
     refused(message, check)
 
 

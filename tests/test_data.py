@@ -608,11 +608,13 @@ def test_workers_change_nothing_but_the_time(tmp_path, clips):
     assert torch.equal(torch.get_rng_state(), before), "the global generator is left alone"
 
 
-def test_interlaced_clips_are_said_once(tmp_path, capsys):
+def test_interlaced_and_slow_clips_are_said_once(tmp_path, capsys):
     paths = [grey(tmp_path / f"{i}.mp4", n=8, **{"x264-params": "tff=1"} if i else {}) for i in range(3)]
-    make([Clip(path, "x") for path in paths], None)
+    slow = [grey(tmp_path / f"slow{fps}.mp4", n=8, fps=fps) for fps in (7, 4)]
+    make([Clip(path, "x") for path in paths + slow], None)
     out = capsys.readouterr().out
     assert out.count("2 clip(s) are interlaced") == 1 and f"the first: {paths[1]}" in out
+    assert out.count("2 clip(s) have fewer frames a second than --fps") == 1 and f"the first: {slow[0]}" in out
 
 
 def test_damage_inside_is_found_when_decoding_and_counts_too(tmp_path, clips, capsys):

@@ -735,6 +735,20 @@ def test_rwr_weights_real_clips_by_their_own_reward(parts, monkeypatch):
     assert not w.requires_grad and t.shape == (2,)
 
 
+def test_an_evaluation_before_and_after(monkeypatch, capsys):
+    for writer in ("draw_curves", "write_video"):
+        monkeypatch.setattr(run_folder, writer, lambda *args: Path(next(a for a in args if isinstance(a, Path))).touch())
+    monkeypatch.setattr(run_folder.Evaluations, "draw_comparison", lambda *args: None)
+    flags = [*SHORT, "--eval-every", 1, "--eval-count", 1, "--steps", 1, "--reward", "hpsv2", "--reward", "removal:watermark=0.5"]
+    assert run("vader", *flags, "--out", "run") == 0
+    assert [("eval" in line, line["step"]) for line in metrics("run")] == [(True, 0), (False, 1), (True, 1)]
+    out = capsys.readouterr().out
+    assert "before and after 1 steps" in out
+    for name, line in zip(("reward_mean", "HPStiny", "removal:watermark"), out.split("over prompts):\n")[1].splitlines()):
+        before, after = [each["eval"]["in_domain"][name] for each in metrics("run") if "eval" in each]
+        assert f" {before:.4f} -> {after:.4f}   {after - before:+.4f} ± " in line and len(line) < 100
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_modelscope_preset_on_a_reduced_structure(name, capsys):
     Path("prompts.txt").write_text("a cat walking\na dog running\n")

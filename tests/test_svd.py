@@ -1,11 +1,12 @@
 """bases/svd.py against diffusers' own pipeline, on small random weights in the published classes, and by hand."""
 import importlib
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import adapted, assert_near, randn32 as randn, refused, script, seeded, write_file
+from conftest import adapted, assert_near, metrics, randn32 as randn, refused, script, seeded, write_file
 from diffusers import EulerDiscreteScheduler, StableVideoDiffusionPipeline
 from diffusers.pipelines.stable_video_diffusion import pipeline_stable_video_diffusion as theirs
 from PIL import Image
@@ -15,11 +16,13 @@ from transformers import CLIPImageProcessor
 import generate
 import lora
 import sampler
+import train
 from bases import modelscope, svd
 from formats import adapters
+from methods import common, vader
 from model import load_base
 from support.clips import Prompt, fit_prompts, read_prompts, say_once
-from support.ranks import sample_generator
+from support.ranks import sample_generator, take
 from support.videos import read_video
 
 FRAMES, HEIGHT, WIDTH = 6, 32, 48
@@ -212,6 +215,109 @@ def test_a_picture_begins_to_move(base, animals):
         base.encode_text(prompts[1:])), base.levels(2), 3.)
     torch.testing.assert_close(z_0[1], by_hand[0], rtol=0, atol=1e-5)
 
+
+# ------------------------------------------------------- Long videos ------------------------------------------------------
+
+FLAGS = ["--base", "random-svd", "--size", "32", "--batch-size", "2", "--device", "cpu", "--reward-weights", "random:32",
+         "--eval-every", "0", "--save-every", "1"]
+
+
+def run(*flags, module):
+    return train.main(["svd", *FLAGS, *map(str, flags)], module)
+
+
+def told_next(base, video):
+    """By the last frame of a video (F, 3, H, W)."""
+    return base.condition(2 * video[-1:].clamp(0, 1) - 1)
+
+
+def test_a_video_goes_on_from_its_last_frame(base, animals, monkeypatch, capsys):
+    prompts = fit_prompts(read_prompts("prompts.txt"), base)
+    first = list(generate.generate(base, prompts, [0, 1], 2, frames=3))
+    monkeypatch.setattr(base, "parts", 3)
+    long, alone = [[z for _, z in generate.generate(base, prompts, [0, 1], 2, frames=7, batch_size=n)] for n in (2, 1)]
+    torch.testing.assert_close(torch.stack(long), torch.stack(alone), rtol=0, atol=1e-3)
+    videos = base.decode_frames(torch.stack(long))
+    for i, z in enumerate(long):
+        torch.testing.assert_close(z[:, :3], first[i][1], rtol=0, atol=1e-4)                    # the video without --continue
+        generator, text, frames = sample_generator(i, "generate"), base.encode_text(prompts[i:i + 1]), []
+        for _ in range(3):  # by hand
+            noise = torch.randn(1, 4, 3, 4, 4, generator=generator)
+            part = decoded(base, sampler.sample(base.predict, noise, text, base.unconditional(text), base.levels(2), 3.))
+            frames += part[1:] if frames else part
+            text = told_next(base, part)
+        torch.testing.assert_close(videos[i], torch.stack(frames), rtol=0, atol=1e-2)
+
+    monkeypatch.setattr(base, "latent_context", 1)  # a frame's neighbours are of its own part
+    few, z = base.decode_frames(torch.stack(long), torch.tensor([[2, 3, 4], [6, 0, 5]])), torch.stack(long)
+    for b, k, part, frame in ((0, 0, 0, 2), (0, 1, 1, 1), (0, 2, 1, 2), (1, 0, 2, 2), (1, 1, 0, 0), (1, 2, 2, 1)):
+        expected = base.decode_part(z[b:b + 1, :, 3 * part:3 * part + 3], torch.tensor([[frame]]))[0, 0]
+        torch.testing.assert_close(few[b, k], expected, rtol=0, atol=1e-5)
+
+    flags = ["--frames", "3", "--size", "32", "--num-steps", "2", "--device", "cpu", "--prompt", "a cat", "--continue", "2"]
+    svd_flags = ["--base", "random-svd", "--image", "cat.png"]
+    assert script("generate.py", *flags, *svd_flags, "--out", "long") == 0
+    assert len(read_video(Path("long/0000-a-cat.mp4"))) == 7
+    for more, message in ((["--base", "tiny"], "continue: tiny starts from no picture"),
+                          ([*svd_flags, "--frames", "1"], "frames = 1: must be at least 2")):
+        assert script("generate.py", *flags, *more, "--out", "refused") == 2 and not Path("refused").exists()
+        assert message in capsys.readouterr().err
+
+
+def test_vaders_gradient_stays_within_the_last_parts(animals):
+    """Of two parts, and of a reward of the first part's frames alone, or of the others."""
+    ours, K = adapted(load_base("random-svd")), 2
+    ours.parts, parameters = 2, lora.parameters(ours.network)
+    cfg = vader.Config(base="random-svd", frames=5, size=32, num_steps=3, grad_steps=K, guidance=2., frames_scored=0, parts=2,
+                       prompts_train=Path("prompts.txt"))
+    batch = common.read_videos(cfg, ours, lambda generator: torch.arange(5)).batch(0)
+    noise, text, *_, keys = batch = tuple(take(item, slice(0, 1)) for item in batch)
+
+    def gradient(scored, grad_parts):
+        def reward(frames, captions):
+            return frames.mean(dim=(2, 3, 4)) * torch.tensor([k in scored for k in range(5)])
+        R, _ = vader.vader_rewards(ours, reward, ours.unconditional(text), batch, replace(cfg, grad_parts=grad_parts))
+        return R, torch.cat([g.flatten() for g in torch.autograd.grad(R.sum(), parameters)])
+
+    assert not gradient((0, 1, 2), 1)[1].any() and gradient((0, 1, 2), 2)[1].any()
+    (R, one), (_, two) = gradient((3, 4), 1), gradient((3, 4), 2)
+    assert (two - one).norm() > 1e-3 * one.norm() > 0                                           # by way of the picture
+
+    fresh, levels = common.fresh_noise(noise, [sample_generator(*key) for key in keys], 3), ours.levels(3)
+    for part, grad_steps in ((slice(0, 3), 0), (slice(3, 6), K)):  # by hand
+        z_0 = sampler.chain(ours.predict, levels.start * noise[:, :, part], text, ours.unconditional(text), levels, 3, 2.,
+                            grad_steps, 1., fresh[:, :, :, part])
+        text = told_next(ours, decoded(ours, z_0))
+    by_hand = ours.decode_part(z_0, torch.tensor([[1, 2]])).mean(dim=(2, 3, 4)).sum() / 5
+    torch.testing.assert_close(R[0], by_hand, rtol=1e-4, atol=1e-6)
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(by_hand, parameters)])
+    torch.testing.assert_close(one, expected, rtol=0, atol=1e-3 * expected.abs().max().item())
+
+
+def test_vader_trains_on_long_videos_and_scores_the_whole(animals, monkeypatch, capsys):
+    monkeypatch.setattr("support.run.Evaluations.draw_comparison", lambda *args: None)
+    on_host, save_on_cpu = [], torch.autograd.graph.save_on_cpu
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", lambda **more: on_host.append(more) or save_on_cpu(**more))
+    flags = ["--prompts-train", "prompts.txt", "--frames", "9", "--parts", "2", "--steps", "1", "--num-steps", "2",
+             "--grad-steps", "1", "--latent-context", "1", "--reward", "vjepa"]  # which sees 16 frames, of 17
+    evaluations = ["--eval-every", "1", "--eval-count", "1", "--prompts", "pictures=prompts.txt"]
+    assert run(*flags, *evaluations, "--out", "long", module=vader) == 0 and not on_host
+    assert "--fps 7 --continue 1 --image" in capsys.readouterr().out
+    assert len(read_video(Path("long/samples/step_000001_0000-a-cat.mp4"))) == 17
+    assert run(*flags, "--save-on-cpu", "--clips-at-once", "1", "--out", "parts", module=vader) == 0
+    assert on_host == [{"pin_memory": False}]
+    whole, parts = [next(line for line in metrics(folder) if "loss" in line) for folder in ("long", "parts")]
+    assert [parts[name] for name in ("loss", "grad_norm")] == pytest.approx([whole["loss"], whole["grad_norm"]], rel=1e-3)
+    assert whole["grad_norm"] > 0
+    for more, message in ((["--parts", "0"], "parts = 0: must be at least 1"), (["--grad-parts", "3"], "must be from 1 to 2"),
+                          (["--frames", "1"], "frames = 1: must be at least 2"),
+                          (["--frames-scored", "18"], "frames_scored = 18: must be from 0 to 17")):
+        refused(message, run, *flags, *more, "--out", "refused", module=vader)
+    refused("parts = 2: must be 1, since tiny starts from no picture", train.main, ["--parts", "2", "--out", "refused"], vader)
+    assert not Path("refused").exists()
+
+
+# -------------------------------------------------------- Refusals ---------------------------------------------------------
 
 def test_prompts_bring_pictures_where_the_base_wants_them(base, animals, monkeypatch):
     prompts = fit_prompts(read_prompts("prompts.txt"), base)
