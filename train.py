@@ -236,9 +236,7 @@ class Config(settings.TrainingSettings):
 
 FULL_SIZE = dict(steps=20_000, batch_size=8, lr=1e-5, eval_every=1000, eval_count=0, save_every=500,
                  clips_at_once=1)
-PRESETS = {}
-for name, of_base in settings.TINY.items():
-    PRESETS[name] = Config(preset=name, base=name, **of_base)
+PRESETS = {name: Config(preset=name, base=name, **own) for name, own in settings.TINY.items()}
 for name, of_base in settings.BASES.items():
     PRESETS[name] = Config(preset=name, base=HUB_BASES[name], **of_base | FULL_SIZE)
 

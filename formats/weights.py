@@ -73,7 +73,7 @@ def find_base_file(base, given):
 
 
 def preset_of(base):
-    """The preset that is for a base: the file of bases/ that knows it, or one that ships; None where only a download could tell."""
+    """The preset that is for a base: its file in bases/, or a base that ships; None where only a download could tell."""
     if base in SHIPPED:
         return base
     for name, repo in HUB_BASES.items():
