@@ -283,7 +283,7 @@ def build_preference(cfg):
     base = load_built(cfg)
     scenes = all_scenes()
     captions = captions_of(scenes)
-    times = min(24, max(1, cfg.clips // len(scenes)))
+    times = min(24 if cfg.base == "tiny" else 12, max(1, cfg.clips // len(scenes)))  # the second autoencoder takes whole clips
     clips, flaws = render(times * scenes, cfg.seed + 4_000_000, FLAWS_TO_TELL, frames=frames_of(base))
     drawn, picked = torch.arange(len(clips)), torch.randint(clips.shape[1], (len(clips),))
     pictures = clips[drawn, picked]                                                      # (n, 3, H, W)
