@@ -226,7 +226,7 @@ def test_words_as_tokens_and_those_that_are_not_known(capsys):
     assert tokens.dtype == torch.int64
     assert (tokens.argmax(1) == torch.tensor([4, 1, 3, 5])).all()     # CLIP pools where the number is largest: at the end
     assert words(["a panda, a bicycle"]).tolist() == [[1, 3, 2, 3, 2, 6]]
-    assert capsys.readouterr().err == "words this model does not know: panda, bicycle; it knows: a circle red\n"
+    assert capsys.readouterr().err == "words this model does not know: panda, bicycle; it knows: a red circle\n"
     words(["a bicycle"])  # is said once
     assert capsys.readouterr().err == ""
 
