@@ -13,6 +13,7 @@ import torch
 from conftest import GPU_TABLE, ROOT, pytest_configure
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import benchmark
@@ -129,6 +130,19 @@ def guided_call(base, clips):
 
 
 @check
+def test_machine():
+    x = torch.randn(2, 64, 4, 8, device=CUDA).contiguous(memory_format=torch.channels_last)
+    keeps = torch.nn.functional.group_norm(x, 32).is_contiguous(memory_format=torch.channels_last)
+    note(torch.cuda.get_device_properties(CUDA), f"torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
+    note("TF32 in cuDNN; GroupNorm keeps channels-last", (torch.backends.cudnn.allow_tf32, keeps), "True; False up to torch 2.14")
+    n = 8192 if CUDA.type == "cuda" else 64
+    matrix, vector = torch.randn(n, n, device=CUDA, dtype=torch.bfloat16), torch.zeros(8, device=CUDA)
+    measure(f"product of matrices of {n}", lambda: matrix @ matrix, "790 TFLOP/s", 2e-12 * n**3)
+    measure("16 copies of 128 MiB", lambda: [matrix.clone() for _ in range(16)], "1.4 ms")
+    measure("1000 launches", lambda: [vector.add_(1) for _ in range(1000)], "4 to 6 ms")
+
+
+@check
 def test_the_tiny_step_and_its_gradient_are_those_of_the_cpu(few_clips):
     def gradient(dtype, device):
         base, reward, _ = parts = make_parts(getattr(torch, dtype))
@@ -176,6 +190,17 @@ def test_a_step_needs_the_memory_that_was_counted(full):
         _, gib = measure(f"step of one clip, {setting}", step, f"{PEAK[setting]} GiB; with no flag 780 ms", 134, 1)
         base.checkpoint_activations(False)
         assert gib == pytest.approx(PEAK[setting], rel=.1)
+
+
+@check
+def test_kernels_of_a_call(full):
+    with profile() as seen:
+        guided_call(full[0], 1)()
+        now(CUDA)
+    kernels = [e for e in seen.key_averages() if e.self_device_time_total > 0 and "CUDA" in str(e.device_type)]
+    note("kernels of a call", sum(e.count for e in kernels), "3,100; the longest are these")
+    for e in sorted(kernels, key=lambda e: -e.self_device_time_total)[:25]:
+        note(f"{e.key[:70]}: ms, number", f"{e.self_device_time_total / 1e3:.2f}, {e.count}")
 
 
 @check
