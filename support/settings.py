@@ -251,29 +251,28 @@ def parse(argv, presets, description, preset_of=lambda base: None):
             is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.base) is not None
             lacks = "no such file or folder" + is_hub_id * f"; if it is a hub id, it {lacks}"
         raise ValueError(f"base {cfg.base}: {lacks}")
-    check_is_read_back(cfg, defaults)
-    return cfg
 
-
-def check_is_read_back(cfg, defaults):
-    """ValueError if config.json cannot keep settings of a method of one's own: the run could not be continued."""
+    # A run must not begin that cannot go on: settings of a method of one's own, too, are read back as config.json has them.
     for parent in type(cfg).__mro__[1:]:
         for name, hint in get_type_hints(parent).items():
             if get_type_hints(type(cfg))[name] != hint:
                 raise ValueError(f"setting {name}: {parent.__name__} has one of this name and of another type; rename yours")
+    kept = json.dumps(asdict(cfg), default=str)
     try:
-        again = from_record(to_record(cfg), defaults, console_outputs=False)
+        read_back = json.dumps(asdict(from_record(json.loads(kept), defaults, console_outputs=False)), default=str)
     except SystemExit:  # tyro's way to refuse
-        again = defaults
-    if to_record(again) != to_record(cfg):
+        read_back = None
+    if read_back != kept:
         raise ValueError("settings: cannot be read back from config.json, so the run could not be continued; each must be a "
                          "number, a word, a path, None, or a tuple of such")
+    return cfg
 
 
 def from_record(record, defaults, argv=(), **options):
     """The settings that config.json keeps, then those of a command line, by tyro, whose options these are."""
     flags = {word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in argv}
-    known, hints = to_record(defaults), get_type_hints(type(defaults), include_extras=True)
+    known = json.loads(json.dumps(asdict(defaults), default=str))
+    hints = get_type_hints(type(defaults), include_extras=True)
     said = {name: value for name, value in record.items() if value != known[name] and name not in flags}
     hidden = {name: said.pop(name) for name in hints if name in said and "Suppress" in str(hints[name])}  # those have no flag
     repeatable = {name for name in hints if "UseAppendAction" in str(hints[name])}
