@@ -301,12 +301,12 @@ def test_vader_trains_on_long_videos_and_scores_the_whole(animals, monkeypatch, 
     flags = ["--prompts-train", "prompts.txt", "--frames", "9", "--parts", "2", "--steps", "1", "--num-steps", "2",
              "--grad-steps", "1", "--latent-context", "1", "--reward", "vjepa"]  # which sees 16 frames, of 17
     evaluations = ["--eval-every", "1", "--eval-count", "1", "--prompts", "pictures=prompts.txt"]
-    assert run(*flags, *evaluations, "--out", "long", module=vader) == 0 and not on_host
+    assert run(*flags, *evaluations, "--out", "long-whole", module=vader) == 0 and not on_host
     assert "--fps 7 --continue 1 --image" in capsys.readouterr().out
-    assert len(read_video(Path("long/samples/step_000001_0000-a-cat.mp4"))) == 17
-    assert run(*flags, "--save-on-cpu", "--clips-at-once", "1", "--out", "parts", module=vader) == 0
+    assert len(read_video(Path("long-whole/samples/step_000001_0000-a-cat.mp4"))) == 17
+    assert run(*flags, "--save-on-cpu", "--clips-at-once", "1", "--out", "long-parts", module=vader) == 0
     assert on_host == [{"pin_memory": False}]
-    whole, parts = [next(line for line in metrics(folder) if "loss" in line) for folder in ("long", "parts")]
+    whole, parts = [next(line for line in metrics(folder) if "loss" in line) for folder in ("long-whole", "long-parts")]
     assert [parts[name] for name in ("loss", "grad_norm")] == pytest.approx([whole["loss"], whole["grad_norm"]], rel=1e-3)
     assert whole["grad_norm"] > 0
     for more, message in ((["--parts", "0"], "parts = 0: must be at least 1"), (["--grad-parts", "3"], "must be from 1 to 2"),
