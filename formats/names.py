@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
-from support.files import first_names
+from support.files import first_line, first_names
 
 LORA_TENSOR = re.compile(r"_lora\.(down|up)_linear\.weight$")
 UNET_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
@@ -217,7 +217,10 @@ def text_tower(tensors, path):
     tensors = of_part(tensors, IN_WHOLE["text_encoder"]) or tensors
     ends_early = any("self_attn.q_proj" in k for k in tensors)  # transformers' text_encoder has no block after the penultimate
     if ends_early:
-        tensors = text_from_transformers(tensors)
+        try:
+            tensors = text_from_transformers(tensors)
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"{path}: not the tensors of transformers' CLIPTextModel ({first_line(error)})") from None
     else:
         others = ("visual.", "text_projection", "logit_scale", "logit_bias")  # the rest of a whole CLIP
         tensors = {k: v for k, v in tensors.items() if not k.startswith(others)}
