@@ -269,7 +269,7 @@ BAD_FILES = [  # who reads it, its name, what it holds, words of the message
     (unet_file, "u.safetensors", unet | {ATTN: torch.ones(8, 128).to(torch.int8)}, f"{ATTN} is torch.int8"),
     (load_text_encoder, "t.pth", less(text, "embeddings.token_embedding.weight"), TOWER),
     (load_text_encoder, "t.pth", less(text, Q), "1 tensors missing (transformer.resblocks.1.attn.in_proj_weight)"),
-    (load_text_encoder, "t.pth", less(text, Q.replace("q_proj", "k_proj")), "not the tensors of transformers' CLIPTextModel (Key"),
+    (load_text_encoder, "t.pth", less(text, Q.replace("q_proj", "k_proj")), "not the tensors of transformers' CLIPTextModel"),
     (load_text_encoder, "c.bin", {k: v for k, v in clip.state_dict().items() if "resblocks.1." not in k}, "not known (tran"),
 ]
 BAD_FOLDERS = [  # changes of a UNet's folder {name: content, None: not there}, words; {} of "config.json" are changes, too
