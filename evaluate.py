@@ -178,6 +178,8 @@ def check(cfg):
     for steps in cfg.num_steps:
         ddpm_step(steps, steps)
 
+    if cfg.frames:
+        first_frames(cfg.frames, cfg.segments)  # refuses more segments than frames
     requested_rewards(cfg)
     if cfg.official_hps and (cfg.reward not in ((), ("hpsv2",), ("hpsv2.1",)) or cfg.watch):
         raise ValueError("official_hps: checks hpsv2 or hpsv2.1 alone, without others or watch")

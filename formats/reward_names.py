@@ -94,7 +94,7 @@ def requested_rewards(cfg):
     for reward, name in names.items():
         wanted = REWARDS[name][1] if name in REWARDS else None
         has_config = reward in paths and (Path(paths[reward]) / "config.json").is_file()  # there, its config.json says how many
-        if wanted and cfg.frames < wanted and not has_config:
+        if wanted and (cfg.frames or wanted) < wanted and not has_config:
             raise ValueError(f"frames = {cfg.frames}: {name} sees {wanted} frames of a clip, in order; it must have as many")
     return parts, watched, paths
 

@@ -280,7 +280,7 @@ NUMBERS = [
     (generate.check, generate.Config(prompt=["red"]), dict(
         num_steps=(0, 1000), frames=(0,), fps=(0,), batch_size=(0,), guidance=(math.nan,), lora_scale=(math.inf,),
         size=("32x", "-32"), per_prompt=(0,))),
-    (evaluate.check, evaluate.Config(), dict(
+    (evaluate.check, evaluate.Config(frames=16), dict(
         num_steps=((20, 1000),), guidance=((math.nan,),), lora_scale=((1., math.inf),), count=(-1,), sheet=(-1,), frames=(0,),
         batch_size=(0,), segments=(17,), size=("4x0", 0), per_prompt=(0,), fps=(0,)))]
 
@@ -324,7 +324,7 @@ def test_wrong_values(argv, message, bad_files, monkeypatch):
 
 
 @pytest.mark.parametrize("name, argv, message", [
-    ("train.py", "--frames 8", "frames = 8, size = 32: the tiny world draws 16 frames of 32 x 32 pixels"),
+    ("train.py", "--frames 8", "frames = 8, size = 32: the tiny world draws 16 or 17 frames of 32 x 32 pixels"),
     ("train.py", "--size 30 --data clips.txt", "height 30 and width 30: must be multiples of"),
     ("train.py", "--latent-context 3", "latent_context = 3: base tiny decodes frames from no latents but their own"),
     ("train.py", "tiny --base random-wan --frames 17 --data clips.txt --prompts a=prompts.txt",

@@ -152,9 +152,9 @@ def test_rooms_are_small():
     assert len([path for path in ROOT.glob("support/*.py") if path.stem != "__init__"]) <= 9
     everything = {str(path.relative_to(ROOT)): lines(path) for path in FILES if room(path) != "bases"}
     assert sum(everything.values()) <= 11_599, sum(everything.values())
-    for name, most in {"support": 2310, "formats": 1480, "rewards": 860, "benchmark": 475}.items():
+    for name, most in {"support": 2345, "formats": 1500, "rewards": 860, "benchmark": 475}.items():
         assert sum(lines(path) for path in FILES if room(path) == name) <= most, name
-    assert sum(map(lines, ROOT.glob("tests/*.py"))) <= 10_450 and lines(ROOT / "README.md") <= 170
+    assert sum(map(lines, ROOT.glob("tests/*.py"))) <= 10_650 and lines(ROOT / "README.md") <= 170
 
 
 @pytest.mark.parametrize("path", named(path for path in FILES if room(path) not in CORE))
