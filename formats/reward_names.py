@@ -7,7 +7,7 @@ import re
 import symtable
 from pathlib import Path
 
-from formats.weights import find_part
+from formats.weights import TINY, find_part
 from support.files import first_line, read_text
 from support.tables import JUDGE, PIXELS
 
@@ -124,17 +124,19 @@ def find_reward(name, weights=None, base_folder=None):
         if not Path(weights).exists():
             raise ValueError(f"reward {name}: {weights}: no such file or folder")
         return Path(weights)
+    is_tiny = base_folder and (base_folder / "reward" / "words.txt").is_file()
     if name in HPS_FILES:
         files = HPS_FILES[name]
-        if base_folder and (base_folder / "reward" / "words.txt").is_file():
+        if is_tiny:
             return base_folder / "reward"
         beside = find_part(base_folder, files) if base_folder else None
         return beside or hub_file(name, HPS_REPO, files[0], "give its path as --reward-weights")
     repo, files = REWARDS[name][2:]
     if repo is None:
-        if base_folder and (base_folder / name).is_dir():
-            return base_folder / name
-        raise ValueError(f"reward {name}: is for the tiny world alone: must be --base tiny, or a folder as --reward-weights")
+        if not is_tiny:
+            raise ValueError(f"reward {name}: is for the tiny world alone: must be --base tiny or tiny-wan, or a folder as "
+                             "--reward-weights")
+        return base_folder / name if (base_folder / name).is_dir() else TINY / name  # the second base reads the first one's
     paths = [hub_file(name, repo, file, f"give its folder as --reward-weights {name}=PATH") for file in files]
     return paths[0].parent if len(files) > 1 else paths[0]
 
