@@ -3,7 +3,7 @@ The studies in the tiny world: a few training runs each, measured on the same pr
 
     python -m tiny.study lambda tau    # run these studies, then write all tables and pictures
     python -m tiny.study report        # write the tables and pictures alone, from tiny/studies/*.json
-    python -m tiny.study evolution     # draw docs/evolution.png and docs/too_long.png, which need runs of their own
+    python -m tiny.study evolution     # draw docs/evolution.png, too_long.png and hacked.png, which need runs of their own
 
 studies.csv lists the runs. Each is trained and measured once and kept in out/studies, so a study that was stopped goes on from
 there when it is started again. Studies with one training seed show trends; the headline says how much seeds differ.
@@ -171,7 +171,8 @@ EVERY_ROW = {
                "{measures[KEY]:.3f} ± {spread[KEY]:.3f}"), "no motion": "{measures[static]:.3f} ± {spread[static]:.3f}"}
 TABLES = {"summary": ("headline", SUMMARY), "methods summary": ("methods", GAINS), "headline": ("headline", GAINS_AND_COSTS),
           "methods": ("methods", GAINS_AND_COSTS),
-          "onestep": ("onestep", WITHOUT_TIME)}  # {marker: (study, columns)}; every other marker is a study's name
+          "onestep": ("onestep", WITHOUT_TIME), "wan": ("wan", SUMMARY),
+          "wan_choices": ("wan_choices", WITHOUT_TIME)}  # {marker: (study, columns)}; every other marker is a study's name
 PICTURES = {  # {file in docs: the (study, measure, words below) of each panel}
     "studies": [("headline", "reward", "what HPStiny gains, with its error over prompts")],
     "methods": [("methods", "reward", "what HPStiny gains, with the wider of its errors over prompts and over seeds")],
@@ -272,8 +273,10 @@ def draw_gains(panels, path):
 
 
 def draw_evolution():
-    """docs/evolution.png and too_long.png: the same videos at several steps of a run."""
-    for name, flags, steps in (("evolution", "10", range(0, 50, 10)), ("too_long", "40 --steps 200 --lr 0.01", (0, 40, 200))):
+    """docs/evolution.png, too_long.png and hacked.png: the same videos at several steps of a run."""
+    for name, flags, steps in (
+            ("evolution", "10", range(0, 50, 10)), ("too_long", "40 --steps 200 --lr 0.01", (0, 40, 200)),
+            ("hacked", "40 --base tiny-wan --lr 0.002 --reward-weights tiny/weights/reward", (0, 40))):
         samples = trained("train", f"--eval-count 2 --eval-every {flags}") / "samples"
         pictures = [iio.imread(samples / f"step_{step:06d}.png") for step in steps]
         write_png(ROOT / "docs" / f"{name}.png", np.concatenate(pictures, axis=1))
