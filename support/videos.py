@@ -154,7 +154,7 @@ def read_windows(path, config, times=None):
     frames, seen, interlaced = {}, [], False
     with open_video(path) as (container, stream):
         pixel_aspect = float(stream.sample_aspect_ratio or 1)
-        slow = (stream.average_rate or stream.guessed_rate) < .95 * config.fps  # not for 23.976 instead of 24
+        slow = (stream.average_rate or stream.guessed_rate or config.fps) < .95 * config.fps  # not for 23.976 instead of 24
         for number, frame in enumerate(islice(shown_frames(container, stream), windows.max() + 1)):
             seen.append(frame.pts)
             interlaced = interlaced or frame.interlaced_frame
