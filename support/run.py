@@ -313,7 +313,7 @@ def print_end(run):
                                  ("continue", getattr(cfg, "parts", 1) - 1, 0)):
         if value != default:
             flags += f" --{flag} {shlex.quote(str(value))}"
-    prompts = sum(run.evaluations.prompts.values(), []) or ["a red circle moving left"]
+    prompts = sum(run.evaluations.prompts.values(), []) or ["a red circle moving left" if cfg.base in TINY else "PROMPT"]
     if hasattr(prompts[0], "picture"):
         flags += f" --image {shlex.quote(str(prompts[0].picture))}"
     print(f"adapter: {adapter}\nnext: python generate.py{flags} --lora {adapter} --prompt {shlex.quote(prompts[0])}\n"
