@@ -294,6 +294,7 @@ def test_vaders_gradient_stays_within_the_last_parts(animals):
     torch.testing.assert_close(one, expected, rtol=0, atol=1e-3 * expected.abs().max().item())
 
 
+@pytest.mark.slow
 def test_vader_trains_on_long_videos_and_scores_the_whole(animals, monkeypatch, capsys):
     monkeypatch.setattr("support.run.Evaluations.draw_comparison", lambda *args: None)
     on_host, save_on_cpu = [], torch.autograd.graph.save_on_cpu

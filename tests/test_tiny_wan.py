@@ -28,6 +28,7 @@ def clip_of(caption, frames=world.WAN_FRAMES, flaws=None):
     return world.make_clip(world.parse(caption), 3, flaws or {}, frames=frames)[0]
 
 
+@pytest.mark.slow
 def test_its_stages_build_a_base_that_loads_and_a_seed_gives_the_same_files(tmp_path, monkeypatch):
     scenes = [world.Scene(c, "circle", d) for c in ("red", "blue") for d in ("left", "right")]
     for module in (build, flow):
