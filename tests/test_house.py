@@ -192,7 +192,7 @@ def test_the_core_explains_itself():
     assert comments / code >= .2 and blank / body >= .06, (comments / code, blank / body)
 
 
-def test_little_runs_before_the_loop(tmp_path, few_clips):
+def test_little_runs_before_the_loop(tmp_path, short_clips):
     """Functions of ours from main to load_base, and to the loop; no constructors, networks, names of tensors, tiny, bases."""
     seen = []
 
@@ -203,7 +203,7 @@ def test_little_runs_before_the_loop(tmp_path, few_clips):
                          else code.co_name))
     sys.setprofile(note)
     try:
-        flags = ["--batch-size", "1", "--num-steps", "1", "--tau", "1", "--steps", "1", "--eval-every", "0"]
+        flags = ["--frames", "4", "--batch-size", "1", "--num-steps", "1", "--tau", "1", "--steps", "1", "--eval-every", "0"]
         assert train.main([*flags, "--device", "cpu", "--out", str(tmp_path / "run")]) == 0
     finally:
         sys.setprofile(None)

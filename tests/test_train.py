@@ -282,11 +282,7 @@ WHOLE = ["--steps", "4", "--eval-every", "2", "--save-every", "3"]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, short_clips):
-    """
-    A run of four steps, never interrupted: (folder, what it printed).
-
-    In a thread, as a notebook may start it, where no signal can be caught.
-    """
+    """A run of four steps: (folder, what it printed). In a thread, as a notebook may start it, where no signal is caught."""
     folder, said, ended = tmp_path_factory.mktemp("whole") / "run", io.StringIO(), []
     thread = threading.Thread(target=lambda: ended.append(run(*SHORT, *WHOLE, "--out", folder)))
     with contextlib.redirect_stdout(said):
