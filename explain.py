@@ -246,7 +246,7 @@ def explain(setup):
 def main(cfg):
     """Take the step apart, and write the page and the strip."""
     out = cfg.out or Path("out/explain")
-    cfg = replace(cfg, batch_size=1, eval_every=0, early_stop=False, watch=(), out=None)
+    cfg = replace(cfg, batch_size=1, eval_every=0, watch=(), out=None)
     settings.check_at_least(cfg, step=0)
     train.check(cfg)
     check_folder(out)

@@ -129,14 +129,14 @@ class HPSv2(RewardModel):
     float32 in [-1, 1], with gradient to the frames. ValueError for other shapes.
 
     clip: an open_clip CLIP. tokenizer: [str] -> (n, tokens) int64, default CLIP's own.
-    version: "v2.0", "v2.1", "tiny" (a small CLIP trained the same way) or "random". The two
+    version: "v2.0", "v2.1", "tiny" or "proxy" (small CLIPs trained the same way) or "random". The two
       published ones are not comparable (0.23 to 0.28, 0.15 to 0.31): report `name` with a score.
     preprocess: "pad" (black bars, the hpsv2 package's, also called "hpsv2"), "crop" (CLIP's own
       middle square) or "stretch" (the official code's, also "instructvideo"); scores differ by it,
       so `name` tells it unless it is "pad".
     clip_config: open_clip's description of a CLIP other than ViT-H-14.
     """
-    VERSIONS = ("v2.0", "v2.1", "tiny", "random")
+    VERSIONS = ("v2.0", "v2.1", "tiny", "proxy", "random")
 
     def __init__(self, clip, tokenizer=None, version="v2.0", preprocess="hpsv2", clip_config=None):
         if version not in self.VERSIONS:
@@ -210,8 +210,15 @@ def load_reward(reward="hpsv2", weights=None, base_folder=None, dtype=torch.floa
     """
     name, argument = split_reward(reward)
     is_own = name.endswith(".py")
-    path = name if is_own else find_reward(name, weights, base_folder)  # None: untrained
-    if name not in HPS_FILES:
+    path = Path(name) if is_own else find_reward(name, weights, base_folder)  # None: untrained
+    if path and (path / "words.txt").is_file():  # a small CLIP with words of its own
+        config = read_config(path / "config.json", expect_clip_config)
+        words = read_words(path / "words.txt", config["text_cfg"])
+        clip = load_clip(path, config, dtype, device)
+        version = "proxy" if name == "proxy" else "tiny"
+        return HPSv2(clip, words, version, argument or "hpsv2", config)
+
+    if name not in (*HPS_FILES, "proxy"):
         # Imported here, on purpose: nobody pays for the others.
         module = importlib.import_module("rewards.own" if is_own else f"rewards.{name}")
         return module.load(path, argument, dtype, device)
@@ -219,12 +226,6 @@ def load_reward(reward="hpsv2", weights=None, base_folder=None, dtype=torch.floa
     if path is None:
         config = None if str(weights) == "random" else published.SMALL_CLIP
         return HPSv2(load_clip(None, config, dtype, device), None, "random", argument, config)
-    if (path / "words.txt").is_file():  # a small CLIP with words of its own
-        config = read_config(path / "config.json", expect_clip_config)
-        words = read_words(path / "words.txt", config["text_cfg"])
-        clip = load_clip(path, config, dtype, device)
-        return HPSv2(clip, words, "tiny", argument, config)
-
     version = "v2.1" if name == "hpsv2.1" else "v2.0"
     return load_hpsv2(path, version, dtype, device, preprocess=argument)
 

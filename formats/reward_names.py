@@ -7,7 +7,7 @@ import re
 import symtable
 from pathlib import Path
 
-from formats.weights import TINY, find_part
+from formats.weights import SHIPPED, TINY, find_part
 from support.files import first_line, read_text
 from support.tables import JUDGE, PIXELS
 
@@ -23,6 +23,7 @@ REWARDS = {
     "vjepa": ("", 16, "facebook/vjepa2-vitl-fpc64-256", FOLDER),
     "videoreward": ("[VQ|MQ|TA]", 4, "KlingTeam/VideoReward", ("model_config.json",)),
     "viclip": ("[vbench|imagenet]", 8, "OpenGVLab/ViCLIP-L-14-hf", ("model.safetensors",)),
+    "proxy": ("", None, None, ()),
     "action": ("left|right|up|down", 16, None, ()),
     "removal": ("watermark", None, None, ())}
 HPS_REPO = "xswu/HPSv2"  # of each version's files here the first is downloaded, any may lie in the base's folder
@@ -136,6 +137,8 @@ def find_reward(name, weights=None, base_folder=None):
         if not is_tiny:
             raise ValueError(f"reward {name}: is for the tiny world alone: must be --base tiny or tiny-wan, or a folder as "
                              "--reward-weights")
+        if name == "proxy":  # the other base's preference model, which has never seen this base's pictures
+            return SHIPPED["tiny-wan" if (base_folder / "unet").is_dir() else "tiny"] / "reward"
         return base_folder / name if (base_folder / name).is_dir() else TINY / name  # the second base reads the first one's
     paths = [hub_file(name, repo, file, f"give its folder as --reward-weights {name}=PATH") for file in files]
     return paths[0].parent if len(files) > 1 else paths[0]

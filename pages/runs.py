@@ -5,8 +5,8 @@ from pathlib import Path
 
 from pages.html import clip_uri, line_chart
 from support.files import first_names, read_json, read_text
-from support.run import SHOWN, clip_names, mean_rewards, read_evaluations, sample_file
-from support.tables import best_step, find_turn, paired
+from support.run import SHOWN, clip_names, read_evaluations, sample_file
+from support.tables import best_step, deciding, paired
 from support.videos import read_video
 
 COLUMNS = 5  # evaluations whose clips are shown: the first, the last, and some between
@@ -58,14 +58,11 @@ class RunFiles:
                                     "after": after.nanmean().item(), "gain": gain, "error": error})
         return changes
 
-    def guard_says(self):
-        """What the run said of what it watches, found anew; None where nothing is watched."""
-        watched = self.record.get("watched")
-        if not (watched and self.tables):
-            return None
-        turn = find_turn(self.tables, self.prompts, watched)
-        verdict = turn.words("the reward") if turn else f"none of {', '.join(watched)} has turned"
-        return f"{verdict}; best.safetensors is step {best_step(mean_rewards(self.tables), turn)}"
+    def best(self):
+        """Which evaluation best.safetensors is of, and why; None before the first."""
+        measure = deciding(self.record.get("watched", ()))
+        step = best_step(self.tables, measure)
+        return step is not None and f"best.safetensors is step {step}, the highest {'reward' if measure == 'reward' else measure}"
 
 
 def changed_settings(runs):

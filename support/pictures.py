@@ -144,9 +144,9 @@ def write_figure(path, figure):
         figure.savefig(hidden, dpi=110, format="png")
 
 
-def draw_curves(lines, reward_name, path, watched=(), turn=None):
+def draw_curves(lines, reward_name, path, watched=()):
     """curves.png from the lines of metrics.jsonl: whether the reward rises in training and on held-out prompts, and what the
-    judge and what is watched say to that, without series that never change. turn: the step at which what is watched turned."""
+    judge and what is watched say to that, without series that never change."""
     trained = [line for line in lines if line.get("reward") is not None]
     evaluated = [line for line in lines if "eval" in line]
     rewards = [line["reward"] for line in trained]
@@ -178,12 +178,9 @@ def draw_curves(lines, reward_name, path, watched=(), turn=None):
 
     figure, axes = new_figure(len(shown), 2, (5, 3.6))
     for axis, (title, series) in zip(axes, shown.items()):
-        own_lines = trained if "each step" in series else evaluated
-        steps = [line["step"] for line in own_lines]
+        steps = [line["step"] for line in (trained if "each step" in series else evaluated)]
         for name, values in series.items():
             axis.plot(steps[-len(values):], values, "." if name == "each step" else ".-", label=name)
-        if turn is not None and own_lines is evaluated:
-            axis.axvline(turn, color=FALLS, lw=1, ls=":", label="turned")
         axis.set(title=title, xlabel="step")
         axis.locator_params("x", integer=True)
         axis.grid(lw=.3)

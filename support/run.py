@@ -25,7 +25,7 @@ from support.files import check_folder, first_line, read_json, write_text, write
 from support.pictures import choose_comparisons, contact_sheet, draw_curves, versions, write_comparisons, write_png
 from support.ranks import all_gather, catch_signals, is_main_process, on_rank_0, progress, rank_and_size, signalled
 from support.settings import TINY, to_record
-from support.tables import add_judge, best_step, column, find_turn, json_numbers, or_nan, paired, summary, with_error
+from support.tables import add_judge, best_step, column, deciding, json_numbers, or_nan, paired, summary, with_error
 from support.videos import to_pixels, video_name, write_video
 
 VERSION = 1  # of the run folder's files
@@ -60,8 +60,6 @@ class Run:
         self.optimizer = optimizer
         self.open()
         self.evaluate_if_due(self.step)
-        if self.evaluations.ended_early():
-            return
         with progress(None, "fine-tuning", self.cfg.steps, initial=self.step) as self.bar:
             for step in range(self.step, self.cfg.steps):
                 self.started = time.perf_counter()
@@ -99,7 +97,7 @@ class Run:
 
     def finish_step(self, step, numbers, finite, stopping):
         """
-        Log, save, evaluate. Returns whether to go on: not when `stopping`, nor after an early end. step: counted from 1.
+        Log, save, evaluate. Returns whether to go on: not when `stopping`. step: counted from 1.
 
         numbers: reward, loss, grad_norm. RuntimeError after cfg.max_bad_steps in a row that were not finite.
         """
@@ -112,17 +110,15 @@ class Run:
             self.save(step)
         if not stopping:
             self.evaluate_if_due(step)
-        return not stopping and not self.evaluations.ended_early()
+        return not stopping
 
     def evaluate_if_due(self, step):
         """An evaluation, unless none is due or a run that was continued has it already."""
         evaluations = self.evaluations
         if evaluations.due(step) and not any(line["step"] == step and "eval" in line for line in self.lines):
             self.log(evaluations.look(step))
-            turn = evaluations.turn()
             if is_main_process():
-                draw_curves(self.lines, evaluations.reward_name, self.folder / "curves.png", evaluations.watched,
-                            turn and turn.step)
+                draw_curves(self.lines, evaluations.reward_name, self.folder / "curves.png", evaluations.watched)
 
     def log(self, line):
         """Add a line to metrics.jsonl, on disk at once."""
@@ -163,8 +159,8 @@ class Evaluations:
     What is looked at while a run trains: videos from pure noise for held-out prompts, the same noise every time.
 
     prompts: {set: its prompts}. evaluate(prompts, seed, keep, move_on) -> ({measure: (n,)}, videos (keep, F, 3, H, W)) of one
-    set; it calls move_on(how many videos) as it goes. watched: measures that the guard compares. summed: weights and rewards of
-    the sum.
+    set; it calls move_on(how many videos) as it goes. watched: names of what `--watch` measures. summed: weights and
+    rewards of the sum.
     """
 
     cfg: Any
@@ -184,15 +180,11 @@ class Evaluations:
     def look(self, step):
         """An evaluation: its line for metrics.jsonl; on rank 0 also strips, clips, and the adapter if it is the best so far."""
         tables, videos = self.measure(step)
-        turned_before = self.turn() is not None
         self.tables[step] = tables
-        turn = self.turn()
         if is_main_process():
             self.show(step, tables, videos)
-            if best_step(mean_rewards(self.tables), turn) == step:
+            if best_step(self.tables, deciding(self.watched)) == step:
                 self.save_adapter(self.folder / "best.safetensors")
-            if turn and not turned_before:
-                tqdm.write(f"guard: {turn.words(self.reward_name)}")
         return {"step": step, "eval": json_numbers({name: summary(table) for name, table in tables.items()})}
 
     def measure(self, step):
@@ -213,14 +205,6 @@ class Evaluations:
                 seed += len(prompts)
                 bar.set_postfix_str(f"{self.reward_name} of {name} {tables[name]['reward'].mean():.4f}", refresh=False)
         return tables, videos
-
-    def turn(self):
-        """The guard's verdict on the evaluations so far, the same on all ranks and however often the run is continued."""
-        return find_turn(self.tables, self.prompts, self.watched)
-
-    def ended_early(self):
-        """Whether --early-stop ends the run where it stands."""
-        return self.cfg.early_stop and self.turn() is not None
 
     def show(self, step, tables, videos):
         """samples/step_000100.png with its clips as mp4, and .json with every video's numbers, for paired comparisons."""
@@ -256,10 +240,9 @@ class Evaluations:
                 gain = with_error(*paired(before[name], after[name], reward.name, clusters), sign="+")
                 print("  {:10s} {:.4f} -> {:.4f}   {}   {}".format("", *means[reward.name], gain, reward.name))
         print(f"picture: {self.folder / 'before_after.png'}\nmoving picture: {self.folder / 'before_after.gif'}")
-        if self.watched:
-            turn = self.turn()
-            print(f"guard: {turn.words(self.reward_name) if turn else 'nothing that is watched has turned'}; "
-                  f"best.safetensors is step {best_step(mean_rewards(self.tables), turn)}")
+        if deciding(self.watched) != "reward":
+            step = best_step(self.tables, deciding(self.watched))
+            print(f"best.safetensors is step {step}, where {deciding(self.watched)} is highest, since it is watched")
 
     def draw_comparison(self, first, last):
         """Of each prompt set the best, the middle and the worst gain, as a picture and moving."""
@@ -295,7 +278,7 @@ def train_and_report(run, train):
     except torch.OutOfMemoryError:
         raise RuntimeError("out of memory; these need less: --clips-at-once 1, --decode-chunk 1, --checkpoint-activations, "
                            "--low-memory (docs/gpu.md)") from None
-    if finished or run.evaluations.ended_early():
+    if finished:
         run.evaluations.compare()
         if is_main_process():
             print_end(run)
@@ -306,7 +289,7 @@ def train_and_report(run, train):
 
 
 def print_end(run):
-    """Where the adapter is, two commands that go on from it, and how an early end is overruled."""
+    """Where the adapter is, two commands that go on from it."""
     adapter, flags, cfg = shlex.quote(str(run.folder / "lora.safetensors")), "", run.cfg
     for flag, value, default in (("base", cfg.base, "tiny"), ("vae", cfg.vae, None), ("text-encoder", cfg.text_encoder, None),
                                  ("frames", cfg.frames, 16), ("size", cfg.size, None), ("fps", cfg.fps, 8),
@@ -318,8 +301,6 @@ def print_end(run):
         flags += f" --image {shlex.quote(str(prompts[0].picture))}"
     print(f"adapter: {adapter}\nnext: python generate.py{flags} --lora {adapter} --prompt {shlex.quote(prompts[0])}\n"
           f"      python report.py {shlex.quote(str(run.folder))}")
-    if run.step < run.cfg.steps:
-        print(f"ended early; to go on: the same command with --resume {run.folder} --no-early-stop")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -382,15 +363,6 @@ def read_metrics(path):
 def sample_file(folder, step, ending):
     """A file of an evaluation, samples/step_000100 and its ending."""
     return folder / "samples" / f"step_{step:06d}{ending}"
-
-
-def mean_rewards(tables):
-    """{step: mean reward over its prompt sets} of evaluations, by which the best is chosen: never one that is not finite."""
-    means = {}
-    for step, by_set in tables.items():
-        mean = sum(table["reward"].mean().item() for table in by_set.values()) / len(by_set)
-        means[step] = mean if math.isfinite(mean) else -math.inf
-    return means
 
 
 # ---------------------------------------------------------------------------------------------------------------------

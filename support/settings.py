@@ -96,10 +96,8 @@ class TrainingSettings(RewardSettings):
     overwrite: bool = False
     """replace the run that --out holds"""
     resume: Path | None = None
-    """continue the run of this folder, with its own settings; those that change numbers by rounding at most, --steps and
-    --early-stop may be given anew"""
-    early_stop: bool = False
-    """end at the evaluation at which what is watched has got worse while the reward was up (docs/runs.md)"""
+    """continue the run of this folder, with its own settings; those that change numbers by rounding at most and --steps may be
+    given anew"""
 
     lora_alpha: float | None = None
     """the adapters' scale is this over their rank; default the rank, which is a scale of 1"""
@@ -191,8 +189,6 @@ def check_training(cfg, world_size):
         rows_columns(cfg.size)
     if cfg.compile and cfg.cache_interval > 1:
         raise ValueError(f"compile: cannot be had with cache_interval = {cfg.cache_interval}, as it takes the network as a whole")
-    if cfg.early_stop and not (cfg.watch and cfg.eval_every):
-        raise ValueError("early_stop: needs --watch, and evaluations (eval_every above 0), or there is nothing to stop for")
     if cfg.batch_size % world_size:
         raise ValueError(f"batch_size = {cfg.batch_size}: must be a multiple of {world_size}, the number of ranks")
     if world_size > 1 and not (cfg.out or cfg.resume):
@@ -210,8 +206,8 @@ def check_training(cfg, world_size):
 
 # What a continued run may have otherwise than it began with: these change its numbers by rounding at most.
 MAY_CHANGE = {"steps", "device", "clips_at_once", "low_memory", "checkpoint_activations", "decode_chunk", "save_on_cpu",
-              "compile", "workers", "cache", "cache_dir", "save_every", "eval_every", "early_stop"}
-GONE = {"keep", "tensorboard"}  # settings of earlier versions that changed no number
+              "compile", "workers", "cache", "cache_dir", "save_every", "eval_every"}
+GONE = {"early_stop", "keep", "tensorboard"}  # settings of earlier versions that changed no number
 
 
 def parse(argv, presets, description, preset_of=lambda base: None):

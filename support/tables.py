@@ -1,8 +1,7 @@
-"""Numbers of many videos: means with their errors, what `--watch` measures, and the guard.
+"""Numbers of many videos: means with their errors, what `--watch` measures, and which adapter to keep.
 A table is {measure: (n,) tensor}, one entry a video, "reward" among them. Differences are paired: the same prompt and noise."""
 import json
 import math
-from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F_
@@ -171,75 +170,21 @@ def add_judge(watched, table, base):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The guard against over-optimisation: when what is watched got worse while the reward was up, and which adapter to keep.
-#
-# It reads the tables of a run's evaluations, {step: {set: {measure: (n,)}}}, and stores nothing, so a continued run decides the
-# same. Differences are paired, video by video, over all sets together; their standard errors are clustered by caption.
-# At an evaluation whose reward is higher than that of the first, a watched measure has turned if it is worse by
-# more than its noise: a score (a watched reward, the judge) than at its best evaluation so far; a measure of pixels, of which
-# nobody knows the best value, than at the first evaluation, by more than LIMITS allows. Where the reward does not rise there is
-# nothing that it could hide, and the highest is kept anyway.
+# Which adapter to keep
 
-ERRORS = 3.  # of which a difference must have more: several measures at many evaluations pass 2 by chance now and then
-LIMITS = {  # of pixels: the direction that is worse (0 is both), and the share of the first value that it may change by
-    "pixel_motion": (-1, .5), "pixel_flicker": (1, .5), "pixel_consistency": (-1, .1), "pixel_sharpness": (0, .5),
-    "pixel_saturation": (0, .5), "pixel_diversity": (-1, .5)}
+def deciding(watched):
+    """The measure that chooses best.safetensors: the first score that is watched, a reward or the judge, else the reward. What is
+    not optimised shows when optimising has gone too far; of a measure of pixels nobody knows the best value."""
+    scores = [name for name in watched if not name.startswith("pixel_")]
+    return scores[0] if scores else "reward"
 
 
-@dataclass(frozen=True)
-class Turn:
-    """Where watched measures turned, and by how much: [(measure, the step that it is compared with, (difference, error))]."""
-    step: int
-    measures: list
-    reward: tuple[float, float]  # paired difference from the first evaluation, and its error
-
-    def words(self, reward_name):
-        """One line for a person."""
-        changes = [f"{name} {with_error(*difference, '+')} since step {since}" for name, since, difference in self.measures]
-        return f"turned at step {self.step}: {', '.join(changes)}, while {reward_name} was {with_error(*self.reward, '+')}"
-
-
-def find_turn(tables, prompts, watched):
-    """The Turn of the first evaluation at which one of `watched` has turned, or None. prompts: {set: the videos' captions}."""
-    pooled = {}  # {step: {measure: (n,)}}, the videos of all sets together
-    for step in sorted(tables) if watched else ():
-        captions = sum((prompts[set_name] for set_name in tables[step]), [])
-        earlier = list(pooled)
-        pooled[step] = {}
-        for name in next(iter(tables[step].values())):
-            pooled[step][name] = torch.cat([table[name] for table in tables[step].values()])
-        first = min(pooled)
-        reward = known_difference(pooled[first], pooled[step], "reward", captions)
-        if not reward[0] > ERRORS * reward[1]:  # nor where the error is nan
-            continue
-
-        worse = []
-        for name in watched:
-            means = {before: pooled[before][name].nanmean().item() for before in earlier}
-            since = first if name in LIMITS else step_of_highest(means)
-            if since is None:
-                continue
-            difference, error = known_difference(pooled[since], pooled[step], name, captions)
-            direction, share = LIMITS.get(name, (-1, 0.))
-            change = difference * direction if direction else abs(difference)
-            if change > ERRORS * error and change > share * abs(means[since]):
-                worse.append((name, since, (difference, error)))
-        if worse:
-            return Turn(step, worse, reward)
-    return None
-
-
-def known_difference(before, after, measure, captions):
-    """Paired difference of a measure and its error, over the videos of which both are known: diversity needs another one."""
-    known = (before[measure].isfinite() & after[measure].isfinite()).nonzero().flatten().tolist()
-    return paired({measure: before[measure][known]}, {measure: after[measure][known]}, measure, [captions[i] for i in known])
-
-
-def step_of_highest(means):
-    """The step of the highest of {step: mean}, the first of equal ones; None if none is finite."""
-    return max((step for step in means if math.isfinite(means[step])), key=means.get, default=None)
-
-
-def best_step(rewards, turn):
-    """The step whose adapter is best.safetensors: the highest of rewards {step: mean reward} before the turn; None for none."""
-    return step_of_highest({step: reward for step, reward in rewards.items() if turn is None or step < turn.step})
+def best_step(tables, measure):
+    """The evaluation of {step: {set: {measure: (n,)}}} whose mean over its prompt sets is highest, the first of equal ones; None
+    if none is finite."""
+    means = {}
+    for step, by_set in tables.items():
+        mean = sum(table[measure].mean().item() for table in by_set.values()) / len(by_set)
+        if math.isfinite(mean):
+            means[step] = mean
+    return max(means, key=means.get, default=None)

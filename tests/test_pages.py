@@ -216,10 +216,10 @@ def test_a_report_puts_largest_and_smallest_gains_first():
     assert (change["gain"], change["error"]) == pytest.approx((.0625, .1125))
 
 
-def test_a_report_says_what_the_guard_says():
-    said = run_pages.RunFiles(write_run(Path("run"), (.1, .12, .11, .1), watch=("judge",))).guard_says()
-    assert said.startswith("turned at step 20: judge -0.1500 ± 0.0000 since step 10, while the reward was +0.1075 ± ")
-    assert said.endswith("; best.safetensors is step 10")
+def test_a_report_says_which_adapter_is_the_best():
+    watched = write_run(Path("watched"), (.1, .12, .11, .1), watch=("judge",))
+    assert run_pages.RunFiles(watched).best() == "best.safetensors is step 10, the highest judge"
+    assert run_pages.RunFiles(write_run(Path("plain"), GAINS)).best().endswith(", the highest reward")
 
 
 def test_rewards_are_named_and_different_ones_never_taken_together():

@@ -42,12 +42,12 @@ def test_curves_have_a_running_mean_and_no_constant_lines(monkeypatch):
     for step in (0, 8):
         judged = {"reward_mean": .5 + step, "watermark": .5 - step / 20, "colour": 1., "judge": None if step else .5}
         lines.append({"step": step, "eval": {"set": judged}})
-    pictures.draw_curves(lines, "HPStiny", None, ["judge"], 8)
+    pictures.draw_curves(lines, "HPStiny", None, ["judge"])
     training, held_out, judge, watched = figures[0].axes
     dots, mean = training.lines
     assert dots.get_ydata().tolist() == [1, 2, 3, 0, 1, 2, 3, 0] and mean.get_label() == "mean of 2 steps"
     assert mean.get_xdata()[0] == 2 and mean.get_ydata().tolist() == [1.5, 2.5, 1.5, .5, 1.5, 2.5, 1.5]
-    assert [line.get_label() for line in judge.lines] == ["watermark", "turned"]  # and not colour
+    assert [line.get_label() for line in judge.lines] == ["watermark"]  # and not colour
     assert "HPStiny" in training.get_title() and "HPStiny" in held_out.get_title() and "judge" in watched.get_title()
     pictures.draw_curves(lines[8:9], "HPStiny", None)  # before the first step
     assert len(figures[1].axes) == 2

@@ -426,7 +426,7 @@ def test_random_rewards_are_seeded_frozen_and_named(kind, monkeypatch):
 
 @pytest.mark.parametrize(("reward", "message"), [
     ("hps", "reward 'hps': must be one of hpsv2, hpsv2.1, pickscore"), ("hpsv2/fit", "reward 'hpsv2/fit': must be one of"),
-    ("pickscore:book", "videomae:[ACTION], vjepa, videoreward:[VQ|MQ|TA], viclip:[vbench|imagenet], action:left"),
+    ("pickscore:book", "videomae:[ACTION], vjepa, videoreward:[VQ|MQ|TA], viclip:[vbench|imagenet], proxy, action:left"),
     ("removal:book", "removal:watermark, or my_file.py:function; hpsv2 and hpsv2.1 may end in /crop or /stretch"),
     ("yolos:boook", "no class 'boook'; must be one of its 3, such as book"),
     ("videomae:playing the piano", "no class 'playing the piano'; must be one of its 5, such as playing piano")])

@@ -30,7 +30,7 @@ def test_every_command_line_is_one_of_its_module(name, aside, tmp_path):
         module.check(replace(cfg, data=None))
         seeds = planned["seeds"].split()
         assert len(set(seeds)) == len(seeds) > 0 and (cfg.data is None or cfg.data.parent == study.WORK)
-        assert name not in ("methods", "guard") or cfg.steps % cfg.eval_every == 0  # else nothing chooses the best checkpoint
+        assert name != "methods" or cfg.steps % cfg.eval_every == 0  # else nothing chooses the best checkpoint
 
 
 def test_a_study_that_is_stopped_goes_on_and_repeats_nothing(few_clips, aside, tmp_path, monkeypatch):
@@ -77,7 +77,7 @@ def test_seeds_are_pooled_with_their_spread_and_the_wider_error_is_shown():
     assert pooled["spread"]["reward"] == pytest.approx(0.3 / 2 ** 0.5)
     shown, = study.read_rows({"rows": [pooled]})
     assert study.filled(study.SUMMARY["HPStiny"], shown) == "0.50 → 0.85 (+0.350 ± 0.150)"  # over seeds it is wider than 0.05
-    assert study.filled("{measures[n]:.0f} ± {spread[n]:.2f}", shown) == "4" and study.filled("{turned:d}", shown) == ""
+    assert study.filled("{measures[n]:.0f} ± {spread[n]:.2f}", shown) == "4" and study.filled("{missing:d}", shown) == ""
 
 
 def test_the_pages_have_the_tables_that_the_files_give(tmp_path, monkeypatch):

@@ -13,7 +13,9 @@ import evaluate
 import explain
 import generate
 import train
+from formats.weights import TINY
 from model import load_base
+from reward import load_reward
 from tiny import build, clips, flow, world
 from tiny.judge import judge_clips, load_judge
 from tiny.training import render
@@ -56,6 +58,16 @@ def test_many_clips_at_once_are_encoded_and_decoded_as_one(base):
     one = base.encode(drawn[1].float() * 2 - 1)
     torch.testing.assert_close(z[1:], one, rtol=0, atol=1e-4)
     torch.testing.assert_close(flow.decode(base, z)[1:].clamp(0, 1), base.decode_frames(one).clamp(0, 1), rtol=0, atol=1e-4)
+
+
+def test_the_proxy_is_the_other_bases_preference_model(base):
+    frames, caption = clip_of("a red circle moving left")[None, :4], ["a red circle moving left"]
+    for folder, other in ((base.folder, TINY), (TINY, base.folder)):
+        proxy = load_reward("proxy", base_folder=folder)
+        assert proxy.name == "HPSproxy"
+        assert torch.equal(proxy(frames, caption), load_reward(base_folder=other)(frames, caption))
+    with pytest.raises(ValueError, match="proxy: is for the tiny world alone"):
+        load_reward("proxy")
 
 
 def test_its_latents_have_mean_0_and_deviation_1_and_its_copies_are_close(base):

@@ -53,7 +53,7 @@ with open(ROOT / "tiny" / "studies.csv", newline="", encoding="utf-8") as file:
 
 def run_study(name):
     """Train and measure what is missing of a study, and write its file: a row for each label, prompt set, D and guidance."""
-    adapter = "best.safetensors" if name in ("methods", "guard") else "lora.safetensors"  # the best checkpoint, or the last
+    adapter = "best.safetensors" if name == "methods" else "lora.safetensors"  # the best checkpoint, or the last
     rows = []
     for planned in STUDIES[name]:
         reports = []
@@ -166,7 +166,6 @@ EVERY_ROW = {
     "": "{label}", "set": "{set}", "D": "{num_steps}", "guidance": "{guidance:g}", "HPStiny": "{measures[reward_mean]:.4f}",
     "gain ± error over prompts": "{differences[reward][0]:+.4f} ± {differences[reward][1]:.4f}",
     "spread over seeds": "{spread[reward]:.4f}", "judge score": "{measures[judge]:.4f}",
-    "of the run's best": "{of_best_judge:.1%}, step {step}", "turned at": "{turned:d}",
     **for_each(("action:left", "removal:watermark", "left", "watermark", "motion", "fidelity", "colour", "direction"),
                "{measures[KEY]:.3f} ± {spread[KEY]:.3f}"), "no motion": "{measures[static]:.3f} ± {spread[static]:.3f}"}
 TABLES = {"summary": ("headline", SUMMARY), "methods summary": ("methods", GAINS), "headline": ("headline", GAINS_AND_COSTS),
