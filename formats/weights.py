@@ -89,9 +89,8 @@ def preset_of(base):
 
 def find_part(folder, names):
     """The first of some files or folders that is in the folder, or beside it if the folder is itself a part; else None."""
-    for parent, name in product((folder, folder.absolute().parent), names):
-        if (parent / name).exists():
-            return parent / name
+    paths = [parent / name for parent, name in product((folder, folder.absolute().parent), names)]
+    return next(filter(Path.exists, paths), None)
 
 
 def hub_files(files):

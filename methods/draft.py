@@ -14,8 +14,7 @@ Against train.py: (1) it starts from pure noise and needs prompts only; (2) it r
 so that K steps anywhere in the chain (--grad-at) cost K graphs, without a product of Jacobians.
 InstructVideo is DRaFT-K but for where the chain starts. Frames are chosen and weighted as there.
 
-Letters: B videos, C channels, F frames, S segments, h and w latent rows and columns, N text tokens,
-E their width.
+Letters: B videos, S segments, N text tokens, E their width; others as in sampler.py.
 """
 import sys
 
@@ -91,7 +90,6 @@ PRESETS = presets(Config)
 
 
 def check(cfg):
-    """All that can be known before anything is loaded; ValueError in one line."""
     check_common(cfg)
     if cfg.truncate not in ("fixed", "random"):
         raise ValueError(f"truncate {cfg.truncate!r}: must be fixed or random")
@@ -103,7 +101,6 @@ def check(cfg):
 
 
 def method(cfg, base, rewards, folder):
-    """DRaFT-K as train.train takes it."""
     videos = read_videos(cfg, base)
 
     def draw(step):

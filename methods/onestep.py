@@ -28,7 +28,7 @@ from tyro.conf import Fixed, Suppress
 
 import train
 from data import batch_indices
-from methods.common import presets
+from methods.common import NoChainGradient, presets
 from sampler import Levels, add_noise, edit_steps, guided
 from support.ranks import rank_and_size, sample_generator
 from support.settings import chain_levels
@@ -50,29 +50,25 @@ def onestep_rewards(base, rewards, uncond, batch, cfg):
 
 
 @dataclass(frozen=True)
-class Config(train.Config):
+class Config(NoChainGradient, train.Config):
     """Fine-tune a text-to-video model by one-step edits of clips."""
     tau_low: float = 0.3
     """least noise, as a share of the chain (ours: tried in the tiny world)"""
     tau_high: float = 0.7
     """most noise, as a share of the chain (ours: tried in the tiny world)"""
     tau: Suppress[Fixed[float]] = 0.6
-    grad_steps: Suppress[Fixed[int]] = 1
-    cache_interval: Suppress[Fixed[int]] = 1
 
 
 PRESETS = presets(Config)
 
 
 def check(cfg):
-    """All that can be known before anything is loaded; ValueError in one line."""
     train.check(cfg)
     if edit_steps(cfg.tau_low, cfg.num_steps) > edit_steps(cfg.tau_high, cfg.num_steps):
         raise ValueError(f"tau_low = {cfg.tau_low}: must be at most tau_high = {cfg.tau_high}")
 
 
 def method(cfg, base, rewards, folder):
-    """One-step editing as train.train takes it."""
     dataset = train.read_clips(cfg, base)
     least = edit_steps(cfg.tau_low, cfg.num_steps)
     most = edit_steps(cfg.tau_high, cfg.num_steps)

@@ -56,14 +56,12 @@ PRESETS = presets(Config)
 
 
 def check(cfg):
-    """All that can be known before anything is loaded; ValueError in one line."""
     check_common(cfg)
     if not 0 < cfg.late <= 1:
         raise ValueError(f"late = {cfg.late}: must be above 0 and at most 1")
 
 
 def method(cfg, base, rewards, folder):
-    """ReFL as train.train takes it."""
     videos = read_videos(cfg, base)
 
     def draw(step):

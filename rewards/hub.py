@@ -43,11 +43,8 @@ def find_class(labels, wanted, what):
 def fit_within(x, shortest, longest, multiple):
     """YOLOS's resize: shortest side to `shortest`, longest at most `longest`, to a `multiple`."""
     H, W = x.shape[-2:]
-    if max(H, W) / min(H, W) * shortest > longest:
-        exact = longest * min(H, W) / max(H, W)
-        h, w = (round(exact), int(exact * W / H)) if H <= W else (int(exact * H / W), round(exact))
-    else:
-        h, w = (shortest, int(shortest * W / H)) if H <= W else (int(shortest * H / W), shortest)
+    exact = min(shortest, longest * min(H, W) / max(H, W))
+    h, w = (round(exact), int(exact * W / H)) if H <= W else (int(exact * H / W), round(exact))
     h, w = max(h // multiple, 1) * multiple, max(w // multiple, 1) * multiple
     return F_.interpolate(x, (h, w), mode="bilinear", align_corners=False, antialias=True)
 

@@ -99,9 +99,7 @@ def load(path, argument, dtype, device, vision=VISION, text=TEXT):
     blip = build(lambda: Blip(vision, text), path, dtype, device, parts)
     layers = {k[4:]: v for k, v in published.items() if k.startswith("mlp.")}
     head = build(lambda: LinearHead(text["hidden_size"]), path, device=device, tensors=layers)
-    words = path.parent / "vocab.txt"
-    if not words.is_file():
-        words = hub_file("imagereward", BERT, "vocab.txt", f"put it beside {path.name}")
+    words = hub_file("imagereward", BERT, "vocab.txt", f"put it beside {path.name}", path.parent)
     listed = read_text(words).rstrip("\n").split("\n")
     if not set(SPECIAL) < set(listed) or len(listed) > text["vocab_size"]:
         raise ValueError(f"{words}: not BERT's words, or more than {text['vocab_size']}")
