@@ -58,12 +58,11 @@ def is_adapted(path, letters):
 def official_names(config):
     """{our name: the official one} of both halves of every adapter. A is called down_linear there, B up_linear."""
     table = {}
-    for (ours, theirs), attention, layer in product(official_unet_blocks(config).items(), ("attn1", "attn2"), LAYERS):
-        if ATTENTION.search(ours):
-            path = f"transformer_blocks.0.{attention}.{layer}"
-            stem = f"{theirs}.{path.removesuffix('.0')}_lora"
-            table[TENSOR.format(f"{ours}.{path}", "A")] = f"{stem}.down_linear.weight"
-            table[TENSOR.format(f"{ours}.{path}", "B")] = f"{stem}.up_linear.weight"
+    blocks = [block for block in official_unet_blocks(config).items() if ATTENTION.search(block[0])]
+    halves = ("A", "down"), ("B", "up")
+    for (ours, theirs), attention, layer, (half, way) in product(blocks, ("attn1", "attn2"), LAYERS, halves):
+        path = f"transformer_blocks.0.{attention}.{layer}"
+        table[TENSOR.format(f"{ours}.{path}", half)] = f"{theirs}.{path.removesuffix('.0')}_lora.{way}_linear.weight"
     return table
 
 
@@ -274,12 +273,9 @@ def export_diffusers(trained, weights, out, config, source):
     if config.stem_heads != 8:
         raise ValueError(f"{source}: transformer_in has {config.stem_heads} heads; diffusers' UNet3DConditionModel has 8 there")
     merged = {name: t.float() for name, t in weights.items()}
-    for name, B in trained.tensors.items():
-        path, half = NAME.fullmatch(name).groups()
-        if half == "B":
-            A = trained.tensors[TENSOR.format(path, "A")]
-            update = trained.alpha / trained.rank * (B.float() @ A.float())               # (C_out, C_in)
-            merged[f"{path}.weight"] = merged[f"{path}.weight"] + update
+    for path in {NAME.fullmatch(name)[1] for name in trained.tensors}:
+        A, B = [trained.tensors[TENSOR.format(path, half)].float() for half in "AB"]       # (r, C_in), (C_out, r)
+        merged[f"{path}.weight"] = merged[f"{path}.weight"] + trained.alpha / trained.rank * (B @ A)
     settings = names.unet_to_diffusers(config)
     del settings["stem_heads"]  # diffusers has no such field
     write_folder(out, "config.json", settings, "diffusion_pytorch_model.safetensors", merged)

@@ -1,6 +1,7 @@
 """Where weights lie: the tiny world's folder, any folder or file, or a repository of the Hugging Face hub."""
 import hashlib
 import re
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
@@ -74,11 +75,9 @@ def find_base_file(base, given):
 
 def preset_of(base):
     """The preset that is for a base: its file in bases/, or a base that ships; None where only a download could tell."""
-    if base in SHIPPED:
-        return base
-    for name, repo in HUB_BASES.items():
-        if base == repo:
-            return name
+    known = {repo: name for name, repo in HUB_BASES.items()} | dict(zip(SHIPPED, SHIPPED))
+    if base in known:
+        return known[base]
     if not base.startswith("random") and not Path(base).exists():
         return None
     name, path = find_base_file(base, ())
@@ -131,13 +130,11 @@ def from_hub(repo):
         raise ValueError(f"base {repo!r}: no such hub repository, nor a file or folder of that name") from None
     except Exception as error:  # no network, by version httpx, OSError or a hub error; or no space for the files
         reason = first_line(error)
-    try:
+    with suppress(Exception):  # not cached
         folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns="*/config.json", local_files_only=True))
         cached = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
         if all(hub_files(cached).values()):  # else a download was cut
             return folder
-    except Exception:  # not cached
-        pass
     raise ValueError(f"base {repo!r}: no file or folder of that name here, and the hub's cannot be downloaded ({reason}); put "
                      "the folders of that repository, with config.json and a .safetensors or .bin in each, into one folder and "
                      "give that as --base")

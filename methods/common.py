@@ -61,8 +61,7 @@ class NoChainGradient:
 
 @dataclass(frozen=True)
 class RoundConfig(NoChainGradient, PromptConfig):
-    """The same for a method whose rounds are sampled for a few optimizer steps, whose reward needs no gradient, and whose steps
-    learn at several levels of the chain."""
+    """The same for a method whose rounds are sampled for a few optimizer steps, which learn at several levels of the chain."""
     updates: int = 2
     """optimizer steps that learn from one round of videos (kvablack/ddpo-pytorch: 2 to 4)"""
     clips_at_once: int = 8
@@ -73,10 +72,8 @@ def presets(config_class, **full_size):
     """The tiny world's settings, and train.py's at full size with a method's own in their place."""
     hints, made = get_type_hints(config_class, include_extras=True), {}
     for preset, cfg in train.PRESETS.items():
-        changed = {}
-        for name, value in vars(cfg).items():  # what a method fixes stays
-            if value != getattr(train.Config(), name) and "Fixed" not in str(hints[name]):
-                changed[name] = value
+        changed = {name: value for name, value in vars(cfg).items()  # what a method fixes stays
+                   if value != getattr(train.Config(), name) and "Fixed" not in str(hints[name])}
         made[preset] = config_class(**changed | ({} if preset in TINY else full_size))
     return made
 
@@ -127,16 +124,13 @@ class Videos:
         seeds the generator of its noise and frames; keys are for generators of what else a video draws."""
         cfg, base = self.cfg, self.base
         shape = base.latent_shape(*clip_shape(base, cfg))                     # (C, f, h, w)
-        noise, g, captions, keys = [], [], [], []
         parts = getattr(base, "parts", 1)
-        for position, index in share:
-            generator = sample_generator(*key, position)
-            noise.append(ranks.start_noise(shape, generator, parts))          # (C, F, h, w)
-            g.append(self.pick_frames(generator))                             # (S,)
-            captions.append(self.prompts[index])
-            keys.append((*key, position, "chain"))
-        noise, g = torch.stack(noise).to(base.device), torch.stack(g).to(base.device)
-        return noise, base.encode_text(captions), g, captions, keys
+        generators = [sample_generator(*key, position) for position, _ in share]
+        noise = torch.stack([ranks.start_noise(shape, generator, parts) for generator in generators])
+        g = torch.stack([self.pick_frames(generator) for generator in generators])
+        captions = [self.prompts[index] for _, index in share]
+        keys = [(*key, position, "chain") for position, _ in share]
+        return noise.to(base.device), base.encode_text(captions), g.to(base.device), captions, keys
 
     def batch(self, step):
         """The same for this rank's share of a step's batch."""
@@ -161,9 +155,7 @@ def read_videos(cfg, base, pick_frames=None):
 def fresh_noise(z, generators, num_steps):
     """New noise for so many chain steps, a generator for each video of z (B, ...): (num_steps, B, ...). It goes to the device at
     once, since each copy would make it wait."""
-    noise = []
-    for _ in range(num_steps):
-        noise += [torch.randn(z.shape[1:], generator=generator) for generator in generators]
+    noise = [torch.randn(z.shape[1:], generator=generator) for _ in range(num_steps) for generator in generators]
     return torch.stack(noise).view(num_steps, *z.shape).to(z)
 
 
@@ -206,12 +198,13 @@ def check_rounds(cfg, name):
         raise ValueError(f"steps = {cfg.steps}: a run of several rounds keeps its steps, since they end its rounds")
 
 
+@torch.no_grad()
 def sample_scored(base, rewards, videos, part, cfg, *key):
-    """Videos of a part of a share, as videos.start draws them: z (B, C, F, h, w), R and reward (B,)."""
+    """Videos of a part of a share, from what videos.start gives: {z: (B, C, F, h, w), R: (B,), reward: (B,)}."""
     noise, text, g, captions, _ = videos.start(part, *key)
     z = sample(base.predict, noise, text, base.unconditional(text), chain_levels(base, cfg), cfg.guidance)
     R, logged = train.video_rewards(base, rewards, z, g, captions, cfg)
-    return z, R, logged["reward"]
+    return {"z": z, "R": R, "reward": logged["reward"]}
 
 
 @dataclass
@@ -308,11 +301,8 @@ def sample_round(sample, compare, base, rewards, videos, step, cfg):
         sampled.append((*tensors, *whole[3:]))
         scored.append((list(map(told_by, whole[3])), R.tolist()))
 
-    prompts, R = [], []
-    for of_step in zip(*ranks.all_gather(scored)):  # in this order on any number of ranks
-        for rank_prompts, rank_rewards in of_step:
-            prompts += rank_prompts
-            R += rank_rewards
+    in_order = [both for of_step in zip(*ranks.all_gather(scored)) for both in of_step]  # the same on any number of ranks
+    prompts, R = [sum(lists, []) for lists in zip(*in_order)]
     rank, world_size = rank_and_size()
     A = compare(torch.tensor(R), prompts).view(cfg.updates, world_size, -1)[:, rank].to(base.device)
     return [(*batch, A[k]) for k, batch in enumerate(sampled)]

@@ -15,7 +15,7 @@ videos are scored on the same frames, as R says more of random ones than of the 
 Ours differs from VADER's DPO baseline: both videos of a pair have one prompt, and one noise in the
 loss. That baseline pairs clips of different prompts and draws two noises.
 
-Letters: B pairs, C channels, F frames, S segments, h and w latent rows and columns.
+Letters: B pairs; others as in common.py.
 """
 import sys
 
@@ -50,20 +50,20 @@ def pair_errors(base, z_w, z_l, eps, u, text):
     return common.denoising_errors(base, z, eps, u, text).chunk(2)
 
 
-@torch.no_grad()
 def sample_pairs(base, rewards, videos, part, round_number, cfg):
     """Pairs of a part of a share: {winner, loser, reward}."""
     # 1. Two videos of the same prompts, scored as in train.py. The base makes the first round's.
     lora.set_scale(base.network, 1. if round_number else 0.)
-    (z, R, mean_scores), (other, other_R, other_scores) = [
-        common.sample_scored(base, rewards, videos, part, cfg, cfg.seed, "round", round_number, which)
-        for which in (0, 1)]
+    key = cfg.seed, "round", round_number
+    first, second = [common.sample_scored(base, rewards, videos, part, cfg, *key, which)
+                     for which in (0, 1)]
     lora.set_scale(base.network, 1.)
 
     # 2. The better one wins.
-    wins = (R >= other_R)[:, None, None, None, None]                          # (B, 1, 1, 1, 1)
-    return {"winner": torch.where(wins, z, other), "loser": torch.where(wins, other, z),
-            "reward": (mean_scores + other_scores) / 2}
+    first_wins = (first["R"] >= second["R"])[:, None, None, None, None]       # (B, 1, 1, 1, 1)
+    return {"winner": torch.where(first_wins, first["z"], second["z"]),
+            "loser": torch.where(first_wins, second["z"], first["z"]),
+            "reward": (first["reward"] + second["reward"]) / 2}
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,11 @@ def method(cfg, base, rewards, folder):
 
     def draw(step):
         share, pairs, text = rounds.rows(step)
-        z_w, z_l, eps, u = pairs["winner"], pairs["loser"], [], []            # (B, C, F, h, w)
-        for position, _ in share:
-            generator = sample_generator(cfg.seed, step, position)
-            eps.append(torch.randn(z_w.shape[1:], generator=generator))       # (C, F, h, w)
-            u.append(torch.rand((), generator=generator))
-        tensors = [v.to(base.device) for v in (z_w, z_l, torch.stack(eps), torch.stack(u))]
+        generators = [sample_generator(cfg.seed, step, position) for position, _ in share]
+        z_w, z_l = pairs["winner"], pairs["loser"]                            # (B, C, F, h, w)
+        eps = torch.stack([torch.randn(z_w.shape[1:], generator=g) for g in generators])
+        u = torch.stack([torch.rand((), generator=g) for g in generators])
+        tensors = [v.to(base.device) for v in (z_w, z_l, eps, u)]
         return *tensors, text, pairs["reward"]
 
     def score(batch):

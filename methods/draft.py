@@ -13,8 +13,6 @@ Against train.py: (1) it starts from pure noise and needs prompts only; (2) it r
 (4) with --detach-input gradient passes a step by DDIM's own mixing alone, not through the network,
 so that K steps anywhere in the chain (--grad-at) cost K graphs, without a product of Jacobians.
 InstructVideo is DRaFT-K but for where the chain starts. Frames are chosen and weighted as there.
-
-Letters: B videos, S segments, N text tokens, E their width; others as in sampler.py.
 """
 import sys
 
@@ -71,8 +69,8 @@ def chosen_steps(step, cfg):
         K = int(torch.randint(1, K + 1, (), generator=generator))
     order = torch.randperm(D, generator=generator)[:K]
     evenly = [D - round(k * D / K) for k in range(K)]
-    last = list(range(1, K + 1))
-    return {"last": last, "uniform": evenly, "random": (1 + order).tolist()}[cfg.grad_at]
+    steps = {"last": [*range(1, K + 1)], "uniform": evenly, "random": (1 + order).tolist()}
+    return steps[cfg.grad_at]
 
 
 @dataclass(frozen=True)

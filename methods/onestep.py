@@ -13,8 +13,6 @@ the guessed z_0, which is smoother than an edit. It was there before: the reward
 (arXiv:2405.18750), ReFL on noised clips, Direct-Align of SRPO (arXiv:2509.06942) with its second
 level at no noise. Direct-Align's small steps are not offered: tried in the tiny world, they gained
 less, lost more motion, and broke after 120 steps.
-
-Letters: B clips, N text tokens, E their width; others as in sampler.py.
 """
 import sys
 
@@ -74,11 +72,9 @@ def method(cfg, base, rewards, folder):
     most = edit_steps(cfg.tau_high, cfg.num_steps)
 
     def draw(step):
-        steps = []
-        for position, _ in batch_indices(step, cfg.batch_size, len(dataset), cfg.seed,
-                                         *rank_and_size()):
-            generator = sample_generator(cfg.seed, step, position, "level")
-            steps.append(int(torch.randint(least, most + 1, (), generator=generator)))
+        share = batch_indices(step, cfg.batch_size, len(dataset), cfg.seed, *rank_and_size())
+        generators = [sample_generator(cfg.seed, step, position, "level") for position, _ in share]
+        steps = [int(torch.randint(least, most + 1, (), generator=g)) for g in generators]
         return *train.draw_batch(dataset, step, cfg, base), steps
 
     def score(batch):

@@ -13,8 +13,6 @@ is scored in the place of the chain's end.
 Ours differs from the authors' code (THUDM/ImageReward, ReFL.py:712-756): (1) the loss is -R, not
 1e-3 relu(2 - r), made for ImageReward's scale; (2) guidance is on, as in sampling (there: off);
 (3) frames are chosen and weighted as in train.py.
-
-Letters: B videos, C channels, F frames, S segments, h and w latent rows and columns, N text tokens.
 """
 import sys
 

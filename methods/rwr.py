@@ -16,8 +16,6 @@ With --data real clips take the videos' place, each weighted by its own reward, 
 
 Ours differs from jannerm/ddpo: rewards are standardised before the softmax. HPSv2 spreads by 0.015
 only, and a softmax of such numbers gives every video the same weight.
-
-Letters: B videos, C channels, F frames, S segments, h and w latent rows and columns.
 """
 import sys
 
@@ -25,6 +23,7 @@ if not __package__:
     print("start it as: python -m methods.rwr", file=sys.stderr)
     sys.exit(2)
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -71,22 +70,20 @@ def method(cfg, base, rewards, folder):
     """RWR as train.train takes it: on sampled videos, or on the clips of --data."""
     if cfg.data:
         source = train.read_clips(cfg, base)
-        draw_weighted = weighted_clips(cfg, base, rewards, source)
+        draw_weighted = partial(weighted_clips, cfg, base, rewards, source)
     else:
         source = common.read_videos(cfg, base, lambda _: first_frames(cfg.frames, cfg.segments))
         draw_weighted = weighted_videos(cfg, base, rewards, source, folder)
 
     def draw(step):
         share = batch_indices(step, cfg.batch_size, cfg.batch_size, cfg.seed, *rank_and_size())
-        u = []
-        for position, _ in share:
-            generator = sample_generator(cfg.seed, step, position, "t")
-            u.append(torch.rand((), generator=generator))
-        return *draw_weighted(step), torch.stack(u)
+        generators = [sample_generator(cfg.seed, step, position, "t") for position, _ in share]
+        u = torch.stack([torch.rand((), generator=g) for g in generators])    # (B,)
+        return *draw_weighted(step), u
 
     def score(batch):
         z, eps, text, w, mean_scores, u = batch
-        error = common.denoising_errors(base, z, eps, u, text)                       # (B,)
+        error = common.denoising_errors(base, z, eps, u, text)                # (B,)
         return -w.to(error) * error, {"reward": mean_scores}
 
     return train.Method(draw, score, source.description)
@@ -94,11 +91,9 @@ def method(cfg, base, rewards, folder):
 
 def weighted_videos(cfg, base, rewards, videos, folder):
     """step -> z, eps (B, C, F, h, w), text (B, N, E), w (B,), reward (B,) of its round's videos."""
-    @torch.no_grad()
     def make(part, round_number):
         key = cfg.seed, "round", round_number
-        z, R, mean_scores = common.sample_scored(base, rewards, videos, part, cfg, *key)
-        return {"z": z, "R": R, "reward": mean_scores}
+        return common.sample_scored(base, rewards, videos, part, cfg, *key)
 
     rounds = common.Rounds(cfg, folder, videos, make, cfg.videos, at_once=8)
 
@@ -116,16 +111,13 @@ def weighted_videos(cfg, base, rewards, videos, folder):
     return draw
 
 
-def weighted_clips(cfg, base, rewards, dataset):
+@torch.no_grad()
+def weighted_clips(cfg, base, rewards, dataset, step):
     """The same for clips, each weighted by its own reward (VGen, utils/reward/reward.py:406)."""
-    @torch.no_grad()
-    def draw(step):
-        batch = train.draw_batch(dataset, step, cfg, base)
-        z, eps, text, g, captions = batch
-        g = first_frames(cfg.frames, cfg.segments).to(g).expand_as(g)         # (B, S)
-        R, logged = train.video_rewards(base, rewards, z, g, captions, cfg)
-        return z, eps, text, R, logged["reward"]
-    return draw
+    z, eps, text, g, captions = train.draw_batch(dataset, step, cfg, base)
+    g = first_frames(cfg.frames, cfg.segments).to(g).expand_as(g)             # (B, S)
+    R, logged = train.video_rewards(base, rewards, z, g, captions, cfg)
+    return z, eps, text, R, logged["reward"]
 
 
 if __name__ == "__main__":

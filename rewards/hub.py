@@ -34,10 +34,9 @@ def find_class(labels, wanted, what):
         if label.lower() == wanted:
             return int(index)
     known = sorted({*labels.values()} - {"N/A"})
-    similar = [label for label in known if wanted[:3] in label.lower()]
-    examples = ", ".join((similar or known)[:8])
-    raise ValueError(f"{what}: no class {wanted!r:.60}; must be one of its {len(known)}, "
-                     f"such as {examples}")
+    similar = [label for label in known if wanted[:3] in label.lower()] or known
+    raise ValueError(f"{what}: no class {wanted!r:.60}; must be one of its {len(known)}, such as "
+                     f"{', '.join(similar[:8])}")
 
 
 def fit_within(x, shortest, longest, multiple):
