@@ -6,7 +6,6 @@ A Qwen2-VL-2B reads the video, then a text that asks for the scores, and a linea
 off at a token of its own. A video reward of 4 frames, the first and last among them: the model's
 rule for clips of up to two seconds. Tokens look back only, so the first two scores do not depend
 on the caption, and what comes after the last wanted one is not computed.
-Weights: the hub folder KlingTeam/VideoReward with the authors' text (formats/video_reward.py).
 Ours differs: floats are resized, not bytes. As published, and unlike in transformers' forward(),
 positions count tokens, those of the video as all others.
 Letters: B videos, S frames, P patches, N tokens, E width.
