@@ -75,7 +75,7 @@ def find_base_file(base, given):
 
 def preset_of(base):
     """The preset that is for a base: its file in bases/, or a base that ships; None where only a download could tell."""
-    known = {repo: name for name, repo in HUB_BASES.items()} | dict(zip(SHIPPED, SHIPPED))
+    known = {repo: name for name, repo in HUB_BASES.items()} | {name: name for name in SHIPPED}
     if base in known:
         return known[base]
     if not base.startswith("random") and not Path(base).exists():

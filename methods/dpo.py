@@ -14,8 +14,6 @@ videos are scored on the same frames, as R says more of random ones than of the 
 
 Ours differs from VADER's DPO baseline: both videos of a pair have one prompt, and one noise in the
 loss. That baseline pairs clips of different prompts and draws two noises.
-
-Letters: B pairs; others as in common.py.
 """
 import sys
 

@@ -131,12 +131,11 @@ def check(cfg):
 
 def method(cfg, base, rewards, folder):
     videos = common.read_videos(cfg, base, lambda _: first_frames(cfg.frames, cfg.segments))
-    levels = chain_levels(base, cfg)
     batches, old = [], {}  # of the round: its videos, and the adapters that it began with
 
     def sample_z(noise, text, keys):
-        uncond = base.unconditional(text)
-        return sample(base.predict, noise, text, uncond, levels, cfg.sampling_guidance),
+        uncond, levels = base.unconditional(text), chain_levels(base, cfg)
+        return [sample(base.predict, noise, text, uncond, levels, cfg.sampling_guidance)]
 
     def draw(step):
         if step % cfg.updates == 0:
