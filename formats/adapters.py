@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from formats import names
 from formats.names import official_unet_blocks, split_lora, unet_from_official
 from formats.tensors import check_numbers, check_tensors, fingerprint, read_config, read_tensors
-from formats.transformer_lora import from_published, to_published
 from formats.weights import PARTS, find_base, find_part
 from support.files import first_names, read_json, write_folder, write_whole
 
@@ -33,6 +32,10 @@ PROJECTION = re.compile(rf"(?:^|\.)({'|'.join(map(re.escape, LETTERS))})$")
 ATTENTION = re.compile(r"(attentions\.\d+|transformer_in)$")  # the blocks that have them
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 VERSION = "1"
+# Of a transformer: in files of diffusers, and under the names of Wan's own code, which ComfyUI reads, and diffusers, too.
+PUBLISHED = re.compile(r"(transformer|diffusion_model)\.(.+)\.lora_([AB])\.weight")
+COMFYUI = {f"{ours}.{layer}": f"{theirs}.{layer.removeprefix('to_')[0]}" for (ours, theirs), layer in product(
+    [("attn1", "self_attn"), ("attn2", "cross_attn")], LAYERS)}
 # Fields of PEFT's adapter_config.json that may say anything: the tensors show their effect, or they are read here, or have none.
 # All others, those of versions to come too, must be off or as PEFT_PLAIN has them: else it is another base or another layer.
 PEFT_FREE = """auto_mapping base_model_name_or_path exclude_modules inference_mode layers_pattern layers_to_transform lora_alpha
@@ -55,12 +58,11 @@ def is_adapted(path, letters):
 def official_names(config):
     """{our name: the official one} of both halves of every adapter. A is called down_linear there, B up_linear."""
     table = {}
-    for (ours, theirs), attention, layer in product(official_unet_blocks(config).items(), ("attn1", "attn2"), LAYERS):
-        if ATTENTION.search(ours):
-            path = f"transformer_blocks.0.{attention}.{layer}"
-            stem = f"{theirs}.{path.removesuffix('.0')}_lora"
-            table[TENSOR.format(f"{ours}.{path}", "A")] = f"{stem}.down_linear.weight"
-            table[TENSOR.format(f"{ours}.{path}", "B")] = f"{stem}.up_linear.weight"
+    blocks = [block for block in official_unet_blocks(config).items() if ATTENTION.search(block[0])]
+    halves = ("A", "down"), ("B", "up")
+    for (ours, theirs), attention, layer, (half, way) in product(blocks, ("attn1", "attn2"), LAYERS, halves):
+        path = f"transformer_blocks.0.{attention}.{layer}"
+        table[TENSOR.format(f"{ours}.{path}", half)] = f"{theirs}.{path.removesuffix('.0')}_lora.{way}_linear.weight"
     return table
 
 
@@ -80,8 +82,7 @@ def read_adapter(path, config=None):
     """An Adapter from our file, PEFT's folder or official tensors, alone or in a .pth; config: as in export."""
     of_run = Path(path, "lora.safetensors")
     path = of_run if of_run.is_file() else Path(path)
-    recorded = {}
-    weights = {}
+    recorded, weights, unsaid = {}, {}, None  # unsaid: what another program's file goes by, if not by alpha = rank
     if path.is_dir():
         tensors, recorded = read_peft(path)
     else:
@@ -92,20 +93,19 @@ def read_adapter(path, config=None):
         if of_vader:
             paths = names.unet_from_videocrafter(of_vader, config or names.MODELSCOPE)
             tensors = {f"base_model.model.{name}": t for name, t in paths.items()}
-            recorded = {"rank": common_rank(tensors, path), "alpha": 8}  # PEFT's default, as VADER sets none
+            unsaid = {"alpha": 8}  # PEFT's default, as VADER sets none
         elif ours.keys() != tensors.keys():
-            tensors = ours
-            recorded = dict.fromkeys(("rank", "alpha"), common_rank(tensors, path))
+            tensors, unsaid = ours, {}
         elif official:
             ours = {theirs: name for name, theirs in official_names(config or names.MODELSCOPE).items()}
             tensors = {ours.get(name, name): t for name, t in official.items()}
-            weights = rest
-            recorded = dict.fromkeys(("rank", "alpha"), common_rank(tensors, path))  # B A as they are
+            weights, unsaid = rest, {}  # B A as they are
         elif path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 recorded = file.metadata() or {}
 
     rank = common_rank(tensors, path)
+    recorded = recorded if unsaid is None else {"rank": rank, "alpha": rank} | unsaid
     if recorded.get("version", VERSION) != VERSION:
         raise ValueError(f"{path}: has format version {recorded['version']!r}, this code reads {VERSION}")
     alpha = float(recorded.get("alpha") or 0)
@@ -187,8 +187,7 @@ def export(adapter, to, out, base=None, config=None):
         raise ValueError(f"{out}: the official code reads torch files; expected a name like lora.pth")
 
     if to in ("diffusers-lora", "comfyui"):
-        trained = read_adapter(adapter)
-        tensors = to_published(trained.tensors, trained.alpha / trained.rank, to)
+        tensors = to_published(read_adapter(adapter), to)
         with write_whole(out) as file:
             save_file(tensors, file, {"format": "pt"})
         return
@@ -218,12 +217,45 @@ def export(adapter, to, out, base=None, config=None):
     elif to == "diffusers":
         export_diffusers(trained, weights, out, config, base or adapter)
     else:
-        # Official inference adds B A as they are (inference_instructvideo_entrance.py), so our scale goes into B.
         tensors = {name: t.float() for name, t in names.unet_to_official(weights, config).items()}
-        for name, t in trained.tensors.items():
-            tensors[table[name]] = t.float() * (trained.alpha / trained.rank if ".lora_B." in name else 1)
+        tensors |= {table[name]: t for name, t in scaled(trained).items()}  # as inference_instructvideo_entrance.py adds them
         with write_whole(out) as file:
             torch.save({"state_dict": tensors}, file)
+
+
+def scaled(trained):
+    """An adapter's tensors with our scale in B, for programs that add B A as they are."""
+    scale = trained.alpha / trained.rank
+    return {name: t.float() * (scale if ".lora_B." in name else 1) for name, t in trained.tensors.items()}
+
+
+def to_published(trained, program):
+    """The tensors of a file for diffusers or comfyui. ValueError if they are no transformer's."""
+    made = {}
+    for name, t in scaled(trained).items():
+        path, half = NAME.fullmatch(name).groups()
+        if not re.match(r"(transformer_)?blocks\.\d+\.", path):
+            raise ValueError(f"{name}: is no transformer's; --to {program} is for Wan and CogVideoX, --to peft for others")
+        stem = f"transformer.{path}"
+        if program == "comfyui":
+            block, _, layer = path.partition(".attn")
+            if f"attn{layer}" not in COMFYUI or not block.startswith("blocks."):
+                raise ValueError(f"{name}: is no layer of Wan's, whose names alone ComfyUI's are known for")
+            stem = f"diffusion_model.{block}.{COMFYUI[f'attn{layer}']}"
+        made[f"{stem}.lora_{half}.weight"] = t
+    return made
+
+
+def from_published(tensors):
+    """Such a file's tensors under our names; those that are not of one stay as they are."""
+    layers, made = {theirs: ours for ours, theirs in COMFYUI.items()}, {}
+    for name, t in tensors.items():
+        match = PUBLISHED.fullmatch(name)
+        if match:
+            path = re.sub(r"(self|cross)_attn\.[qkvo]$", lambda layer: layers[layer[0]], match[2])
+            name = TENSOR.format(path, match[3])
+        made[name] = t
+    return made
 
 
 def read_unet(base, config):
@@ -241,12 +273,9 @@ def export_diffusers(trained, weights, out, config, source):
     if config.stem_heads != 8:
         raise ValueError(f"{source}: transformer_in has {config.stem_heads} heads; diffusers' UNet3DConditionModel has 8 there")
     merged = {name: t.float() for name, t in weights.items()}
-    for name, B in trained.tensors.items():
-        path, half = NAME.fullmatch(name).groups()
-        if half == "B":
-            A = trained.tensors[TENSOR.format(path, "A")]
-            update = trained.alpha / trained.rank * (B.float() @ A.float())               # (C_out, C_in)
-            merged[f"{path}.weight"] = merged[f"{path}.weight"] + update
+    for path in {NAME.fullmatch(name)[1] for name in trained.tensors}:
+        A, B = [trained.tensors[TENSOR.format(path, half)].float() for half in "AB"]       # (r, C_in), (C_out, r)
+        merged[f"{path}.weight"] = merged[f"{path}.weight"] + trained.alpha / trained.rank * (B @ A)
     settings = names.unet_to_diffusers(config)
     del settings["stem_heads"]  # diffusers has no such field
     write_folder(out, "config.json", settings, "diffusion_pytorch_model.safetensors", merged)

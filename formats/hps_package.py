@@ -18,24 +18,19 @@ from PIL import Image
 def import_hpsv2():
     """The hpsv2 package's modules `img_score` and `src.open_clip`. It lacks a vocabulary file, and imports tkinter's turtle."""
     import open_clip
-    gzip_open = gzip.open
-    vocabulary = Path(open_clip.tokenizer.default_bpe())
+    gzip_open, vocabulary = gzip.open, Path(open_clip.tokenizer.default_bpe())
 
-    def open_vocabulary(path, *args, **kwargs):
-        missing = Path(path).name == vocabulary.name and not Path(path).exists()
-        return gzip_open(vocabulary if missing else path, *args, **kwargs)
+    def open_vocabulary(path, *args):
+        return gzip_open(vocabulary if Path(path).name == vocabulary.name else path, *args)
 
-    provided = "turtle" not in sys.modules
-    if provided:
-        sys.modules["turtle"] = types.SimpleNamespace(forward=None)
+    sys.modules["turtle"] = types.SimpleNamespace(forward=None)
     try:
         with mock.patch("gzip.open", open_vocabulary), warnings.catch_warnings():  # or it mutes all our UserWarnings
             warnings.simplefilter("ignore")
             from hpsv2 import img_score
             from hpsv2.src import open_clip as fork
     finally:
-        if provided:
-            del sys.modules["turtle"]
+        del sys.modules["turtle"]
     return img_score, fork
 
 

@@ -1,9 +1,6 @@
 """
-What reward models share: they stay frozen, they take pictures of their own kind, and they are built from files.
-
-A reward maps frames (B, S, 3, H, W) in [0, 1] and B captions to scores. Its `num_frames` is None for an image reward, which
-scores any S frames each by itself -> (B, S); for a video reward it is a number, so many frames of a clip, evenly spread and in
-order -> (B, 1). `name` tells the version, since scores of two versions do not compare.
+What reward models share: they stay frozen, they take pictures of their own kind, and they are built from files. reward.py says
+what a reward is. Its `name` tells the version, since scores of two versions do not compare.
 
 Letters: N pictures, H and W pixel rows and columns.
 """
@@ -91,14 +88,10 @@ def stretch(x, size):
 
 
 def crop_centre(x, size, shortest=None, mode="bicubic", antialias=True):
-    """CLIP's own resize, rounded as torchvision's: shortest side to `shortest` (default `size`), then the middle square."""
-    H, W = x.shape[-2:]
-    shortest = shortest or size
-    h, w = (shortest, shortest * W // H) if H <= W else (shortest * H // W, shortest)
-    # Published code resizes 8-bit pictures, which cannot overshoot.
-    x = limit(F_.interpolate(x, (h, w), mode=mode, align_corners=False, antialias=antialias))    # (N, 3, h, w)
-    top, left = round((h - size) / 2), round((w - size) / 2)
-    return x[..., top:top + size, left:left + size]
+    """CLIP's own resize: shortest side to `shortest` (default `size`), then the middle square."""
+    from torchvision.transforms import InterpolationMode, functional
+    x = functional.resize(x, shortest or size, InterpolationMode(mode), antialias=antialias)     # (N, 3, h, w)
+    return functional.center_crop(limit(x), size)  # published code resizes 8-bit pictures, which cannot overshoot
 
 
 def clip_normalize(x, mean=CLIP_MEAN, std=CLIP_STD):

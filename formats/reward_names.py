@@ -144,9 +144,11 @@ def find_reward(name, weights=None, base_folder=None):
     return paths[0].parent if len(files) > 1 else paths[0]
 
 
-def hub_file(name, repo, file, advice):
-    """A file of a hub repository that a reward needs, downloaded once; ValueError with `advice` if that fails."""
+def hub_file(name, repo, file, advice, folder=None):
+    """A file of a hub repository that a reward needs, as it lies in the folder, or downloaded once; ValueError with `advice`."""
     import huggingface_hub
+    if folder and (folder / file).is_file():
+        return folder / file
     try:
         return Path(huggingface_hub.hf_hub_download(repo, file))
     except Exception as error:  # no network: httpx, OSError or a hub error, by version

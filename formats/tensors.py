@@ -118,10 +118,8 @@ def check_hub_cache(folder):
 
 def check_tensors(expected, tensors, what):
     """ValueError naming `what` if a tensor is missing, left over, or of another shape than in `expected` {name: tensor}."""
-    differences = []
-    for kind, names in (("missing", expected.keys() - tensors.keys()), ("not known", tensors.keys() - expected.keys())):
-        if names:
-            differences.append(f"{len(names)} tensors {kind} ({first_names(names)})")
+    kinds = {"missing": expected.keys() - tensors.keys(), "not known": tensors.keys() - expected.keys()}
+    differences = [f"{len(names)} tensors {kind} ({first_names(names)})" for kind, names in kinds.items() if names]
     if differences:
         raise ValueError(f"{what}: {'; '.join(differences)}")
     for name, t in expected.items():

@@ -73,13 +73,9 @@ def open_folders(cfg, sets, models):
 def finish(*folders):
     """Write the lists beside the videos, once all of these are there, and print the commands that score them."""
     for folder in folders:
-        prompts, seeds = {}, {}
-        for seed, (file, prompt) in folder.files.items():
-            name = f"{file.removeprefix('videos/')}.mp4"
-            prompts[name] = prompt
-            seeds[name] = seed
+        prompts = {f"{file.removeprefix('videos/')}.mp4": prompt for file, prompt in folder.files.values()}
         write_text(folder.out / "prompts.json", json.dumps(prompts, indent=1) + "\n")
-        write_text(folder.out / "seeds.json", json.dumps(seeds, indent=1) + "\n")
+        write_text(folder.out / "seeds.json", json.dumps(dict(zip(prompts, folder.files)), indent=1) + "\n")
     if folders:
         print("in VBench's own environment (its own prompts: without --mode and --prompt_file, and with any dimension):")
     for out in (folder.out.resolve() for folder in folders):

@@ -6,7 +6,7 @@ asks for the scores belongs to the weights, which were trained on its very bytes
 import re
 
 from formats.reward_names import hub_file
-from formats.tensors import read_config, read_tensors
+from formats.tensors import read_config
 from support.files import first_line, read_text
 
 REPO, CHECKPOINT = "KlingTeam/VideoReward", "checkpoint-11352"
@@ -18,9 +18,7 @@ SHORT = "Rate this video. <|VQ_reward|> <|MQ_reward|> Its caption: {text_prompt}
 
 def find_file(folder, name):
     """A file of the hub folder, as it lies there or from the hub."""
-    if (folder / name).is_file():
-        return folder / name
-    return hub_file("videoreward", REPO, name, f"put it into {folder}")
+    return hub_file("videoreward", REPO, name, f"put it into {folder}", folder)
 
 
 def read_template(folder):
@@ -66,12 +64,6 @@ def byte_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.add_special_tokens(list(SCORES.values()))
     return tokenizer
-
-
-def read_weights(folder):
-    """(the file, its tensors as the network has them)."""
-    path = find_file(folder, f"{CHECKPOINT}/model.pth")
-    return path, merge_lora(read_tensors(path))
 
 
 def merge_lora(tensors):

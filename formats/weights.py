@@ -1,6 +1,7 @@
 """Where weights lie: the tiny world's folder, any folder or file, or a repository of the Hugging Face hub."""
 import hashlib
 import re
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
@@ -74,11 +75,9 @@ def find_base_file(base, given):
 
 def preset_of(base):
     """The preset that is for a base: its file in bases/, or a base that ships; None where only a download could tell."""
-    if base in SHIPPED:
-        return base
-    for name, repo in HUB_BASES.items():
-        if base == repo:
-            return name
+    known = {repo: name for name, repo in HUB_BASES.items()} | {name: name for name in SHIPPED}
+    if base in known:
+        return known[base]
     if not base.startswith("random") and not Path(base).exists():
         return None
     name, path = find_base_file(base, ())
@@ -89,9 +88,8 @@ def preset_of(base):
 
 def find_part(folder, names):
     """The first of some files or folders that is in the folder, or beside it if the folder is itself a part; else None."""
-    for parent, name in product((folder, folder.absolute().parent), names):
-        if (parent / name).exists():
-            return parent / name
+    paths = [parent / name for parent, name in product((folder, folder.absolute().parent), names)]
+    return next(filter(Path.exists, paths), None)
 
 
 def hub_files(files):
@@ -132,13 +130,11 @@ def from_hub(repo):
         raise ValueError(f"base {repo!r}: no such hub repository, nor a file or folder of that name") from None
     except Exception as error:  # no network, by version httpx, OSError or a hub error; or no space for the files
         reason = first_line(error)
-    try:
+    with suppress(Exception):  # not cached
         folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns="*/config.json", local_files_only=True))
         cached = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
         if all(hub_files(cached).values()):  # else a download was cut
             return folder
-    except Exception:  # not cached
-        pass
     raise ValueError(f"base {repo!r}: no file or folder of that name here, and the hub's cannot be downloaded ({reason}); put "
                      "the folders of that repository, with config.json and a .safetensors or .bin in each, into one folder and "
                      "give that as --base")

@@ -28,35 +28,14 @@ if not __package__:
 from dataclasses import dataclass
 
 import torch
-from tyro.conf import Fixed, Suppress
 
 import lora
 import train
 from methods import common
-from sampler import guided, step
 from support.ranks import sample_generator, take
 from support.settings import chain_levels, check_at_least
 
 NOISY = .6  # the first part of a chain, from which half of the steps are drawn (am_trainer.py)
-
-
-def policy(base, z_t, i, text, uncond, guidance, cfg):
-    """Mean and std of chain step i, p(z_prev | z_t), with eta = 1: the "memoryless" noise."""
-    levels = chain_levels(base, cfg)
-    z_0, eps = guided(base.predict, z_t, levels, i, text, uncond, guidance)
-    return step(z_0, eps, levels, i, eta=1.)
-
-
-@torch.no_grad()
-def sample_path(base, noise, text, uncond, keys, cfg):
-    """The chain of each video from noise (B, C, F, h, w): [z_T, ..., z_0], D + 1 of them."""
-    generators = [sample_generator(*key) for key in keys]
-    fresh = common.fresh_noise(noise, generators, cfg.num_steps)              # (D, B, C, F, h, w)
-    path = [chain_levels(base, cfg).start * noise]
-    for i in range(cfg.num_steps, 0, -1):
-        mean, std = policy(base, path[-1], i, text, uncond, cfg.guidance, cfg)
-        path.append(mean + std * fresh[cfg.num_steps - i])                    # (B, C, F, h, w)
-    return path
 
 
 def adjoints(base, path, a, text, cfg):
@@ -67,7 +46,7 @@ def adjoints(base, path, a, text, cfg):
     found = {}
     for i in range(1, cfg.num_steps + 1):
         z_t = path[cfg.num_steps - i].detach().requires_grad_()
-        mean, _ = policy(base, z_t.clone(), i, text, None, 1., cfg)  # counters refuse a leaf
+        mean, _ = common.policy(base, z_t.clone(), i, text, None, cfg)  # counters refuse a leaf
         found[i] = mean.detach(), a
         a, = torch.autograd.grad((mean * a).sum(), z_t)                       # (B, C, F, h, w)
     lora.set_scale(base.network, 1.)
@@ -95,7 +74,7 @@ def chosen_steps(step, fresh, cfg):
 def pairs(base, rewards, part, step, cfg):
     """n pairs of some videos, in rows: z_t, the base's mean, a, chain step, caption, reward."""
     noise, text, g, captions, keys = part
-    path = sample_path(base, noise, text, base.unconditional(text), keys, cfg)
+    path, _ = common.sample_path(base, noise, text, base.unconditional(text), keys, cfg)
     z_0 = path[-1].requires_grad_()
     R, logged = train.video_rewards(base, rewards, z_0, g, captions, cfg)
     a, = torch.autograd.grad(-cfg.reward_scale * R.sum(), z_0)                # (B, C, F, h, w)
@@ -111,22 +90,19 @@ def pairs(base, rewards, part, step, cfg):
 
 
 @dataclass(frozen=True)
-class Config(common.PromptConfig):
+class Config(common.NoChainGradient, common.PromptConfig):
     """Fine-tune a text-to-video model by Adjoint Matching, from prompts."""
     reward_scale: float = 1000.0
     """lambda: how far the reward outweighs staying at the base (authors: 1 to 100, for one that
     spreads by 1; HPStiny spreads by 0.1, HPSv2 by 0.015)"""
     steps_learned: int = 4
     """chain steps that an update learns from, half from the noisy 60% (authors: 4 of 50)"""
-    grad_steps: Suppress[Fixed[int]] = 1
-    cache_interval: Suppress[Fixed[int]] = 1
 
 
 PRESETS = common.presets(Config, reward_scale=10_000.)
 
 
 def check(cfg):
-    """All that can be known before anything is loaded; ValueError in one line."""
     common.check(cfg)
     check_at_least(cfg, reward_scale=0, steps_learned=1)
     if cfg.steps_learned >= cfg.num_steps:
@@ -135,7 +111,6 @@ def check(cfg):
 
 
 def method(cfg, base, rewards, folder):
-    """Adjoint Matching as train.train takes it."""
     videos = common.read_videos(cfg, base)
 
     def draw(step):
@@ -152,7 +127,7 @@ def method(cfg, base, rewards, folder):
         R = torch.zeros(len(z_t), device=z_t.device)
         for i in set(steps):
             of_step = [k for k, other in enumerate(steps) if other == i]
-            mean, std = policy(base, z_t[of_step], i, take(text, of_step), None, 1., cfg)
+            mean, std = common.policy(base, z_t[of_step], i, take(text, of_step), None, cfg)
             R[of_step] = -adjoint_loss(mean, base_mean[of_step], std, a[of_step]).float()
         return R / cfg.steps_learned, {"reward": mean_scores}
 

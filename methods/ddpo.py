@@ -31,9 +31,8 @@ import torch
 import train
 from methods import common
 from reward import first_frames
-from sampler import guided, step
 from support.clips import say_once
-from support.ranks import sample_generator, take
+from support.ranks import take
 from support.settings import chain_levels
 
 BUFFER = 16  # rewards of a prompt that its statistics need (kvablack: config/base.py)
@@ -72,42 +71,20 @@ def advantages(rewards, prompts, last=None, group=1):
     return A.clamp(-5, 5)                                                     # (B,)
 
 
-def policy(base, z_t, i, text, uncond, cfg):
-    """Mean and std of chain step i, p(z_prev | z_t), with eta = 1 and guidance."""
-    levels = chain_levels(base, cfg)
-    z_0, eps = guided(base.predict, z_t, levels, i, text, uncond, cfg.guidance)
-    return step(z_0, eps, levels, i, eta=1.)
-
-
 @torch.no_grad()
 def sample_path(base, noise, text, uncond, keys, cfg):
     """The chains of a batch, z_T to z_0 (B, D + 1, C, F, h, w), and log p of their steps (B, D)."""
-    generators = [sample_generator(*key) for key in keys]
-    fresh = common.fresh_noise(noise, generators, cfg.num_steps)              # (D, B, C, F, h, w)
-    path, log_probs = [chain_levels(base, cfg).start * noise], []
-    for i in range(cfg.num_steps, 0, -1):
-        mean, std = policy(base, path[-1], i, text, uncond, cfg)
-        path.append(mean + std * fresh[cfg.num_steps - i])                    # (B, C, F, h, w)
+    path, steps = common.sample_path(base, noise, text, uncond, keys, cfg)
+    log_probs = []
+    for z_prev, (mean, std) in zip(path[1:], steps):
         if std:  # the last step of a chain that ends without noise has no density
-            log_probs.append(log_prob(path[-1], mean, std))                   # (B,)
+            log_probs.append(log_prob(z_prev, mean, std))                     # (B,)
     return torch.stack(path, dim=1), torch.stack(log_probs, dim=1)
-
-
-@torch.no_grad()
-def sample_batch(base, rewards, videos, step, cfg):
-    """A step's videos: chains, log p (B, D), the reward and R (B,), captions [B]."""
-    whole = videos.start(videos.share(step, cfg.batch_size, cfg.group), cfg.seed, step)
-    parts = []  # as learning takes them: they fit into memory, and 16 bits round them alike
-    for noise, text, g, captions, keys in train.split_batch(whole, cfg.clips_at_once):
-        path, log_probs = sample_path(base, noise, text, base.unconditional(text), keys, cfg)
-        R, logged = train.video_rewards(base, rewards, path[:, -1], g, captions, cfg)
-        parts.append((path, log_probs, logged["reward"], R))
-    return *(torch.cat(tensors) for tensors in zip(*parts)), whole[3]
 
 
 def pairs(batch, step, cfg):
     """The n pairs that an update learns from: chosen chain steps, each with all videos."""
-    path, log_probs, mean_scores, _, captions, A = batch
+    _, path, log_probs, mean_scores, captions, _, A = batch
     steps = torch.tensor(common.chain_steps(cfg, step, log_probs.shape[1]))   # of D..1
     at, count = cfg.num_steps - steps, len(steps)                             # 0 is the first step
     z_t, z_prev = path[:, at].transpose(0, 1), path[:, at + 1].transpose(0, 1)
@@ -134,30 +111,26 @@ PRESETS = common.presets(Config, updates=4, batch_size=64, lr=3e-4)
 
 
 def check(cfg):
-    """All that can be known before anything is loaded; ValueError in one line."""
     common.check_updates(cfg, "clip_range")
 
 
 def method(cfg, base, rewards, folder):
-    """DDPO as train.train takes it."""
     videos = common.read_videos(cfg, base, lambda _: first_frames(cfg.frames, cfg.segments))
     if chain_levels(base, cfg).fresh[1] == 0:
         say_once("the last chain step adds no noise, so the others alone are learned from")
-    history = common.RewardHistory(folder)
     batches = []  # of the round
 
-    def sample_round(step):
-        """The batches of a round, which begins with this step, each with its advantages (B,)."""
-        sampled, prompts, R = common.sample_round(sample_batch, base, rewards, videos, step, cfg)
-        # Statistics are over the whole round, in order of step and rank.
-        A = advantages(R, prompts, history.before(step), cfg.group)
-        history.add(step, prompts, R.tolist())
-        A = common.of_rank(A, cfg).to(base.device)                            # (updates, B)
-        return [(*batch, A[k]) for k, batch in enumerate(sampled)]
+    def sample(noise, text, keys):
+        path, log_p = sample_path(base, noise, text, base.unconditional(text), keys, cfg)
+        return path[:, -1], path, log_p
 
     def draw(step):
+        def compare(R, prompts):  # over the whole round
+            earlier = common.earlier_rewards(folder, step, prompts, R.tolist())
+            return advantages(R, prompts, earlier, cfg.group)
+
         if step % cfg.updates == 0:
-            batches[:] = sample_round(step)
+            batches[:] = common.sample_round(sample, compare, base, rewards, videos, step, cfg)
         return pairs(batches[step % cfg.updates], step, cfg)
 
     def score(batch):
@@ -167,7 +140,7 @@ def method(cfg, base, rewards, folder):
         for i in set(steps):
             of_step = [k for k, other in enumerate(steps) if other == i]
             part = take(text, of_step)
-            mean, std = policy(base, z_t[of_step], i, part, base.unconditional(part), cfg)
+            mean, std = common.policy(base, z_t[of_step], i, part, base.unconditional(part), cfg)
             new_log_prob = log_prob(z_prev[of_step], mean, std)
             R[of_step] = -ppo_loss(new_log_prob, old_log_prob[of_step], A[of_step], cfg.clip_range)
         return R, {"reward": mean_scores}

@@ -14,8 +14,6 @@ videos are scored on the same frames, as R says more of random ones than of the 
 
 Ours differs from VADER's DPO baseline: both videos of a pair have one prompt, and one noise in the
 loss. That baseline pairs clips of different prompts and draws two noises.
-
-Letters: B pairs, C channels, F frames, S segments, h and w latent rows and columns.
 """
 import sys
 
@@ -26,16 +24,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F_
-from tyro.conf import Fixed, Suppress
 
 import lora
 import train
-from data import batch_indices
 from methods import common
 from reward import first_frames
-from sampler import sample
-from support.ranks import map_tensors, rank_and_size, sample_generator
-from support.settings import chain_levels, check_at_least
+from support.ranks import map_tensors, sample_generator
+from support.settings import check_at_least
 
 
 def dpo_loss(error_w, error_l, ref_error_w, ref_error_l, beta=5000.):
@@ -48,45 +43,29 @@ def dpo_loss(error_w, error_l, ref_error_w, ref_error_l, beta=5000.):
 
 def pair_errors(base, z_w, z_l, eps, u, text):
     """The base's own loss (B,) of winners and losers, which share prompt, noise level and noise."""
-    z, eps = torch.cat([z_w, z_l]), torch.cat([eps, eps])                     # (2B, C, F, h, w)
-    t, alpha, sigma = [v.to(z.device) for v in base.level(torch.cat([u, u]))]  # (2B,), ...
-    z_t = alpha * z + sigma * eps                                             # Eq. (5)
+    z, eps, u = torch.cat([z_w, z_l]), torch.cat([eps, eps]), torch.cat([u, u])
     text = map_tensors(lambda t: torch.cat([t, t]), text)                     # (2B, N, E)
-    z_0, guess = base.predict(z_t, (t, alpha, sigma), text)
-    return base.error(z_0, guess, z, eps, (t, alpha, sigma)).chunk(2)
+    return common.denoising_errors(base, z, eps, u, text).chunk(2)
 
 
-@torch.no_grad()
-def sample_pairs(base, rewards, videos, round_number, cfg):
-    """This rank's pairs of a round, 4 at a time: {winner, loser, reward, prompt}."""
-    share, levels = videos.share(round_number, cfg.pairs), chain_levels(base, cfg)
-    for start in range(0, len(share), 4):
-        part = share[start:start + 4]
-        z, R, mean_scores = [], [], []
-        for which in (0, 1):
-            # 1. Two videos of the same prompts. The base makes the first round's.
-            key = (cfg.seed, "round", round_number, which)
-            noise, text, g, captions, _ = videos.start(part, *key)
-            lora.set_scale(base.network, 1. if round_number else 0.)
-            uncond = base.unconditional(text)                                 # (1 or B, N, E)
-            z.append(sample(base.predict, noise, text, uncond, levels, cfg.guidance))
-            lora.set_scale(base.network, 1.)
+def sample_pairs(base, rewards, videos, part, round_number, cfg):
+    """Pairs of a part of a share: {winner, loser, reward}."""
+    # 1. Two videos of the same prompts, scored as in train.py. The base makes the first round's.
+    lora.set_scale(base.network, 1. if round_number else 0.)
+    key = cfg.seed, "round", round_number
+    first, second = [common.sample_scored(base, rewards, videos, part, cfg, *key, which)
+                     for which in (0, 1)]
+    lora.set_scale(base.network, 1.)
 
-            # 2. Their rewards, with SegVR and TAR as in train.py.
-            R_videos, logged = train.video_rewards(base, rewards, z[-1], g, captions, cfg)
-            R.append(R_videos)                                                # (B,)
-            mean_scores.append(logged["reward"])                              # (B,)
-
-        # 3. The better one wins.
-        first_wins = (R[0] >= R[1])[:, None, None, None, None]                # (B, 1, 1, 1, 1)
-        yield {"winner": torch.where(first_wins, z[0], z[1]),
-               "loser": torch.where(first_wins, z[1], z[0]),
-               "reward": (mean_scores[0] + mean_scores[1]) / 2,
-               "prompt": torch.tensor([index for _, index in part])}
+    # 2. The better one wins.
+    first_wins = (first["R"] >= second["R"])[:, None, None, None, None]       # (B, 1, 1, 1, 1)
+    return {"winner": torch.where(first_wins, first["z"], second["z"]),
+            "loser": torch.where(first_wins, second["z"], first["z"]),
+            "reward": (first["reward"] + second["reward"]) / 2}
 
 
 @dataclass(frozen=True)
-class Config(common.PromptConfig):
+class Config(common.NoChainGradient, common.PromptConfig):
     """Fine-tune a text-to-video model by Diffusion-DPO, from prompts."""
     rounds: int = 1
     """times that pairs are sampled, each for an equal share of the steps: first from the base, then
@@ -97,15 +76,12 @@ class Config(common.PromptConfig):
     """how fast the loss saturates as the model leaves the base (paper, Sec. 5)"""
     batch_size: int = 16
     """pairs behind an optimizer step, over all ranks"""
-    grad_steps: Suppress[Fixed[int]] = 1
-    cache_interval: Suppress[Fixed[int]] = 1
 
 
 PRESETS = common.presets(Config, pairs=2048, batch_size=16, lr=5e-4)
 
 
 def check(cfg):
-    """All that can be known before anything is loaded; ValueError in one line."""
     common.check(cfg)
     common.check_rounds(cfg, "pairs")
     check_at_least(cfg, "beta")
@@ -113,25 +89,20 @@ def check(cfg):
 
 def method(cfg, base, rewards, folder):
     """DPO as train.train takes it, on the pairs of rounds that the folder keeps."""
-    def make(round_number):
-        return sample_pairs(base, rewards, videos, round_number, cfg)
+    def make(part, round_number):
+        return sample_pairs(base, rewards, videos, part, round_number, cfg)
 
     videos = common.read_videos(cfg, base, lambda _: first_frames(cfg.frames, cfg.segments))
-    rounds = common.Rounds(cfg, folder, make, cfg.pairs)
+    rounds = common.Rounds(cfg, folder, videos, make, cfg.pairs, at_once=4)
 
     def draw(step):
-        pairs = rounds.of(step)
-        share = batch_indices(step, cfg.batch_size, cfg.pairs, cfg.seed, *rank_and_size())
-        chosen = torch.tensor([index for _, index in share])                  # (B,)
-        z_w, z_l = pairs["winner"][chosen], pairs["loser"][chosen]            # (B, C, F, h, w)
-        text = base.encode_text([videos.prompts[i] for i in pairs["prompt"][chosen].tolist()])
-        eps, u = [], []
-        for position, _ in share:
-            generator = sample_generator(cfg.seed, step, position)
-            eps.append(torch.randn(z_w.shape[1:], generator=generator))       # (C, F, h, w)
-            u.append(torch.rand((), generator=generator))
-        tensors = [v.to(base.device) for v in (z_w, z_l, torch.stack(eps), torch.stack(u))]
-        return *tensors, text, pairs["reward"][chosen]
+        share, pairs, text = rounds.rows(step)
+        generators = [sample_generator(cfg.seed, step, position) for position, _ in share]
+        z_w, z_l = pairs["winner"], pairs["loser"]                            # (B, C, F, h, w)
+        eps = torch.stack([torch.randn(z_w.shape[1:], generator=g) for g in generators])
+        u = torch.stack([torch.rand((), generator=g) for g in generators])
+        tensors = [v.to(base.device) for v in (z_w, z_l, eps, u)]
+        return *tensors, text, pairs["reward"]
 
     def score(batch):
         *inputs, mean_scores = batch

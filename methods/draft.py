@@ -13,9 +13,6 @@ Against train.py: (1) it starts from pure noise and needs prompts only; (2) it r
 (4) with --detach-input gradient passes a step by DDIM's own mixing alone, not through the network,
 so that K steps anywhere in the chain (--grad-at) cost K graphs, without a product of Jacobians.
 InstructVideo is DRaFT-K but for where the chain starts. Frames are chosen and weighted as there.
-
-Letters: B videos, C channels, F frames, S segments, h and w latent rows and columns, N text tokens,
-E their width.
 """
 import sys
 
@@ -72,8 +69,8 @@ def chosen_steps(step, cfg):
         K = int(torch.randint(1, K + 1, (), generator=generator))
     order = torch.randperm(D, generator=generator)[:K]
     evenly = [D - round(k * D / K) for k in range(K)]
-    last = list(range(1, K + 1))
-    return {"last": last, "uniform": evenly, "random": (1 + order).tolist()}[cfg.grad_at]
+    steps = {"last": [*range(1, K + 1)], "uniform": evenly, "random": (1 + order).tolist()}
+    return steps[cfg.grad_at]
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,6 @@ PRESETS = presets(Config)
 
 
 def check(cfg):
-    """All that can be known before anything is loaded; ValueError in one line."""
     check_common(cfg)
     if cfg.truncate not in ("fixed", "random"):
         raise ValueError(f"truncate {cfg.truncate!r}: must be fixed or random")
@@ -103,7 +99,6 @@ def check(cfg):
 
 
 def method(cfg, base, rewards, folder):
-    """DRaFT-K as train.train takes it."""
     videos = read_videos(cfg, base)
 
     def draw(step):

@@ -93,23 +93,9 @@ def nft_rewards(base, old, batch, cfg):
     return -LARGEST * nft_loss(z_0, old_z_0, z, r, cfg.beta) - cfg.kl * distance
 
 
-@torch.no_grad()
-def sample_batch(base, rewards, videos, step, cfg):
-    """A step's videos z (B, C, F, h, w), their keys [B], reward and R (B,), and captions [B]."""
-    whole = videos.start(videos.share(step, cfg.batch_size, cfg.group), cfg.seed, step)
-    levels, parts = chain_levels(base, cfg), []
-    for noise, text, g, captions, _ in train.split_batch(whole, cfg.clips_at_once):
-        z = sample(base.predict, noise, text, base.unconditional(text), levels,
-                   cfg.sampling_guidance)
-        R, logged = train.video_rewards(base, rewards, z, g, captions, cfg)
-        parts.append((z, logged["reward"], R))
-    z, mean_scores, R = [torch.cat(tensors) for tensors in zip(*parts)]
-    return z, whole[4], mean_scores, R, whole[3]
-
-
 def pairs(batch, step, cfg):
     """The n pairs of an update: some levels of the chain, each with all videos and new noise."""
-    z, keys, mean_scores, _, captions, r = batch
+    z, mean_scores, captions, keys, r = batch
     eps, chosen = [], common.chain_steps(cfg, step, cfg.num_steps)            # of D..1
     for i in chosen:
         generators = [sample_generator(*key, "learn", i) for key in keys]
@@ -140,21 +126,22 @@ PRESETS = common.presets(Config, updates=2, group=8, batch_size=64, timestep_fra
 
 
 def check(cfg):
-    """All that can be known before anything is loaded; ValueError in one line."""
     common.check_updates(cfg, "beta", group=2, kl=0)
 
 
 def method(cfg, base, rewards, folder):
-    """DiffusionNFT as train.train takes it."""
     videos = common.read_videos(cfg, base, lambda _: first_frames(cfg.frames, cfg.segments))
     batches, old = [], {}  # of the round: its videos, and the adapters that it began with
+
+    def sample_z(noise, text, keys):
+        uncond, levels = base.unconditional(text), chain_levels(base, cfg)
+        return [sample(base.predict, noise, text, uncond, levels, cfg.sampling_guidance)]
 
     def draw(step):
         if step % cfg.updates == 0:
             old.update(put_adapters(base.network, {}))
-            sampled, _, R = common.sample_round(sample_batch, base, rewards, videos, step, cfg)
-            r = common.of_rank(optimality(R, cfg.group), cfg).to(base.device)  # (updates, B)
-            batches[:] = [(*batch, r[k]) for k, batch in enumerate(sampled)]
+            batches[:] = common.sample_round(
+                sample_z, lambda R, _: optimality(R, cfg.group), base, rewards, videos, step, cfg)
         return pairs(batches[step % cfg.updates], step, cfg)
 
     def score(batch):

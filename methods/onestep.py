@@ -13,8 +13,6 @@ the guessed z_0, which is smoother than an edit. It was there before: the reward
 (arXiv:2405.18750), ReFL on noised clips, Direct-Align of SRPO (arXiv:2509.06942) with its second
 level at no noise. Direct-Align's small steps are not offered: tried in the tiny world, they gained
 less, lost more motion, and broke after 120 steps.
-
-Letters: B clips, N text tokens, E their width; others as in sampler.py.
 """
 import sys
 
@@ -28,7 +26,7 @@ from tyro.conf import Fixed, Suppress
 
 import train
 from data import batch_indices
-from methods.common import presets
+from methods.common import NoChainGradient, presets
 from sampler import Levels, add_noise, edit_steps, guided
 from support.ranks import rank_and_size, sample_generator
 from support.settings import chain_levels
@@ -50,39 +48,33 @@ def onestep_rewards(base, rewards, uncond, batch, cfg):
 
 
 @dataclass(frozen=True)
-class Config(train.Config):
+class Config(NoChainGradient, train.Config):
     """Fine-tune a text-to-video model by one-step edits of clips."""
     tau_low: float = 0.3
     """least noise, as a share of the chain (ours: tried in the tiny world)"""
     tau_high: float = 0.7
     """most noise, as a share of the chain (ours: tried in the tiny world)"""
     tau: Suppress[Fixed[float]] = 0.6
-    grad_steps: Suppress[Fixed[int]] = 1
-    cache_interval: Suppress[Fixed[int]] = 1
 
 
 PRESETS = presets(Config)
 
 
 def check(cfg):
-    """All that can be known before anything is loaded; ValueError in one line."""
     train.check(cfg)
     if edit_steps(cfg.tau_low, cfg.num_steps) > edit_steps(cfg.tau_high, cfg.num_steps):
         raise ValueError(f"tau_low = {cfg.tau_low}: must be at most tau_high = {cfg.tau_high}")
 
 
 def method(cfg, base, rewards, folder):
-    """One-step editing as train.train takes it."""
     dataset = train.read_clips(cfg, base)
     least = edit_steps(cfg.tau_low, cfg.num_steps)
     most = edit_steps(cfg.tau_high, cfg.num_steps)
 
     def draw(step):
-        steps = []
-        for position, _ in batch_indices(step, cfg.batch_size, len(dataset), cfg.seed,
-                                         *rank_and_size()):
-            generator = sample_generator(cfg.seed, step, position, "level")
-            steps.append(int(torch.randint(least, most + 1, (), generator=generator)))
+        share = batch_indices(step, cfg.batch_size, len(dataset), cfg.seed, *rank_and_size())
+        generators = [sample_generator(cfg.seed, step, position, "level") for position, _ in share]
+        steps = [int(torch.randint(least, most + 1, (), generator=g)) for g in generators]
         return *train.draw_batch(dataset, step, cfg, base), steps
 
     def score(batch):

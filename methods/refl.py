@@ -13,8 +13,6 @@ is scored in the place of the chain's end.
 Ours differs from the authors' code (THUDM/ImageReward, ReFL.py:712-756): (1) the loss is -R, not
 1e-3 relu(2 - r), made for ImageReward's scale; (2) guidance is on, as in sampling (there: off);
 (3) frames are chosen and weighted as in train.py.
-
-Letters: B videos, C channels, F frames, S segments, h and w latent rows and columns, N text tokens.
 """
 import sys
 
@@ -56,14 +54,12 @@ PRESETS = presets(Config)
 
 
 def check(cfg):
-    """All that can be known before anything is loaded; ValueError in one line."""
     check_common(cfg)
     if not 0 < cfg.late <= 1:
         raise ValueError(f"late = {cfg.late}: must be above 0 and at most 1")
 
 
 def method(cfg, base, rewards, folder):
-    """ReFL as train.train takes it."""
     videos = read_videos(cfg, base)
 
     def draw(step):

@@ -16,8 +16,6 @@ With --data real clips take the videos' place, each weighted by its own reward, 
 
 Ours differs from jannerm/ddpo: rewards are standardised before the softmax. HPSv2 spreads by 0.015
 only, and a softmax of such numbers gives every video the same weight.
-
-Letters: B videos, C channels, F frames, S segments, h and w latent rows and columns.
 """
 import sys
 
@@ -25,17 +23,16 @@ if not __package__:
     print("start it as: python -m methods.rwr", file=sys.stderr)
     sys.exit(2)
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from tyro.conf import Fixed, Suppress
 
 import train
 from data import batch_indices
 from methods import common
 from reward import first_frames
-from sampler import sample
 from support.ranks import rank_and_size, sample_generator
-from support.settings import chain_levels, check_at_least
+from support.settings import check_at_least
 
 
 def reward_weights(rewards, temperature):
@@ -46,30 +43,8 @@ def reward_weights(rewards, temperature):
     return len(rewards) * torch.softmax(standardised / temperature, dim=0)    # (B,)
 
 
-def denoising_errors(base, z, eps, u, text):
-    """The base's own loss for each video (Eq. (1) of InstructVideo): z (B, C, F, h, w) -> (B,)."""
-    t, alpha, sigma = [v.to(z.device) for v in base.level(u)]                 # (B,), ...
-    z_t = alpha * z + sigma * eps                                             # Eq. (5)
-    z_0, guess = base.predict(z_t, (t, alpha, sigma), text)                   # (B, C, F, h, w)
-    return base.error(z_0, guess, z, eps, (t, alpha, sigma))                  # (B,)
-
-
-@torch.no_grad()
-def sample_videos(base, rewards, videos, round_number, cfg):
-    """This rank's videos of a round, scored, 8 at a time: {z, R, reward, prompt}."""
-    share, levels = videos.share(round_number, cfg.videos), chain_levels(base, cfg)
-    for start in range(0, len(share), 8):
-        part = share[start:start + 8]
-        noise, text, g, captions, _ = videos.start(part, cfg.seed, "round", round_number)
-        uncond = base.unconditional(text)                                     # (1 or B, N, E)
-        z = sample(base.predict, noise, text, uncond, levels, cfg.guidance)
-        R, logged = train.video_rewards(base, rewards, z, g, captions, cfg)
-        indices = torch.tensor([index for _, index in part])                  # (B,)
-        yield {"z": z, "R": R, "reward": logged["reward"], "prompt": indices}
-
-
 @dataclass(frozen=True)
-class Config(common.NoiseConfig):
+class Config(common.NoChainGradient, common.NoiseConfig):
     """Fine-tune a text-to-video model by reward-weighted regression."""
     rounds: int = 4
     """times that new videos are sampled, each for an equal share of the steps"""
@@ -79,15 +54,12 @@ class Config(common.NoiseConfig):
     """of the softmax, in standard deviations of the reward; the smaller, the fewer videos count"""
     batch_size: int = 16
     """videos behind an optimizer step, over all ranks"""
-    grad_steps: Suppress[Fixed[int]] = 1
-    cache_interval: Suppress[Fixed[int]] = 1
 
 
 PRESETS = common.presets(Config, rounds=10, videos=2048, batch_size=16)
 
 
 def check(cfg):
-    """All that can be known before anything is loaded; ValueError in one line."""
     common.check(cfg)
     check_at_least(cfg, "temperature")
     if cfg.data is None:
@@ -98,22 +70,20 @@ def method(cfg, base, rewards, folder):
     """RWR as train.train takes it: on sampled videos, or on the clips of --data."""
     if cfg.data:
         source = train.read_clips(cfg, base)
-        draw_weighted = weighted_clips(cfg, base, rewards, source)
+        draw_weighted = partial(weighted_clips, cfg, base, rewards, source)
     else:
         source = common.read_videos(cfg, base, lambda _: first_frames(cfg.frames, cfg.segments))
         draw_weighted = weighted_videos(cfg, base, rewards, source, folder)
 
     def draw(step):
         share = batch_indices(step, cfg.batch_size, cfg.batch_size, cfg.seed, *rank_and_size())
-        u = []
-        for position, _ in share:
-            generator = sample_generator(cfg.seed, step, position, "t")
-            u.append(torch.rand((), generator=generator))
-        return *draw_weighted(step), torch.stack(u)
+        generators = [sample_generator(cfg.seed, step, position, "t") for position, _ in share]
+        u = torch.stack([torch.rand((), generator=g) for g in generators])    # (B,)
+        return *draw_weighted(step), u
 
     def score(batch):
         z, eps, text, w, mean_scores, u = batch
-        error = denoising_errors(base, z, eps, u, text)                       # (B,)
+        error = common.denoising_errors(base, z, eps, u, text)                # (B,)
         return -w.to(error) * error, {"reward": mean_scores}
 
     return train.Method(draw, score, source.description)
@@ -121,39 +91,33 @@ def method(cfg, base, rewards, folder):
 
 def weighted_videos(cfg, base, rewards, videos, folder):
     """step -> z, eps (B, C, F, h, w), text (B, N, E), w (B,), reward (B,) of its round's videos."""
-    def make(round_number):
-        return sample_videos(base, rewards, videos, round_number, cfg)
+    def make(part, round_number):
+        key = cfg.seed, "round", round_number
+        return common.sample_scored(base, rewards, videos, part, cfg, *key)
 
-    rounds = common.Rounds(cfg, folder, make, cfg.videos)
+    rounds = common.Rounds(cfg, folder, videos, make, cfg.videos, at_once=8)
 
     def draw(step):
-        sampled = rounds.of(step)
-        w = reward_weights(sampled["R"], cfg.temperature)  # over the round
-        share = batch_indices(step, cfg.batch_size, cfg.videos, cfg.seed, *rank_and_size())
-        chosen = torch.tensor([index for _, index in share])                  # (B,)
-        z = sampled["z"][chosen]                                              # (B, C, F, h, w)
-        eps = []
+        share, sampled, text = rounds.rows(step)
+        w = reward_weights(rounds.of(step)["R"], cfg.temperature)  # over the round
+        z, eps = sampled["z"], []                                             # (B, C, F, h, w)
         for position, _ in share:
             generator = sample_generator(cfg.seed, step, position)
             white = torch.randn(z.shape[1:], generator=generator)             # (C, F, h, w)
             offset = torch.randn(*z.shape[1:3], 1, 1, generator=generator)    # as train.draw_batch
             eps.append(white + cfg.offset_noise * offset)
-        text = base.encode_text([videos.prompts[i] for i in sampled["prompt"][chosen].tolist()])
         eps = torch.stack(eps).to(base.device)                                # (B, C, F, h, w)
-        return z.to(base.device), eps, text, w[chosen], sampled["reward"][chosen]
+        return z.to(base.device), eps, text, w[[row for _, row in share]], sampled["reward"]
     return draw
 
 
-def weighted_clips(cfg, base, rewards, dataset):
+@torch.no_grad()
+def weighted_clips(cfg, base, rewards, dataset, step):
     """The same for clips, each weighted by its own reward (VGen, utils/reward/reward.py:406)."""
-    @torch.no_grad()
-    def draw(step):
-        batch = train.draw_batch(dataset, step, cfg, base)
-        z, eps, text, g, captions = batch
-        g = first_frames(cfg.frames, cfg.segments).to(g).expand_as(g)         # (B, S)
-        R, logged = train.video_rewards(base, rewards, z, g, captions, cfg)
-        return z, eps, text, R, logged["reward"]
-    return draw
+    z, eps, text, g, captions = train.draw_batch(dataset, step, cfg, base)
+    g = first_frames(cfg.frames, cfg.segments).to(g).expand_as(g)             # (B, S)
+    R, logged = train.video_rewards(base, rewards, z, g, captions, cfg)
+    return z, eps, text, R, logged["reward"]
 
 
 if __name__ == "__main__":

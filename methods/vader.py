@@ -97,7 +97,6 @@ PRESETS["videocrafter"] = replace(
 
 
 def check(cfg):
-    """All that can be known before anything is loaded; ValueError in one line."""
     check_at_least(cfg, parts=1, grad_parts=1, frames=min(cfg.parts, 2))
     if cfg.grad_parts > cfg.parts:
         raise ValueError(f"grad_parts = {cfg.grad_parts}: must be from 1 to {cfg.parts}, the parts")
@@ -110,11 +109,7 @@ def check(cfg):
 
 
 def method(cfg, base, rewards, folder):
-    """VADER as train.train takes it."""
-    def pick_frames(generator):
-        return random_frames(cfg.frames, cfg.frames_scored, generator)        # (n,)
-
-    videos = read_videos(cfg, base, pick_frames)
+    videos = read_videos(cfg, base, lambda g: random_frames(cfg.frames, cfg.frames_scored, g))
 
     def score(batch):
         return vader_rewards(base, rewards, base.unconditional(batch[1]), batch, cfg)

@@ -1,10 +1,9 @@
 """
 Action in the tiny world: how sure a classifier is that the shape moves as wanted. `--reward
-action:left`, whatever the caption says.
-VADER (arXiv:2407.08737) takes VideoMAE's classes for this; this classifier is the tiny world's own
-(tiny/build.py). Unlike the judge, which convolves over time, it attends over it. The score is the
-log-probability of the direction, at most 0: its gradient is large for a clip that certainly moves
-another way, where the probability itself has next to none. A video reward of 16 frames.
+action:left`, whatever the caption says. VADER (arXiv:2407.08737) takes VideoMAE's classes for this.
+Unlike the judge, which convolves over time, this one attends over it (tiny/build.py). The score is
+the log-probability of the direction: its gradient is large for a clip that certainly moves another
+way, where the probability itself has next to none. A video reward of 16 frames.
 Letters: B videos, F frames, C classes, E width.
 """
 import torch

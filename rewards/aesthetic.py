@@ -1,9 +1,8 @@
 """
 LAION's aesthetic predictor V2: how beautiful people would find a picture, whatever its caption, on
 a scale of 1 to 10; most score 4.5 to 7. An image reward.
-Unit features of OpenAI's CLIP ViT-L/14, then five linear layers without anything between them.
-Weights: the hub folder openai/clip-vit-large-patch14; in it, or from the hub, the layers, which are
-the authors' (christophschuhmann/improved-aesthetic-predictor).
+Unit features of OpenAI's CLIP ViT-L/14, then five linear layers without anything between them,
+the authors' own (christophschuhmann/improved-aesthetic-predictor).
 """
 import torch.nn.functional as F_
 

@@ -34,20 +34,16 @@ def find_class(labels, wanted, what):
         if label.lower() == wanted:
             return int(index)
     known = sorted({*labels.values()} - {"N/A"})
-    similar = [label for label in known if wanted[:3] in label.lower()]
-    examples = ", ".join((similar or known)[:8])
-    raise ValueError(f"{what}: no class {wanted!r:.60}; must be one of its {len(known)}, "
-                     f"such as {examples}")
+    similar = [label for label in known if wanted[:3] in label.lower()] or known
+    raise ValueError(f"{what}: no class {wanted!r:.60}; must be one of its {len(known)}, such as "
+                     f"{', '.join(similar[:8])}")
 
 
 def fit_within(x, shortest, longest, multiple):
     """YOLOS's resize: shortest side to `shortest`, longest at most `longest`, to a `multiple`."""
     H, W = x.shape[-2:]
-    if max(H, W) / min(H, W) * shortest > longest:
-        exact = longest * min(H, W) / max(H, W)
-        h, w = (round(exact), int(exact * W / H)) if H <= W else (int(exact * H / W), round(exact))
-    else:
-        h, w = (shortest, int(shortest * W / H)) if H <= W else (int(shortest * H / W), shortest)
+    exact = min(shortest, longest * min(H, W) / max(H, W))
+    h, w = (round(exact), int(exact * W / H)) if H <= W else (int(exact * H / W), round(exact))
     h, w = max(h // multiple, 1) * multiple, max(w // multiple, 1) * multiple
     return F_.interpolate(x, (h, w), mode="bilinear", align_corners=False, antialias=True)
 

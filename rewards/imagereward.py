@@ -2,7 +2,6 @@
 ImageReward: how people rate a picture as an answer to a caption. Xu et al. (arXiv:2304.05977).
 A BLIP reads the caption while it looks at the picture; five linear layers turn its first token
 into a score, standardised over the authors' data: mostly -2 to 2. An image reward.
-Weights: ImageReward.pt of THUDM/ImageReward; beside it, or from the hub, BERT's vocab.txt.
 Ours differs from the published code: BLIP is transformers', whose tensors have other names.
 Letters: B videos, S frames, N = B S pictures, T tokens.
 """
@@ -59,7 +58,7 @@ class Blip(nn.Module):
 class ImageReward(RewardModel):
     """blip: Blip(...); head: LinearHead; words: BERT's. frames (B, S, 3, H, W) -> (B, S)."""
 
-    def __init__(self, blip, head, words, name="ImageReward-v1.0"):
+    def __init__(self, blip, head, words, name):
         from tokenizers import BertWordPieceTokenizer
         super().__init__(name)
         self.blip, self.head, self.size = blip, head, blip.vision.config.image_size
@@ -88,21 +87,18 @@ def load(path, argument, dtype, device, vision=VISION, text=TEXT):
         vision = VISION | SMALL | dict(image_size=32, patch_size=8)
         text = TEXT | SMALL | dict(encoder_hidden_size=32, vocab_size=len(SPELLED),
                                    bos_token_id=2, sep_token_id=3)
-        blip = build(lambda: Blip(vision, text), None, dtype, device)
-        head = build(lambda: LinearHead(32), device=device)
-        return ImageReward(blip, head, SPELLED, "ImageReward-random")
-
-    path = path / "ImageReward.pt" if path.is_dir() else path
-    published = {replace_all(name, RENAMED): t for name, t in read_tensors(path).items()}
-    # Tensors that are still called blip.* were used in pretraining alone.
-    parts = {k: v for k, v in published.items() if k.startswith(("vision.", "text."))}
+        name, listed, parts, layers = "ImageReward-random", SPELLED, None, None
+    else:
+        path = path / "ImageReward.pt" if path.is_dir() else path
+        published = {replace_all(name, RENAMED): t for name, t in read_tensors(path).items()}
+        # Tensors that are still called blip.* were used in pretraining alone.
+        parts = {k: v for k, v in published.items() if k.startswith(("vision.", "text."))}
+        layers = {k[4:]: v for k, v in published.items() if k.startswith("mlp.")}
+        advice = f"put it beside {path.name}"
+        words = hub_file("imagereward", BERT, "vocab.txt", advice, path.parent)
+        name, listed = "ImageReward-v1.0", read_text(words).rstrip("\n").split("\n")
+        if not set(SPECIAL) < set(listed) or len(listed) > text["vocab_size"]:
+            raise ValueError(f"{words}: not BERT's words, or more than {text['vocab_size']}")
     blip = build(lambda: Blip(vision, text), path, dtype, device, parts)
-    layers = {k[4:]: v for k, v in published.items() if k.startswith("mlp.")}
     head = build(lambda: LinearHead(text["hidden_size"]), path, device=device, tensors=layers)
-    words = path.parent / "vocab.txt"
-    if not words.is_file():
-        words = hub_file("imagereward", BERT, "vocab.txt", f"put it beside {path.name}")
-    listed = read_text(words).rstrip("\n").split("\n")
-    if not set(SPECIAL) < set(listed) or len(listed) > text["vocab_size"]:
-        raise ValueError(f"{words}: not BERT's words, or more than {text['vocab_size']}")
-    return ImageReward(blip, head, listed)
+    return ImageReward(blip, head, listed, name)

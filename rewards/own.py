@@ -5,7 +5,7 @@ function(frames, captions): frames (B, S, 3, H, W) in [0, 1], with gradient, and
 scores (B, S). With an attribute `num_frames` it is a video reward: it is given so many frames in
 order -> (B, 1). A torch module is frozen. An attribute `name` replaces its name.
 """
-import importlib.util
+import runpy
 from pathlib import Path
 
 import torch
@@ -41,13 +41,10 @@ class OwnReward(RewardModel):
 def load(file, function, dtype, device):
     """The reward `function` of a Python file, which is run."""
     what = f"reward {file}:{function}"
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        reward = runpy.run_path(file, run_name=Path(file).stem).get(function)
     except Exception as error:  # whatever the user's own code raises
         raise ValueError(f"{what}: the file cannot be imported ({first_line(error)})") from None
-    reward = getattr(module, function, None)
     if not callable(reward):
         raise ValueError(f"{what}: must name a function of the file, as in {file}:NAME")
     return OwnReward(reward, f"{Path(file).stem}:{function}").to(device)

@@ -2,7 +2,6 @@
 PickScore (Kirstain et al., arXiv:2305.01569): which of two pictures people pick for a caption.
 A CLIP ViT-H-14 tuned on people's choices; the score is exp(logit_scale) times the cosine of a
 picture's and a caption's features, 18 to 24. An image reward.
-Weights: the hub folder yuvalkirstain/PickScore_v1.
 Ours differs from the published code: captions are cleaned as CLIP's authors do, `&amp;` into `&`.
 Letters: B videos, S frames, E width of the features.
 """

@@ -1,9 +1,8 @@
 """
 Removal in the tiny world: how sure a detector is that a frame has no watermark. `--reward
-removal:watermark`; captions are ignored.
-VADER (arXiv:2407.08737) takes YOLOS's classes for this; this detector is the tiny world's own
-(tiny/build.py). The score is the log-probability that there is no watermark, at most 0: its
-gradient is large where the detector is sure that there is one, too. An image reward.
+removal:watermark`; captions are ignored. VADER (arXiv:2407.08737) takes YOLOS's classes for this.
+The score is the log-probability that there is none (tiny/build.py): its gradient is large where the
+detector is sure that there is one, too. An image reward.
 Letters: B videos, S frames, N = B S pictures, E channels.
 """
 import torch.nn.functional as F_

@@ -4,7 +4,6 @@ consistency. `--reward viclip`. The cosine of a clip's and a caption's features.
 8 frames, the middle one of each of 8 equal parts; all their patches attend to each other.
 Pixels are normalised by CLIP's statistics as VBench does (`viclip`, named ViCLIP-L/vbench), or by
 ImageNet's as T2V-Turbo does (`viclip:imagenet`): scores of the two do not compare.
-Weights: model.safetensors of OpenGVLab/ViCLIP-L-14-hf, or the file that VBench downloads.
 Ours differs from VBench: floats are resized, not bytes. From T2V-Turbo: the frames and the square
 are the middle ones, not random.
 Letters: B videos, F frames, N patches of a frame, W width, E width of the features.

@@ -3,8 +3,7 @@ Action: how sure a classifier is that the wanted action happens. `--reward "vide
 piano"`, or `--reward videomae` for the action that each caption names.
 VADER (arXiv:2407.08737) with VideoMAE (arXiv:2203.12602), tuned on Kinetics-400: the score is the
 probability of the class, 0 to 1. A video reward of 16 frames.
-Weights: the hub folder MCG-NJU/videomae-base-finetuned-kinetics; its config.json has the classes.
-CC-BY-NC-4.0: neither they nor what is tuned on them may be used commercially.
+Weights: CC-BY-NC-4.0, neither they nor what is tuned on them may be used commercially.
 Letters: B videos, F frames, C classes.
 """
 import re

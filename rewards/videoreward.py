@@ -6,7 +6,6 @@ A Qwen2-VL-2B reads the video, then a text that asks for the scores, and a linea
 off at a token of its own. A video reward of 4 frames, the first and last among them: the model's
 rule for clips of up to two seconds. Tokens look back only, so the first two scores do not depend
 on the caption, and what comes after the last wanted one is not computed.
-Weights: the hub folder KlingTeam/VideoReward with the authors' text (formats/video_reward.py).
 Ours differs: floats are resized, not bytes. As published, and unlike in transformers' forward(),
 positions count tokens, those of the video as all others.
 Letters: B videos, S frames, P patches, N tokens, E width.
@@ -18,6 +17,7 @@ from torch import nn
 
 from formats import video_reward as published
 from formats.reward_model import RewardModel, build, clip_normalize, limit
+from formats.tensors import read_tensors
 
 FRAMES, PATCH, MERGED = 4, 14, 2  # a token is 2 x 2 patches, each of 2 frames
 PIXELS = 100_352, 200_704  # of a frame: at least, at most
@@ -113,7 +113,8 @@ def load(path, argument, dtype, device, text=TEXT, vision=VISION):
     template = published.read_template(folder)  # before gigabytes are read or downloaded
     scales = published.read_scales(folder)
     tokenizer = published.read_tokenizer(folder, text["vocab_size"])
-    weights, tensors = published.read_weights(folder)
+    weights = published.find_file(folder, f"{published.CHECKPOINT}/model.pth")
+    tensors = published.merge_lora(read_tensors(weights))
     network = build(lambda: Network(text, vision), weights, dtype, device, tensors)
     return VideoReward(network, tokenizer, template, {score: scales[score] for score in wanted},
                        f"VideoReward{ending}")

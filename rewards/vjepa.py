@@ -5,7 +5,6 @@ VADER (arXiv:2407.08737), here with V-JEPA 2 (arXiv:2506.09985): minus the mean 
 |prediction - target| over the hidden patches, where the prediction comes from the shown patches
 alone, and the target is what the encoder makes of the whole clip, normalised and without gradient.
 Below 0; real clips are nearer to it. A video reward of 16 frames, without text.
-Weights: the hub folder facebook/vjepa2-vitl-fpc64-256; VADER has V-JEPA 1, which is CC-BY-NC.
 Ours differs from transformers' class: its encoder is shown everything, and would so pass on what it
 has to predict. A caption's own seed hides the patches, so that scores of two steps compare.
 Letters: B videos, F frames, N patches of a clip, M hidden ones, E width.

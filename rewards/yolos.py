@@ -3,7 +3,6 @@ Object removal: how sure a detector is that a thing is nowhere in the picture. `
 yolos:book`; captions are ignored.
 VADER (arXiv:2407.08737) with YOLOS (arXiv:2106.00666): the score is one minus the largest
 probability of the class over all of the detector's queries, 0 to 1. An image reward.
-Weights: the hub folder hustvl/yolos-tiny; its config.json has the classes.
 Ours differs from VADER's code, which (1) looks at detections above 0.2 only, so a thing that is
 seen dimly gives no gradient; (2) scores one frame, as it sets its sum back to zero in its loop.
 Letters: B videos, S frames, N = B S pictures, Q queries, C classes.

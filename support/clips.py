@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from support.files import first_names, read_text, write_whole
 from support.ranks import all_gather, barrier, is_main_process, map_tensors, progress, rank_and_size, take
-from support.videos import FLAWS, read_all_windows, read_as_in_version_1, read_picture
+from support.videos import FLAWS, read_all_windows, read_picture
 
 SUFFIXES = (".mp4 .webm .avi .mov .mkv .gif .m4v .mpg .mpeg .ts .mts .m2ts .flv .f4v .ogv .wmv .asf .3gp .3g2 .vob .m2v .mxf "
             ".y4m .divx .dv .rm .rmvb .nut").split()
@@ -190,7 +189,7 @@ def report_long(captions, base):
 # Tensors kept on disk: one safetensors file for each, named by the hash of what it was made from. Whatever a tensor depends on
 # belongs to that. Then a stale entry cannot be found, and nothing needs to be deleted.
 
-CACHE_VERSION = 2  # of how clips are read; what is read as in version 1 keeps its entries
+CACHE_VERSION = 2  # of how clips are read
 
 
 class Stored:
@@ -289,10 +288,6 @@ def encode_clips(clips, config, base, cache_dir, num_workers, max_skip):
             continue
         state = str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns  # of a file that was replaced, others
         files[path] = cached_file(cache_dir, CACHE_VERSION, "moments", vae_name, asdict(config), state)
-        old = cached_file(cache_dir, 1, "moments", vae_name, asdict(config), state)
-        if old and old.exists() and read_as_in_version_1(path, config):
-            with suppress(FileNotFoundError):  # another rank was faster
-                old.replace(files[path])
     entries = find_cached(files)
 
     # 1. What is known before the long work: files that are not there, or that one node does not see, and captions.

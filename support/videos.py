@@ -2,7 +2,7 @@
 any player shows, and .gif. Letters: n possible starts of a window, K windows, F frames, H and W pixel rows and columns."""
 import os
 import re
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from types import SimpleNamespace
@@ -96,17 +96,6 @@ def is_even(times, frame_ticks):
     late = np.cumsum(intervals - intervals.mean())
     # An eighth, since a GIF counts in hundredths of a second: 30 frames a second are then 33.3 by its header.
     return abs(late).max() <= intervals.mean() / 2 and abs(intervals.mean() / frame_ticks - 1) <= 1 / 8
-
-
-def read_as_in_version_1(path, config):
-    """Whether version 1 of the cache, which knew only even rates, square pixels and rotations, read this clip in the same way."""
-    with suppress(ValueError, StopIteration):  # cannot be read, or has no frame at all
-        even = plan_windows(path, config)[1]
-        with open_video(path) as (container, stream):
-            a, b, c, d = display_matrix(next(shown_frames(container, stream)))
-            plain = stream == container.streams.video[0] and (stream.sample_aspect_ratio or 1) == 1
-            return even and plain and a * d > b * c  # else mirrored
-    return False
 
 
 def display_matrix(frame):

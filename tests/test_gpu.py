@@ -59,7 +59,8 @@ def test_every_method_runs_forward_on_fake_cuda_tensors(monkeypatch, tmp_path):
     (tmp_path / "prompts.txt").write_text("a bear\n")
     levels = ddim_levels(2, alpha_bars())
     monkeypatch.setattr(torch.nn.Module, "to", convert)
-    monkeypatch.setattr(Rounds, "of", lambda rounds, step: {k: v.cpu() for k, v in next(iter(rounds.make(0))).items()})
+    monkeypatch.setattr(Rounds, "of", lambda rounds, step: {"prompt": torch.zeros(1, dtype=torch.int64)} | {
+        k: v.cpu() for k, v in rounds.make(rounds.videos.share(0, rounds.size), 0).items()})
     with FakeTensorMode(allow_non_fake_inputs=True), NoNumbers():
         base, reward = small()
         for part in (base.text_encoder.to(CUDA), base.vae.to(CUDA).decoder, base.vae.post_quant_conv, base.network, reward):

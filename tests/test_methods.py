@@ -311,7 +311,7 @@ def test_the_ratio_is_1_before_the_first_update(parts, sampled):
     text, path, old = sampled
     cfg = config(ddpo)
     for i in range(4, 0, -1):
-        mean, std = ddpo.policy(base, path[:, 4 - i], i, text, uncond, cfg)  # with gradient, as in learning
+        mean, std = common.policy(base, path[:, 4 - i], i, text, uncond, cfg)  # with gradient, as in learning
         ratio = torch.exp(ddpo.log_prob(path[:, 5 - i], mean, std) - old[:, 4 - i])
         assert (ratio - 1).abs().max() < 1e-6
 
@@ -329,7 +329,7 @@ def test_the_first_gradient_is_that_of_reinforce(parts, sampled):
     grad, loss = learned()
     total = 0.
     for i in range(4, 0, -1):
-        mean, std = ddpo.policy(base, path[:, 4 - i], i, text, uncond, config(ddpo))
+        mean, std = common.policy(base, path[:, 4 - i], i, text, uncond, config(ddpo))
         total = total + (A * ddpo.log_prob(path[:, 5 - i], mean, std)).sum() / (2 * 4)
     assert apart(grad, -gradient(base, total)) < 1e-3
     assert loss == pytest.approx(-.5 / 2, abs=1e-5)
@@ -337,7 +337,7 @@ def test_the_first_gradient_is_that_of_reinforce(parts, sampled):
         assert apart(learned(number)[0], grad) < 1e-3
     # Half of the steps: others in another step, and an estimate of the same mean.
     half = config(ddpo, timestep_fraction=.5)
-    chosen = [ddpo.pairs((path, old, A, A, CAPTIONS, A), step, half)[-1] for step in range(9)]
+    chosen = [ddpo.pairs((path, path, old, A, CAPTIONS, KEYS, A), step, half)[-1] for step in range(9)]
     assert {len(steps) for steps in chosen} == {2 * 2} and set(sum(chosen, [])) == {1, 2, 3, 4}
     assert learned(timestep_fraction=.5)[1] == pytest.approx(-.25, abs=1e-5)
 
@@ -353,13 +353,13 @@ def test_the_policys_gradient_is_that_of_the_expected_reward():
                                  levels=lambda D, shape: sampler.ddim_levels(D, sampler.alpha_bars()))
     path = [torch.randn(number, 1, 1, 1, 1, generator=g)]
     for i in range(D, 0, -1):
-        mean, std = ddpo.policy(base, path[-1], i, text, text[:1], cfg)
+        mean, std = common.policy(base, path[-1], i, text, text[:1], cfg)
         path.append(mean + std * torch.randn(path[0].shape, generator=g))
     R = -(path[-1].flatten() - 1) ** 2
     expected, = torch.autograd.grad(R.mean(), theta)
     A, found = (R - R.mean()).detach(), 0.
     for i in range(D, 0, -1):
-        mean, std = ddpo.policy(base, path[D - i].detach(), i, text, text[:1], cfg)
+        mean, std = common.policy(base, path[D - i].detach(), i, text, text[:1], cfg)
         log_p = ddpo.log_prob(path[D - i + 1], mean, std)
         found -= torch.autograd.grad(ddpo.ppo_loss(log_p, log_p.detach(), A), theta)[0].item()
     assert found == pytest.approx(expected.item(), rel=.1)
@@ -477,7 +477,7 @@ def test_winner_and_loser_share_prompt_t_and_noise(parts):
 def test_pairs_are_two_videos_of_one_prompt_and_the_reward_decides(parts, monkeypatch):
     base, _, _ = parts
     made = []
-    monkeypatch.setattr(dpo, "sample", lambda *args: made.append((args[1:3], strengths(base), sampler.sample(*args)))
+    monkeypatch.setattr(common, "sample", lambda *args: made.append((args[1:3], strengths(base), sampler.sample(*args)))
                         or made[-1][-1])
     cfg = config(dpo, pairs=4, lambda_tar=0.)
     prompts = [*CAPTIONS, "a blue ring moving up", "a cyan cross moving left"]
@@ -485,11 +485,12 @@ def test_pairs_are_two_videos_of_one_prompt_and_the_reward_decides(parts, monkey
 
     def brightness(frames, captions):
         return frames.mean(dim=(2, 3, 4)) * 1e3  # (B, S)
-    part, = dpo.sample_pairs(base, brightness, videos, 0, cfg)
+    share = videos.share(0, 4)
+    part = dpo.sample_pairs(base, brightness, videos, share, 0, cfg)
     ((noise, text), strength, z), ((other_noise, other_text), other_strength, other_z) = made
     assert torch.equal(text, other_text) and strength == other_strength == {0.} and strengths(base) == {1.}
     assert all(not torch.equal(a, b) for a, b in zip(noise, other_noise))
-    assert torch.equal(text, base.encode_text([prompts[i] for i in part["prompt"]]))
+    assert torch.equal(text, base.encode_text([prompts[i] for _, i in share]))
     for i in range(4):
         pair = {fingerprint({"z": v[i]}) for v in (part["winner"], part["loser"])}
         assert pair == {fingerprint({"z": v[i]}) for v in (z, other_z)} and len(pair) == 2
@@ -497,7 +498,7 @@ def test_pairs_are_two_videos_of_one_prompt_and_the_reward_decides(parts, monkey
     bright = [base.decode_frames(part[k]).mean(dim=(1, 2, 3, 4)) for k in ("winner", "loser")]
     assert (bright[0] > bright[1]).float().mean() >= .75
     made.clear()
-    list(dpo.sample_pairs(base, brightness, videos, 1, cfg))  # later rounds: from the model as it stands
+    dpo.sample_pairs(base, brightness, videos, share, 1, cfg)  # later rounds: from the model as it stands
     assert made[0][1] == {1.}
 
 
@@ -611,14 +612,14 @@ def test_killed_in_the_middle_of_a_round(name, monkeypatch):
 
 
 def test_a_signal_while_a_round_is_sampled_leaves_no_round(monkeypatch):
-    real = dpo.sample
+    real = common.sample
 
     def sample(*args):
         os.kill(os.getpid(), signal.SIGINT)
         return real(*args)
     flags = [*SHORT, *MORE["dpo"], "--steps", 2, "--out", "run"]
     with monkeypatch.context() as patch:
-        patch.setattr(dpo, "sample", sample)
+        patch.setattr(common, "sample", sample)
         assert run("dpo", *flags) == 130
     assert not list(Path("run").glob("round*")) and not list(Path("run").glob(".*"))
     assert run("dpo", "--resume", "run") == 0 and Path("run/round_001.safetensors").is_file()

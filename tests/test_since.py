@@ -7,7 +7,7 @@ import lora
 import sampler
 import train
 from formats.tensors import fingerprint
-from methods import adjoint, nft
+from methods import adjoint, common, nft
 from model import load_base
 from reward import load_reward
 from support.ranks import sample_generator
@@ -115,7 +115,7 @@ def reward_after(base, reward, batch, cfg, z, first):
 def test_the_adjoint_is_backpropagation_through_the_bases_chain(fresh):
     base, reward, batch, cfg = fresh
     noise, text, _, _, keys = batch
-    path = adjoint.sample_path(base, noise, text, None, keys, cfg)
+    path, _ = common.sample_path(base, noise, text, None, keys, cfg)
     a = through_chain(base, reward, batch, cfg, path[4], 0)
     found = adjoint.adjoints(base, path, a, text, cfg)
     for i in range(1, 5):
@@ -132,11 +132,11 @@ def through_chain(base, reward, batch, cfg, z, first):
 def test_at_the_base_the_losses_of_all_steps_have_the_rewards_own_gradient(fresh):
     base, reward, batch, cfg = fresh
     noise, text, _, _, keys = batch
-    path = adjoint.sample_path(base, noise, text, None, keys, cfg)
+    path, _ = common.sample_path(base, noise, text, None, keys, cfg)
     found = adjoint.adjoints(base, path, through_chain(base, reward, batch, cfg, path[4], 0), text, cfg)
     loss = 0.
     for i, (base_mean, a) in found.items():
-        mean, std = adjoint.policy(base, path[4 - i], i, text, None, 1., cfg)
+        mean, std = common.policy(base, path[4 - i], i, text, None, cfg)
         of_step = adjoint.adjoint_loss(mean, base_mean, std, a)
         torch.testing.assert_close(of_step, (std * a).square().flatten(1).sum(1), rtol=1e-3, atol=0)  # no control yet
         loss = loss + of_step
@@ -152,10 +152,10 @@ def test_without_a_reward_the_base_is_the_optimum():
     found = adjoint.adjoints(base, [z] * 5, torch.zeros_like(z), text, cfg)
     for i, (base_mean, a) in found.items():
         lora.set_scale(base.network, 0.)
-        mean, std = adjoint.policy(base, z, i, text, None, 1., cfg)
+        mean, std = common.policy(base, z, i, text, None, cfg)
         lora.set_scale(base.network, 1.)
         assert not a.any() and adjoint.adjoint_loss(mean, base_mean, std, a).max() < 1e-6
-        tuned, _ = adjoint.policy(base, z, i, text, None, 1., cfg)
+        tuned, _ = common.policy(base, z, i, text, None, cfg)
         assert adjoint.adjoint_loss(tuned, base_mean, std, a).min() > 1e-3
     assert fingerprint(lora.adapter_state(base.network)) == before
 

@@ -73,11 +73,12 @@ def draw_latents(base, moments):
     return model.sample_posterior(moments, torch.randn_like(moments.chunk(2, dim=1)[0]), base.vae.config.scale)
 
 
-def to_latents(base, clips):
-    """Clips -> z (B, C, f, h, w), as the base's network is trained on them."""
+def to_latents(base, clips, mean=False):
+    """Clips -> z (B, C, f, h, w), as the base's network is trained on them; mean: without noise."""
     if base.name == "tiny-wan":
         return flow.encode(base, clips)
-    return draw_latents(base, encode(base, clips).half())
+    moments = encode(base, clips)
+    return model.sample_posterior(moments, 0., base.vae.config.scale) if mean else draw_latents(base, moments.half())
 
 
 def decode(base, z):
@@ -89,14 +90,8 @@ def decode(base, z):
 @torch.no_grad()
 def through_autoencoder(base, clips):
     """Clips encoded and decoded, since a reward only ever sees what the autoencoder decodes."""
-    copies = []
-    for batch in progress(clips.split(8), desc="through the autoencoder"):
-        if base.name == "tiny-wan":
-            z = flow.encode(base, batch)
-        else:
-            z = model.sample_posterior(encode(base, batch), 0., base.vae.config.scale)         # without noise: the mean
-        copies.append(decode(base, z))
-    return torch.cat(copies)
+    batches = progress(clips.split(8), desc="through the autoencoder")
+    return torch.cat([decode(base, to_latents(base, batch, mean=True)) for batch in batches])
 
 
 @torch.no_grad()

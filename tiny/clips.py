@@ -45,9 +45,8 @@ def judge(base, frames, height, width, sets):
     if not is_of_world(frames, height, width):
         return None
     try:
-        for prompts in sets.values():
-            for prompt in prompts:
-                world.parse(prompt)
+        for prompt in sum(sets.values(), []):
+            world.parse(prompt)
     except ValueError:
         return None
     classifier = load_judge().to(base.device)

@@ -39,13 +39,9 @@ def decode(base, z):
     return base.vae.decode(to_vae(base.vae, z)).sample.transpose(1, 2) / 2 + .5
 
 
-def is_convolution(name, parameter):
-    """Whether Muon takes a weight of the autoencoder, whose convolutions learn faster by it than by AdamW."""
-    return parameter.ndim >= 4 and len(parameter) > 8
-
-
-def train_vae(cfg):
-    """The autoencoder: the loss of the first base's, and the error of steps between neighbouring frames, on short clips first."""
+def build_vae(cfg):
+    """The autoencoder: the loss of the first base's, and the error of steps between neighbouring frames, on short clips first. It
+    is written as diffusers does it, with the mean and the deviation of its latents, which become 0 and 1."""
     clips, _ = render(world.repeat(all_scenes(), min(2500, cfg.clips)), cfg.seed + 1_000_000, frames=world.WAN_FRAMES)
     vae = AutoencoderKLWan(**VAE).to(cfg.device)
     with torch.no_grad():  # at first little noise: by a posterior of variance 1 the means drown, and hundreds of steps are lost
@@ -65,12 +61,8 @@ def train_vae(cfg):
         kl = .5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         return F_.mse_loss(y, x) + .2 * F_.l1_loss(y, x) + .2 * edges + 1e-5 * kl
 
-    return fit("autoencoder", vae, loss_of, steps, lr=2e-3, ema_decay=.998, muon=is_convolution)
-
-
-def build_vae(cfg):
-    """The same, written as diffusers does it, with the mean and the deviation of its latents, which become 0 and 1."""
-    vae = train_vae(cfg)
+    # Convolutions learn faster by Muon than by AdamW.
+    vae = fit("autoencoder", vae, loss_of, steps, lr=2e-3, ema_decay=.998, muon=lambda name, p: p.ndim >= 4 and len(p) > 8)
     clips, _ = render(world.repeat(all_scenes(), min(1000, cfg.clips)), cfg.seed + 2_000_000, frames=world.WAN_FRAMES)
     with torch.no_grad():
         x = clips.to(cfg.device).float().transpose(1, 2) * 2 - 1
@@ -80,11 +72,6 @@ def build_vae(cfg):
     std = [round(v, 4) for v in z.std(dim=(0, 2, 3, 4)).tolist()]
     vae.register_to_config(latents_mean=mean, latents_std=std)
     vae.half().save_pretrained(cfg.out / "vae")
-
-
-def is_matrix_of_block(name, parameter):
-    """Whether Muon takes a weight of the transformer."""
-    return parameter.ndim == 2 and name.startswith("blocks.")
 
 
 def build_transformer(cfg):
@@ -111,5 +98,6 @@ def build_transformer(cfg):
         return base.error(z_0, eps, z, noise, level).mean()
 
     steps = min(6000, cfg.max_steps)
-    network = fit("transformer", network, loss_of, steps, lr=2e-3, ema_decay=.999, muon=is_matrix_of_block)
+    network = fit("transformer", network, loss_of, steps, lr=2e-3, ema_decay=.999,
+                  muon=lambda name, p: p.ndim == 2 and name.startswith("blocks."))
     network.half().save_pretrained(cfg.out / "transformer")

@@ -7,7 +7,6 @@ import copy
 import hashlib
 import json
 import math
-from functools import partial
 
 import open_clip
 import torch
@@ -27,7 +26,8 @@ def fit(name, module, loss_of, steps, lr, ema_decay=0., muon=None):
     optimizers = [torch.optim.AdamW(rest, lr=lr, weight_decay=0)]
     if muon:
         optimizers.append(torch.optim.Muon(flat, lr=1.5 * lr, weight_decay=0, adjust_lr_fn="match_rms_adamw"))
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate, steps=steps)) for optimizer in optimizers]
+    rate = lambda step: min(1, (step + 1) / 100) * .5 * (1 + math.cos(math.pi * step / steps))  # a share of lr; at last 0
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     average = copy.deepcopy(module) if ema_decay else module
     bar = progress(range(steps), name)
     for step in bar:
@@ -48,11 +48,6 @@ def fit(name, module, loss_of, steps, lr, ema_decay=0., muon=None):
         if step % 50 == 0:
             bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
     return average.eval()
-
-
-def rate(step, steps):
-    """The learning rate of a step, as a share of the greatest: linear for 100 steps, times a cosine to zero."""
-    return min(1, (step + 1) / 100) * .5 * (1 + math.cos(math.pi * step / steps))
 
 
 def save(path, module, config=None):

@@ -178,8 +178,6 @@ def make_clip(scene, seed, flaws=None, trail=None, rates=FLAWS, frames=None):
     chances = torch.rand(len(rates), generator=g).tolist()
     strengths = torch.rand(len(rates), generator=g).tolist()
     if flaws is None:
-        flaws = {}
-        for name, chance, strength in zip(rates, chances, strengths):
-            if chance < rates[name]:
-                flaws[name] = .2 + .8 * strength
+        drawn = zip(rates, chances, strengths)
+        flaws = {name: .2 + .8 * strength for name, chance, strength in drawn if chance < rates[name]}
     return add_flaws(clip, flaws, g), flaws
