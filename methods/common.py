@@ -259,19 +259,24 @@ class Rounds:
                 save_file(whole, hidden)
 
 
-def earlier_rewards(folder, step, prompts, rewards):
-    """{prompt: its rewards before this step}, of the run folder's rewards.jsonl, to which those of the round that begins with it
-    are added: rewards [n] of prompts [n]. A killed run's later ones go."""
-    path, known = folder / "rewards.jsonl", {}
-    lines = on_rank_0(lambda: read_metrics(path) if path.is_file() else [])
-    lines = [line for line in lines if line["step"] < step]
-    for line in lines:
-        for prompt, reward in zip(line["prompts"], line["rewards"]):
-            known.setdefault(prompt, []).append(reward)
+def earlier_rewards(folder, step, prompts, rewards, known):
+    """{prompt: its rewards before this step}, and after that add those of the round that begins with it: rewards [n] of prompts
+    [n]. They are in `known`, {prompt: rewards}, empty at first, and in the run folder's rewards.jsonl, for a continued run."""
+    path = folder / "rewards.jsonl"
+    if not known:
+        lines = on_rank_0(lambda: [line for line in read_metrics(path) if line["step"] < step])
+        if is_main_process():  # a killed run's later ones go
+            write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+        for line in lines:
+            for prompt, reward in zip(line["prompts"], line["rewards"]):
+                known.setdefault(prompt, []).append(reward)
+    earlier = {prompt: list(known.get(prompt, ())) for prompt in set(prompts)}
+    for prompt, reward in zip(prompts, rewards):
+        known.setdefault(prompt, []).append(reward)
     if is_main_process():
-        lines.append({"step": step, "prompts": prompts, "rewards": rewards})
-        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-    return known
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "prompts": prompts, "rewards": rewards}) + "\n")
+    return earlier
 
 
 def check_updates(cfg, *above_zero, group=1, **least):

@@ -118,7 +118,7 @@ def method(cfg, base, rewards, folder):
     videos = common.read_videos(cfg, base, lambda _: first_frames(cfg.frames, cfg.segments))
     if chain_levels(base, cfg).fresh[1] == 0:
         say_once("the last chain step adds no noise, so the others alone are learned from")
-    batches = []  # of the round
+    batches, known = [], {}  # of the round; {prompt: its rewards so far}
 
     def sample(noise, text, keys):
         path, log_p = sample_path(base, noise, text, base.unconditional(text), keys, cfg)
@@ -126,7 +126,7 @@ def method(cfg, base, rewards, folder):
 
     def draw(step):
         def compare(R, prompts):  # over the whole round
-            earlier = common.earlier_rewards(folder, step, prompts, R.tolist())
+            earlier = common.earlier_rewards(folder, step, prompts, R.tolist(), known)
             return advantages(R, prompts, earlier, cfg.group)
 
         if step % cfg.updates == 0:
