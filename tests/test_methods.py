@@ -36,10 +36,13 @@ pytestmark = pytest.mark.usefixtures("aside")
 KEYS = [(0, 0, 0, "chain"), (0, 0, 1, "chain")]  # of the fresh noise of two videos
 
 
-@pytest.fixture(autouse=True)
-def few_captions(monkeypatch, sets=clips.prompt_sets):
+@pytest.fixture(autouse=True, scope="module")
+def few_captions():
     """Six in each set: a run encodes all that it may train on."""
-    monkeypatch.setattr(clips, "prompt_sets", lambda: {name: captions[:6] for name, captions in sets().items()})
+    few = {name: captions[:6] for name, captions in clips.prompt_sets().items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clips, "prompt_sets", lambda: few)
+        yield
 
 
 def config(module, **changes):
