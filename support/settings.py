@@ -1,8 +1,5 @@
-"""
-Settings: the fields that several scripts share, checks that read as one line, and runs that are continued.
-
-Every script has one frozen dataclass, from which tyro makes its command line; a field's docstring is its help.
-"""
+"""Settings: the fields that several scripts share, checks that read as one line, and runs that are continued. Every script has one
+frozen dataclass, from which tyro makes its command line; a field's docstring is its help."""
 import argparse
 import json
 import math
@@ -215,11 +212,9 @@ GONE = {"keep", "tensorboard"}  # settings of earlier versions that changed no n
 
 
 def parse(argv, presets, description, preset_of=lambda base: None):
-    """
-    Command line -> settings. The first word may name one of the presets {name: settings}, else it is what preset_of says of
+    """Command line -> settings. The first word may name one of the presets {name: settings}, else it is what preset_of says of
     --base, else the first of them. With --resume the run's own settings come first; a flag that would make it another run is a
-    ValueError.
-    """
+    ValueError."""
     argv = list(argv)
     named = argv.pop(0) if argv and not argv[0].startswith("-") else None
     if named is not None and named not in presets:
@@ -237,7 +232,12 @@ def parse(argv, presets, description, preset_of=lambda base: None):
             say_once(f"preset {named}, that of base {given.base}, as none is named")
     defaults = presets.get(saved.get("preset", named), next(iter(presets.values())))
 
-    cfg = from_record(saved, defaults, argv, description=description)
+    # A repeatable flag on the command line replaces what the settings have; by itself tyro would add to it.
+    hints = get_type_hints(type(defaults), include_extras=True)
+    flags = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv}
+    emptied = {name: () for name in flags & hints.keys() if "UseAppendAction" in str(hints[name])}
+    start = from_record(saved, defaults) if saved else defaults
+    cfg = tyro.cli(type(defaults), args=argv, default=replace(start, **emptied), description=description)
     if saved:
         record = to_record(cfg) | {"preset": named or saved["preset"]}
         changed = [name for name in record if record[name] != saved[name] and name not in MAY_CHANGE]
@@ -258,36 +258,21 @@ def parse(argv, presets, description, preset_of=lambda base: None):
         for name, hint in get_type_hints(parent).items():
             if get_type_hints(type(cfg))[name] != hint:
                 raise ValueError(f"setting {name}: {parent.__name__} has one of this name and of another type; rename yours")
-    kept = json.dumps(asdict(cfg), default=str)
-    try:
-        read_back = json.dumps(asdict(from_record(json.loads(kept), defaults, console_outputs=False)), default=str)
-    except SystemExit:  # tyro's way to refuse
-        read_back = None
-    if read_back != kept:
+    if from_record(json.loads(json.dumps(asdict(cfg), default=str)), defaults) != cfg:
         raise ValueError("settings: cannot be read back from config.json, so the run could not be continued; each must be a "
                          "number, a word, a path, None, or a tuple of such")
     return cfg
 
 
-def from_record(record, defaults, argv=(), **options):
-    """The settings that config.json keeps, then those of a command line, by tyro, whose options these are."""
-    flags = {word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in argv}
-    known = json.loads(json.dumps(asdict(defaults), default=str))
-    hints = get_type_hints(type(defaults), include_extras=True)
-    said = {name: value for name, value in record.items() if value != known[name] and name not in flags}
-    hidden = {name: said.pop(name) for name in hints if name in said and "Suppress" in str(hints[name])}  # those have no flag
-    repeatable = {name for name in hints if "UseAppendAction" in str(hints[name])}
-    emptied = dict.fromkeys(repeatable & {*flags, *said}, ())  # else what is said would be added to these
-    words = []
-    for name, value in said.items():
-        flag, values = name.replace("_", "-"), value if isinstance(value, list) else [value]
-        if hints[name] is bool:
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif name in repeatable or not isinstance(value, list):
-            words += [f"--{flag}={item}" for item in values]
-        else:
-            words += [f"--{flag}", *map(str, values)]
-    return tyro.cli(type(defaults), args=[*words, *argv], default=replace(defaults, **emptied, **hidden), **options)
+def from_record(record, defaults):
+    """The settings that config.json keeps: of what it has as lists and text, tuples and paths are told by their types."""
+    values = {}
+    for name, hint in get_type_hints(type(defaults)).items():
+        value = record[name]
+        if "Path" in str(hint) and value is not None:
+            value = list(map(Path, value)) if isinstance(value, list) else Path(value)
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return replace(defaults, **values)
 
 
 def read_settings(folder, presets):
@@ -309,11 +294,8 @@ def read_settings(folder, presets):
 
 
 def to_record(cfg):
-    """
-    The settings as a run's config.json has them, plain values that are the same however often the run was continued.
-
-    Paths to what is there are absolute, so it can be continued anywhere.
-    """
+    """The settings as a run's config.json has them, plain values that are the same however often the run was continued. Paths to
+    what is there are absolute, so it can be continued anywhere."""
     record = json.loads(json.dumps(asdict(replace(cfg, resume=None)), default=str))
     for name in ("data", "data_root", "vae", "text_encoder", "base", "prompts_train"):  # the last is not every method's
         if record.get(name):

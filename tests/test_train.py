@@ -608,7 +608,7 @@ class OwnConfig(train.Config):
     share: float | None = .5
     careful: bool | None = None
     folders: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    table: dict[str, int] | None = None
+    marks: set[int] | None = None
 
 
 def test_settings_of_every_kind_are_read_back_or_refused_before_anything_is_loaded():
@@ -617,7 +617,7 @@ def test_settings_of_every_kind_are_read_back_or_refused_before_anything_is_load
     cfg = assert_survives(flags, presets)
     assert (cfg.scales, cfg.kind, cfg.share, cfg.careful, cfg.folders) == ((-1., 2.5), "b", None, True, (Path("x"), Path("y z")))
     refused("^settings: cannot be read back from config.json, so the run could not be ",
-            settings.parse, ["--table", "a", "1", "--scales", "3"], presets, "")
+            settings.parse, ["--marks", "1", "--scales", "3"], presets, "")
 
     @dataclass(frozen=True)
     class Shadowing(train.Config):
