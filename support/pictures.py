@@ -210,18 +210,15 @@ def versions():
 def evaluation_bar(sets, settings, models):
     """A progress bar; before it, rank 0 says how much there is to do. settings: each (D, guidance). Its unit is the denoising
     step, as a video with D = 50 takes longer than one with 20."""
-    prompts = sum(map(len, sets.values()))
-    chains, scales = zip(*settings)
-    steps = prompts * len(models) * sum(chains)
+    videos = sum(map(len, sets.values())) * len(models)  # at each setting
+    steps = videos * sum(num_steps for num_steps, _ in settings)
     if is_main_process():
-        words = ", ".join(map(str, np.unique(chains))), ", ".join(map("{:g}".format, np.unique(scales)))
-        print(f"{prompts} prompts in {len(sets)} sets, by {' and '.join(models)}, with D = {words[0]} and guidance {words[1]}: "
-              f"{prompts * len(models) * len(settings)} videos, {steps} denoising steps", flush=True)
+        print(f"{videos * len(settings)} videos, {steps} denoising steps", flush=True)
     return progress(None, "evaluating", steps, shared=True)
 
 
 def evaluation_text(results, reward_name):
-    """The rows of table.json as Markdown tables that fit a terminal of 100 columns, as many as that takes.
+    """The rows of table.json as Markdown tables, with three measures each, which fit a terminal of 100 columns.
     A line is a set, D, guidance and model; a gain is over the base of the same set, D and guidance."""
     columns = {}
     for row in results:
@@ -235,15 +232,8 @@ def evaluation_text(results, reward_name):
         for name, cell in cells.items():
             columns.setdefault(name, [name]).append(cell)
 
-    keys, others = list(columns.values())[:4], list(columns.values())[4:]
-    tables = []
-    while others:  # as many columns as fit
-        count = len(others)
-        while count > 1 and markdown(zip(*keys, *others[:count])).index("\n") > 100:
-            count -= 1
-        tables.append(markdown(zip(*keys, *others[:count])))
-        others = others[count:]
-    return "\n".join(tables)
+    keys, measures = list(columns.values())[:4], list(columns.values())[4:]
+    return "\n".join(markdown(zip(*keys, *measures[i:i + 3])) for i in range(0, len(measures), 3))
 
 
 def save_evaluation(cfg, results, sheets, sets, models, reward_name, official_gaps):

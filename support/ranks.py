@@ -131,12 +131,9 @@ def all_gather(value):
 
 
 def add_over_ranks(parameters, numbers, loss_scale=1.):
-    """
-    Sum the parameters' gradients, in place, and a list of numbers over the ranks, in one message; returns the numbers.
-
+    """Sum the parameters' gradients, in place, and a list of numbers over the ranks, in one message; returns the numbers.
     loss_scale: by which the loss was multiplied, so that its gradient did not vanish in 16 bits; taken out here, in float32.
-    DDP would expect one forward pass for each backward one, and a sampling chain has many.
-    """
+    DDP would expect one forward pass for each backward one, and a sampling chain has many."""
     flat = torch.cat([*(p.grad.flatten() for p in parameters), torch.tensor(numbers, device=parameters[0].device)])
     if rank_and_size()[1] > 1:
         dist.all_reduce(flat)
@@ -151,11 +148,8 @@ CAUGHT = []  # numbers of the signals that have come
 
 @contextmanager
 def catch_signals():
-    """
-    While this is open, Ctrl-C, SIGTERM and SIGHUP do not end the process: `signalled` tells of them. Afterwards they do again.
-
-    In a thread, where Python catches no signals, they end the process. SIGHUP stays ignored where it is, as under nohup.
-    """
+    """While this is open, Ctrl-C, SIGTERM and SIGHUP do not end the process: `signalled` tells of them. Afterwards they do again.
+    In a thread, where Python catches no signals, they end the process. SIGHUP stays ignored where it is, as under nohup."""
     terminals = [stream for stream in (1, 2) if os.isatty(stream)]
 
     def catch(signal_number, frame):
@@ -185,13 +179,10 @@ def signalled():
 
 
 def run_script(script, main, refused=(OSError,)):
-    """
-    Call main() and end the process with the status it returns; None is 0.
-
-    Bad input (ValueError) becomes one line and status 2, what the machine refused one line and 1, an interruption 130. Before
-    the ranks have joined, all of a node find the same bad input, so its first one alone prints it. An error is printed first and
-    ends the process at once: to leave the group in good order takes all ranks, and the others may be waiting for this one.
-    """
+    """Call main() and end the process with the status it returns; None is 0. Bad input (ValueError) becomes one line and status 2,
+    what the machine refused one line and 1, an interruption 130. Before the ranks have joined, all of a node find the same bad
+    input, so its first one alone prints it. An error is printed first and ends the process at once, and torchrun ends the others:
+    to leave the group in good order takes all ranks, and the others may be waiting for this one."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook's, which matplotlib may not know here, is inherited; we draw into files alone
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # for letters that this terminal has not
@@ -205,24 +196,16 @@ def run_script(script, main, refused=(OSError,)):
     except refused as error:
         status, line = 1, str(error)
     except Exception:
-        if not dist.is_initialized():
-            raise
-        traceback.print_exc()
-        leave(1)
+        status, line = 1, traceback.format_exc()
     if line and (status == 1 or dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"):
         print(f"{script}: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr)
-    if failed and dist.is_initialized():
-        leave(status)
     if dist.is_initialized():
+        if failed:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
         dist.destroy_process_group()
     sys.exit(status)
-
-
-def leave(status):
-    """End this process now, without a word to the other ranks; torchrun then ends them."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 # Progress bars. A log file or a notebook keeps all that is written, so there a bar is a line now and then.
@@ -252,12 +235,9 @@ class Bar(tqdm):
 
 
 def progress(iterable=None, desc=None, total=None, *, unit="steps", initial=0, leave=True, disable=False, shared=False):
-    """
-    tqdm's bar, on rank 0's standard error stream. `set_postfix_str(text, refresh=False)` says more with its next state.
-
+    """tqdm's bar, on rank 0's standard error stream. `set_postfix_str(text, refresh=False)` says more with its next state.
     shared: `total` is the work of all ranks, and each update is what this one has done of it. leave: whether its end stays on
-    the terminal. A job has a line at its start and end in a log; a part of a job only lines if it takes longer than LINE_EVERY.
-    """
+    the terminal. A job has a line at its start and end in a log; a part of a job only lines if it takes longer than LINE_EVERY."""
     state = "{n_fmt}/{total_fmt} {unit}, {elapsed} gone, {remaining} left{postfix}"
     look = {"bar_format": "{desc}: {percentage:3.0f}%|{bar}| " + state}
     if not sys.stderr.isatty():

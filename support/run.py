@@ -1,9 +1,5 @@
-"""
-The run folder: what a run leaves behind, and how it goes on after an interruption.
-
-Run counts steps, logs and saves; Evaluations looks at videos now and then. Both serve any method that trains adapters. Only rank
-0 writes and prints; every file appears whole or not at all.
-"""
+"""The run folder: what a run leaves behind, and how it goes on after an interruption. Run counts steps, logs and saves; Evaluations
+looks at videos now and then. Both serve any method that trains adapters. Only rank 0 writes and prints."""
 import json
 import math
 import os
@@ -39,12 +35,8 @@ class Stopped(Exception):
 
 @dataclass
 class Run:
-    """
-    One training run: its steps, its log and its checkpoints. The loop that trains knows steps and finish_step alone.
-
-    adapters: {name: tensor}, sharing memory with what is trained. evaluations: an Evaluations. method: a train.Method.
-    """
-
+    """One training run: its steps, its log and its checkpoints. The loop that trains knows steps and finish_step alone.
+    adapters: {name: tensor}, sharing memory with what is trained. evaluations: an Evaluations. method: a train.Method."""
     cfg: Any
     folder: Path
     resumed: bool
@@ -98,11 +90,8 @@ class Run:
         print(f"run folder: {self.folder}" + (f", from step {self.step}" if self.step else ""))
 
     def finish_step(self, step, numbers, finite, stopping):
-        """
-        Log, save, evaluate. Returns whether to go on: not when `stopping`, nor after an early end. step: counted from 1.
-
-        numbers: reward, loss, grad_norm. RuntimeError after cfg.max_bad_steps in a row that were not finite.
-        """
+        """Log, save, evaluate. Returns whether to go on: not when `stopping`, nor after an early end. step: counted from 1.
+        numbers: reward, loss, grad_norm. RuntimeError after cfg.max_bad_steps in a row that were not finite."""
         self.log_step(step, numbers, time.perf_counter() - self.started, finite)
         self.bad_steps = 0 if finite else self.bad_steps + 1
         if self.bad_steps == self.cfg.max_bad_steps:
@@ -159,14 +148,10 @@ class Run:
 
 @dataclass
 class Evaluations:
-    """
-    What is looked at while a run trains: videos from pure noise for held-out prompts, the same noise every time.
-
+    """What is looked at while a run trains: videos from pure noise for held-out prompts, the same noise every time.
     prompts: {set: its prompts}. evaluate(prompts, seed, keep, move_on) -> ({measure: (n,)}, videos (keep, F, 3, H, W)) of one
     set; it calls move_on(how many videos) as it goes. watched: measures that the guard compares. summed: weights and rewards of
-    the sum.
-    """
-
+    the sum."""
     cfg: Any
     folder: Path
     prompts: dict
@@ -398,12 +383,9 @@ def mean_rewards(tables):
 
 @contextmanager
 def take_folder(cfg):
-    """
-    Yields (run folder, whether to continue what it holds), for rank 0, and keeps other processes out of the folder to the end.
-
+    """Yields (run folder, whether to continue what it holds), for rank 0, and keeps other processes out of the folder to the end.
     It is the one of --resume, of --out, or the first of out/PRESET, out/PRESET-2, ... that is new. An error before the first
-    step removes what was made here. Not tried on network disks (NFS): those that have no locks do not notice a second run.
-    """
+    step removes what was made here. Not tried on network disks (NFS): those that have no locks do not notice a second run."""
     named = cfg.resume or cfg.out
     check_folder(named or Path("out"))
     for number in count(1):
@@ -441,12 +423,9 @@ def take_folder(cfg):
 
 
 def is_continued(folder, cfg):
-    """
-    Whether to continue what the folder holds. Another run is never lost unasked: ValueError.
-
+    """Whether to continue what the folder holds. Another run is never lost unasked: ValueError.
     With --out it is an unfinished run of the same settings, so the same command goes on after a crash; torchrun repeats it when
-    it restarts its workers, and then --overwrite, which was meant for an earlier run, does not count.
-    """
+    it restarts its workers, and then --overwrite, which was meant for an earlier run, does not count."""
     done = 0
     with suppress(Exception):  # no checkpoint, or a damaged one, which is named when it is read
         done = int(torch.load(folder / "state.pt", map_location="meta", weights_only=True)["step"])

@@ -163,8 +163,7 @@ def test_base_and_fine_tuned_on_two_sets_at_several_d_and_guidance(adapter, capf
                   "--batch-size", 3, "--lora-scale", .5) == 0
     said, told = capfd.readouterr()
     # Before it starts, how much there is to do; then lines that say what is counted, and how the reward stands.
-    assert said.startswith("4 prompts in 2 sets, by base and fine-tuned, with D = 2, 3 and guidance 1, 3: "
-                           "32 videos, 80 denoising steps\n")
+    assert said.startswith("32 videos, 80 denoising steps\n")
     assert "evaluating: 0/80 steps, " in told
     assert re.search(r"evaluating: 80/80 steps, .* left, stripes 0\.\d{4}, fine-tuned", told)
     assert listing("report") == ["sheet.png", "table.json", "table.md"]
@@ -217,14 +216,14 @@ def test_several_strengths_show_what_the_reward_gains_and_what_is_lost(adapter, 
 def test_a_quick_look_on_other_noise_than_training_selects_by(monkeypatch, capfd):
     Path("p.txt").write_text(f"{PROMPT}\n")
 
-    def generated(base, prompts, seeds, num_steps, *args):
-        assert (seeds, num_steps) == ([*range(2_000_000, 2_000_008)], 20)  # 8 videos, the first D alone
+    def generated(base, prompts, seeds, num_steps, guidance, *args):
+        assert (seeds, num_steps, guidance) == ([*range(2_000_000, 2_000_008)], 20, 1.5)  # 8 videos, the first D alone
         raise KeyboardInterrupt
     monkeypatch.setattr(evaluate, "generate", generated)
     with pytest.raises(KeyboardInterrupt):
         evaluate.main(evaluate.Config(device="cpu", prompts=["p=p.txt"], quick=True))
     assert evaluate.Config.seed == evaluate.REPORT_SEED >= evaluate.EVAL_SEED + 10_000
-    assert "8 prompts in 1 sets, by base, with D = 20 and guidance 1.5: 8 videos, 160 denoising steps" in capfd.readouterr().out
+    assert "8 videos, 160 denoising steps" in capfd.readouterr().out
 
 
 def test_the_base_is_measured_without_adapters_and_its_parts_by_path_are_the_same(adapter):
