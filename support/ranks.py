@@ -179,10 +179,10 @@ def signalled():
 
 
 def run_script(script, main, refused=(OSError,)):
-    """Call main() and end the process with the status it returns; None is 0. Bad input (ValueError) becomes one line and status 2,
-    what the machine refused one line and 1, an interruption 130. Before the ranks have joined, all of a node find the same bad
-    input, so its first one alone prints it. An error is printed first and ends the process at once, and torchrun ends the others:
-    to leave the group in good order takes all ranks, and the others may be waiting for this one."""
+    """Call main() and end the process with the status it returns; None is 0. Bad input (ValueError) becomes one line and status
+    2, what the machine refused one line and 1, an interruption 130. Before the ranks have joined, all of a node find the same
+    bad input, so its first one alone prints it. An error is printed first and ends the process at once, and torchrun ends the
+    others: to leave the group in good order takes all ranks, and these may be waiting for this one."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook's, which matplotlib may not know here, is inherited; we draw into files alone
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # for letters that this terminal has not
@@ -237,7 +237,7 @@ class Bar(tqdm):
 def progress(iterable=None, desc=None, total=None, *, unit="steps", initial=0, leave=True, disable=False, shared=False):
     """tqdm's bar, on rank 0's standard error stream. `set_postfix_str(text, refresh=False)` says more with its next state.
     shared: `total` is the work of all ranks, and each update is what this one has done of it. leave: whether its end stays on
-    the terminal. A job has a line at its start and end in a log; a part of a job only lines if it takes longer than LINE_EVERY."""
+    the terminal. A job has a line at its start and end in a log; a part of one has lines if it takes longer than LINE_EVERY."""
     state = "{n_fmt}/{total_fmt} {unit}, {elapsed} gone, {remaining} left{postfix}"
     look = {"bar_format": "{desc}: {percentage:3.0f}%|{bar}| " + state}
     if not sys.stderr.isatty():

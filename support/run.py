@@ -1,5 +1,5 @@
-"""The run folder: what a run leaves behind, and how it goes on after an interruption. Run counts steps, logs and saves; Evaluations
-looks at videos now and then. Both serve any method that trains adapters. Only rank 0 writes and prints."""
+"""The run folder: what a run leaves behind, and how it goes on after an interruption. Run counts steps, logs and saves;
+Evaluations looks at videos now and then. Both serve any method that trains adapters. Only rank 0 writes and prints."""
 import json
 import math
 import os

@@ -1,5 +1,5 @@
-"""Settings: the fields that several scripts share, checks that read as one line, and runs that are continued. Every script has one
-frozen dataclass, from which tyro makes its command line; a field's docstring is its help."""
+"""Settings: the fields that several scripts share, checks that read as one line, and runs that are continued.
+Every script has one frozen dataclass, from which tyro makes its command line; a field's docstring is its help."""
 import argparse
 import json
 import math
