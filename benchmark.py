@@ -333,36 +333,25 @@ def count_row(base, reward, cfg):
 
 # -- Timing, and the report ------------------------------------------------------------------------------------------
 
-def now(device):
-    """Seconds, read once the device has done all that it was given."""
-    if device.type != "cpu":
-        torch.cuda.synchronize(device) if device.type == "cuda" else torch.mps.synchronize()
-    return time.perf_counter()
-
-
-def time_step(score, parameters, optimizer, batch, device):
-    """(seconds of an optimizer step as in train.train, GiB of GPU memory at its peak or None)."""
-    on_cuda = device.type == "cuda"
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-    start = now(device)
-    optimizer.zero_grad(set_to_none=False)
-    (-score(batch).mean()).backward()                                                     # Eq. (9)
-    nn.utils.clip_grad_norm_(parameters, train.Config.clip_grad)
-    optimizer.step()
-    return now(device) - start, torch.cuda.max_memory_allocated(device) / GIB if on_cuda else None
-
-
 def time_steps(base, reward, cfg, device):
-    """{"seconds": the median of several steps, "peak_gib": time_step's}."""
+    """{"seconds": the median of several optimizer steps as in train.train, "peak_gib": their GPU memory at its peak or None}."""
     score, parameters = make_step(base, reward, cfg)
     batch = synthetic_batch(base, cfg, cfg.batch_size)
     optimizer = torch.optim.AdamW(parameters, lr=train.Config.lr, weight_decay=0)
-    repeats = []
-    for _ in progress(range(cfg.steps + 1), "timing", unit="steps", leave=False):
-        repeats.append(time_step(score, parameters, optimizer, batch, device))
-    seconds, peaks = zip(*repeats[1:])  # the first one warms up
-    return {"seconds": statistics.median(seconds), "peak_gib": peaks[-1]}
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = []
+    for _ in progress(range(cfg.steps + 1), "timing", leave=False):
+        start = time.perf_counter()
+        optimizer.zero_grad(set_to_none=False)
+        (-score(batch).mean()).backward()                                                 # Eq. (9)
+        nn.utils.clip_grad_norm_(parameters, train.Config.clip_grad)
+        optimizer.step()
+        parameters[0].sum().item()  # a value is there once the device has done all that it was given
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated(device) / GIB if on_cuda else None
+    return {"seconds": statistics.median(seconds[1:]), "peak_gib": peak}  # the first one warms up
 
 
 @dataclass
