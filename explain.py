@@ -56,8 +56,7 @@ class Config(train.Config):
     step: int = 5
     """with the seed it decides clip, noise, frames and warm-up: 5 is a pale, noisy clip, whose edit looks different; a run takes
     more clips a step, so its step of this number has others"""
-    lora: Path | None = None
-    """adapters to start from; default fresh ones, as a run starts"""
+    lora: Path | None = None  # adapters to start from; default fresh ones, as a run starts
     cache_interval: Suppress[Fixed[int]] = 1
 
 

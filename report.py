@@ -31,20 +31,16 @@ from support.ranks import run_script
 @dataclass(frozen=True)
 class Config:
     """Look at runs, compare two models blindly, or count the votes."""
-    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """run folders, folders of run folders, and studies' .json files"""
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()  # run folders, folders of run folders, and studies' .json files
     blind: tuple[str, str] | None = None
     """two run folders, or folders of generate.py for the same prompts and seeds; FOLDER@STEP: that evaluation, else the last"""
     prompts: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
     """NAME=FILE, repeatable, for --blind: the prompt sets that generate.py was given, in this order"""
-    tally: tuple[Path, ...] = ()
-    """files of votes that the blind page exported"""
+    tally: tuple[Path, ...] = ()  # files of votes that the blind page exported
     key: Path | None = None
     """for --tally: the key.json of the comparison; default the one beside the votes, else out/blind/key.json"""
-    out: Path | None = None
-    """folder of the page; default out/report or out/blind"""
-    open: bool = False
-    """show the page in the browser"""
+    out: Path | None = None  # folder of the page; default out/report or out/blind
+    open: bool = False  # show the page in the browser
 
 
 def finish(cfg, path, size, words=""):

@@ -1,6 +1,5 @@
 """Settings: the fields that several scripts share, checks that read as one line, and runs that are continued.
 Every script has one frozen dataclass, from which tyro makes its command line; a field's docstring is its help."""
-import argparse
 import json
 import math
 import re
@@ -34,12 +33,9 @@ class ModelSettings:
     """Which text-to-video model, where and how precise."""
     base: str = "tiny"
     """the text-to-video model: tiny, a folder, a file, a hub id, or random (random:64, random-wan, ... are small)"""
-    vae: str | None = None
-    """another autoencoder than the base's"""
-    text_encoder: str | None = None
-    """another text encoder than the base's"""
-    device: str | None = None
-    """cuda, mps or cpu; default the first of these that is there"""
+    vae: str | None = None  # another autoencoder than the base's
+    text_encoder: str | None = None  # another text encoder than the base's
+    device: str | None = None  # cuda, mps or cpu; default the first of these that is there
     dtype: str | None = None
     """float32, bfloat16 or float16 of what is frozen; default on cuda bfloat16, or float16 on cards without, else float32"""
 
@@ -67,39 +63,28 @@ class TrainingSettings(RewardSettings):
     data: Path | None = None
     """clips and captions: a list of `path|||caption` lines, a .csv or .jsonl, or a folder of clips with .txt files; the tiny
     world draws its own"""
-    data_root: Path | None = None
-    """folder that the list's paths start from; default the list's own"""
-    max_skip: float = 0.1
-    """share of the clips that may be left out, each with its reason, before the run stops"""
-    workers: int = 2
-    """processes that decode clips while they are encoded; changes the time, not the result"""
-    cache: bool = True
-    """keep latents and text embeddings of --data on disk"""
-    cache_dir: Path = Path("cache")
-    """folder of the cached latents and text embeddings"""
+    data_root: Path | None = None  # folder that the list's paths start from; default the list's own
+    max_skip: float = 0.1  # share of the clips that may be left out, each with its reason, before the run stops
+    workers: int = 2  # processes that decode clips while they are encoded; changes the time, not the result
+    cache: bool = True  # keep latents and text embeddings of --data on disk
+    cache_dir: Path = Path("cache")  # folder of the cached latents and text embeddings
 
     prompts: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME=FILE, evaluation prompts, a file as generate.py --prompts reads it; default the tiny world's three sets"""
-    eval_every: int = 20
-    """steps between evaluations, with one before the first and after the last step; 0 is none at all"""
-    eval_count: int = 24
-    """videos of each prompt set in an evaluation; 0 is one for each line of its file"""
-    save_every: int = 20
-    """steps between checkpoints; the last step is always saved"""
-    max_bad_steps: int = 10
-    """steps in a row without a finite reward or gradient, each skipped, that stop the run"""
+    eval_every: int = 20  # steps between evaluations, with one before the first and after the last step; 0 is none at all
+    eval_count: int = 24  # videos of each prompt set in an evaluation; 0 is one for each line of its file
+    save_every: int = 20  # steps between checkpoints; the last step is always saved
+    max_bad_steps: int = 10  # steps in a row without a finite reward or gradient, each skipped, that stop the run
     out: Path | None = None
     """the run folder, whose unfinished run of the same settings is continued; default a fresh one, out/<preset>"""
-    overwrite: bool = False
-    """replace the run that --out holds"""
+    overwrite: bool = False  # replace the run that --out holds
     resume: Path | None = None
     """continue the run of this folder, with its own settings; those that change numbers by rounding at most, --steps and
     --early-stop may be given anew"""
     early_stop: bool = False
     """end at the evaluation at which what is watched has got worse while the reward was up (docs/runs.md)"""
 
-    lora_alpha: float | None = None
-    """the adapters' scale is this over their rank; default the rank, which is a scale of 1"""
+    lora_alpha: float | None = None  # the adapters' scale is this over their rank; default the rank, which is a scale of 1
     lora_layers: Literal["qkvo", "qkv"] = "qkvo"
     """projections of each attention that are adapted: query, key, value and output (paper, Appendix C), or not the output"""
 
@@ -110,15 +95,13 @@ class TrainingSettings(RewardSettings):
     """recompute the network's blocks in the backward pass: less memory, more time, the same gradient"""
     decode_chunk: int = 0
     """frames that pass the decoder and the reward at a time, recomputed in the backward pass; 0 is all at once"""
-    low_memory: bool = False
-    """checkpoint_activations and decode_chunk 1"""
+    low_memory: bool = False  # checkpoint_activations and decode_chunk 1
     latent_context: int | None = None
     """of a base whose decoder mixes frames; default its own, 2. Wan, CogVideoX: latents with gradient, of those a frame is made
     from; Stable Video Diffusion: frames on each side that a frame is decoded with, which changes its pixels"""
     save_on_cpu: bool = False
     """what the backward pass needs waits in the host's memory: less on the accelerator, more time, the same gradient"""
-    compile: bool = False
-    """torch.compile the network"""
+    compile: bool = False  # torch.compile the network
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,8 +167,7 @@ def check_training(cfg, world_size):
     check_at_least(cfg, "lr", "clip_grad", "lora_alpha", steps=1, batch_size=1, max_bad_steps=1, save_every=1, frames=1,
                    fps=1, rank=1, clips_at_once=0, eval_every=0, eval_count=0, workers=0, decode_chunk=0, max_skip=0, warmup=0,
                    offset_noise=0, lambda_tar=0, cache_interval=1, guidance=-math.inf, latent_context=1)
-    if cfg.size is not None:
-        rows_columns(cfg.size)
+    rows_columns(cfg.size)
     if cfg.compile and cfg.cache_interval > 1:
         raise ValueError(f"compile: cannot be had with cache_interval = {cfg.cache_interval}, as it takes the network as a whole")
     if cfg.early_stop and not (cfg.watch and cfg.eval_every):
@@ -219,20 +201,15 @@ def parse(argv, presets, description, preset_of=lambda base: None):
     named = argv.pop(0) if argv and not argv[0].startswith("-") else None
     if named is not None and named not in presets:
         raise ValueError(f"preset {named!r}: must be one of {', '.join(presets)}")
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--resume", type=Path)
-    finder.add_argument("--base")
-    given = finder.parse_known_args(argv)[0]  # before the rest can be parsed
-    folder = given.resume
-    saved = read_settings(folder, presets) if folder else {}
-    if not (named or saved or given.base in (None, next(iter(presets.values())).base)):
-        found = preset_of(given.base)
-        if found in presets:
-            named = found
-            say_once(f"preset {named}, that of base {given.base}, as none is named")
-    defaults = presets.get(saved.get("preset", named), next(iter(presets.values())))
+    first = next(iter(presets.values()))
+    given = tyro.cli(type(first), args=argv, default=presets.get(named, first), description=description)
+    saved = read_settings(given.resume, presets) if given.resume else {}
+    if not (named or saved or given.base == first.base) and preset_of(given.base) in presets:
+        named = preset_of(given.base)
+        say_once(f"preset {named}, that of base {given.base}, as none is named")
+    defaults = presets.get(saved.get("preset", named), first)
 
-    # A repeatable flag on the command line replaces what the settings have; by itself tyro would add to it.
+    # The same again, now that it is known what it changes. Of a repeatable flag, only what the command line says remains.
     hints = get_type_hints(type(defaults), include_extras=True)
     flags = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv}
     emptied = {name: () for name in flags & hints.keys() if "UseAppendAction" in str(hints[name])}
@@ -242,7 +219,7 @@ def parse(argv, presets, description, preset_of=lambda base: None):
         record = to_record(cfg) | {"preset": named or saved["preset"]}
         changed = [name for name in record if record[name] != saved[name] and name not in MAY_CHANGE]
         if changed:
-            raise ValueError(f"resume {folder}: {', '.join(changed)} would make it another run; only "
+            raise ValueError(f"resume {given.resume}: {', '.join(changed)} would make it another run; only "
                              f"{', '.join(sorted(MAY_CHANGE))} may change")
         return cfg
 
