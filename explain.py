@@ -128,10 +128,6 @@ class Setup:
         return noised, z_0, {"tau": tau, "t": levels.t[first], "alpha": levels.alpha[first], "sigma": levels.sigma[first],
                              "steps": first, "R": R.item(), "reward": logged["reward"].item()}
 
-    def reward_of_edit(self, cfg):
-        """R of the step's edit, with gradient, and what is logged of it."""
-        return train.edit_rewards(self.base, self.rewards, self.uncond, self.batch, cfg)
-
     def train(self, repeats):
         """train.train itself, which moves the adapters, takes this one step so often: the numbers that it logs of each."""
         logged = []
@@ -141,7 +137,8 @@ class Setup:
             return True
 
         run = SimpleNamespace(steps=lambda optimizer: [self.cfg.step] * repeats, finish_step=finish_step)
-        method = train.Method(lambda step: self.batch, lambda batch: self.reward_of_edit(self.cfg))
+        method = train.Method(lambda step: self.batch,
+                              lambda batch: train.edit_rewards(self.base, self.rewards, self.uncond, batch, self.cfg))
         train.train(self.cfg, self.parameters, method, run)
         return logged
 
@@ -149,7 +146,7 @@ class Setup:
         """For this K: the adapters' gradient, and how many seconds it took."""
         self.base.network.zero_grad()
         started = time.perf_counter()
-        R, _ = self.reward_of_edit(replace(self.cfg, grad_steps=grad_steps))
+        R, _ = train.edit_rewards(self.base, self.rewards, self.uncond, self.batch, replace(self.cfg, grad_steps=grad_steps))
         (-R.mean()).backward()                                                # Eq. (9)
         return torch.cat([p.grad.flatten() for p in self.parameters]), time.perf_counter() - started
 

@@ -93,8 +93,6 @@ def count_votes(cfg):
     """The table of the votes."""
     beside = cfg.tally[0].parent / "key.json"
     file = cfg.key or (beside if beside.is_file() else Path("out/blind/key.json"))
-    if not file.is_file():
-        raise ValueError(f"no key: {file} is no file; --key must name the comparison's key.json")
     key = read_key(file)
     votes = {}
     for path in cfg.tally:

@@ -20,9 +20,6 @@ class RunFiles:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.name = str(folder)
-        for file in ("config.json", "run.json"):
-            if not (self.folder / file).is_file():
-                raise ValueError(f"{folder}: holds no run (no {file})")
         self.config = read_json(self.folder / "config.json")
         self.record = read_json(self.folder / "run.json")
         self.prompts = self.record.get("prompts")
@@ -70,11 +67,8 @@ class RunFiles:
 
 def changed_settings(runs):
     """[(setting, [value in each run])] of those that differ."""
-    names = set()
-    for run in runs:
-        names |= run.config.keys() - NOT_COMPARED
     changed = []
-    for name in sorted(names):
+    for name in sorted(set().union(*(run.config for run in runs)) - NOT_COMPARED):
         values = [run.config.get(name, "not there") for run in runs]
         if values != values[:1] * len(runs):
             changed.append((name, values))

@@ -1,9 +1,6 @@
-"""
-A blind comparison of two models, as in the paper's Table 2 and Appendix D: who made which clip, and what the votes say.
-
-People see two clips of the same prompt and noise, and say which has the better quality and which fits the text better. Which
-side is whose is drawn for each prompt, and written into a key that the voters do not get.
-"""
+"""A blind comparison of two models, as in the paper's Table 2 and Appendix D. People see two clips of the same prompt and noise,
+and say which has the better quality and which fits the text better. Which side is whose is drawn for each prompt, and written
+into a key that the voters do not get."""
 import math
 import random
 import secrets

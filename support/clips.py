@@ -48,8 +48,6 @@ def read_list(path, root=None) -> list[Clip]:
     path = Path(path)
     if path.is_dir():
         return read_clip_folder(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such list of clips, nor a folder of them")
     form = path.suffix.lower() if path.suffix.lower() in FORMS else ""
     lines = [line.strip() for line in read_text(path).split("\n")]
     rows = csv.reader([line + "\n" for line in lines], skipinitialspace=True, strict=True) if form == ".csv" else lines
@@ -146,24 +144,15 @@ def fit_prompts(prompts, base):
 
 def read_prompts(path):
     """Prompts of a text file, one a line, or as the official `video|||caption|||frames`, or `picture|||caption`, whose path
-    starts from the file's folder.
-    A line that begins with # is a comment, and a prompt that begins with # is written with a backslash before it."""
-    try:
-        text = read_text(path, newline="\n")  # nothing else ends a line, not even \u2028
-    except OSError as error:
-        raise ValueError(f"prompts {path}: cannot be read ({error})") from None
-    prompts, comments = [], 0
-    for line in map(str.strip, text.split("\n")):
-        if line.startswith("#"):
-            comments += 1
-        elif line:
+    starts from the file's folder. Lines that begin with # are comments; a prompt that begins with # has a backslash before it."""
+    prompts = []
+    for line in map(str.strip, read_text(path, newline="\n").split("\n")):  # nothing else ends a line, not even \u2028
+        if line and not line.startswith("#"):
             picture, *fields = line.split("|||")
             caption = re.sub(r"^\\#", "#", (fields or [line])[0].strip())
             prompts.append(Prompt(caption, Path(path).parent / picture.strip(), line) if fields else caption)
     if not prompts or not all(prompts):
         raise ValueError(f"prompts {path}: expected one prompt a line, found {'an empty one' if prompts else 'none'}")
-    if comments:
-        say_once(f"prompts {path}: {comments} line(s) that begin with # are comments (a prompt begins with \\#)")
     return prompts
 
 

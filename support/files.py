@@ -64,8 +64,8 @@ def read_text(path, newline=None):
     try:
         with open(path, encoding="utf-8-sig", newline=newline) as file:
             return file.read()
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a text file in UTF-8") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a text file in UTF-8 ({first_line(error)})") from None
 
 
 def check_folder(path, setting="out"):

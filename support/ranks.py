@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -22,13 +22,11 @@ def pick_device(name=None):
     """The named device, or the first there is of cuda, mps, cpu. ValueError for one that torch does not have here."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
+    with suppress(RuntimeError, AssertionError, ImportError):  # each kind of device has its own way to be absent
         device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, ImportError):  # each kind of device has its own way to be absent
-        device = None
-    if getattr(device, "type", None) not in ("cuda", "mps", "cpu"):
-        raise ValueError(f"device {name!r}: not available here; it must be cuda, mps or cpu, where torch has them")
-    return device
+        if device.type in ("cuda", "mps", "cpu"):
+            return device
+    raise ValueError(f"device {name!r}: not available here; it must be cuda, mps or cpu, where torch has them")
 
 
 def pick_dtype(name, device):
@@ -107,18 +105,14 @@ def barrier():
 
 def on_rank_0(function):
     """What function() returns on rank 0, where alone it is called; all ranks get that, or a ValueError, with words on rank 0."""
-    rank, world_size = rank_and_size()
-    if world_size == 1:
-        return function()
     value = error = None
-    if rank == 0:
-        try:
-            value = function()
-        except ValueError as found:
-            error = found
+    try:
+        value = function() if is_main_process() else None
+    except ValueError as found:
+        error = found
     value, error = all_gather((value, error))[0]
     if error:
-        raise error if rank == 0 else ValueError()
+        raise error if is_main_process() else ValueError()
     return value
 
 

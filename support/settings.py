@@ -2,7 +2,6 @@
 Every script has one frozen dataclass, from which tyro makes its command line; a field's docstring is its help."""
 import json
 import math
-import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, get_type_hints
@@ -224,11 +223,8 @@ def parse(argv, presets, description, preset_of=lambda base: None):
         return cfg
 
     if named is None and cfg.base != defaults.base:
-        lacks = "comes without settings for training; name a preset first, " + " or ".join(presets)
-        if not cfg.base.startswith("random") and not Path(cfg.base).exists():
-            is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.base) is not None
-            lacks = "no such file or folder" + is_hub_id * f"; if it is a hub id, it {lacks}"
-        raise ValueError(f"base {cfg.base}: {lacks}")
+        raise ValueError(f"base {cfg.base}: no such file or folder, or it comes without settings for training; name a preset "
+                         f"first, {' or '.join(presets)}")
 
     # A run must not begin that cannot go on: settings of a method of one's own, too, are read back as config.json has them.
     for parent in type(cfg).__mro__[1:]:
@@ -255,18 +251,15 @@ def from_record(record, defaults):
 def read_settings(folder, presets):
     """What a run folder's config.json says, and the defaults of settings that came later. ValueError for another method's."""
     file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"resume {folder}: holds no run (no config.json)")
     saved = read_json(file)
     if "grad_accum" in saved or isinstance(saved.get("reward", []), str):
         raise ValueError(f"resume {folder}: a run of an early version; continue it with that version, or start it anew")
     known = to_record(presets.get(str(saved.get("preset")), next(iter(presets.values()))))
     for name in sorted(GONE & saved.keys()):
         print(f"{file}: {name} = {saved.pop(name)} is no setting any more, and changes nothing")
-    for word, names in (("not known", saved.keys() - known.keys()),
-                        ("missing", {"steps", "prompts_train"} & known.keys() - saved.keys())):
-        if names:
-            raise ValueError(f"{file}: not the settings of this method or version; {word}: {', '.join(sorted(names))}")
+    wrong = saved.keys() - known.keys() | {"steps", "prompts_train"} & known.keys() - saved.keys()
+    if wrong:
+        raise ValueError(f"{file}: not the settings of this method or version; not known or missing: {', '.join(sorted(wrong))}")
     return known | saved
 
 

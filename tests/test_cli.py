@@ -293,14 +293,14 @@ def test_numbers_out_of_range(check, cfg, wrong):
 
 
 @pytest.mark.parametrize("argv, message", [
-    ("train --cache-interval 2 --compile", "compile: cannot be had"), ("train --data gone.txt", "gone.txt: no such list of"),
+    ("train --cache-interval 2 --compile", "compile: cannot be had"), ("train --data gone.txt", "gone.txt: not a text file"),
     ("train --data list.txt", "list.txt, line 1: 1 field"),
     ("train --data clips.txt --cache-dir file", "cache_dir file: is a file, or inside one"),
     ("train modelscope --prompts a=prompts.txt", "no clips: --data LIST must name some"),
     ("train modelscope", "no prompts: --prompts NAME=FILE must name some"),
     ("train --base random:32 --prompts a=prompts.txt", "no clips: --data LIST must name some"),
     ("train --base nowhere", "base nowhere: no such file or folder$"),
-    ("train --base some/where", "base some/where: no such file or folder; if it is a hub id, it comes without settings"),
+    ("train --base some/where", "base some/where: no such file or folder, or it comes without settings"),
     ("train --prompts x", "prompts 'x': must be NAME=FILE"), ("train --prompts a=hole.txt", "found an empty one"),
     ("train --prompts a=gone.txt", "prompts gone.txt: cannot be read"),
     ("train --prompts a=empty.txt", "prompts empty.txt: expected one prompt a line, found none"),
