@@ -79,7 +79,6 @@ def blind(cfg):
     key = draw_key(cfg.blind, run_pages.pair_up(*cfg.blind, prompts))
     shown = []
     for pair in key["pairs"]:
-        run_pages.check_sizes(pair["files"])
         sides = {side: clip_uri(pair["files"][unblind(pair, side)]) for side in ("left", "right")}
         shown.append({"caption": pair["caption"]} | sides)
     size = write_page(out / "blind.html", "blind.html", title="Which of the two?", comparison=key["comparison"],

@@ -54,10 +54,8 @@ def pixels_uri(pixels, fps):
 
 def picture_uri(pixels):
     """A picture (H, W, 3) uint8 for an <img>, without loss."""
-    from PIL import Image
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "WEBP", lossless=True)
-    return data_uri("image/webp", file.getvalue())
+    import imageio.v3 as iio
+    return data_uri("image/webp", iio.imwrite("<bytes>", pixels, extension=".webp", lossless=True))
 
 
 def heat(values):

@@ -172,8 +172,8 @@ def read_side(argument, prompts):
 
 
 def pair_up(first, second, prompts):
-    """Pairs of clips with the same name, which means the same prompt and seed: [{name, caption, set, files, reward}].
-    files and reward are {"a", "b"}; reward is None unless the same one scored both. first, second, prompts: as read_side's."""
+    """Pairs of clips with the same name, which means the same prompt and seed: [{name, caption, set, files {"a", "b"}, and
+    reward {"a", "b"}, None unless the same one scored both}]. first, second, prompts: as read_side's."""
     a, reward_a = read_side(first, prompts)
     b, reward_b = read_side(second, prompts)
     if a.keys() != b.keys() or not a:
@@ -182,14 +182,10 @@ def pair_up(first, second, prompts):
     pairs = []
     for name, clip in a.items():
         files = {"a": str(clip["file"]), "b": str(b[name]["file"])}
+        shape_a, shape_b = read_video(files["a"]).shape, read_video(files["b"]).shape
+        if shape_a != shape_b:  # which would tell them apart
+            raise ValueError(f"{files['a']} and {files['b']}: frames, rows, columns are {shape_a} and {shape_b}; must be alike")
         scores = {"a": clip["score"], "b": b[name]["score"]}
         reward = scores if reward_a is not None and reward_a == reward_b else None
         pairs.append({"name": name, "caption": clip["caption"], "set": clip["set"], "files": files, "reward": reward})
     return pairs
-
-
-def check_sizes(files):
-    """ValueError if size or length would tell the two clips of a pair {"a", "b"} apart."""
-    a, b = read_video(files["a"]).shape, read_video(files["b"]).shape
-    if a != b:
-        raise ValueError(f"{files['a']} and {files['b']}: frames, rows and columns are {a[:3]} and {b[:3]}; both must be alike")

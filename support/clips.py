@@ -42,9 +42,8 @@ class Clip:
 
 
 def read_list(path, root=None) -> list[Clip]:
-    """The clips of a list, in its order. Videos are not looked at, so prompt lists without any can be read too.
-    path: a .csv, a .jsonl or a list in the official form (see FORMS; the first two may have a num_frames column), or a folder of
-    videos. root: the folder that paths in a list start from (default: its own). A ValueError names file and line, or the clip."""
+    """The clips of a list, in its order; videos are not looked at. path: a .csv, a .jsonl, a list in the official form (see
+    FORMS), or a folder of videos. root: the folder that paths in a list start from (default: its own)."""
     path = Path(path)
     if path.is_dir():
         return read_clip_folder(path)
@@ -71,8 +70,7 @@ def read_list(path, root=None) -> list[Clip]:
 
 def parse_row(row, form, columns, root):
     """The Clip of one row: a line, or the fields of a .csv's, whose names are `columns`. ValueError if it is not of this form.
-    num_frames is checked and not used: official prompt lists say 16, the length of the video to generate, beside the name of a
-    far longer clip, and the official code drops it (inference_instructvideo_entrance.py). Frames are counted instead."""
+    num_frames is not used: official lists have there the length of the video to generate, beside the name of a longer clip."""
     if form == ".jsonl":
         values = json.loads(row)
         if not isinstance(values, dict):
@@ -83,11 +81,9 @@ def parse_row(row, form, columns, root):
             raise ValueError(f"{len(fields)} field(s) in {str(row)[:80]!r}")
         values = dict(zip(columns, fields))
 
-    path, caption, num_frames = map(values.get, ("path", "caption", "num_frames"))
+    path, caption = values.get("path"), values.get("caption")
     if not isinstance(path, str) or not path.strip() or not isinstance(caption, str | None):
         raise ValueError(f"clip {path!r} has caption {caption!r}: must be a path and a text")
-    if not re.fullmatch(r"\s*\d*\s*", str(num_frames or "")):
-        raise ValueError(f"clip {path!r} has frame count {num_frames!r}, which is no whole number")
     return Clip(root / path.strip(), (caption or "").strip())
 
 
@@ -231,8 +227,7 @@ def find_cached(files):
 
 def fill_cached(entries, files, compute, unit):
     """Compute what is None in entries {item: tensor}: compute(items) yields (item, tensor or dict of tensors), or None for one
-    that it cannot. files: {item: where to keep it}; with files every rank has its share of the work and finds the others'.
-    unit: of the bar."""
+    that it cannot. files: {item: where to keep it}; with files every rank has its share of the work and finds the others'."""
     # A rank's share is one of all items: which are missing changes while other ranks are at work.
     is_shared = any(files.values())
     rank, world_size = rank_and_size() if is_shared else (0, 1)
@@ -241,13 +236,13 @@ def fill_cached(entries, files, compute, unit):
     with progress(None, f"encoding {unit}", total, unit=unit, disable=not missing, shared=is_shared) as bar:
         for item, tensor in compute(missing):
             bar.update()
-            if tensor is not None:
-                tensor = map_tensors(lambda t: t.detach().cpu().contiguous(), tensor)
-            entries[item] = Held(tensor) if isinstance(tensor, dict) else tensor
-            if tensor is not None and is_shared:
+            if tensor is None:
+                continue
+            tensor = map_tensors(lambda t: t.detach().cpu().contiguous(), tensor)
+            if is_shared:
                 with write_whole(files[item]) as hidden:
                     save_file(tensor if isinstance(tensor, dict) else {"tensor": tensor}, hidden)
-                entries[item] = Stored(files[item])
+            entries[item] = Stored(files[item]) if is_shared else Held(tensor) if isinstance(tensor, dict) else tensor
     barrier()
     entries.update(find_cached({item: file for item, file in files.items() if entries[item] is None}))
 

@@ -7,7 +7,7 @@ import sys
 import textwrap
 from collections import namedtuple
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -83,8 +83,7 @@ def choose_comparisons(prompts, rewards, files):
 
 
 def draw_comparison(pair, look):
-    """Before and after with gain, prompt and rewards, and a frame round the one with the higher reward, as (H, W, 3) uint8.
-    look(pixels of a video) -> the picture that is shown of it."""
+    """Before and after with gain, prompt and rewards, as (H, W, 3) uint8. look(pixels of a video) -> the picture shown of it."""
     gain = round(pair.rewards[1] - pair.rewards[0], 4) + 0.  # never -0
     colour = RISES if gain > 0 else FALLS if gain < 0 else INK
     sides = []
@@ -196,9 +195,8 @@ def draw_curves(lines, reward_name, path, watched=(), turn=None):
 
 def versions():
     """What numbers depend on beside the command; "commit" is of the repository that this file lies in, if it lies in one."""
-    known = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
-    with suppress(PackageNotFoundError):
-        known["diffusers"] = version("diffusers")
+    known = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
+             "diffusers": version("diffusers")}
     root = Path(__file__).resolve().parent.parent
     describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with suppress(OSError, subprocess.CalledProcessError):  # no git here; no repository
@@ -208,8 +206,7 @@ def versions():
 
 
 def evaluation_bar(sets, settings, models):
-    """A progress bar; before it, rank 0 says how much there is to do. settings: each (D, guidance). Its unit is the denoising
-    step, as a video with D = 50 takes longer than one with 20."""
+    """A progress bar of denoising steps; before it, rank 0 says how much there is to do. settings: each (D, guidance)."""
     videos = sum(map(len, sets.values())) * len(models)  # at each setting
     steps = videos * sum(num_steps for num_steps, _ in settings)
     if is_main_process():
@@ -218,8 +215,7 @@ def evaluation_bar(sets, settings, models):
 
 
 def evaluation_text(results, reward_name):
-    """The rows of table.json as Markdown tables, with three measures each, which fit a terminal of 100 columns.
-    A line is a set, D, guidance and model; a gain is over the base of the same set, D and guidance."""
+    """The rows of table.json as Markdown tables, with three measures each, which fit a terminal of 100 columns."""
     columns = {}
     for row in results:
         measures = dict(row["measures"])

@@ -159,9 +159,8 @@ def table_of(rows, captions):
 
 
 def add_judge(watched, table, base):
-    """Add the judge's score of each video, 0 to 1, if it is watched: the tiny world's judge in one number, fixed before its use.
-    The mean of colour, shape, direction, fidelity, 1 - watermark, and motion kept: min(1, motion / the base's motion), the mean
-    of `base`, the table of the same videos before training."""
+    """Add the judge's score of each video, 0 to 1, if it is watched: the mean of colour, shape, direction, fidelity,
+    1 - watermark, and motion kept, min(1, motion / its mean in `base`), the table of the same videos before training."""
     if JUDGE in watched:
         kept = (table["motion"] / base["motion"].mean().clamp(min=1e-6)).clamp(max=1)
         parts = [table["colour"], table["shape"], table["direction"], table["fidelity"], 1 - table["watermark"], kept]

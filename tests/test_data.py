@@ -176,7 +176,7 @@ def test_clips_without_a_caption_are_named_and_left_out_all_of_them(tmp_path, ca
 
 @pytest.mark.parametrize("name, text, message", [
     ("a.txt", "1.mp4|||cat\n2.mp4 a dog\n", r"a\.txt, line 2: 1 field.*Allowed: one relative/path\.mp4\|\|\|caption"),
-    ("a.txt", "\n\n1.mp4|||cat|||many\n", r"line 3: clip '1\.mp4' has frame count 'many'"),
+    ("a.txt", "\n\n|||cat|||16\n", "line 3: clip '' has caption 'cat': must be a path and a text"),
     ("a.txt", "\n \n", r"a\.txt: an empty list\. Allowed"),
     ("a.txt", b"\xff\xfe\x00garbage", r"a\.txt: not a text file in UTF-8"),
     ("a.csv", "path,caption\n1.mp4,a cat, sitting\n", r"a\.csv, line 2: 3 field.*quotes"),
