@@ -37,8 +37,7 @@ class Config:
     prompts: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
     """NAME=FILE, repeatable, for --blind: the prompt sets that generate.py was given, in this order"""
     tally: tuple[Path, ...] = ()  # files of votes that the blind page exported
-    key: Path | None = None
-    """for --tally: the key.json of the comparison; default the one beside the votes, else out/blind/key.json"""
+    key: Path | None = None  # for --tally: the comparison's key.json; default the one beside the votes, else out/blind/key.json
     out: Path | None = None  # folder of the page; default out/report or out/blind
     open: bool = False  # show the page in the browser
 

@@ -120,13 +120,10 @@ def write_comparisons(path, chosen, title, fps):
 
 def markdown(rows):
     """A table whose first row is its head, with columns aligned, as it is read on a terminal too."""
-    columns = []
-    for column in zip(*rows):
-        cells = list(map(str, column))
-        width = max(map(len, cells))
-        cells.insert(1, "-" * width)
-        columns.append([cell.ljust(width) for cell in cells])
-    return "".join(f"| {' | '.join(line)} |\n" for line in zip(*columns))
+    rows = [list(map(str, row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * width for width in widths])
+    return "".join(f"| {' | '.join(map(str.ljust, row, widths))} |\n" for row in rows)
 
 
 def new_figure(panels, columns, panel_size):

@@ -30,8 +30,7 @@ TINY = {"tiny": {}, "tiny-wan": dict(frames=17, size=32, fps=8, guidance=1.5, ta
 @dataclass(frozen=True)
 class ModelSettings:
     """Which text-to-video model, where and how precise."""
-    base: str = "tiny"
-    """the text-to-video model: tiny, a folder, a file, a hub id, or random (random:64, random-wan, ... are small)"""
+    base: str = "tiny"  # the text-to-video model: tiny, a folder, file or hub id, or random (random:64, random-wan, ...: small)
     vae: str | None = None  # another autoencoder than the base's
     text_encoder: str | None = None  # another text encoder than the base's
     device: str | None = None  # cuda, mps or cpu; default the first of these that is there
@@ -74,8 +73,7 @@ class TrainingSettings(RewardSettings):
     eval_count: int = 24  # videos of each prompt set in an evaluation; 0 is one for each line of its file
     save_every: int = 20  # steps between checkpoints; the last step is always saved
     max_bad_steps: int = 10  # steps in a row without a finite reward or gradient, each skipped, that stop the run
-    out: Path | None = None
-    """the run folder, whose unfinished run of the same settings is continued; default a fresh one, out/<preset>"""
+    out: Path | None = None  # the run folder, whose unfinished run of the same settings is continued; default a new out/<preset>
     overwrite: bool = False  # replace the run that --out holds
     resume: Path | None = None
     """continue the run of this folder, with its own settings; those that change numbers by rounding at most, --steps and
@@ -90,16 +88,13 @@ class TrainingSettings(RewardSettings):
     clips_at_once: int = 0
     """clips of a rank's share of the batch that are computed at once, which sets the memory, not the gradient; 0 is all of them.
     Evaluations compute up to 8 videos at once; where a flag below saves memory, as many as clips at once"""
-    checkpoint_activations: bool = False
-    """recompute the network's blocks in the backward pass: less memory, more time, the same gradient"""
-    decode_chunk: int = 0
-    """frames that pass the decoder and the reward at a time, recomputed in the backward pass; 0 is all at once"""
+    checkpoint_activations: bool = False  # recompute the network's blocks in the backward pass: less memory, more time
+    decode_chunk: int = 0  # frames that pass decoder and reward at a time, recomputed in the backward pass; 0 is all at once
     low_memory: bool = False  # checkpoint_activations and decode_chunk 1
     latent_context: int | None = None
     """of a base whose decoder mixes frames; default its own, 2. Wan, CogVideoX: latents with gradient, of those a frame is made
     from; Stable Video Diffusion: frames on each side that a frame is decoded with, which changes its pixels"""
-    save_on_cpu: bool = False
-    """what the backward pass needs waits in the host's memory: less on the accelerator, more time, the same gradient"""
+    save_on_cpu: bool = False  # what the backward pass needs waits in the host's memory: less on the accelerator, more time
     compile: bool = False  # torch.compile the network
 
 
@@ -141,8 +136,7 @@ def fit_to_base(cfg, base):
         raise ValueError(f"parts = {base.parts}: must be 1, since {base.name} starts from no picture")
     if cfg.latent_context is not None:
         if not hasattr(base, "latent_context"):
-            raise ValueError(f"latent_context = {cfg.latent_context}: base {base.name} decodes frames from no latents but their "
-                             "own, so it cannot be set")
+            raise ValueError(f"latent_context: cannot be set, as base {base.name} decodes frames from their own latents alone")
         base.latent_context = cfg.latent_context
     guidance = base.guidance if cfg.guidance is None else cfg.guidance
     return replace(cfg, guidance=guidance, dtype=str(base.dtype).removeprefix("torch."))  # recorded with the run
@@ -223,8 +217,7 @@ def parse(argv, presets, description, preset_of=lambda base: None):
         return cfg
 
     if named is None and cfg.base != defaults.base:
-        raise ValueError(f"base {cfg.base}: no such file or folder, or it comes without settings for training; name a preset "
-                         f"first, {' or '.join(presets)}")
+        raise ValueError(f"base {cfg.base}: not there, or without training settings; name a preset: {' or '.join(presets)}")
 
     # A run must not begin that cannot go on: settings of a method of one's own, too, are read back as config.json has them.
     for parent in type(cfg).__mro__[1:]:

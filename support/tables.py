@@ -34,19 +34,14 @@ def add_means(totals, logged, batch_size):
 
 
 def paired(before, after, measure="reward", clusters=None):
-    """Mean of the difference and its standard error over the same prompts and noise.
-    clusters: n labels, as a rule the prompts. Videos of one prompt gain alike, so only different prompts count as independent
-    evidence; None takes every video for that. Of a single cluster the error is nan."""
+    """Mean of the difference and its standard error over the same prompts and noise. clusters: n labels, as a rule the prompts:
+    videos of one gain alike, so only different ones are independent evidence. None: all are. Of a single one the error is nan."""
     d = after[measure] - before[measure]                                                  # (n,)
-    mean = d.mean()
-    sums = {}
-    for label, deviation in zip(clusters or range(len(d)), (d - mean).tolist()):
-        sums[label] = sums.get(label, 0.) + deviation
+    mean = d.mean().item()
+    _, cluster = np.unique(clusters or range(len(d)), return_inverse=True)                # (n,)
+    sums = np.bincount(cluster, weights=d - mean)                                         # (m,)
     m = len(sums)
-    if m < 2:
-        return mean.item(), math.nan
-    squares = sum(s * s for s in sums.values())
-    return mean.item(), (m / (m - 1) * squares) ** .5 / len(d)
+    return mean, (m / (m - 1) * np.square(sums).sum().item()) ** .5 / len(d) if m > 1 else math.nan
 
 
 def best_middle_worst(gains):
@@ -83,11 +78,8 @@ def pixel_names(watched):
 
 def watched_names(watched, rewards=()):
     """The names under which logs have what is watched: rewards, measures of pixels, the judge's score."""
-    names = [reward.name for reward in rewards]
-    names += [f"pixel_{name}" for name in pixel_names(watched)]
-    if JUDGE in watched:
-        names.append(JUDGE)
-    return names
+    names = [*(reward.name for reward in rewards), *(f"pixel_{name}" for name in pixel_names(watched))]
+    return [*names, JUDGE] if JUDGE in watched else names
 
 
 def check_watched(watched, prompts, judge):

@@ -447,7 +447,7 @@ def test_a_preset_is_found_by_its_base(capsys):
             cfg = run_settings.parse([f"--base={base}", "--fps", "5"], presets, "", weights.preset_of)
             assert cfg == replace(presets[preset], base=base, fps=5)
             assert capsys.readouterr().out.startswith(f"preset {preset}, that of base {base}, as none")
-    refused("or it comes without settings for training; name a preset first", run_settings.parse, ["--base", "an/other"],
+    refused("an/other: not there, or without training settings; name a preset: ", run_settings.parse, ["--base", "an/other"],
             train.PRESETS, "", weights.preset_of)
     assert run_settings.parse(["wan", "--base", "folder"], train.PRESETS, "", weights.preset_of).preset == "wan"
 

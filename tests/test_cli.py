@@ -300,7 +300,7 @@ def test_numbers_out_of_range(check, cfg, wrong):
     ("train modelscope", "no prompts: --prompts NAME=FILE must name some"),
     ("train --base random:32 --prompts a=prompts.txt", "no clips: --data LIST must name some"),
     ("train --base nowhere", "base nowhere: no such file or folder$"),
-    ("train --base some/where", "base some/where: no such file or folder, or it comes without settings"),
+    ("train --base some/where", "base some/where: not there, or without training settings"),
     ("train --prompts x", "prompts 'x': must be NAME=FILE"), ("train --prompts a=hole.txt", "found an empty one"),
     ("train --prompts a=gone.txt", "prompts gone.txt: cannot be read"),
     ("train --prompts a=empty.txt", "prompts empty.txt: expected one prompt a line, found none"),
@@ -325,7 +325,7 @@ def test_wrong_values(argv, message, bad_files, monkeypatch):
 @pytest.mark.parametrize("name, argv, message", [
     ("train.py", "--frames 8", "frames = 8, size = 32: the tiny world draws 16 or 17 frames of 32 x 32 pixels"),
     ("train.py", "--size 30 --data clips.txt", "height 30 and width 30: must be multiples of"),
-    ("train.py", "--latent-context 3", "latent_context = 3: base tiny decodes frames from no latents but their own"),
+    ("train.py", "--latent-context 3", "latent_context: cannot be set, as base tiny decodes frames from their own latents"),
     ("train.py", "tiny --base random-wan --frames 17 --data clips.txt --prompts a=prompts.txt",
      "preset tiny: is not for base random-wan, whose own is wan$"),
     ("train.py", "--data clips.txt", "1 of 1 clips cannot be used.*gone.mp4"), ("train.py", "--dtype int8", "dtype 'int8': must"),
