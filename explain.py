@@ -10,7 +10,6 @@ train.train itself takes the step.
 """
 import support.threads  # noqa: F401  before torch is loaded
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,7 +116,8 @@ class Setup:
         z_0 = edit(self.base.predict, self.z, self.eps, self.text, self.uncond, levels, tau, self.cfg.guidance)
         R, logged = train.video_rewards(self.base, self.rewards, z_0, self.g, self.captions, self.cfg)
         return noised, z_0, {"tau": tau, "t": levels.t[first], "alpha": levels.alpha[first], "sigma": levels.sigma[first],
-                             "steps": first, "R": R.item(), "reward": logged["reward"].item()}
+                             "steps": first, "R": R.item(), "reward": logged["reward"].item(),
+                             "noised": self.show(noised), "edit": self.show(z_0)}
 
     def train(self, repeats):
         """train.train itself, which moves the adapters, takes this one step so often: the numbers that it logs of each."""
@@ -134,12 +134,11 @@ class Setup:
         return logged
 
     def gradient(self, grad_steps):
-        """For this K: the adapters' gradient, and how many seconds it took."""
+        """The adapters' gradient for this K."""
         self.base.network.zero_grad()
-        started = time.perf_counter()
         R, _ = train.edit_rewards(self.base, self.rewards, self.uncond, self.batch, replace(self.cfg, grad_steps=grad_steps))
         (-R.mean()).backward()                                                # Eq. (9)
-        return torch.cat([p.grad.flatten() for p in self.parameters]), time.perf_counter() - started
+        return torch.cat([p.grad.flatten() for p in self.parameters])
 
     def scored(self, z_0, segments):
         """For this S: the frames drawn of an edit, their rewards, for each lambda f, R and the length of R's gradient there, and
@@ -171,27 +170,14 @@ def explain(setup):
     cfg = setup.cfg
 
     # What the step would be with other tau, K, S and lambda; nothing here changes the adapters.
-    taus = []
-    for tau in sorted({*TAUS, cfg.tau}):
-        if tau == cfg.tau or round(tau * cfg.num_steps):
-            noised, z_0, numbers = setup.edit(tau)
-            taus.append(numbers | {"noised": setup.show(noised), "edit": setup.show(z_0)})
-            if tau == cfg.tau:
-                z_noi, edited, here = noised, z_0, taus[-1]
+    edits = {tau: setup.edit(tau) for tau in sorted({*TAUS, cfg.tau}) if tau == cfg.tau or round(tau * cfg.num_steps)}
+    z_noi, edited, here = edits[cfg.tau]
+    gradients = {K: setup.gradient(K) for K in sorted({*GRAD_STEPS, cfg.grad_steps}) if K <= here["steps"]}
+    smallest = gradients[min(gradients)]
     sweep = {}
-    for grad_steps in sorted({*GRAD_STEPS, cfg.grad_steps}):
-        if grad_steps <= here["steps"]:
-            gradient, seconds = setup.gradient(grad_steps)
-            if not sweep:
-                smallest = gradient
-            cosine = torch.cosine_similarity(gradient, smallest, dim=0).item()
-            sweep[grad_steps] = {"norm": gradient.norm().item(), "seconds": seconds, "cosine": cosine}
-    states = {}
-    for segments in sorted({*SEGMENTS, cfg.segments}):
-        if segments <= cfg.frames:
-            states[segments], pictures = setup.scored(edited, segments)
-            if segments == cfg.segments:
-                heats = pictures
+    for K, gradient in gradients.items():
+        sweep[K] = {"norm": gradient.norm().item(), "cosine": torch.cosine_similarity(gradient, smallest, dim=0).item()}
+    scored = {S: setup.scored(edited, S) for S in sorted({*SEGMENTS, cfg.segments}) if S <= cfg.frames}
     guesses = guess_clips(setup.base, setup.z, setup.eps, setup.text, setup.uncond, cfg)
     steps = [{"i": here["steps"] - n, "t": t, "clip": setup.show(z)} for n, (t, z) in enumerate(guesses)]
 
@@ -200,11 +186,12 @@ def explain(setup):
     _, last_edit, last = setup.edit(cfg.tau)
     page = {"cfg": cfg, "caption": setup.captions[0], "reward": setup.rewards.name, "numbers": logged[0], "after": logged[1],
             "real": setup.show(setup.z), "guesses": steps,
-            "pictures": [picture_uri(picture) for picture in setup.pixels(edited)], "here": here, "taus": taus, "sweep": sweep,
-            "states": states, "last": last | {"edit": setup.show(last_edit)}, "repeats": REPEATS}
+            "pictures": [picture_uri(picture) for picture in setup.pixels(edited)], "here": here, "sweep": sweep, "last": last,
+            "taus": [numbers for *_, numbers in edits.values()], "states": {S: state for S, (state, _) in scored.items()},
+            "repeats": REPEATS}
 
     # The strip: the frames that were drawn, from the real clip to what the step leads to.
-    mine = states[cfg.segments]
+    mine, heats = scored[cfg.segments]
     columns = []
     for title, below, z in (("real clip", "z", setup.z), ("noised", f"t = {here['t']:.4g}, Eq. 5", z_noi),
                             ("first guess", f"of {here['steps']} steps", guesses[0][1]), ("the edit", "$z_0$", edited),

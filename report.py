@@ -8,8 +8,6 @@ Look at runs: one page of them, a blind comparison of two models, and what the v
 
 The pages open from disk and fetch nothing. A blind comparison is two files: blind.html for the voters, who export their votes
 from it, and key.json, which says whose clips are on which side, for whoever counts.
-
-Paper: InstructVideo (arXiv:2312.12490), Table 2 and Appendix D: 100 prompts, 60 in-domain, 20 of new animals and 20 without.
 """
 import support.threads  # noqa: F401  before torch is loaded
 import json

@@ -156,10 +156,7 @@ def read_side(argument, prompts):
             raise ValueError(f"{argument}: no evaluation at that step; there are {', '.join(map(str, run.tables)) or 'none'}")
         return run.clips(chosen), run.reward
 
-    set_names = []  # of each video
-    for set_name, texts in prompts.items():
-        set_names += [set_name] * len(texts)
-    set_of_video = dict(enumerate(set_names))
+    set_of_video = dict(enumerate(set_name for set_name, texts in prompts.items() for _ in texts))
     clips = {}
     for file in sorted(path.glob("*.mp4")):
         number = re.match(r"\d{4,}(?=-|$)", file.stem)  # support.videos.video_name puts it there

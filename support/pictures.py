@@ -155,10 +155,8 @@ def draw_curves(lines, reward_name, path, watched=(), turn=None):
     window = max(1, min(50, len(rewards) // 4))  # single steps differ by their clips; their running mean shows the trend
     sums = np.cumsum([0, *rewards])
     running_mean = (sums[window:] - sums[:-window]) / window
-    judged = {}
-    for measure in ("watermark", "colour", "shape", "direction", "fidelity"):  # those of the tiny world
-        if measure in curves:
-            judged[measure] = np.mean(list(curves[measure].values()), axis=0)
+    names = [name for name in ("watermark", "colour", "shape", "direction", "fidelity") if name in curves]  # in the tiny world
+    judged = {name: np.mean(list(curves[name].values()), axis=0) for name in names}
     panels = {f"{reward_name} in training": {"each step": rewards, f"mean of {window} steps": running_mean},
               f"{reward_name} of held-out prompts": curves["reward_mean"],
               "the judge on held-out prompts, mean of all sets": judged}
