@@ -415,8 +415,7 @@ def table(report):
         lines += ["".join(f"{part:>11s}" for part in tflop), "".join(f"{number:11.4g}" for number in tflop.values()) + " TFLOP"]
     if "seconds" in report.get("step", {}):
         seconds, peak = report["step"]["seconds"], report["step"]["peak_gib"]
-        more = f", {peak:.1f} GiB" if peak else ""
-        lines.append(f"{seconds:.4g} s a step, {tflop['step'] / seconds:.4g} TFLOP/s{more}")
+        lines.append(f"{seconds:.4g} s a step, {tflop['step'] / seconds:.4g} TFLOP/s" + (f", {peak:.1f} GiB" if peak else ""))
     if "memory" in report:
         no_flag = report["memory"]["no flag"]
         lines.append(f"expected peak memory of our step, GiB: total (saved activations + transients, on top of the weights'"

@@ -41,8 +41,7 @@ REPEATS = 20  # how often the step is taken in the last but one panel, until its
 
 @dataclass(frozen=True)
 class Config(train.Config):
-    """Take one training step apart, on one clip. Flags of train.py mean the same; those that concern a whole run (its length,
-    evaluation, saving) change nothing here."""
+    """Take one training step apart, on one clip. Flags of train.py mean the same; those of a whole run change nothing here."""
     step: int = 5
     """with the seed it decides clip, noise, frames and warm-up: 5 is a pale, noisy clip, whose edit looks different; a run takes
     more clips a step, so its step of this number has others"""

@@ -1,5 +1,4 @@
-"""Files: written whole or not at all, and read as data.
-A run may be killed and a disk may fill up: whoever finds a file under its own name finds all of it."""
+"""Files: written whole or not at all, whatever is killed and whichever disk fills up, and read as data."""
 import json
 import os
 import re

@@ -64,8 +64,7 @@ class Run:
         data = self.method.data
         for rank, other in enumerate(all_gather(data)):
             if other != data:
-                raise ValueError(f"clips: rank {rank_and_size()[0]} has {data}, rank {rank} has {other}; they must be the same "
-                                 "on every node")
+                raise ValueError(f"clips: rank {rank_and_size()[0]} has {data}, {rank} {other}; must be the same on every node")
         if self.resumed:  # rank 0 alone reads: on other nodes, with disks of their own, there is no such folder
             state, self.lines, tables = on_rank_0(lambda: read_run(self.folder, self.adapters, data))
             self.evaluations.tables |= tables
@@ -278,8 +277,7 @@ def train_and_report(run, train):
     except Stopped:
         finished = False
     except torch.OutOfMemoryError:
-        raise RuntimeError("out of memory; these need less: --clips-at-once 1, --decode-chunk 1, --checkpoint-activations, "
-                           "--low-memory (docs/gpu.md)") from None
+        raise RuntimeError("out of memory; --clips-at-once 1, --checkpoint-activations, --low-memory need less") from None
     if finished or run.evaluations.ended_early():
         run.evaluations.compare()
         if is_main_process():
@@ -315,8 +313,7 @@ def read_run(folder, adapters, data):
     state = read_checkpoint(folder / "state.pt", adapters) if (folder / "state.pt").is_file() else {}
     recorded = read_json(folder / "run.json").get("data") if (folder / "run.json").is_file() else None
     if recorded and data and recorded != data:
-        raise ValueError(f"clips: must be those that {folder} began with, {recorded}, found {data}; which clips a step takes "
-                         "follows from the list, so another list is another run")
+        raise ValueError(f"clips: must be those that {folder} began with, {recorded}, found {data}; another list is another run")
     return state, *read_evaluations(folder, state.get("step", 0))
 
 
@@ -435,9 +432,7 @@ def is_continued(folder, cfg):
         return cfg.resume is not None
     recorded = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     other = {name for name, value in to_record(cfg).items() if recorded.get(name, "missing") != value} - {"out", "overwrite"}
-    for name in ("guidance", "dtype"):
-        if getattr(cfg, name) is None:
-            other.discard(name)  # recorded is the base's own, or the device's
+    other -= {name for name in ("guidance", "dtype") if getattr(cfg, name) is None}  # recorded: the base's own, the device's
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if not other and (restarted or done < cfg.steps and not cfg.overwrite):
         return True

@@ -87,8 +87,7 @@ def check_watched(watched, prompts, judge):
     if JUDGE in watched and prompts and judge is None:
         raise ValueError("watch judge: only the tiny world has one, for its own prompts and 16 frames of 32 x 32 pixels")
     if "diversity" in pixel_names(watched) and prompts and all(len(set(p)) == len(p) for p in prompts.values()):
-        raise ValueError("watch diversity: needs several videos of a prompt, and no set has any; an eval_count (in evaluate.py "
-                         "count) above the number of a set's prompts repeats them")
+        raise ValueError("watch diversity: needs several videos of a prompt; a larger eval_count (evaluate.py: count) repeats them")
 
 
 def quantile(values, q):
