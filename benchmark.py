@@ -8,7 +8,6 @@ What a training step costs: work and memory, counted from shapes alone, and time
     python benchmark.py --base wan --device meta            # a published base at the size of its preset: its row of docs/bases.md
 
 Counting runs train.py's own functions on PyTorch's meta device, whose tensors have shapes and no memory.
-
 Letters: B clips, F frames, S segments, C channels, h and w latent rows and columns, N text tokens, E their width.
 """
 import support.threads  # noqa: F401  before torch is loaded

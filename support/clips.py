@@ -180,7 +180,6 @@ CACHE_VERSION = 2  # of how clips are read; what is read as in version 1 keeps i
 
 class Stored:
     """A tensor in a cache file, or a dict of such, read only when indexed, and only that part: stored[k], stored[:]."""
-
     def __init__(self, path):
         self.path = path
         with safe_open(path, "pt") as file:  # SafetensorError unless the file is as long as its header says
@@ -198,7 +197,6 @@ class Stored:
 
 class Held:
     """A dict of tensors that belong to one caption or clip, in memory, indexed as Stored is."""
-
     def __init__(self, tensors):
         self.tensors = tensors
 

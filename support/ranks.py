@@ -125,9 +125,8 @@ def all_gather(value):
 
 
 def add_over_ranks(parameters, numbers, loss_scale=1.):
-    """Sum the parameters' gradients, in place, and a list of numbers over the ranks, in one message; returns the numbers.
-    loss_scale: by which the loss was multiplied, so that its gradient did not vanish in 16 bits; taken out here, in float32.
-    DDP would expect one forward pass for each backward one, and a sampling chain has many."""
+    """Sum the parameters' gradients, in place, and a list of numbers over the ranks, in one message; returns the numbers. DDP
+    would expect one forward pass for each backward one. loss_scale: by which the loss was multiplied; taken out, in float32."""
     flat = torch.cat([*(p.grad.flatten() for p in parameters), torch.tensor(numbers, device=parameters[0].device)])
     if rank_and_size()[1] > 1:
         dist.all_reduce(flat)
@@ -209,7 +208,6 @@ LINE_EVERY = 30.  # seconds between the lines of a job where nobody watches a te
 
 class Lines:
     """Where a bar that is no terminal's writes: each state as a line of its own, without control characters, and once."""
-
     def __init__(self, file):
         self.file, self.flush, self.last = file, file.flush, ""
 

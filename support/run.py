@@ -149,8 +149,7 @@ class Run:
 class Evaluations:
     """What is looked at while a run trains: videos from pure noise for held-out prompts, the same noise every time.
     prompts: {set: its prompts}. evaluate(prompts, seed, keep, move_on) -> ({measure: (n,)}, videos (keep, F, 3, H, W)) of one
-    set; it calls move_on(how many videos) as it goes. watched: measures that the guard compares. summed: weights and rewards of
-    the sum."""
+    set; it calls move_on(how many videos) as it goes. watched: names of measures. summed: weights and rewards."""
     cfg: Any
     folder: Path
     prompts: dict

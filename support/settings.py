@@ -188,8 +188,7 @@ GONE = {"keep", "tensorboard"}  # settings of earlier versions that changed no n
 
 def parse(argv, presets, description, preset_of=lambda base: None):
     """Command line -> settings. The first word may name one of the presets {name: settings}, else it is what preset_of says of
-    --base, else the first of them. With --resume the run's own settings come first; a flag that would make it another run is a
-    ValueError."""
+    --base, else the first. With --resume the run's own come first; a flag that would make it another run is a ValueError."""
     argv = list(argv)
     named = argv.pop(0) if argv and not argv[0].startswith("-") else None
     if named is not None and named not in presets:
@@ -257,8 +256,7 @@ def read_settings(folder, presets):
 
 
 def to_record(cfg):
-    """The settings as a run's config.json has them, plain values that are the same however often the run was continued. Paths to
-    what is there are absolute, so it can be continued anywhere."""
+    """The settings as config.json has them: plain values, the same however often a run was continued; existing paths absolute."""
     record = json.loads(json.dumps(asdict(replace(cfg, resume=None)), default=str))
     for name in ("data", "data_root", "vae", "text_encoder", "base", "prompts_train"):  # the last is not every method's
         if record.get(name):

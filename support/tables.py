@@ -87,7 +87,7 @@ def check_watched(watched, prompts, judge):
     if JUDGE in watched and prompts and judge is None:
         raise ValueError("watch judge: only the tiny world has one, for its own prompts and 16 frames of 32 x 32 pixels")
     if "diversity" in pixel_names(watched) and prompts and all(len(set(p)) == len(p) for p in prompts.values()):
-        raise ValueError("watch diversity: needs several videos of a prompt; a larger eval_count (evaluate.py: count) repeats them")
+        raise ValueError("watch diversity: needs several videos of a prompt: a larger eval_count, or in evaluate.py count")
 
 
 def quantile(values, q):
@@ -140,8 +140,7 @@ def diversity(copies, captions):
 
 
 def table_of(rows, captions):
-    """{measure: (n,) float64} of a row {measure: a number or (1,)} for each video; for diversity, which needs all of them, a row
-    has the video's small copy. captions [n]."""
+    """{measure: (n,) float64} of a row {measure: number or (1,)} for each video; for diversity its small copy. captions [n]."""
     table = {}
     for name in rows[0]:
         values = [row[name] for row in rows]
