@@ -207,8 +207,7 @@ def storages(modules):
 
 def measure_peak(forward, modules):
     """GiB that forward() and the backward pass of its result, if that has a gradient, need at the worst moment, all on meta.
-    {"weights": those of `modules`; "saved": kept for the backward pass, beyond the weights; "transient": what else is there at
-    the worst moment; "total"}. Workspaces of kernels, and what an allocator loses between tensors, come on top."""
+    {"weights": of `modules`, "saved": beyond them, for the backward pass, "transient": what else is there, "total"}."""
     weights = storages(modules)
     attention = nn.functional.scaled_dot_product_attention
 

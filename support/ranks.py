@@ -105,14 +105,17 @@ def barrier():
 
 def on_rank_0(function):
     """What function() returns on rank 0, where alone it is called; all ranks get that, or a ValueError, with words on rank 0."""
+    rank, world_size = rank_and_size()
+    if world_size == 1:
+        return function()
     value = error = None
     try:
-        value = function() if is_main_process() else None
+        value = function() if rank == 0 else None
     except ValueError as found:
         error = found
     value, error = all_gather((value, error))[0]
     if error:
-        raise error if is_main_process() else ValueError()
+        raise error if rank == 0 else ValueError()
     return value
 
 
