@@ -380,7 +380,7 @@ def mean_rewards(tables):
 @contextmanager
 def take_folder(cfg):
     """Yields (run folder, whether to continue what it holds), for rank 0, and keeps other processes out of the folder to the end.
-    It is that of --resume, of --out, or the first new one of out/PRESET, out/PRESET-2, ... An early error removes what was made."""
+    It is that of --resume, of --out, or the first new of out/PRESET, out/PRESET-2, ... An early error removes what was made."""
     named = cfg.resume or cfg.out
     check_folder(named or Path("out"))
     for number in count(1):
