@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, get_type_hints
 
 import tyro
+from typeguard import TypeCheckError, check_type  # which tyro brings
 
 from support.clips import read_list, read_prompt_sets, say_once
 from support.files import check_folder, read_json
@@ -225,8 +226,7 @@ def parse(argv, presets, description, preset_of=lambda base: None):
             if get_type_hints(type(cfg))[name] != hint:
                 raise ValueError(f"setting {name}: {parent.__name__} has one of this name and of another type; rename yours")
     if from_record(json.loads(json.dumps(asdict(cfg), default=str)), defaults) != cfg:
-        raise ValueError("settings: cannot be read back from config.json, so the run could not be continued; each must be a "
-                         "number, a word, a path, None, or a tuple of such")
+        raise ValueError("settings: cannot be read back from config.json, so the run could not be continued")
     return cfg
 
 
@@ -238,6 +238,10 @@ def from_record(record, defaults):
         if "Path" in str(hint) and value is not None:
             value = list(map(Path, value)) if isinstance(value, list) else Path(value)
         values[name] = tuple(value) if isinstance(value, list) else value
+        try:
+            check_type(values[name], hint)
+        except TypeCheckError:
+            raise ValueError(f"config.json: {name} = {value!r} is not of this setting's type") from None
     return replace(defaults, **values)
 
 

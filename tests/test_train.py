@@ -616,7 +616,7 @@ def test_settings_of_every_kind_are_read_back_or_refused_before_anything_is_load
     flags = ["--scales", "-1", "2.5", "--kind", "b", "--share", "None", "--careful", "True", "--folders", "x", "--folders", "y z"]
     cfg = assert_survives(flags, presets)
     assert (cfg.scales, cfg.kind, cfg.share, cfg.careful, cfg.folders) == ((-1., 2.5), "b", None, True, (Path("x"), Path("y z")))
-    refused("^settings: cannot be read back from config.json, so the run could not be ",
+    refused("^config.json: marks = .* is not of this setting's type",
             settings.parse, ["--marks", "1", "--scales", "3"], presets, "")
 
     @dataclass(frozen=True)
