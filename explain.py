@@ -173,9 +173,8 @@ def explain(setup):
     z_noi, edited, here = edits[cfg.tau]
     gradients = {K: setup.gradient(K) for K in sorted({*GRAD_STEPS, cfg.grad_steps}) if K <= here["steps"]}
     smallest = gradients[min(gradients)]
-    sweep = {}
-    for K, gradient in gradients.items():
-        sweep[K] = {"norm": gradient.norm().item(), "cosine": torch.cosine_similarity(gradient, smallest, dim=0).item()}
+    sweep = {K: {"norm": gradient.norm().item(), "cosine": torch.cosine_similarity(gradient, smallest, dim=0).item()}
+             for K, gradient in gradients.items()}
     scored = {S: setup.scored(edited, S) for S in sorted({*SEGMENTS, cfg.segments}) if S <= cfg.frames}
     guesses = guess_clips(setup.base, setup.z, setup.eps, setup.text, setup.uncond, cfg)
     steps = [{"i": here["steps"] - n, "t": t, "clip": setup.show(z)} for n, (t, z) in enumerate(guesses)]
@@ -184,10 +183,9 @@ def explain(setup):
     logged = setup.train(REPEATS)
     _, last_edit, last = setup.edit(cfg.tau)
     page = {"cfg": cfg, "caption": setup.captions[0], "reward": setup.rewards.name, "numbers": logged[0], "after": logged[1],
-            "real": setup.show(setup.z), "guesses": steps,
+            "real": setup.show(setup.z), "guesses": steps, "repeats": REPEATS,
             "pictures": [picture_uri(picture) for picture in setup.pixels(edited)], "here": here, "sweep": sweep, "last": last,
-            "taus": [numbers for *_, numbers in edits.values()], "states": {S: state for S, (state, _) in scored.items()},
-            "repeats": REPEATS}
+            "taus": [numbers for *_, numbers in edits.values()], "states": {S: state for S, (state, _) in scored.items()}}
 
     # The strip: the frames that were drawn, from the real clip to what the step leads to.
     mine, heats = scored[cfg.segments]

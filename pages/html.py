@@ -1,6 +1,5 @@
-"""Pages that people look at: single HTML files that open from disk, fetch nothing, and can be mailed. A page is a template of
-pages/templates, filled by jinja2 with autoescape on, so a caption is always shown as text. Style, script, pictures and clips, the
-.mp4 files that write_video makes, are inside."""
+"""Pages that people look at: single HTML files that open from disk, fetch nothing, and can be mailed. They are pages/templates,
+filled by jinja2 with autoescape on, so a caption is always shown as text; style, script, pictures and clips are inside."""
 import base64
 import io
 import math

@@ -89,8 +89,7 @@ class Run:
         print(f"run folder: {self.folder}" + (f", from step {self.step}" if self.step else ""))
 
     def finish_step(self, step, numbers, finite, stopping):
-        """Log, save, evaluate. Returns whether to go on: not when `stopping`, nor after an early end. step: counted from 1.
-        numbers: reward, loss, grad_norm. RuntimeError after cfg.max_bad_steps in a row that were not finite."""
+        """Log, save, evaluate; whether to go on. step: from 1. RuntimeError after cfg.max_bad_steps in a row that were not finite."""
         self.log_step(step, numbers, time.perf_counter() - self.started, finite)
         self.bad_steps = 0 if finite else self.bad_steps + 1
         if self.bad_steps == self.cfg.max_bad_steps:
