@@ -89,7 +89,7 @@ class Run:
         print(f"run folder: {self.folder}" + (f", from step {self.step}" if self.step else ""))
 
     def finish_step(self, step, numbers, finite, stopping):
-        """Log, save, evaluate; whether to go on. step: from 1. RuntimeError after cfg.max_bad_steps in a row that were not finite."""
+        """Log, save, evaluate; whether to go on. step: from 1. RuntimeError after cfg.max_bad_steps in a row not finite."""
         self.log_step(step, numbers, time.perf_counter() - self.started, finite)
         self.bad_steps = 0 if finite else self.bad_steps + 1
         if self.bad_steps == self.cfg.max_bad_steps:
