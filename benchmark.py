@@ -8,7 +8,6 @@ What a training step costs: work and memory, counted from shapes alone, and time
     python benchmark.py --base wan --device meta            # a published base at the size of its preset: its row of docs/bases.md
 
 Counting runs train.py's own functions on PyTorch's meta device, whose tensors have shapes and no memory.
-
 Letters: B clips, F frames, S segments, C channels, h and w latent rows and columns, N text tokens, E their width.
 """
 import support.threads  # noqa: F401  before torch is loaded
@@ -208,8 +207,7 @@ def storages(modules):
 
 def measure_peak(forward, modules):
     """GiB that forward() and the backward pass of its result, if that has a gradient, need at the worst moment, all on meta.
-    {"weights": those of `modules`; "saved": kept for the backward pass, beyond the weights; "transient": what else is there at
-    the worst moment; "total"}. Workspaces of kernels, and what an allocator loses between tensors, come on top."""
+    {"weights": of `modules`, "saved": beyond them, for the backward pass, "transient": what else is there, "total"}."""
     weights = storages(modules)
     attention = nn.functional.scaled_dot_product_attention
 
@@ -333,36 +331,25 @@ def count_row(base, reward, cfg):
 
 # -- Timing, and the report ------------------------------------------------------------------------------------------
 
-def now(device):
-    """Seconds, read once the device has done all that it was given."""
-    if device.type != "cpu":
-        torch.cuda.synchronize(device) if device.type == "cuda" else torch.mps.synchronize()
-    return time.perf_counter()
-
-
-def time_step(score, parameters, optimizer, batch, device):
-    """(seconds of an optimizer step as in train.train, GiB of GPU memory at its peak or None)."""
-    on_cuda = device.type == "cuda"
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-    start = now(device)
-    optimizer.zero_grad(set_to_none=False)
-    (-score(batch).mean()).backward()                                                     # Eq. (9)
-    nn.utils.clip_grad_norm_(parameters, train.Config.clip_grad)
-    optimizer.step()
-    return now(device) - start, torch.cuda.max_memory_allocated(device) / GIB if on_cuda else None
-
-
 def time_steps(base, reward, cfg, device):
-    """{"seconds": the median of several steps, "peak_gib": time_step's}."""
+    """{"seconds": the median of several optimizer steps as in train.train, "peak_gib": their GPU memory at its peak or None}."""
     score, parameters = make_step(base, reward, cfg)
     batch = synthetic_batch(base, cfg, cfg.batch_size)
     optimizer = torch.optim.AdamW(parameters, lr=train.Config.lr, weight_decay=0)
-    repeats = []
-    for _ in progress(range(cfg.steps + 1), "timing", unit="steps", leave=False):
-        repeats.append(time_step(score, parameters, optimizer, batch, device))
-    seconds, peaks = zip(*repeats[1:])  # the first one warms up
-    return {"seconds": statistics.median(seconds), "peak_gib": peaks[-1]}
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = []
+    for _ in progress(range(cfg.steps + 1), "timing", leave=False):
+        start = time.perf_counter()
+        optimizer.zero_grad(set_to_none=False)
+        (-score(batch).mean()).backward()                                                 # Eq. (9)
+        nn.utils.clip_grad_norm_(parameters, train.Config.clip_grad)
+        optimizer.step()
+        parameters[0].sum().item()  # a value is there once the device has done all that it was given
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated(device) / GIB if on_cuda else None
+    return {"seconds": statistics.median(seconds[1:]), "peak_gib": peak}  # the first one warms up
 
 
 @dataclass
@@ -426,8 +413,7 @@ def table(report):
         lines += ["".join(f"{part:>11s}" for part in tflop), "".join(f"{number:11.4g}" for number in tflop.values()) + " TFLOP"]
     if "seconds" in report.get("step", {}):
         seconds, peak = report["step"]["seconds"], report["step"]["peak_gib"]
-        more = f", {peak:.1f} GiB" if peak else ""
-        lines.append(f"{seconds:.4g} s a step, {tflop['step'] / seconds:.4g} TFLOP/s{more}")
+        lines.append(f"{seconds:.4g} s a step, {tflop['step'] / seconds:.4g} TFLOP/s" + (f", {peak:.1f} GiB" if peak else ""))
     if "memory" in report:
         no_flag = report["memory"]["no flag"]
         lines.append(f"expected peak memory of our step, GiB: total (saved activations + transients, on top of the weights'"

@@ -9,10 +9,7 @@ Writes explain.html, which opens from disk, and explain.png, its main strip. Eve
 train.train itself takes the step.
 """
 import support.threads  # noqa: F401  before torch is loaded
-import inspect
 import sys
-import textwrap
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +25,7 @@ from model import load_base
 from pages.html import heat, picture_uri, pixels_uri, write_page
 from pages.step import draw_step
 from reward import aggregate, as_rewards, load_rewards, segment_edges, tar_weights
-from sampler import add_noise, chain, edit, edit_steps, guided, step
+from sampler import add_noise, edit, edit_steps, guided, step
 from support import settings
 from support.files import check_folder
 from support.ranks import pick_device, pick_dtype, run_script, sample_generator
@@ -39,25 +36,16 @@ TAUS = (.1, .3, .6, 1.)
 GRAD_STEPS = (1, 2, 4, 8)
 LAMBDAS = (0., .5, 1., 2.)
 SEGMENTS = (1, 2, 4, 8, 16)
-CODE = (  # what the page shows of the step's source, in the order in which it runs: function, first words, words after the end
-    (train.train, "# 1. The gradient", "loss = "), (edit, "# 1. Noise", None), (chain, "for i in", "return z"),
-    (train.edit_rewards, "# Noise", None), (train.video_rewards, "chunk = ", None), (train.train, "loss = ", "# 4. Log"))
 REPEATS = 20  # how often the step is taken in the last but one panel, until its effect can be seen
-PANELS = {  # words of the step's source: the panel that shows what the line does
-    "draw(step)": "clip", "z_noi = ": "noise", "z, std = step(": "chain", "z_0 = edit(": "edit",
-    "decode_chosen(": "reward", "score_frames(": "reward", "tar_weights(": "reward", "aggregate(": "reward", "loss = ": "reward",
-    ".backward()": "pixels", "clip_grad_norm_": "adapters", "optimizer.step()": "after"}
 
 
 @dataclass(frozen=True)
 class Config(train.Config):
-    """Take one training step apart, on one clip. Flags of train.py mean the same; those that concern a whole run (its length,
-    evaluation, saving) change nothing here."""
+    """Take one training step apart, on one clip. Flags of train.py mean the same; those of a whole run change nothing here."""
     step: int = 5
     """with the seed it decides clip, noise, frames and warm-up: 5 is a pale, noisy clip, whose edit looks different; a run takes
     more clips a step, so its step of this number has others"""
-    lora: Path | None = None
-    """adapters to start from; default fresh ones, as a run starts"""
+    lora: Path | None = None  # adapters to start from; default fresh ones, as a run starts
     cache_interval: Suppress[Fixed[int]] = 1
 
 
@@ -127,11 +115,8 @@ class Setup:
         z_0 = edit(self.base.predict, self.z, self.eps, self.text, self.uncond, levels, tau, self.cfg.guidance)
         R, logged = train.video_rewards(self.base, self.rewards, z_0, self.g, self.captions, self.cfg)
         return noised, z_0, {"tau": tau, "t": levels.t[first], "alpha": levels.alpha[first], "sigma": levels.sigma[first],
-                             "steps": first, "R": R.item(), "reward": logged["reward"].item()}
-
-    def reward_of_edit(self, cfg):
-        """R of the step's edit, with gradient, and what is logged of it."""
-        return train.edit_rewards(self.base, self.rewards, self.uncond, self.batch, cfg)
+                             "steps": first, "R": R.item(), "reward": logged["reward"].item(),
+                             "noised": self.show(noised), "edit": self.show(z_0)}
 
     def train(self, repeats):
         """train.train itself, which moves the adapters, takes this one step so often: the numbers that it logs of each."""
@@ -142,17 +127,17 @@ class Setup:
             return True
 
         run = SimpleNamespace(steps=lambda optimizer: [self.cfg.step] * repeats, finish_step=finish_step)
-        method = train.Method(lambda step: self.batch, lambda batch: self.reward_of_edit(self.cfg))
+        method = train.Method(lambda step: self.batch,
+                              lambda batch: train.edit_rewards(self.base, self.rewards, self.uncond, batch, self.cfg))
         train.train(self.cfg, self.parameters, method, run)
         return logged
 
     def gradient(self, grad_steps):
-        """For this K: the adapters' gradient, and how many seconds it took."""
+        """The adapters' gradient for this K."""
         self.base.network.zero_grad()
-        started = time.perf_counter()
-        R, _ = self.reward_of_edit(replace(self.cfg, grad_steps=grad_steps))
+        R, _ = train.edit_rewards(self.base, self.rewards, self.uncond, self.batch, replace(self.cfg, grad_steps=grad_steps))
         (-R.mean()).backward()                                                # Eq. (9)
-        return torch.cat([p.grad.flatten() for p in self.parameters]), time.perf_counter() - started
+        return torch.cat([p.grad.flatten() for p in self.parameters])
 
     def scored(self, z_0, segments):
         """For this S: the frames drawn of an edit, their rewards, for each lambda f, R and the length of R's gradient there, and
@@ -179,46 +164,18 @@ class Setup:
         return {"edges": edges, "g": g[0].tolist(), "r": r[0].tolist(), "heats": pictures, "lambdas": lambdas}, heats
 
 
-def source_parts():
-    """The step's code in the order in which it runs: [(function, [(line, the panel that shows what it does, or "")])]."""
-    parts = []
-    for function, start, end in CODE:
-        source = inspect.getsource(function)
-        first = source.rindex("\n", 0, source.index(start)) + 1
-        last = source.rindex("\n", 0, source.index(end)) if end else len(source)
-        lines = []
-        for line in textwrap.dedent(source[first:last]).rstrip().splitlines():
-            lines.append((line, next((panel for words, panel in PANELS.items() if words in line), "")))
-        parts.append((f"{function.__module__}.{function.__name__}", lines))
-    return parts
-
-
 def explain(setup):
     """Everything that pages/templates/explain.html shows, and what the strip shows."""
     cfg = setup.cfg
 
     # What the step would be with other tau, K, S and lambda; nothing here changes the adapters.
-    taus = []
-    for tau in sorted({*TAUS, cfg.tau}):
-        if tau == cfg.tau or round(tau * cfg.num_steps):
-            noised, z_0, numbers = setup.edit(tau)
-            taus.append(numbers | {"noised": setup.show(noised), "edit": setup.show(z_0)})
-            if tau == cfg.tau:
-                z_noi, edited, here = noised, z_0, taus[-1]
-    sweep = {}
-    for grad_steps in sorted({*GRAD_STEPS, cfg.grad_steps}):
-        if grad_steps <= here["steps"]:
-            gradient, seconds = setup.gradient(grad_steps)
-            if not sweep:
-                smallest = gradient
-            cosine = torch.cosine_similarity(gradient, smallest, dim=0).item()
-            sweep[grad_steps] = {"norm": gradient.norm().item(), "seconds": seconds, "cosine": cosine}
-    states = {}
-    for segments in sorted({*SEGMENTS, cfg.segments}):
-        if segments <= cfg.frames:
-            states[segments], pictures = setup.scored(edited, segments)
-            if segments == cfg.segments:
-                heats = pictures
+    edits = {tau: setup.edit(tau) for tau in sorted({*TAUS, cfg.tau}) if tau == cfg.tau or round(tau * cfg.num_steps)}
+    z_noi, edited, here = edits[cfg.tau]
+    gradients = {K: setup.gradient(K) for K in sorted({*GRAD_STEPS, cfg.grad_steps}) if K <= here["steps"]}
+    smallest = gradients[min(gradients)]
+    sweep = {K: {"norm": gradient.norm().item(), "cosine": torch.cosine_similarity(gradient, smallest, dim=0).item()}
+             for K, gradient in gradients.items()}
+    scored = {S: setup.scored(edited, S) for S in sorted({*SEGMENTS, cfg.segments}) if S <= cfg.frames}
     guesses = guess_clips(setup.base, setup.z, setup.eps, setup.text, setup.uncond, cfg)
     steps = [{"i": here["steps"] - n, "t": t, "clip": setup.show(z)} for n, (t, z) in enumerate(guesses)]
 
@@ -226,12 +183,12 @@ def explain(setup):
     logged = setup.train(REPEATS)
     _, last_edit, last = setup.edit(cfg.tau)
     page = {"cfg": cfg, "caption": setup.captions[0], "reward": setup.rewards.name, "numbers": logged[0], "after": logged[1],
-            "real": setup.show(setup.z), "source": source_parts(), "guesses": steps,
-            "pictures": [picture_uri(picture) for picture in setup.pixels(edited)], "here": here, "taus": taus, "sweep": sweep,
-            "states": states, "last": last | {"edit": setup.show(last_edit)}, "repeats": REPEATS}
+            "real": setup.show(setup.z), "guesses": steps, "repeats": REPEATS,
+            "pictures": [picture_uri(picture) for picture in setup.pixels(edited)], "here": here, "sweep": sweep, "last": last,
+            "taus": [numbers for *_, numbers in edits.values()], "states": {S: state for S, (state, _) in scored.items()}}
 
     # The strip: the frames that were drawn, from the real clip to what the step leads to.
-    mine = states[cfg.segments]
+    mine, heats = scored[cfg.segments]
     columns = []
     for title, below, z in (("real clip", "z", setup.z), ("noised", f"t = {here['t']:.4g}, Eq. 5", z_noi),
                             ("first guess", f"of {here['steps']} steps", guesses[0][1]), ("the edit", "$z_0$", edited),

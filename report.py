@@ -8,8 +8,6 @@ Look at runs: one page of them, a blind comparison of two models, and what the v
 
 The pages open from disk and fetch nothing. A blind comparison is two files: blind.html for the voters, who export their votes
 from it, and key.json, which says whose clips are on which side, for whoever counts.
-
-Paper: InstructVideo (arXiv:2312.12490), Table 2 and Appendix D: 100 prompts, 60 in-domain, 20 of new animals and 20 without.
 """
 import support.threads  # noqa: F401  before torch is loaded
 import json
@@ -31,20 +29,15 @@ from support.ranks import run_script
 @dataclass(frozen=True)
 class Config:
     """Look at runs, compare two models blindly, or count the votes."""
-    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """run folders, folders of run folders, and studies' .json files"""
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()  # run folders, folders of run folders, and studies' .json files
     blind: tuple[str, str] | None = None
     """two run folders, or folders of generate.py for the same prompts and seeds; FOLDER@STEP: that evaluation, else the last"""
     prompts: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
     """NAME=FILE, repeatable, for --blind: the prompt sets that generate.py was given, in this order"""
-    tally: tuple[Path, ...] = ()
-    """files of votes that the blind page exported"""
-    key: Path | None = None
-    """for --tally: the key.json of the comparison; default the one beside the votes, else out/blind/key.json"""
-    out: Path | None = None
-    """folder of the page; default out/report or out/blind"""
-    open: bool = False
-    """show the page in the browser"""
+    tally: tuple[Path, ...] = ()  # files of votes that the blind page exported
+    key: Path | None = None  # for --tally: the comparison's key.json; default the one beside the votes, else out/blind/key.json
+    out: Path | None = None  # folder of the page; default out/report or out/blind
+    open: bool = False  # show the page in the browser
 
 
 def finish(cfg, path, size, words=""):
@@ -83,7 +76,6 @@ def blind(cfg):
     key = draw_key(cfg.blind, run_pages.pair_up(*cfg.blind, prompts))
     shown = []
     for pair in key["pairs"]:
-        run_pages.check_sizes(pair["files"])
         sides = {side: clip_uri(pair["files"][unblind(pair, side)]) for side in ("left", "right")}
         shown.append({"caption": pair["caption"]} | sides)
     size = write_page(out / "blind.html", "blind.html", title="Which of the two?", comparison=key["comparison"],
@@ -97,8 +89,6 @@ def count_votes(cfg):
     """The table of the votes."""
     beside = cfg.tally[0].parent / "key.json"
     file = cfg.key or (beside if beside.is_file() else Path("out/blind/key.json"))
-    if not file.is_file():
-        raise ValueError(f"no key: {file} is no file; --key must name the comparison's key.json")
     key = read_key(file)
     votes = {}
     for path in cfg.tally:

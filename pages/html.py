@@ -1,9 +1,5 @@
-"""
-Pages that people look at: single HTML files that open from disk, fetch nothing, and can be mailed.
-
-A page is a template of pages/templates, filled by jinja2 with autoescape on, so a caption is always shown as text. Style, script,
-pictures and clips are inside. Clips are the .mp4 files that write_video makes; the page's script plays them in step.
-"""
+"""Pages that people look at: single HTML files that open from disk, fetch nothing, and can be mailed. They are pages/templates,
+filled by jinja2 with autoescape on, so a caption is always shown as text; style, script, pictures and clips are inside."""
 import base64
 import io
 import math
@@ -57,10 +53,8 @@ def pixels_uri(pixels, fps):
 
 def picture_uri(pixels):
     """A picture (H, W, 3) uint8 for an <img>, without loss."""
-    from PIL import Image
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "WEBP", lossless=True)
-    return data_uri("image/webp", file.getvalue())
+    import imageio.v3 as iio
+    return data_uri("image/webp", iio.imwrite("<bytes>", pixels, extension=".webp", lossless=True))
 
 
 def heat(values):

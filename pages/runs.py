@@ -20,9 +20,6 @@ class RunFiles:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.name = str(folder)
-        for file in ("config.json", "run.json"):
-            if not (self.folder / file).is_file():
-                raise ValueError(f"{folder}: holds no run (no {file})")
         self.config = read_json(self.folder / "config.json")
         self.record = read_json(self.folder / "run.json")
         self.prompts = self.record.get("prompts")
@@ -67,11 +64,8 @@ class RunFiles:
 
 def changed_settings(runs):
     """[(setting, [value in each run])] of those that differ."""
-    names = set()
-    for run in runs:
-        names |= run.config.keys() - NOT_COMPARED
     changed = []
-    for name in sorted(names):
+    for name in sorted(set().union(*(run.config for run in runs)) - NOT_COMPARED):
         values = [run.config.get(name, "not there") for run in runs]
         if values != values[:1] * len(runs):
             changed.append((name, values))
@@ -159,10 +153,7 @@ def read_side(argument, prompts):
             raise ValueError(f"{argument}: no evaluation at that step; there are {', '.join(map(str, run.tables)) or 'none'}")
         return run.clips(chosen), run.reward
 
-    set_names = []  # of each video
-    for set_name, texts in prompts.items():
-        set_names += [set_name] * len(texts)
-    set_of_video = dict(enumerate(set_names))
+    set_of_video = dict(enumerate(set_name for set_name, texts in prompts.items() for _ in texts))
     clips = {}
     for file in sorted(path.glob("*.mp4")):
         number = re.match(r"\d{4,}(?=-|$)", file.stem)  # support.videos.video_name puts it there
@@ -175,8 +166,8 @@ def read_side(argument, prompts):
 
 
 def pair_up(first, second, prompts):
-    """Pairs of clips with the same name, which means the same prompt and seed: [{name, caption, set, files, reward}].
-    files and reward are {"a", "b"}; reward is None unless the same one scored both. first, second, prompts: as read_side's."""
+    """Pairs of clips with the same name, which means the same prompt and seed: [{name, caption, set, files {"a", "b"}, and
+    reward {"a", "b"}, None unless the same one scored both}]. first, second, prompts: as read_side's."""
     a, reward_a = read_side(first, prompts)
     b, reward_b = read_side(second, prompts)
     if a.keys() != b.keys() or not a:
@@ -185,14 +176,10 @@ def pair_up(first, second, prompts):
     pairs = []
     for name, clip in a.items():
         files = {"a": str(clip["file"]), "b": str(b[name]["file"])}
+        shape_a, shape_b = read_video(files["a"]).shape, read_video(files["b"]).shape
+        if shape_a != shape_b:  # which would tell them apart
+            raise ValueError(f"{files['a']} and {files['b']}: frames, rows, columns are {shape_a} and {shape_b}; must be alike")
         scores = {"a": clip["score"], "b": b[name]["score"]}
         reward = scores if reward_a is not None and reward_a == reward_b else None
         pairs.append({"name": name, "caption": clip["caption"], "set": clip["set"], "files": files, "reward": reward})
     return pairs
-
-
-def check_sizes(files):
-    """ValueError if size or length would tell the two clips of a pair {"a", "b"} apart."""
-    a, b = read_video(files["a"]).shape, read_video(files["b"]).shape
-    if a != b:
-        raise ValueError(f"{files['a']} and {files['b']}: frames, rows and columns are {a[:3]} and {b[:3]}; both must be alike")

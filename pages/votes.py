@@ -1,9 +1,6 @@
-"""
-A blind comparison of two models, as in the paper's Table 2 and Appendix D: who made which clip, and what the votes say.
-
-People see two clips of the same prompt and noise, and say which has the better quality and which fits the text better. Which
-side is whose is drawn for each prompt, and written into a key that the voters do not get.
-"""
+"""A blind comparison of two models, as in the paper's Table 2 and Appendix D. People see two clips of the same prompt and noise,
+and say which has the better quality and which fits the text better. Which side is whose is drawn for each prompt, and written
+into a key that the voters do not get."""
 import math
 import random
 import secrets
@@ -19,8 +16,7 @@ SIDES = ("left", "tie", "right")
 
 def draw_key(names, pairs):
     """The key of a new comparison: pairs as pages.runs.pair_up has them, in random order, each with who is left.
-    names: (A's, B's). A is left in half of the pairs, so that a habit of voting left favours neither. Drawn from the system's own
-    randomness: with a seed, whoever knows the default could work out the sides."""
+    names: (A's, B's). A is left in half of the pairs, so that a habit of voting left favours neither. No seed gives it away."""
     system = random.SystemRandom()
     lefts = ["a", "b"] * ((len(pairs) + 1) // 2)
     system.shuffle(lefts)

@@ -41,14 +41,11 @@ class Clip:
 
 
 def read_list(path, root=None) -> list[Clip]:
-    """The clips of a list, in its order. Videos are not looked at, so prompt lists without any can be read too.
-    path: a .csv, a .jsonl or a list in the official form (see FORMS; the first two may have a num_frames column), or a folder of
-    videos. root: the folder that paths in a list start from (default: its own). A ValueError names file and line, or the clip."""
+    """The clips of a list, in its order; videos are not looked at. path: a .csv, a .jsonl, a list in the official form (see
+    FORMS), or a folder of videos. root: the folder that paths in a list start from (default: its own)."""
     path = Path(path)
     if path.is_dir():
         return read_clip_folder(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such list of clips, nor a folder of them")
     form = path.suffix.lower() if path.suffix.lower() in FORMS else ""
     lines = [line.strip() for line in read_text(path).split("\n")]
     rows = csv.reader([line + "\n" for line in lines], skipinitialspace=True, strict=True) if form == ".csv" else lines
@@ -72,8 +69,7 @@ def read_list(path, root=None) -> list[Clip]:
 
 def parse_row(row, form, columns, root):
     """The Clip of one row: a line, or the fields of a .csv's, whose names are `columns`. ValueError if it is not of this form.
-    num_frames is checked and not used: official prompt lists say 16, the length of the video to generate, beside the name of a
-    far longer clip, and the official code drops it (inference_instructvideo_entrance.py). Frames are counted instead."""
+    num_frames is not used: official lists have there the length of the video to generate, beside the name of a longer clip."""
     if form == ".jsonl":
         values = json.loads(row)
         if not isinstance(values, dict):
@@ -84,11 +80,9 @@ def parse_row(row, form, columns, root):
             raise ValueError(f"{len(fields)} field(s) in {str(row)[:80]!r}")
         values = dict(zip(columns, fields))
 
-    path, caption, num_frames = map(values.get, ("path", "caption", "num_frames"))
+    path, caption = values.get("path"), values.get("caption")
     if not isinstance(path, str) or not path.strip() or not isinstance(caption, str | None):
         raise ValueError(f"clip {path!r} has caption {caption!r}: must be a path and a text")
-    if not re.fullmatch(r"\s*\d*\s*", str(num_frames or "")):
-        raise ValueError(f"clip {path!r} has frame count {num_frames!r}, which is no whole number")
     return Clip(root / path.strip(), (caption or "").strip())
 
 
@@ -145,24 +139,15 @@ def fit_prompts(prompts, base):
 
 def read_prompts(path):
     """Prompts of a text file, one a line, or as the official `video|||caption|||frames`, or `picture|||caption`, whose path
-    starts from the file's folder.
-    A line that begins with # is a comment, and a prompt that begins with # is written with a backslash before it."""
-    try:
-        text = read_text(path, newline="\n")  # nothing else ends a line, not even \u2028
-    except OSError as error:
-        raise ValueError(f"prompts {path}: cannot be read ({error})") from None
-    prompts, comments = [], 0
-    for line in map(str.strip, text.split("\n")):
-        if line.startswith("#"):
-            comments += 1
-        elif line:
+    starts from the file's folder. Lines that begin with # are comments; a prompt that begins with # has a backslash before it."""
+    prompts = []
+    for line in map(str.strip, read_text(path, newline="\n").split("\n")):  # nothing else ends a line, not even \u2028
+        if line and not line.startswith("#"):
             picture, *fields = line.split("|||")
             caption = re.sub(r"^\\#", "#", (fields or [line])[0].strip())
             prompts.append(Prompt(caption, Path(path).parent / picture.strip(), line) if fields else caption)
     if not prompts or not all(prompts):
         raise ValueError(f"prompts {path}: expected one prompt a line, found {'an empty one' if prompts else 'none'}")
-    if comments:
-        say_once(f"prompts {path}: {comments} line(s) that begin with # are comments (a prompt begins with \\#)")
     return prompts
 
 
@@ -194,7 +179,6 @@ CACHE_VERSION = 2  # of how clips are read
 
 class Stored:
     """A tensor in a cache file, or a dict of such, read only when indexed, and only that part: stored[k], stored[:]."""
-
     def __init__(self, path):
         self.path = path
         with safe_open(path, "pt") as file:  # SafetensorError unless the file is as long as its header says
@@ -212,7 +196,6 @@ class Stored:
 
 class Held:
     """A dict of tensors that belong to one caption or clip, in memory, indexed as Stored is."""
-
     def __init__(self, tensors):
         self.tensors = tensors
 
@@ -241,8 +224,7 @@ def find_cached(files):
 
 def fill_cached(entries, files, compute, unit):
     """Compute what is None in entries {item: tensor}: compute(items) yields (item, tensor or dict of tensors), or None for one
-    that it cannot. files: {item: where to keep it}; with files every rank has its share of the work and finds the others'.
-    unit: of the bar."""
+    that it cannot. files: {item: where to keep it}; with files every rank has its share of the work and finds the others'."""
     # A rank's share is one of all items: which are missing changes while other ranks are at work.
     is_shared = any(files.values())
     rank, world_size = rank_and_size() if is_shared else (0, 1)
@@ -251,13 +233,13 @@ def fill_cached(entries, files, compute, unit):
     with progress(None, f"encoding {unit}", total, unit=unit, disable=not missing, shared=is_shared) as bar:
         for item, tensor in compute(missing):
             bar.update()
-            if tensor is not None:
-                tensor = map_tensors(lambda t: t.detach().cpu().contiguous(), tensor)
-            entries[item] = Held(tensor) if isinstance(tensor, dict) else tensor
-            if tensor is not None and is_shared:
+            if tensor is None:
+                continue
+            tensor = map_tensors(lambda t: t.detach().cpu().contiguous(), tensor)
+            if is_shared:
                 with write_whole(files[item]) as hidden:
                     save_file(tensor if isinstance(tensor, dict) else {"tensor": tensor}, hidden)
-                entries[item] = Stored(files[item])
+            entries[item] = Stored(files[item]) if is_shared else Held(tensor) if isinstance(tensor, dict) else tensor
     barrier()
     entries.update(find_cached({item: file for item, file in files.items() if entries[item] is None}))
 

@@ -1,8 +1,4 @@
-"""
-Files: written whole or not at all, and read as data.
-
-A run may be killed and a disk may fill up: whoever finds a file under its own name finds all of it.
-"""
+"""Files: written whole or not at all, whatever is killed and whichever disk fills up, and read as data."""
 import json
 import os
 import re
@@ -16,11 +12,8 @@ os.umask(UMASK)
 
 @contextmanager
 def write_whole(path):
-    """
-    Yields a hidden path beside `path` to fill, as a file or as a folder of files; it is flushed and renamed at the end.
-
-    Replaces a file of that name, never a folder that holds anything (OSError). After an error nothing is left.
-    """
+    """Yields a hidden path beside `path` to fill, as a file or as a folder of files; it is flushed and renamed at the end.
+    Replaces a file of that name, never a folder that holds anything (OSError). After an error nothing is left."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Some writers choose the format by the suffix. A name may have 255 bytes, so of a long one only the end is kept.
@@ -70,8 +63,8 @@ def read_text(path, newline=None):
     try:
         with open(path, encoding="utf-8-sig", newline=newline) as file:
             return file.read()
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a text file in UTF-8") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a text file in UTF-8 ({first_line(error)})") from None
 
 
 def check_folder(path, setting="out"):

@@ -7,7 +7,7 @@ import sys
 import textwrap
 from collections import namedtuple
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -83,8 +83,7 @@ def choose_comparisons(prompts, rewards, files):
 
 
 def draw_comparison(pair, look):
-    """Before and after with gain, prompt and rewards, and a frame round the one with the higher reward, as (H, W, 3) uint8.
-    look(pixels of a video) -> the picture that is shown of it."""
+    """Before and after with gain, prompt and rewards, as (H, W, 3) uint8. look(pixels of a video) -> the picture shown of it."""
     gain = round(pair.rewards[1] - pair.rewards[0], 4) + 0.  # never -0
     colour = RISES if gain > 0 else FALLS if gain < 0 else INK
     sides = []
@@ -121,13 +120,10 @@ def write_comparisons(path, chosen, title, fps):
 
 def markdown(rows):
     """A table whose first row is its head, with columns aligned, as it is read on a terminal too."""
-    columns = []
-    for column in zip(*rows):
-        cells = list(map(str, column))
-        width = max(map(len, cells))
-        cells.insert(1, "-" * width)
-        columns.append([cell.ljust(width) for cell in cells])
-    return "".join(f"| {' | '.join(line)} |\n" for line in zip(*columns))
+    rows = [list(map(str, row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * width for width in widths])
+    return "".join(f"| {' | '.join(map(str.ljust, row, widths))} |\n" for row in rows)
 
 
 def new_figure(panels, columns, panel_size):
@@ -159,10 +155,8 @@ def draw_curves(lines, reward_name, path, watched=()):
     window = max(1, min(50, len(rewards) // 4))  # single steps differ by their clips; their running mean shows the trend
     sums = np.cumsum([0, *rewards])
     running_mean = (sums[window:] - sums[:-window]) / window
-    judged = {}
-    for measure in ("watermark", "colour", "shape", "direction", "fidelity"):  # those of the tiny world
-        if measure in curves:
-            judged[measure] = np.mean(list(curves[measure].values()), axis=0)
+    names = [name for name in ("watermark", "colour", "shape", "direction", "fidelity") if name in curves]  # in the tiny world
+    judged = {name: np.mean(list(curves[name].values()), axis=0) for name in names}
     panels = {f"{reward_name} in training": {"each step": rewards, f"mean of {window} steps": running_mean},
               f"{reward_name} of held-out prompts": curves["reward_mean"],
               "the judge on held-out prompts, mean of all sets": judged}
@@ -193,9 +187,8 @@ def draw_curves(lines, reward_name, path, watched=()):
 
 def versions():
     """What numbers depend on beside the command; "commit" is of the repository that this file lies in, if it lies in one."""
-    known = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
-    with suppress(PackageNotFoundError):
-        known["diffusers"] = version("diffusers")
+    known = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
+             "diffusers": version("diffusers")}
     root = Path(__file__).resolve().parent.parent
     describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with suppress(OSError, subprocess.CalledProcessError):  # no git here; no repository
@@ -205,21 +198,16 @@ def versions():
 
 
 def evaluation_bar(sets, settings, models):
-    """A progress bar; before it, rank 0 says how much there is to do. settings: each (D, guidance). Its unit is the denoising
-    step, as a video with D = 50 takes longer than one with 20."""
-    prompts = sum(map(len, sets.values()))
-    chains, scales = zip(*settings)
-    steps = prompts * len(models) * sum(chains)
+    """A progress bar of denoising steps; before it, rank 0 says how much there is to do. settings: each (D, guidance)."""
+    videos = sum(map(len, sets.values())) * len(models)  # at each setting
+    steps = videos * sum(num_steps for num_steps, _ in settings)
     if is_main_process():
-        words = ", ".join(map(str, np.unique(chains))), ", ".join(map("{:g}".format, np.unique(scales)))
-        print(f"{prompts} prompts in {len(sets)} sets, by {' and '.join(models)}, with D = {words[0]} and guidance {words[1]}: "
-              f"{prompts * len(models) * len(settings)} videos, {steps} denoising steps", flush=True)
+        print(f"{videos * len(settings)} videos, {steps} denoising steps", flush=True)
     return progress(None, "evaluating", steps, shared=True)
 
 
 def evaluation_text(results, reward_name):
-    """The rows of table.json as Markdown tables that fit a terminal of 100 columns, as many as that takes.
-    A line is a set, D, guidance and model; a gain is over the base of the same set, D and guidance."""
+    """The rows of table.json as Markdown tables, with three measures each, which fit a terminal of 100 columns."""
     columns = {}
     for row in results:
         measures = dict(row["measures"])
@@ -232,15 +220,8 @@ def evaluation_text(results, reward_name):
         for name, cell in cells.items():
             columns.setdefault(name, [name]).append(cell)
 
-    keys, others = list(columns.values())[:4], list(columns.values())[4:]
-    tables = []
-    while others:  # as many columns as fit
-        count = len(others)
-        while count > 1 and markdown(zip(*keys, *others[:count])).index("\n") > 100:
-            count -= 1
-        tables.append(markdown(zip(*keys, *others[:count])))
-        others = others[count:]
-    return "\n".join(tables)
+    keys, measures = list(columns.values())[:4], list(columns.values())[4:]
+    return "\n".join(markdown(zip(*keys, *measures[i:i + 3])) for i in range(0, len(measures), 3))
 
 
 def save_evaluation(cfg, results, sheets, sets, models, reward_name, official_gaps):

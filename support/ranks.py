@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -22,13 +22,11 @@ def pick_device(name=None):
     """The named device, or the first there is of cuda, mps, cpu. ValueError for one that torch does not have here."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
+    with suppress(RuntimeError, AssertionError, ImportError):  # each kind of device has its own way to be absent
         device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, ImportError):  # each kind of device has its own way to be absent
-        device = None
-    if getattr(device, "type", None) not in ("cuda", "mps", "cpu"):
-        raise ValueError(f"device {name!r}: not available here; it must be cuda, mps or cpu, where torch has them")
-    return device
+        if device.type in ("cuda", "mps", "cpu"):
+            return device
+    raise ValueError(f"device {name!r}: not available here; it must be cuda, mps or cpu, where torch has them")
 
 
 def pick_dtype(name, device):
@@ -111,11 +109,10 @@ def on_rank_0(function):
     if world_size == 1:
         return function()
     value = error = None
-    if rank == 0:
-        try:
-            value = function()
-        except ValueError as found:
-            error = found
+    try:
+        value = function() if rank == 0 else None
+    except ValueError as found:
+        error = found
     value, error = all_gather((value, error))[0]
     if error:
         raise error if rank == 0 else ValueError()
@@ -131,12 +128,8 @@ def all_gather(value):
 
 
 def add_over_ranks(parameters, numbers, loss_scale=1.):
-    """
-    Sum the parameters' gradients, in place, and a list of numbers over the ranks, in one message; returns the numbers.
-
-    loss_scale: by which the loss was multiplied, so that its gradient did not vanish in 16 bits; taken out here, in float32.
-    DDP would expect one forward pass for each backward one, and a sampling chain has many.
-    """
+    """Sum the parameters' gradients, in place, and a list of numbers over the ranks, in one message; returns the numbers. DDP
+    would expect one forward pass for each backward one. loss_scale: by which the loss was multiplied; taken out, in float32."""
     flat = torch.cat([*(p.grad.flatten() for p in parameters), torch.tensor(numbers, device=parameters[0].device)])
     if rank_and_size()[1] > 1:
         dist.all_reduce(flat)
@@ -151,11 +144,8 @@ CAUGHT = []  # numbers of the signals that have come
 
 @contextmanager
 def catch_signals():
-    """
-    While this is open, Ctrl-C, SIGTERM and SIGHUP do not end the process: `signalled` tells of them. Afterwards they do again.
-
-    In a thread, where Python catches no signals, they end the process. SIGHUP stays ignored where it is, as under nohup.
-    """
+    """While this is open, Ctrl-C, SIGTERM and SIGHUP do not end the process: `signalled` tells of them. Afterwards they do again.
+    In a thread, where Python catches no signals, they end the process. SIGHUP stays ignored where it is, as under nohup."""
     terminals = [stream for stream in (1, 2) if os.isatty(stream)]
 
     def catch(signal_number, frame):
@@ -185,13 +175,10 @@ def signalled():
 
 
 def run_script(script, main, refused=(OSError,)):
-    """
-    Call main() and end the process with the status it returns; None is 0.
-
-    Bad input (ValueError) becomes one line and status 2, what the machine refused one line and 1, an interruption 130. Before
-    the ranks have joined, all of a node find the same bad input, so its first one alone prints it. An error is printed first and
-    ends the process at once: to leave the group in good order takes all ranks, and the others may be waiting for this one.
-    """
+    """Call main() and end the process with the status it returns; None is 0. Bad input (ValueError) becomes one line and status
+    2, what the machine refused one line and 1, an interruption 130. Before the ranks have joined, all of a node find the same
+    bad input, so its first one alone prints it. An error is printed first and ends the process at once, and torchrun ends the
+    others: to leave the group in good order takes all ranks, and these may be waiting for this one."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook's, which matplotlib may not know here, is inherited; we draw into files alone
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # for letters that this terminal has not
@@ -205,24 +192,16 @@ def run_script(script, main, refused=(OSError,)):
     except refused as error:
         status, line = 1, str(error)
     except Exception:
-        if not dist.is_initialized():
-            raise
-        traceback.print_exc()
-        leave(1)
+        status, line = 1, traceback.format_exc()
     if line and (status == 1 or dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"):
         print(f"{script}: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr)
-    if failed and dist.is_initialized():
-        leave(status)
     if dist.is_initialized():
+        if failed:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
         dist.destroy_process_group()
     sys.exit(status)
-
-
-def leave(status):
-    """End this process now, without a word to the other ranks; torchrun then ends them."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 # Progress bars. A log file or a notebook keeps all that is written, so there a bar is a line now and then.
@@ -232,7 +211,6 @@ LINE_EVERY = 30.  # seconds between the lines of a job where nobody watches a te
 
 class Lines:
     """Where a bar that is no terminal's writes: each state as a line of its own, without control characters, and once."""
-
     def __init__(self, file):
         self.file, self.flush, self.last = file, file.flush, ""
 
@@ -252,12 +230,9 @@ class Bar(tqdm):
 
 
 def progress(iterable=None, desc=None, total=None, *, unit="steps", initial=0, leave=True, disable=False, shared=False):
-    """
-    tqdm's bar, on rank 0's standard error stream. `set_postfix_str(text, refresh=False)` says more with its next state.
-
+    """tqdm's bar, on rank 0's standard error stream. `set_postfix_str(text, refresh=False)` says more with its next state.
     shared: `total` is the work of all ranks, and each update is what this one has done of it. leave: whether its end stays on
-    the terminal. A job has a line at its start and end in a log; a part of a job only lines if it takes longer than LINE_EVERY.
-    """
+    the terminal. A job has a line at its start and end in a log; a part of one has lines if it takes longer than LINE_EVERY."""
     state = "{n_fmt}/{total_fmt} {unit}, {elapsed} gone, {remaining} left{postfix}"
     look = {"bar_format": "{desc}: {percentage:3.0f}%|{bar}| " + state}
     if not sys.stderr.isatty():

@@ -1,9 +1,5 @@
-"""
-The run folder: what a run leaves behind, and how it goes on after an interruption.
-
-Run counts steps, logs and saves; Evaluations looks at videos now and then. Both serve any method that trains adapters. Only rank
-0 writes and prints; every file appears whole or not at all.
-"""
+"""The run folder: what a run leaves behind, and how it goes on after an interruption. Run counts steps, logs and saves;
+Evaluations looks at videos now and then. Both serve any method that trains adapters. Only rank 0 writes and prints."""
 import json
 import math
 import os
@@ -39,12 +35,8 @@ class Stopped(Exception):
 
 @dataclass
 class Run:
-    """
-    One training run: its steps, its log and its checkpoints. The loop that trains knows steps and finish_step alone.
-
-    adapters: {name: tensor}, sharing memory with what is trained. evaluations: an Evaluations. method: a train.Method.
-    """
-
+    """One training run: its steps, its log and its checkpoints. The loop that trains knows steps and finish_step alone.
+    adapters: {name: tensor}, sharing memory with what is trained. evaluations: an Evaluations. method: a train.Method."""
     cfg: Any
     folder: Path
     resumed: bool
@@ -70,8 +62,7 @@ class Run:
         data = self.method.data
         for rank, other in enumerate(all_gather(data)):
             if other != data:
-                raise ValueError(f"clips: rank {rank_and_size()[0]} has {data}, rank {rank} has {other}; they must be the same "
-                                 "on every node")
+                raise ValueError(f"clips: rank {rank_and_size()[0]} has {data}, {rank} {other}; must be the same on every node")
         if self.resumed:  # rank 0 alone reads: on other nodes, with disks of their own, there is no such folder
             state, self.lines, tables = on_rank_0(lambda: read_run(self.folder, self.adapters, data))
             self.evaluations.tables |= tables
@@ -96,11 +87,7 @@ class Run:
         print(f"run folder: {self.folder}" + (f", from step {self.step}" if self.step else ""))
 
     def finish_step(self, step, numbers, finite, stopping):
-        """
-        Log, save, evaluate. Returns whether to go on: not when `stopping`. step: counted from 1.
-
-        numbers: reward, loss, grad_norm. RuntimeError after cfg.max_bad_steps in a row that were not finite.
-        """
+        """Log, save, evaluate; whether to go on. step: from 1. RuntimeError after cfg.max_bad_steps in a row not finite."""
         self.log_step(step, numbers, time.perf_counter() - self.started, finite)
         self.bad_steps = 0 if finite else self.bad_steps + 1
         if self.bad_steps == self.cfg.max_bad_steps:
@@ -155,14 +142,9 @@ class Run:
 
 @dataclass
 class Evaluations:
-    """
-    What is looked at while a run trains: videos from pure noise for held-out prompts, the same noise every time.
-
+    """What is looked at while a run trains: videos from pure noise for held-out prompts, the same noise every time.
     prompts: {set: its prompts}. evaluate(prompts, seed, keep, move_on) -> ({measure: (n,)}, videos (keep, F, 3, H, W)) of one
-    set; it calls move_on(how many videos) as it goes. watched: names of what `--watch` measures. summed: weights and
-    rewards of the sum.
-    """
-
+    set; it calls move_on(how many videos) as it goes. watched: names of what `--watch` measures. summed: weights and rewards."""
     cfg: Any
     folder: Path
     prompts: dict
@@ -311,8 +293,7 @@ def read_run(folder, adapters, data):
     state = read_checkpoint(folder / "state.pt", adapters) if (folder / "state.pt").is_file() else {}
     recorded = read_json(folder / "run.json").get("data") if (folder / "run.json").is_file() else None
     if recorded and data and recorded != data:
-        raise ValueError(f"clips: must be those that {folder} began with, {recorded}, found {data}; which clips a step takes "
-                         "follows from the list, so another list is another run")
+        raise ValueError(f"clips: must be those that {folder} began with, {recorded}, found {data}; another list is another run")
     return state, *read_evaluations(folder, state.get("step", 0))
 
 
@@ -370,12 +351,8 @@ def sample_file(folder, step, ending):
 
 @contextmanager
 def take_folder(cfg):
-    """
-    Yields (run folder, whether to continue what it holds), for rank 0, and keeps other processes out of the folder to the end.
-
-    It is the one of --resume, of --out, or the first of out/PRESET, out/PRESET-2, ... that is new. An error before the first
-    step removes what was made here. Not tried on network disks (NFS): those that have no locks do not notice a second run.
-    """
+    """Yields (run folder, whether to continue what it holds), for rank 0, and keeps other processes out of the folder to the end.
+    It is that of --resume, of --out, or the first new of out/PRESET, out/PRESET-2, ... An early error removes what was made."""
     named = cfg.resume or cfg.out
     check_folder(named or Path("out"))
     for number in count(1):
@@ -413,12 +390,9 @@ def take_folder(cfg):
 
 
 def is_continued(folder, cfg):
-    """
-    Whether to continue what the folder holds. Another run is never lost unasked: ValueError.
-
+    """Whether to continue what the folder holds. Another run is never lost unasked: ValueError.
     With --out it is an unfinished run of the same settings, so the same command goes on after a crash; torchrun repeats it when
-    it restarts its workers, and then --overwrite, which was meant for an earlier run, does not count.
-    """
+    it restarts its workers, and then --overwrite, which was meant for an earlier run, does not count."""
     done = 0
     with suppress(Exception):  # no checkpoint, or a damaged one, which is named when it is read
         done = int(torch.load(folder / "state.pt", map_location="meta", weights_only=True)["step"])
@@ -428,9 +402,7 @@ def is_continued(folder, cfg):
         return cfg.resume is not None
     recorded = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     other = {name for name, value in to_record(cfg).items() if recorded.get(name, "missing") != value} - {"out", "overwrite"}
-    for name in ("guidance", "dtype"):
-        if getattr(cfg, name) is None:
-            other.discard(name)  # recorded is the base's own, or the device's
+    other -= {name for name in ("guidance", "dtype") if getattr(cfg, name) is None}  # recorded: the base's own, the device's
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if not other and (restarted or done < cfg.steps and not cfg.overwrite):
         return True

@@ -1,17 +1,13 @@
-"""
-Settings: the fields that several scripts share, checks that read as one line, and runs that are continued.
-
-Every script has one frozen dataclass, from which tyro makes its command line; a field's docstring is its help.
-"""
-import argparse
+"""Settings: the fields that several scripts share, checks that read as one line, and runs that are continued.
+Every script has one frozen dataclass, from which tyro makes its command line; a field's docstring is its help."""
 import json
 import math
-import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, get_type_hints
 
 import tyro
+from typeguard import TypeCheckError, check_type  # which tyro brings
 
 from support.clips import read_list, read_prompt_sets, say_once
 from support.files import check_folder, read_json
@@ -35,14 +31,10 @@ TINY = {"tiny": {}, "tiny-wan": dict(frames=17, size=32, fps=8, guidance=1.5, ta
 @dataclass(frozen=True)
 class ModelSettings:
     """Which text-to-video model, where and how precise."""
-    base: str = "tiny"
-    """the text-to-video model: tiny, a folder, a file, a hub id, or random (random:64, random-wan, ... are small)"""
-    vae: str | None = None
-    """another autoencoder than the base's"""
-    text_encoder: str | None = None
-    """another text encoder than the base's"""
-    device: str | None = None
-    """cuda, mps or cpu; default the first of these that is there"""
+    base: str = "tiny"  # the text-to-video model: tiny, a folder, file or hub id, or random (random:64, random-wan, ...: small)
+    vae: str | None = None  # another autoencoder than the base's
+    text_encoder: str | None = None  # another text encoder than the base's
+    device: str | None = None  # cuda, mps or cpu; default the first of these that is there
     dtype: str | None = None
     """float32, bfloat16 or float16 of what is frozen; default on cuda bfloat16, or float16 on cards without, else float32"""
 
@@ -70,56 +62,39 @@ class TrainingSettings(RewardSettings):
     data: Path | None = None
     """clips and captions: a list of `path|||caption` lines, a .csv or .jsonl, or a folder of clips with .txt files; the tiny
     world draws its own"""
-    data_root: Path | None = None
-    """folder that the list's paths start from; default the list's own"""
-    max_skip: float = 0.1
-    """share of the clips that may be left out, each with its reason, before the run stops"""
-    workers: int = 2
-    """processes that decode clips while they are encoded; changes the time, not the result"""
-    cache: bool = True
-    """keep latents and text embeddings of --data on disk"""
-    cache_dir: Path = Path("cache")
-    """folder of the cached latents and text embeddings"""
+    data_root: Path | None = None  # folder that the list's paths start from; default the list's own
+    max_skip: float = 0.1  # share of the clips that may be left out, each with its reason, before the run stops
+    workers: int = 2  # processes that decode clips while they are encoded; changes the time, not the result
+    cache: bool = True  # keep latents and text embeddings of --data on disk
+    cache_dir: Path = Path("cache")  # folder of the cached latents and text embeddings
 
     prompts: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME=FILE, evaluation prompts, a file as generate.py --prompts reads it; default the tiny world's three sets"""
-    eval_every: int = 20
-    """steps between evaluations, with one before the first and after the last step; 0 is none at all"""
-    eval_count: int = 24
-    """videos of each prompt set in an evaluation; 0 is one for each line of its file"""
-    save_every: int = 20
-    """steps between checkpoints; the last step is always saved"""
-    max_bad_steps: int = 10
-    """steps in a row without a finite reward or gradient, each skipped, that stop the run"""
-    out: Path | None = None
-    """the run folder, whose unfinished run of the same settings is continued; default a fresh one, out/<preset>"""
-    overwrite: bool = False
-    """replace the run that --out holds"""
+    eval_every: int = 20  # steps between evaluations, with one before the first and after the last step; 0 is none at all
+    eval_count: int = 24  # videos of each prompt set in an evaluation; 0 is one for each line of its file
+    save_every: int = 20  # steps between checkpoints; the last step is always saved
+    max_bad_steps: int = 10  # steps in a row without a finite reward or gradient, each skipped, that stop the run
+    out: Path | None = None  # the run folder, whose unfinished run of the same settings is continued; default a new out/<preset>
+    overwrite: bool = False  # replace the run that --out holds
     resume: Path | None = None
     """continue the run of this folder, with its own settings; those that change numbers by rounding at most and --steps may be
     given anew"""
 
-    lora_alpha: float | None = None
-    """the adapters' scale is this over their rank; default the rank, which is a scale of 1"""
+    lora_alpha: float | None = None  # the adapters' scale is this over their rank; default the rank, which is a scale of 1
     lora_layers: Literal["qkvo", "qkv"] = "qkvo"
     """projections of each attention that are adapted: query, key, value and output (paper, Appendix C), or not the output"""
 
     clips_at_once: int = 0
     """clips of a rank's share of the batch that are computed at once, which sets the memory, not the gradient; 0 is all of them.
     Evaluations compute up to 8 videos at once; where a flag below saves memory, as many as clips at once"""
-    checkpoint_activations: bool = False
-    """recompute the network's blocks in the backward pass: less memory, more time, the same gradient"""
-    decode_chunk: int = 0
-    """frames that pass the decoder and the reward at a time, recomputed in the backward pass; 0 is all at once"""
-    low_memory: bool = False
-    """checkpoint_activations and decode_chunk 1"""
+    checkpoint_activations: bool = False  # recompute the network's blocks in the backward pass: less memory, more time
+    decode_chunk: int = 0  # frames that pass decoder and reward at a time, recomputed in the backward pass; 0 is all at once
+    low_memory: bool = False  # checkpoint_activations and decode_chunk 1
     latent_context: int | None = None
     """of a base whose decoder mixes frames; default its own, 2. Wan, CogVideoX: latents with gradient, of those a frame is made
     from; Stable Video Diffusion: frames on each side that a frame is decoded with, which changes its pixels"""
-    save_on_cpu: bool = False
-    """what the backward pass needs waits in the host's memory: less on the accelerator, more time, the same gradient"""
-    compile: bool = False
-    """torch.compile the network"""
+    save_on_cpu: bool = False  # what the backward pass needs waits in the host's memory: less on the accelerator, more time
+    compile: bool = False  # torch.compile the network
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,8 +135,7 @@ def fit_to_base(cfg, base):
         raise ValueError(f"parts = {base.parts}: must be 1, since {base.name} starts from no picture")
     if cfg.latent_context is not None:
         if not hasattr(base, "latent_context"):
-            raise ValueError(f"latent_context = {cfg.latent_context}: base {base.name} decodes frames from no latents but their "
-                             "own, so it cannot be set")
+            raise ValueError(f"latent_context: cannot be set, as base {base.name} decodes frames from their own latents alone")
         base.latent_context = cfg.latent_context
     guidance = base.guidance if cfg.guidance is None else cfg.guidance
     return replace(cfg, guidance=guidance, dtype=str(base.dtype).removeprefix("torch."))  # recorded with the run
@@ -211,105 +185,79 @@ GONE = {"early_stop", "keep", "tensorboard"}  # settings of earlier versions tha
 
 
 def parse(argv, presets, description, preset_of=lambda base: None):
-    """
-    Command line -> settings. The first word may name one of the presets {name: settings}, else it is what preset_of says of
-    --base, else the first of them. With --resume the run's own settings come first; a flag that would make it another run is a
-    ValueError.
-    """
+    """Command line -> settings. The first word may name one of the presets {name: settings}, else it is what preset_of says of
+    --base, else the first. With --resume the run's own come first; a flag that would make it another run is a ValueError."""
     argv = list(argv)
     named = argv.pop(0) if argv and not argv[0].startswith("-") else None
     if named is not None and named not in presets:
         raise ValueError(f"preset {named!r}: must be one of {', '.join(presets)}")
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--resume", type=Path)
-    finder.add_argument("--base")
-    given = finder.parse_known_args(argv)[0]  # before the rest can be parsed
-    folder = given.resume
-    saved = read_settings(folder, presets) if folder else {}
-    if not (named or saved or given.base in (None, next(iter(presets.values())).base)):
-        found = preset_of(given.base)
-        if found in presets:
-            named = found
-            say_once(f"preset {named}, that of base {given.base}, as none is named")
-    defaults = presets.get(saved.get("preset", named), next(iter(presets.values())))
+    first = next(iter(presets.values()))
+    given = tyro.cli(type(first), args=argv, default=presets.get(named, first), description=description)
+    saved = read_settings(given.resume, presets) if given.resume else {}
+    if not (named or saved or given.base == first.base) and preset_of(given.base) in presets:
+        named = preset_of(given.base)
+        say_once(f"preset {named}, that of base {given.base}, as none is named")
+    defaults = presets.get(saved.get("preset", named), first)
 
-    cfg = from_record(saved, defaults, argv, description=description)
+    # The same again, now that it is known what it changes. Of a repeatable flag, only what the command line says remains.
+    hints = get_type_hints(type(defaults), include_extras=True)
+    flags = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv}
+    emptied = {name: () for name in flags & hints.keys() if "UseAppendAction" in str(hints[name])}
+    start = from_record(saved, defaults) if saved else defaults
+    cfg = tyro.cli(type(defaults), args=argv, default=replace(start, **emptied), description=description)
     if saved:
         record = to_record(cfg) | {"preset": named or saved["preset"]}
         changed = [name for name in record if record[name] != saved[name] and name not in MAY_CHANGE]
         if changed:
-            raise ValueError(f"resume {folder}: {', '.join(changed)} would make it another run; only "
+            raise ValueError(f"resume {given.resume}: {', '.join(changed)} would make it another run; only "
                              f"{', '.join(sorted(MAY_CHANGE))} may change")
         return cfg
 
     if named is None and cfg.base != defaults.base:
-        lacks = "comes without settings for training; name a preset first, " + " or ".join(presets)
-        if not cfg.base.startswith("random") and not Path(cfg.base).exists():
-            is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.base) is not None
-            lacks = "no such file or folder" + is_hub_id * f"; if it is a hub id, it {lacks}"
-        raise ValueError(f"base {cfg.base}: {lacks}")
+        raise ValueError(f"base {cfg.base}: not there, or without training settings; name a preset: {' or '.join(presets)}")
 
     # A run must not begin that cannot go on: settings of a method of one's own, too, are read back as config.json has them.
     for parent in type(cfg).__mro__[1:]:
         for name, hint in get_type_hints(parent).items():
             if get_type_hints(type(cfg))[name] != hint:
                 raise ValueError(f"setting {name}: {parent.__name__} has one of this name and of another type; rename yours")
-    kept = json.dumps(asdict(cfg), default=str)
-    try:
-        read_back = json.dumps(asdict(from_record(json.loads(kept), defaults, console_outputs=False)), default=str)
-    except SystemExit:  # tyro's way to refuse
-        read_back = None
-    if read_back != kept:
-        raise ValueError("settings: cannot be read back from config.json, so the run could not be continued; each must be a "
-                         "number, a word, a path, None, or a tuple of such")
+    if from_record(json.loads(json.dumps(asdict(cfg), default=str)), defaults) != cfg:
+        raise ValueError("settings: cannot be read back from config.json, so the run could not be continued")
     return cfg
 
 
-def from_record(record, defaults, argv=(), **options):
-    """The settings that config.json keeps, then those of a command line, by tyro, whose options these are."""
-    flags = {word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in argv}
-    known = json.loads(json.dumps(asdict(defaults), default=str))
-    hints = get_type_hints(type(defaults), include_extras=True)
-    said = {name: value for name, value in record.items() if value != known[name] and name not in flags}
-    hidden = {name: said.pop(name) for name in hints if name in said and "Suppress" in str(hints[name])}  # those have no flag
-    repeatable = {name for name in hints if "UseAppendAction" in str(hints[name])}
-    emptied = dict.fromkeys(repeatable & {*flags, *said}, ())  # else what is said would be added to these
-    words = []
-    for name, value in said.items():
-        flag, values = name.replace("_", "-"), value if isinstance(value, list) else [value]
-        if hints[name] is bool:
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif name in repeatable or not isinstance(value, list):
-            words += [f"--{flag}={item}" for item in values]
-        else:
-            words += [f"--{flag}", *map(str, values)]
-    return tyro.cli(type(defaults), args=[*words, *argv], default=replace(defaults, **emptied, **hidden), **options)
+def from_record(record, defaults):
+    """The settings that config.json keeps: of what it has as lists and text, tuples and paths are told by their types."""
+    values = {}
+    for name, hint in get_type_hints(type(defaults)).items():
+        value = record[name]
+        if "Path" in str(hint) and value is not None:
+            value = list(map(Path, value)) if isinstance(value, list) else Path(value)
+        values[name] = tuple(value) if isinstance(value, list) else value
+        try:
+            check_type(values[name], hint)
+        except TypeCheckError:
+            raise ValueError(f"config.json: {name} = {value!r} is not of this setting's type") from None
+    return replace(defaults, **values)
 
 
 def read_settings(folder, presets):
     """What a run folder's config.json says, and the defaults of settings that came later. ValueError for another method's."""
     file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"resume {folder}: holds no run (no config.json)")
     saved = read_json(file)
     if "grad_accum" in saved or isinstance(saved.get("reward", []), str):
         raise ValueError(f"resume {folder}: a run of an early version; continue it with that version, or start it anew")
     known = to_record(presets.get(str(saved.get("preset")), next(iter(presets.values()))))
     for name in sorted(GONE & saved.keys()):
         print(f"{file}: {name} = {saved.pop(name)} is no setting any more, and changes nothing")
-    for word, names in (("not known", saved.keys() - known.keys()),
-                        ("missing", {"steps", "prompts_train"} & known.keys() - saved.keys())):
-        if names:
-            raise ValueError(f"{file}: not the settings of this method or version; {word}: {', '.join(sorted(names))}")
+    wrong = saved.keys() - known.keys() | {"steps", "prompts_train"} & known.keys() - saved.keys()
+    if wrong:
+        raise ValueError(f"{file}: not the settings of this method or version; not known or missing: {', '.join(sorted(wrong))}")
     return known | saved
 
 
 def to_record(cfg):
-    """
-    The settings as a run's config.json has them, plain values that are the same however often the run was continued.
-
-    Paths to what is there are absolute, so it can be continued anywhere.
-    """
+    """The settings as config.json has them: plain values, the same however often a run was continued; existing paths absolute."""
     record = json.loads(json.dumps(asdict(replace(cfg, resume=None)), default=str))
     for name in ("data", "data_root", "vae", "text_encoder", "base", "prompts_train"):  # the last is not every method's
         if record.get(name):

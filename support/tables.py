@@ -3,6 +3,7 @@ A table is {measure: (n,) tensor}, one entry a video, "reward" among them. Diffe
 import json
 import math
 
+import numpy as np
 import torch
 from torch.nn import functional as F_
 
@@ -32,19 +33,14 @@ def add_means(totals, logged, batch_size):
 
 
 def paired(before, after, measure="reward", clusters=None):
-    """Mean of the difference and its standard error over the same prompts and noise.
-    clusters: n labels, as a rule the prompts. Videos of one prompt gain alike, so only different prompts count as independent
-    evidence; None takes every video for that. Of a single cluster the error is nan."""
+    """Mean of the difference and its standard error over the same prompts and noise. clusters: n labels, as a rule the prompts:
+    videos of one gain alike, so only different ones are independent evidence. None: all are. Of a single one the error is nan."""
     d = after[measure] - before[measure]                                                  # (n,)
-    mean = d.mean()
-    sums = {}
-    for label, deviation in zip(clusters or range(len(d)), (d - mean).tolist()):
-        sums[label] = sums.get(label, 0.) + deviation
+    mean = d.mean().item()
+    _, cluster = np.unique(clusters or range(len(d)), return_inverse=True)                # (n,)
+    sums = np.bincount(cluster, weights=d - mean)                                         # (m,)
     m = len(sums)
-    if m < 2:
-        return mean.item(), math.nan
-    squares = sum(s * s for s in sums.values())
-    return mean.item(), (m / (m - 1) * squares) ** .5 / len(d)
+    return mean, (m / (m - 1) * np.square(sums).sum().item()) ** .5 / len(d) if m > 1 else math.nan
 
 
 def best_middle_worst(gains):
@@ -81,11 +77,8 @@ def pixel_names(watched):
 
 def watched_names(watched, rewards=()):
     """The names under which logs have what is watched: rewards, measures of pixels, the judge's score."""
-    names = [reward.name for reward in rewards]
-    names += [f"pixel_{name}" for name in pixel_names(watched)]
-    if JUDGE in watched:
-        names.append(JUDGE)
-    return names
+    names = [*(reward.name for reward in rewards), *(f"pixel_{name}" for name in pixel_names(watched))]
+    return [*names, JUDGE] if JUDGE in watched else names
 
 
 def check_watched(watched, prompts, judge):
@@ -93,16 +86,12 @@ def check_watched(watched, prompts, judge):
     if JUDGE in watched and prompts and judge is None:
         raise ValueError("watch judge: only the tiny world has one, for its own prompts and 16 frames of 32 x 32 pixels")
     if "diversity" in pixel_names(watched) and prompts and all(len(set(p)) == len(p) for p in prompts.values()):
-        raise ValueError("watch diversity: needs several videos of a prompt, and no set has any; an eval_count (in evaluate.py "
-                         "count) above the number of a set's prompts repeats them")
+        raise ValueError("watch diversity: needs several videos of a prompt: a larger eval_count, or in evaluate.py count")
 
 
 def quantile(values, q):
-    """torch.quantile of each row (B, n) -> (B,), of any n; torch's own refuses more than 16 million values."""
-    values = values.sort(dim=1).values
-    place = q * (values.shape[1] - 1)
-    low = int(place)
-    return torch.lerp(values[:, low], values[:, min(low + 1, values.shape[1] - 1)], place - low)
+    """torch.quantile of each row (B, n) -> (B,), by numpy, as torch's own refuses more than 16 million values."""
+    return torch.from_numpy(np.quantile(values.float().numpy(force=True), q, axis=1)).to(values)
 
 
 def sharpness(clips):
@@ -150,8 +139,7 @@ def diversity(copies, captions):
 
 
 def table_of(rows, captions):
-    """{measure: (n,) float64} of a row {measure: a number or (1,)} for each video; for diversity, which needs all of them, a row
-    has the video's small copy. captions [n]."""
+    """{measure: (n,) float64} of a row {measure: number or (1,)} for each video; for diversity its small copy. captions [n]."""
     table = {}
     for name in rows[0]:
         values = [row[name] for row in rows]
@@ -160,9 +148,8 @@ def table_of(rows, captions):
 
 
 def add_judge(watched, table, base):
-    """Add the judge's score of each video, 0 to 1, if it is watched: the tiny world's judge in one number, fixed before its use.
-    The mean of colour, shape, direction, fidelity, 1 - watermark, and motion kept: min(1, motion / the base's motion), the mean
-    of `base`, the table of the same videos before training."""
+    """Add the judge's score of each video, 0 to 1, if it is watched: the mean of colour, shape, direction, fidelity,
+    1 - watermark, and motion kept, min(1, motion / its mean in `base`), the table of the same videos before training."""
     if JUDGE in watched:
         kept = (table["motion"] / base["motion"].mean().clamp(min=1e-6)).clamp(max=1)
         parts = [table["colour"], table["shape"], table["direction"], table["fidelity"], 1 - table["watermark"], kept]

@@ -1,11 +1,7 @@
-"""
-How torch's threads wait for each other. Every script imports this file first: torch reads the setting once, when it is loaded.
-
+"""How torch's threads wait for each other. Every script imports this file first: torch reads the setting once, when it is loaded.
 A thread that has done its share of an operation waits for the others by spinning. On an idle machine that is fastest. Beside
-other programs it is not: a spinning thread keeps the CPU from the very thread that it waits for, and a step takes 2 to 14 times
-as long. So where the CPUs are busy, waiting threads sleep. Where they are idle, threads spin for a moment only, which costs
-little, and a load that comes later hurts less.
-"""
+other programs it keeps the CPU from the very thread that it waits for, and a step takes 2 to 14 times as long. So where the CPUs
+are busy, waiting threads sleep. Where they are idle, they spin for a moment only, so that a load that comes later hurts less."""
 import os
 import sys
 import time

@@ -25,8 +25,6 @@ FLAWS = ("are interlaced, so that moving edges look like combs",
 def open_video(path):
     """Container and first video stream of a file, covers aside. FFmpeg's errors, now or while reading, become a ValueError."""
     import av
-    if int(av.__version__.split(".")[0]) < 17:
-        raise RuntimeError(f"PyAV {av.__version__} reads wrong colours: must be 17 or later (pip install --upgrade av)")
     if not os.path.isfile(path):  # lists are other people's data, and FFmpeg would fetch a URL
         raise ValueError(f"{path}: cannot be read: no such file")
     try:
@@ -58,9 +56,8 @@ def shown_frames(container, stream):
 
 
 def plan_windows(path, config, times=None):
-    """Numbers (n, F) of the frames that make a window, from each possible start; whether their rate is even.
-    times: when each frame is shown, in ticks, as decoding found. By default packets are asked, which takes milliseconds; the
-    header of a truncated file promises too many."""
+    """Numbers (n, F) of the frames that make a window, from each possible start; whether their rate is even. times: when each
+    frame is shown, in ticks; by default packets are asked, which takes milliseconds (headers of truncated files are wrong)."""
     decoded = times is not None
     with open_video(path) as (container, stream):
         rate = stream.average_rate or stream.guessed_rate

@@ -163,8 +163,7 @@ def test_base_and_fine_tuned_on_two_sets_at_several_d_and_guidance(adapter, capf
                   "--batch-size", 3, "--lora-scale", .5) == 0
     said, told = capfd.readouterr()
     # Before it starts, how much there is to do; then lines that say what is counted, and how the reward stands.
-    assert said.startswith("4 prompts in 2 sets, by base and fine-tuned, with D = 2, 3 and guidance 1, 3: "
-                           "32 videos, 80 denoising steps\n")
+    assert said.startswith("32 videos, 80 denoising steps\n")
     assert "evaluating: 0/80 steps, " in told
     assert re.search(r"evaluating: 80/80 steps, .* left, stripes 0\.\d{4}, fine-tuned", told)
     assert listing("report") == ["sheet.png", "table.json", "table.md"]
@@ -217,14 +216,14 @@ def test_several_strengths_show_what_the_reward_gains_and_what_is_lost(adapter, 
 def test_a_quick_look_on_other_noise_than_training_selects_by(monkeypatch, capfd):
     Path("p.txt").write_text(f"{PROMPT}\n")
 
-    def generated(base, prompts, seeds, num_steps, *args):
-        assert (seeds, num_steps) == ([*range(2_000_000, 2_000_008)], 20)  # 8 videos, the first D alone
+    def generated(base, prompts, seeds, num_steps, guidance, *args):
+        assert (seeds, num_steps, guidance) == ([*range(2_000_000, 2_000_008)], 20, 1.5)  # 8 videos, the first D alone
         raise KeyboardInterrupt
     monkeypatch.setattr(evaluate, "generate", generated)
     with pytest.raises(KeyboardInterrupt):
         evaluate.main(evaluate.Config(device="cpu", prompts=["p=p.txt"], quick=True))
     assert evaluate.Config.seed == evaluate.REPORT_SEED >= evaluate.EVAL_SEED + 10_000
-    assert "8 prompts in 1 sets, by base, with D = 20 and guidance 1.5: 8 videos, 160 denoising steps" in capfd.readouterr().out
+    assert "8 videos, 160 denoising steps" in capfd.readouterr().out
 
 
 def test_the_base_is_measured_without_adapters_and_its_parts_by_path_are_the_same(adapter):
@@ -294,16 +293,16 @@ def test_numbers_out_of_range(check, cfg, wrong):
 
 
 @pytest.mark.parametrize("argv, message", [
-    ("train --cache-interval 2 --compile", "compile: cannot be had"), ("train --data gone.txt", "gone.txt: no such list of"),
+    ("train --cache-interval 2 --compile", "compile: cannot be had"), ("train --data gone.txt", "gone.txt: not a text file"),
     ("train --data list.txt", "list.txt, line 1: 1 field"),
     ("train --data clips.txt --cache-dir file", "cache_dir file: is a file, or inside one"),
     ("train modelscope --prompts a=prompts.txt", "no clips: --data LIST must name some"),
     ("train modelscope", "no prompts: --prompts NAME=FILE must name some"),
     ("train --base random:32 --prompts a=prompts.txt", "no clips: --data LIST must name some"),
-    ("train --base nowhere", "base nowhere: no such file or folder$"),
-    ("train --base some/where", "base some/where: no such file or folder; if it is a hub id, it comes without settings"),
+    ("train --base nowhere", "base nowhere: not there, or without"),
+    ("train --base some/where", "base some/where: not there, or without training settings"),
     ("train --prompts x", "prompts 'x': must be NAME=FILE"), ("train --prompts a=hole.txt", "found an empty one"),
-    ("train --prompts a=gone.txt", "prompts gone.txt: cannot be read"),
+    ("train --prompts a=gone.txt", "gone.txt: not a text file"),
     ("train --prompts a=empty.txt", "prompts empty.txt: expected one prompt a line, found none"),
     ("train --watch hps", "watch 'hps': must be one of motion"), ("train tinny", "preset 'tinny': must be one of tiny, "),
     ("train --resume run", "run/config.json: not the settings of this method or version"),
@@ -326,7 +325,7 @@ def test_wrong_values(argv, message, bad_files, monkeypatch):
 @pytest.mark.parametrize("name, argv, message", [
     ("train.py", "--frames 8", "frames = 8, size = 32: the tiny world draws 16 or 17 frames of 32 x 32 pixels"),
     ("train.py", "--size 30 --data clips.txt", "height 30 and width 30: must be multiples of"),
-    ("train.py", "--latent-context 3", "latent_context = 3: base tiny decodes frames from no latents but their own"),
+    ("train.py", "--latent-context 3", "latent_context: cannot be set, as base tiny decodes frames from their own latents"),
     ("train.py", "tiny --base random-wan --frames 17 --data clips.txt --prompts a=prompts.txt",
      "preset tiny: is not for base random-wan, whose own is wan$"),
     ("train.py", "--data clips.txt", "1 of 1 clips cannot be used.*gone.mp4"), ("train.py", "--dtype int8", "dtype 'int8': must"),

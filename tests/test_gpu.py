@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import benchmark
 import lora
 import train
-from benchmark import CAPTION, GIB, now, synthetic_batch
+from benchmark import CAPTION, GIB, synthetic_batch
 from methods.common import Rounds
 from model import TemporalConv, load_base
 from reward import load_reward
@@ -97,10 +97,12 @@ def measure(what, call, expected, tflop=0., repeats=3):
     torch.cuda.reset_peak_memory_stats(CUDA)
     times = []
     for _ in range(repeats + 1):
-        start = now(CUDA)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
         call()
         given = time.perf_counter()
-        times.append((1e3 * (now(CUDA) - start), 1e3 * (given - start)))
+        torch.cuda.synchronize()
+        times.append((1e3 * (time.perf_counter() - start), 1e3 * (given - start)))
     ms, host_ms = [sorted(column)[repeats // 2] for column in zip(*times[1:])]
     gib, taken = torch.cuda.max_memory_allocated(CUDA) / GIB, torch.cuda.max_memory_reserved(CUDA) / GIB
     note(what, f"first {times[0][0]:.0f}, then {ms:.2f} ms, host {host_ms:.2f}; {1e3 * tflop / ms:.0f} TFLOP/s; {gib:.1f} of "
@@ -197,7 +199,7 @@ def test_a_step_needs_the_memory_that_was_counted(full):
 def test_kernels_of_a_call(full):
     with profile() as seen:
         guided_call(full[0], 1)()
-        now(CUDA)
+        torch.cuda.synchronize()
     kernels = [e for e in seen.key_averages() if e.self_device_time_total > 0 and "CUDA" in str(e.device_type)]
     note("kernels of a call", sum(e.count for e in kernels), "3,100; the longest are these")
     for e in sorted(kernels, key=lambda e: -e.self_device_time_total)[:25]:

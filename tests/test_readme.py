@@ -56,6 +56,12 @@ def test_every_command_parses(words, tmp_path, monkeypatch, capfd):
         def stop(*args, **kwargs):
             raise Parsed(read(*args, **kwargs))
         return stop
+    cli, parse = tyro.cli, settings.parse
+
+    def parse_and_stop(*args):  # it asks tyro twice
+        monkeypatch.setattr(tyro, "cli", cli)
+        raise Parsed(parse(*args))
+    monkeypatch.setattr(settings, "parse", parse_and_stop)
     monkeypatch.setattr(tyro, "cli", read_and_stop(tyro.cli))
     monkeypatch.setattr(tyro.extras, "subcommand_cli_from_dict", read_and_stop(tyro.extras.subcommand_cli_from_dict))
     monkeypatch.setattr(sys, "argv", [script, *argv])

@@ -419,7 +419,7 @@ def test_resuming_something_else_is_refused(whole, monkeypatch):
             (["--resume", folder, "--lr=1", "--prompts", "a=b"], "prompts, lr would make it another run"),
             (["--resume", folder, "--steps", "3"], "steps = 3: must be at least 4, where this run stands"),
             (["modelscope", "--resume", folder], "preset would make it another run"),
-            (["--resume", "nowhere"], r"resume nowhere: holds no run \(no config.json\)"), (["--lr", "0"], "lr = 0.0: must be")]:
+            (["--resume", "nowhere"], "nowhere/config.json: expected JSON"), (["--lr", "0"], "lr = 0.0: must be")]:
         refused(message, run, *argv)
     assert (listing(folder), (folder / "config.json").read_bytes()) == before
 
@@ -447,7 +447,7 @@ def test_the_settings_of_an_earlier_version(whole, capsys):
     assert capsys.readouterr().out == "run/config.json: keep = 2 is no setting any more, and changes nothing\n"
     early = "resume run: a run of an early version; continue it with that version, or start"
     for other, message in (({"grad_accum": 2}, early), ({"reward": "hpsv2"}, early), (
-            {"momentum": .9}, "run/config.json: not the settings of this method or version; not known: momentum")):
+            {"momentum": .9}, "run/config.json: not the settings of this method or version; not known or missing: momentum")):
         Path("run/config.json").write_text(json.dumps(config | other))
         refused(message, parse, ["--resume", "run"])
 
@@ -604,7 +604,7 @@ class OwnConfig(train.Config):
     share: float | None = .5
     careful: bool | None = None
     folders: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    table: dict[str, int] | None = None
+    marks: set[int] | None = None
 
 
 def test_settings_of_every_kind_are_read_back_or_refused_before_anything_is_loaded():
@@ -612,8 +612,8 @@ def test_settings_of_every_kind_are_read_back_or_refused_before_anything_is_load
     flags = ["--scales", "-1", "2.5", "--kind", "b", "--share", "None", "--careful", "True", "--folders", "x", "--folders", "y z"]
     cfg = assert_survives(flags, presets)
     assert (cfg.scales, cfg.kind, cfg.share, cfg.careful, cfg.folders) == ((-1., 2.5), "b", None, True, (Path("x"), Path("y z")))
-    refused("^settings: cannot be read back from config.json, so the run could not be ",
-            settings.parse, ["--table", "a", "1", "--scales", "3"], presets, "")
+    refused("^config.json: marks = .* is not of this setting's type",
+            settings.parse, ["--marks", "1", "--scales", "3"], presets, "")
 
     @dataclass(frozen=True)
     class Shadowing(train.Config):
