@@ -9,7 +9,9 @@ Writes explain.html, which opens from disk, and explain.png, its main strip. Eve
 train.train itself takes the step.
 """
 import support.threads  # noqa: F401  before torch is loaded
+import inspect
 import sys
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +27,7 @@ from model import load_base
 from pages.html import heat, picture_uri, pixels_uri, write_page
 from pages.step import draw_step
 from reward import aggregate, as_rewards, load_rewards, segment_edges, tar_weights
-from sampler import add_noise, edit, edit_steps, guided, step
+from sampler import add_noise, chain, edit, edit_steps, guided, step
 from support import settings
 from support.files import check_folder
 from support.ranks import pick_device, pick_dtype, run_script, sample_generator
@@ -36,7 +38,14 @@ TAUS = (.1, .3, .6, 1.)
 GRAD_STEPS = (1, 2, 4, 8)
 LAMBDAS = (0., .5, 1., 2.)
 SEGMENTS = (1, 2, 4, 8, 16)
+CODE = (  # what the page shows of the step's source, in the order in which it runs: function, first words, words after the end
+    (train.train, "# 1. The gradient", "loss = "), (edit, "# 1. Noise", None), (chain, "for i in", "return z"),
+    (train.edit_rewards, "# Noise", None), (train.video_rewards, "chunk = ", None), (train.train, "loss = ", "# 4. Log"))
 REPEATS = 20  # how often the step is taken in the last but one panel, until its effect can be seen
+PANELS = {  # words of the step's source: the panel that shows what the line does
+    "draw(step)": "clip", "z_noi = ": "noise", "z, std = step(": "chain", "z_0 = edit(": "edit",
+    "decode_chosen(": "reward", "score_frames(": "reward", "tar_weights(": "reward", "aggregate(": "reward", "loss = ": "reward",
+    ".backward()": "pixels", "clip_grad_norm_": "adapters", "optimizer.step()": "after"}
 
 
 @dataclass(frozen=True)
@@ -164,6 +173,20 @@ class Setup:
         return {"edges": edges, "g": g[0].tolist(), "r": r[0].tolist(), "heats": pictures, "lambdas": lambdas}, heats
 
 
+def source_parts():
+    """The step's code in the order in which it runs: [(function, [(line, the panel that shows what it does, or "")])]."""
+    parts = []
+    for function, start, end in CODE:
+        source = inspect.getsource(function)
+        first = source.rindex("\n", 0, source.index(start)) + 1
+        last = source.rindex("\n", 0, source.index(end)) if end else len(source)
+        lines = []
+        for line in textwrap.dedent(source[first:last]).rstrip().splitlines():
+            lines.append((line, next((panel for words, panel in PANELS.items() if words in line), "")))
+        parts.append((f"{function.__module__}.{function.__name__}", lines))
+    return parts
+
+
 def explain(setup):
     """Everything that pages/templates/explain.html shows, and what the strip shows."""
     cfg = setup.cfg
@@ -183,7 +206,7 @@ def explain(setup):
     logged = setup.train(REPEATS)
     _, last_edit, last = setup.edit(cfg.tau)
     page = {"cfg": cfg, "caption": setup.captions[0], "reward": setup.rewards.name, "numbers": logged[0], "after": logged[1],
-            "real": setup.show(setup.z), "guesses": steps, "repeats": REPEATS,
+            "real": setup.show(setup.z), "source": source_parts(), "guesses": steps, "repeats": REPEATS,
             "pictures": [picture_uri(picture) for picture in setup.pixels(edited)], "here": here, "sweep": sweep, "last": last,
             "taus": [numbers for *_, numbers in edits.values()], "states": {S: state for S, (state, _) in scored.items()}}
 

@@ -1,5 +1,6 @@
 """explain.py and report.py: their numbers, and their pages in a real browser, if there is one. Runs are written by hand."""
 import importlib
+import inspect
 import json
 import re
 from pathlib import Path
@@ -165,18 +166,28 @@ def test_heat_maps_are_the_gradient_of_R_on_the_scored_frames(explained):
         assert np.abs(picture.astype(int) - expected).max() <= 3 and picture.max() > 240 > 20 > picture.min()
 
 
-def test_panels_name_functions_and_equations(explained):
+def test_panels_name_functions_and_equations_and_the_code_is_in_their_order(explained):
     text = explained[3].read_text()
     named = re.findall(r'data-function="(\w+)\.(\w+)"', text)
     assert len(named) > 15 and all(callable(getattr(importlib.import_module(module), name)) for module, name in named)
     tags = " ".join(re.findall(r'<span class="tag">([^<]*Eq[^<]*)</span>', text))
     assert {int(n) for n in re.findall(r"\d+", re.sub(r"Sec\. [\d.]+", "", tags))} >= {3, 4, 5, 6, 7, 8, 9}
+    order = re.findall(r'<section class="card" id="(\w+)"', text)
+    places = []
+    for function, lines in explained[1]["source"]:
+        module, name = function.split(".")
+        source = inspect.getsource(getattr(importlib.import_module(module), name))
+        assert all(line.strip() in source for line, _ in lines)
+        places += [order.index(panel) for _, panel in lines if panel]
+    assert places == sorted(places) and {order[i] for i in places} == set(explain.PANELS.values())
+    assert order[-2:] == ["tau", "source"] and len(order) == len(set(places)) + 2
 
 
 @needs_browser
 def test_the_explain_page_in_a_browser(explained, browser):
     page = explained[3]
     check_in_browser(browser, page)
+    assert browser.js("[...document.querySelectorAll('pre a')].every(a => document.querySelector(a.getAttribute('href')))")
     states = data_of(page)["states"]
     # The sliders start at the step's own setting, and every value shows what was computed for it.
     assert browser.js("byId('R').textContent") == f"{states['3']['lambdas']['0.7']['R']:.4f}"
