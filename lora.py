@@ -205,6 +205,35 @@ def set_scale(module, strength):
             layer.merge()
 
 
+def anchored(base, score, strength):
+    """
+    Stay near the base: score(batch) -> R (B,), {name: (B,)}, less `strength` times the mean square
+    distance of the eps that the network predicts with its adapters and without, over the calls that
+    carry gradient. It is logged as "distance". (DiffusionNFT, arXiv:2509.16117, has such a term.)
+    base.predict is replaced: a call without gradient follows each of these.
+    """
+    predict, distances = base.predict, []
+
+    def predict_twice(z_t, level, text):
+        z_0, eps = predict(z_t, level, text)                                  # (B, C, F, h, w)
+        if eps.requires_grad:
+            set_scale(base.network, 0.)
+            with torch.no_grad():
+                base_eps = predict(z_t, level, text)[1]
+            set_scale(base.network, 1.)
+            distances.append((eps - base_eps).square().flatten(1).mean(dim=1))
+        return z_0, eps
+
+    def anchored_score(batch):
+        distances.clear()
+        R, logged = score(batch)
+        distance = torch.cat(distances).view(-1, len(R)).mean(dim=0)  # guidance has two for each
+        return R - strength * distance, logged | {"distance": distance.detach()}         # (B,)
+
+    base.predict = predict_twice
+    return anchored_score
+
+
 # ----------------------------------------------------------------------------------------------
 # Files. formats/adapters.py has their forms.
 

@@ -129,8 +129,8 @@ class HPSv2(RewardModel):
     float32 in [-1, 1], with gradient to the frames. ValueError for other shapes.
 
     clip: an open_clip CLIP. tokenizer: [str] -> (n, tokens) int64, default CLIP's own.
-    version: "v2.0", "v2.1", "tiny" and "proxy" (small CLIPs trained the same way) or "random". The
-      two published ones are not comparable (0.23 to 0.28, 0.15 to 0.31): report `name` with a score.
+    version: "v2.0", "v2.1", "tiny" and "proxy" (small CLIPs trained the same way) or "random". Do
+      not compare the published two (0.23 to 0.28, 0.15 to 0.31): report `name` with a score.
     preprocess: "pad" (black bars, the hpsv2 package's, also called "hpsv2"), "crop" (CLIP's own
       middle square) or "stretch" (the official code's, also "instructvideo"); scores differ by it,
       so `name` tells it unless it is "pad".

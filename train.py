@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from safetensors import SafetensorError
@@ -305,9 +306,7 @@ def plan_evaluations(cfg, folder, base, rewards):
         exact.to(waits_on)
         return measured
 
-    def save_adapter(path):
-        lora.save(base.network, path, base=cfg.base)
-
+    save_adapter = partial(lora.save, base.network, base=cfg.base)
     return run_folder.Evaluations(cfg, folder, prompts, evaluate_set, save_adapter, rewards.name,
                                   watched_names(cfg.watch, exact.watched), exact.parts)
 
@@ -335,6 +334,8 @@ def main(argv, module=sys.modules[__name__]):
 
         # 2. Clips and captions go through the encoders once, which then may leave the accelerator.
         method = module.method(whole, base, rewards, folder)
+        if cfg.anchor:
+            method.score = lora.anchored(base, method.score, cfg.anchor)
         for captions in evaluations.prompts.values():
             base.encode_text(captions)
         base.release_encoders()

@@ -54,8 +54,9 @@ class PromptConfig(NoiseConfig):
 
 @dataclass(frozen=True)
 class NoChainGradient:
-    """Mixed in by a method without gradient through a chain."""
+    """Mixed in by a method without gradient through a chain, or through the reward."""
     grad_steps: Suppress[Fixed[int]] = 1
+    anchor: Suppress[Fixed[float]] = 0.0
     cache_interval: Suppress[Fixed[int]] = 1
 
 

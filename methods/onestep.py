@@ -26,7 +26,7 @@ from tyro.conf import Fixed, Suppress
 
 import train
 from data import batch_indices
-from methods.common import NoChainGradient, presets
+from methods.common import presets
 from sampler import Levels, add_noise, edit_steps, guided
 from support.ranks import rank_and_size, sample_generator
 from support.settings import chain_levels
@@ -48,13 +48,15 @@ def onestep_rewards(base, rewards, uncond, batch, cfg):
 
 
 @dataclass(frozen=True)
-class Config(NoChainGradient, train.Config):
+class Config(train.Config):
     """Fine-tune a text-to-video model by one-step edits of clips."""
     tau_low: float = 0.3
     """least noise, as a share of the chain (ours: tried in the tiny world)"""
     tau_high: float = 0.7
     """most noise, as a share of the chain (ours: tried in the tiny world)"""
     tau: Suppress[Fixed[float]] = 0.6
+    grad_steps: Suppress[Fixed[int]] = 1
+    cache_interval: Suppress[Fixed[int]] = 1
 
 
 PRESETS = presets(Config)

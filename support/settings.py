@@ -83,6 +83,9 @@ class TrainingSettings(RewardSettings):
     lora_alpha: float | None = None  # the adapters' scale is this over their rank; default the rank, which is a scale of 1
     lora_layers: Literal["qkvo", "qkv"] = "qkvo"
     """projections of each attention that are adapted: query, key, value and output (paper, Appendix C), or not the output"""
+    anchor: float = 0.0
+    """b: the reward loses b times the mean square distance of the network's predictions to the base's, which keeps videos from
+    cheating (ours; docs/studies.md)"""
 
     clips_at_once: int = 0
     """clips of a rank's share of the batch that are computed at once, which sets the memory, not the gradient; 0 is all of them.
@@ -158,7 +161,8 @@ def check_training(cfg, world_size):
     """What TrainingSettings and the steps and batches of every method must be."""
     check_at_least(cfg, "lr", "clip_grad", "lora_alpha", steps=1, batch_size=1, max_bad_steps=1, save_every=1, frames=1,
                    fps=1, rank=1, clips_at_once=0, eval_every=0, eval_count=0, workers=0, decode_chunk=0, max_skip=0, warmup=0,
-                   offset_noise=0, lambda_tar=0, cache_interval=1, guidance=-math.inf, latent_context=1)
+                   offset_noise=0, lambda_tar=0, cache_interval=1, guidance=-math.inf, latent_context=1,
+                   anchor=0)
     if cfg.size is not None:
         rows_columns(cfg.size)
     if cfg.compile and cfg.cache_interval > 1:
