@@ -275,7 +275,7 @@ NUMBERS = [
         clip_grad=(0.,), offset_noise=(-.1,), max_skip=(math.nan,), lambda_tar=(-1., math.nan), guidance=(math.inf,), steps=(0,),
         batch_size=(0,), clips_at_once=(-1,), warmup=(-1,), max_bad_steps=(0,), fps=(0,), eval_every=(-1,), eval_count=(-1,),
         save_every=(0,), workers=(-1,), decode_chunk=(-1,), cache_interval=(0,), size=(0, "a", "1x2x3"), frames=(0,),
-        latent_context=(0,))),
+        latent_context=(0,), anchor=(-1., math.inf))),
     (generate.check, generate.Config(prompt=["red"]), dict(
         num_steps=(0, 1000), frames=(0,), fps=(0,), batch_size=(0,), guidance=(math.nan,), lora_scale=(math.inf,),
         size=("32x", "-32"), per_prompt=(0,))),

@@ -121,6 +121,49 @@ def test_the_gradient_reaches_every_adapter_and_nothing_else(parts):
         assert all(not p.requires_grad and p.grad is None for p in frozen.parameters())
 
 
+def test_the_anchor_takes_off_the_distance_to_the_base(parts, monkeypatch):
+    """By hand: of the one call with gradient, the mean square difference to the same call at strength 0, of both branches."""
+    base, reward, _ = parts
+    batch, predict, calls = batch_of(parts, CFG), base.predict, []
+    monkeypatch.setattr(base, "predict", lambda *inputs: calls.append((torch.is_grad_enabled(), inputs)) or predict(*inputs))
+
+    def score(batch):
+        return train.edit_rewards(base, reward, base.encode_text([""]), batch, CFG)
+
+    def gradient(R):
+        return torch.cat([grad.flatten() for grad in torch.autograd.grad(R.sum(), lora.parameters(base.network))])
+
+    R, plain_log = score(batch)
+    inputs = next(inputs for with_gradient, inputs in calls if with_gradient)
+    lora.set_scale(base.network, 0.)
+    with torch.no_grad():
+        base_eps = predict(*inputs)[1]
+    lora.set_scale(base.network, 1.)
+    square = (predict(*inputs)[1] - base_eps).square()                                   # (2B, C, F, h, w)
+    distance = (square[:2].mean((1, 2, 3, 4)) + square[2:].mean((1, 2, 3, 4))) / 2       # (B,)
+    expected = gradient(R - 3. * distance)
+
+    count = len(calls)
+    anchored = lora.anchored(base, score, 3.)
+    found, logged = anchored(batch)
+    assert len(calls) == 2 * count + 1  # the same calls, and one more
+    torch.testing.assert_close(found, R - 3. * distance)
+    torch.testing.assert_close(gradient(found), expected, rtol=1e-4, atol=1e-9)
+    assert logged.keys() == plain_log.keys() | {"distance"} and (logged["distance"] > 0).all()
+    assert {layer.strength for layer in lora.layers(base.network).values()} == {1.}
+    torch.testing.assert_close(anchored(batch)[0], found)  # nothing is left from the batch before
+
+
+def test_an_anchored_run_stays_nearer(plain, short_clips, aside):
+    flags = ["--device", "cpu", "--frames", 4, "--segments", 2, "--batch-size", 1, "--num-steps", 2, "--tau", 1, "--lr", ".02",
+             "--warmup", 0, "--eval-every", 0, "--steps", 3]
+    for anchor in (1e-9, 1e3):
+        assert run(*flags, "--anchor", anchor, "--out", f"run{anchor}") == 0
+    loose, tight = ([line["distance"] for line in metrics(f"run{anchor}")] for anchor in (1e-9, 1e3))
+    assert loose[0] == tight[0] == 0  # adapters begin as the base
+    assert loose[1] == pytest.approx(tight[1], rel=.1) and tight[2] < .7 * loose[2]
+
+
 def test_the_loss_is_minus_the_mean_of_equation_8(parts, monkeypatch):
     base, reward, _ = parts
     batch = batch_of(parts, CFG)
