@@ -298,8 +298,10 @@ def draw_cheated():
         run = trained("train", f"--base tiny-wan --reward proxy --lr 2e-3 --steps 120 {looked_at}{flags}")
         lines = [line for line in read_metrics(run / "metrics.jsonl") if "eval" in line]
         for axis, (measure, title) in zip(axes, titles.items()):
-            means = [fmean(of_set[measure] for of_set in line["eval"].values()) for line in lines]
-            axis.plot([line["step"] for line in lines], means, ".-", label=words)
+            means = {}
+            for line in lines:
+                means[line["step"]] = fmean(of_set[measure] for of_set in line["eval"].values())
+            axis.plot(means.keys(), means.values(), ".-", label=words)
             axis.set(title=title, xlabel="step")
             axis.grid(lw=0.4)
     axes[0].legend(frameon=False)
