@@ -74,6 +74,7 @@ def evaluate(base, rewards, prompts, *, seed=EVAL_SEED, num_steps=20, guidance=N
     index = first_frames(shape[0], segments)[None]                            # (1, S)
     made = generate(base, [prompts[i] for i in mine], [seed + i for i in mine], num_steps,
                     guidance, *shape, batch_size, move_on)
+
     rows, videos = {}, {}
     for j, z_0 in made:
         i = mine[j]

@@ -194,7 +194,6 @@ def main(cfg):
     height, width = rows_columns(cfg.size, base.default_size)
     base.parts = 1 + cfg.continue_
     frames = base.parts * ((cfg.frames or base.default_frames) - 1) + 1  # parts share their ends
-    base.latent_shape(frames, height, width)
 
     # 2. The ranks take turns, in the order of seeds: rank r makes videos r, r + world_size, ...
     prompts = fit_prompts([prompt for _, prompt in files.values()], base)
