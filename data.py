@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from support import clips as clip_files
-from support.clips import read_list  # noqa: F401  read_list: offered from here
+from support.clips import read_list  # noqa: F401  offered from here
 from support.ranks import sample_generator
 from support.settings import check_at_least
 
@@ -107,9 +107,8 @@ class ClipConfig:
     fps: float = 8        # frames a second, to a whole stride (official video_dataset.py:71-77)
     height: int = 256     # H (paper, Sec. 3.3)
     width: int = 256      # W (paper, Sec. 3.3)
-    # Windows per clip whose moments are cached, 0.5 MB each in float32 at full size. The
-    # official reader starts anywhere. Four, evenly from the first possible start to the last, show
-    # most of a ten-second clip and, since nothing about them is random, serve every run.
+    # Windows per clip whose moments are cached, 0.5 MB each in float32 at full size. Four, evenly
+    # from the first possible start to the last, show most of a ten-second clip and serve every run.
     starts: int = 4
 
     def __post_init__(self):

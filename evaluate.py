@@ -74,16 +74,16 @@ def evaluate(base, rewards, prompts, *, seed=EVAL_SEED, num_steps=20, guidance=N
     index = first_frames(shape[0], segments)[None]                            # (1, S)
     made = generate(base, [prompts[i] for i in mine], [seed + i for i in mine], num_steps,
                     guidance, *shape, batch_size, move_on)
+
     rows, videos = {}, {}
     for j, z_0 in made:
         i = mine[j]
 
-        # 1. Decode all frames only where somebody looks at them.
+        # Decode all frames only where somebody looks at them.
         whole = judge is not None or i < keep or in_order or write is not None
         video = base.decode_frames(z_0[None], None if whole else index)  # (1, F or S, 3, H, W)
         scored = video[:, index[0].to(video.device)] if whole else video      # (1, S, 3, H, W)
 
-        # 2. Measure.
         rows[i] = measure(rewards, scored, video, [prompts[i]])
         if judge:
             rows[i] |= judge(video.clamp(0, 1), [prompts[i]])
@@ -92,7 +92,7 @@ def evaluate(base, rewards, prompts, *, seed=EVAL_SEED, num_steps=20, guidance=N
         if write:
             write(seed + i, video[0])                                         # (F, 3, H, W)
 
-    # 3. Put together what the ranks have measured.
+    # Put together what the ranks have measured.
     for other_rows, other_videos in all_gather((rows, videos)):
         rows |= other_rows
         videos |= other_videos
@@ -110,9 +110,8 @@ def measure(rewards, frames, video, captions):
     """
     scores = []
     for reward in rewards.every:
-        seen, wanted = frames, frames_of(reward, video.shape[1])
-        if wanted:  # a video reward sees its own
-            seen = video[:, list(wanted)]
+        wanted = frames_of(reward, video.shape[1])
+        seen = video[:, list(wanted)] if wanted else frames  # a video reward sees its own
         scores.append(reward(seen, captions).mean().item())
 
     measures = {"reward": sum(weight * score for (weight, _), score in zip(rewards.parts, scores))}
@@ -148,8 +147,7 @@ class Config(RewardSettings):
     size: int | str | None = None
     """pixel rows and columns, 256 or 480x832; default what the base was trained on"""
     fps: int | None = None
-    """frames a second that some networks are told, and of --vbench's files; default the base's own,
-    else 8"""
+    """frames a second, told to some networks and of --vbench's files; default the base's, else 8"""
     seed: int = REPORT_SEED
     """video i has seed + i, counted through all sets; training, which selects, has others"""
     batch_size: int = 8

@@ -72,8 +72,6 @@ def generate(base, prompts, seeds, num_steps=20, guidance=None, frames=16, heigh
         yield from zip(batch, torch.cat(made, dim=2))                         # (C, F, h, w) each
 
 
-# ----------------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Config(ModelSettings):
     """Generate videos from prompts."""
@@ -92,8 +90,7 @@ class Config(ModelSettings):
     num_steps: int = 20
     """D, DDIM steps (paper, Sec. 3.3; 50 in its Table A.1)"""
     guidance: float | None = None
-    """classifier-free guidance scale; default the base's own, 3 if it has none (official code:
-    modules/config.py:74)"""
+    """classifier-free guidance scale; default the base's own, else 3 (official code)"""
     frames: int | None = None
     """frames of a video; default what the base was trained on, 16 (paper, Sec. 3.3)"""
     continue_: Annotated[int, tyro.conf.arg(name="continue")] = 0
@@ -102,8 +99,7 @@ class Config(ModelSettings):
     """pixel rows and columns, 256 or 480x832; default what the base was trained on, 256 for
     ModelScopeT2V (paper, Sec. 3.3)"""
     fps: int | None = None
-    """frames a second of the file, which some networks are told; default the base's own, else 8
-    (official code)"""
+    """frames a second of the file, told to some networks; default the base's, else 8 (official)"""
     seed: int = 0
     """video i has seed + i"""
     batch_size: int = 4
@@ -163,13 +159,12 @@ def write_all(made, base, files, cfg):
     world_size = ranks.rank_and_size()[1]
     suffixes = (".mp4", ".gif") if cfg.gif else (".mp4",)
     for start in range(0, len(files), world_size):
-        # 1. One video of each rank, while it has any left.
+        # One video of each rank, while it has any left.
         _, z_0 = next(made, (None, None))                                     # (C, F, h, w)
         pixels = None
         if z_0 is not None:
             pixels = to_pixels(base.decode_frames(z_0[None])[0])              # (F, H, W, 3)
 
-        # 2. Rank 0 writes them.
         made_now = [video for video in ranks.all_gather(pixels) if video is not None]
         for i, video in enumerate(made_now if ranks.is_main_process() else (), start):
             name, prompt = files[cfg.seed + i]
@@ -199,12 +194,9 @@ def main(cfg):
     height, width = rows_columns(cfg.size, base.default_size)
     base.parts = 1 + cfg.continue_
     frames = base.parts * ((cfg.frames or base.default_frames) - 1) + 1  # parts share their ends
-    base.latent_shape(frames, height, width)
 
-    # 2. What each video shows, in the order of seeds.
+    # 2. The ranks take turns, in the order of seeds: rank r makes videos r, r + world_size, ...
     prompts = fit_prompts([prompt for _, prompt in files.values()], base)
-
-    # 3. The ranks take turns: rank r makes videos r, r + world_size, ...
     mine = range(rank, len(prompts), world_size)
     with ranks.progress(None, "generating", len(prompts), unit="videos", shared=True) as bar:
         made = generate(base, [prompts[i] for i in mine], [cfg.seed + i for i in mine],

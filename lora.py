@@ -281,12 +281,12 @@ def load(module, path):
     path: ours, official or PEFT's (formats/adapters.py). ValueError, and an unchanged module, if
     tensors, rank, alpha or base are not those that the module has.
     """
-    # 1. Read. Official names are translated by the module's structure, if it is one of ours.
+    # Official names are translated by the module's structure, if it is one of ours.
     structure = getattr(module, "config", None)
     structure = structure if hasattr(structure, "attention_levels") else None
     adapter = adapters.read_adapter(path, structure)
 
-    # 2. Compare everything that can be compared, before anything is changed.
+    # Compare everything that can be compared, before anything is changed.
     found = projections(module, adapter.letters)
     without, _ = getattr(module, "no_adapters", NONE)
     for name in list(adapter.tensors):  # another program's, which change nothing
@@ -305,7 +305,6 @@ def load(module, path):
         raise ValueError(f"{path}: has rank {adapter.rank} and alpha {adapter.alpha:g}, the "
                          f"model's adapters have {len(layer.lora_A)} and {layer.alpha:g}")
 
-    # 3. Copy.
     unmerge(module)
     for name, tensor in adapter_state(module).items():
         tensor.copy_(adapter.tensors[name].to(tensor.dtype))
@@ -313,11 +312,8 @@ def load(module, path):
 
 
 def load_beside(module, path, rank=None):
-    """
-    Load the adapters that a fine-tuned official file has beside the base; [] if it has none.
-
-    rank: that they have to be of, if given, else ValueError. Returns their parameters.
-    """
+    """Load the adapters that a fine-tuned official file has beside the base; [] if it has none.
+    rank: that they have to be of, if given, else ValueError. Returns their parameters."""
     if path is None or path.is_dir() or not split_lora(read_tensors(path))[1]:
         return []
 

@@ -368,14 +368,12 @@ class UNet3D(nn.Module):
         """Every block's output, and every downsampled one, is kept for the way up: their widths."""
         n, last = config.blocks_per_level, len(config.channels) - 1
         self.down_blocks, skips = nn.ModuleList(), [config.channels[0]]
-        c_prev = config.channels[0]
         for i, c in enumerate(config.channels):
-            c_ins = [c_prev] + [c] * (n - 1)
+            c_ins = [skips[-1]] + [c] * (n - 1)
             attentions = n if config.attention_levels[i] else 0
             resample = None if i == last else "down"
             self.down_blocks.append(Level(c_ins, c, attentions, resample, config))
             skips += [c] * (n if i == last else n + 1)
-            c_prev = c
         return skips
 
     def build_way_up(self, config, skips):
@@ -527,12 +525,8 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """
-    The frozen KL autoencoder, frame by frame. Latents here are unscaled: z = config.scale * latent.
-
-    encode: x (n, 3, H, W) in [-1, 1] -> moments (n, 2C, h, w), mean then log variance, with
-    h = H / downscale. decode: latent (n, C, h, w) -> x (n, 3, H, W) in about [-1, 1], not clamped.
-    """
+    """The frozen KL autoencoder, frame by frame: H = downscale h, W = downscale w. Latents here are
+    unscaled: z = config.scale * latent."""
 
     def __init__(self, config=VAEConfig()):
         super().__init__()
@@ -543,11 +537,11 @@ class Autoencoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(c, c, 1)
 
     def encode(self, x):
-        """(n, 3, H, W) in [-1, 1] -> moments (n, 2C, h, w)."""
+        """(n, 3, H, W) in [-1, 1] -> moments (n, 2C, h, w), mean then log variance."""
         return self.quant_conv(self.encoder(x.contiguous(memory_format=torch.channels_last)))
 
     def decode(self, latent):
-        """Latent (n, C, h, w), unscaled -> pictures (n, 3, H, W)."""
+        """Latent (n, C, h, w) -> pictures (n, 3, H, W) in about [-1, 1], not clamped."""
         latent = latent.contiguous(memory_format=torch.channels_last)
         return self.decoder(self.post_quant_conv(latent))
 
@@ -609,11 +603,8 @@ class TextEncoder(nn.Module):
 # Loading. Any published format; formats/names.py says what each calls our tensors.
 
 def load_unet(path, config=None, dtype=torch.float32):
-    """
-    UNet3D from any published file or diffusers folder, frozen; LoRA beside it is left to lora.load.
-
-    config: for bare files, default full size; a folder brings its own.
-    """
+    """UNet3D from any published file or diffusers folder, frozen; LoRA in it is left to lora.load.
+    config: for bare files, default full size; a folder brings its own."""
     described = read_config(path, lambda c: names.unet_from_diffusers(c, UNetConfig))
     config = described or config or UNetConfig()
     tensors, _ = names.split_lora(read_tensors(path))
@@ -649,9 +640,8 @@ def load_base(base, vae=None, text_encoder=None, dtype=torch.float32, device="cp
     "random" and "random:64" (ModelScopeT2V at full size, or 64 channels wide), "random-NAME" of a
     file in bases/ (small), and "random-NAME:full".
 
-    What a base can do is in its file of bases/, which is found by its own configuration; the first
-    is bases/modelscope.py. vae, text_encoder: a file or folder to take instead of its own.
-    ValueError: parts missing or not fitting.
+    Its file of bases/ is found by its own configuration. vae, text_encoder: a file or folder to
+    take instead of its own. ValueError: parts missing or not fitting.
     """
     name, folder = find_base_file(base, (vae, text_encoder))
     module = importlib.import_module(f"bases.{name}")

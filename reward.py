@@ -1,14 +1,13 @@
 """
-Score a video with an image reward on a few of its frames: Segmental Video Reward, and Temporally
-Attenuated Reward.
+Score a video with an image reward on a few of its frames.
 
 Paper: InstructVideo (arXiv:2312.12490), Sec. 3.2.2, Eqs. (6)-(8). The image reward is HPSv2
 (arXiv:2306.09341).
 
 There was no reward model for videos when the paper was written, so it takes one for images. To
-score all F frames would be costly and redundant: neighbours look alike. SegVR scores one random
-frame of each of S segments, which covers the whole clip. TAR then counts frames near the centre
-more than those at the ends.
+score all F frames would be costly and redundant: neighbours look alike. Segmental Video Reward
+(SegVR) scores one random frame of each of S segments, which covers the whole clip. Temporally
+Attenuated Reward (TAR) counts frames near the centre more than those at the ends.
 
     reward = load_hpsv2("HPS_v2_compressed.pt")                  # hub repository xswu/HPSv2
     g = segment_frames(num_frames=16, segments=4, batch=2)       # (B, S)
@@ -19,7 +18,7 @@ Ours differs from the official code (VGen, utils/reward/reward.py): (1) frames a
 they are decoded, so this file sees the S chosen frames, not all F; (2) frames are resized as HPSv2
 itself does, the official code's way is preprocess="instructvideo"; (3) segments end at
 floor(i F / S), so every frame can be drawn when S does not divide F; (4) Eq. (7)'s centre is F/2,
-not F//2, which differ for odd F; (5) the reward is frozen; (6) nothing is downloaded.
+not F//2, which differ for odd F; (5) the reward is frozen.
 
 Other rewards are in rewards/, one file each; docs/rewards.md compares them. Each maps frames
 (B, S, 3, H, W) in [0, 1] and captions to scores: an image reward scores each frame -> (B, S); a
@@ -93,7 +92,7 @@ def tar_weights(index, num_frames, lambda_tar=1.0):
     if it is negative or not finite. F/2 is the paper's: 8 for F = 16, though frames 0..15 are
     centred on 7.5.
     """
-    if not (math.isfinite(lambda_tar) and lambda_tar >= 0):
+    if not 0 <= lambda_tar < math.inf:
         raise ValueError(f"lambda_tar = {lambda_tar}: must be a finite number of at least 0")
     return torch.exp(-lambda_tar * (index - num_frames / 2).abs())            # (B, S)
 

@@ -18,7 +18,7 @@ The symbols of the whole repository:
 | symbol | in the code          | meaning                                            | paper      |
 |--------|----------------------|----------------------------------------------------|------------|
 | x, x^i | video, frames        | a video, and its i-th frame, in pixels             | Sec. 3.1   |
-| z, z_t | z, z_t               | its latents, scaled; the same at noise level t   | Sec. 3.1   |
+| z, z_t | z, z_t               | its latents, scaled; the same at noise level t     | Sec. 3.1   |
 | c      | caption, text        | the caption, and its features                      | Sec. 3.1   |
 | eps    | eps                  | Gaussian noise, or the network's guess of it       | Eq. (1)    |
 | T      | num_train_steps      | noise levels that the base knows, 1000             | Sec. 3.1   |
@@ -44,7 +44,6 @@ as the official chain does. Of a model this file knows predict(z_t, level, text)
 
 Letters: B clips, C latent channels, F frames, H and W latent rows and columns, N tokens of width E.
 """
-import math
 from dataclasses import dataclass
 
 import torch
@@ -79,7 +78,7 @@ def ddpm_step(i, num_steps, num_train_steps=1000):
 
 def edit_steps(tau, num_steps):
     """tau D, rounded: the steps of an edit. ValueError unless 0 < tau <= 1, and for no step."""
-    if not (math.isfinite(tau) and 0 < tau <= 1):
+    if not 0 < tau <= 1:
         raise ValueError(f"tau = {tau}: must be above 0 and at most 1")
     steps = round(tau * num_steps)
     if steps < 1:
@@ -136,7 +135,7 @@ def ddim_levels(num_steps, alpha_bar):
     DDIM's levels: d(i) of Eq. (3). The last step goes to abar[0], not to 1, in the official code
     and in diffusers alike (diffusion_ddim.py:583). Floats keep float64 arithmetic on any device.
     """
-    t = [max(ddpm_step(1, num_steps, len(alpha_bar)) - len(alpha_bar) // num_steps, 0)]
+    t = [ddpm_step(1, num_steps, len(alpha_bar)) - 1]  # 0, where the chain ends
     for i in range(1, num_steps + 1):
         t.append(ddpm_step(i, num_steps, len(alpha_bar)))
     return Levels(t, alpha_bar[t].sqrt().tolist(), (1 - alpha_bar[t]).sqrt().tolist())
@@ -197,10 +196,9 @@ def chain(predict, z, text, uncond, levels, first, guidance, grad_steps, eta=0.,
     Chain steps i = first..last, from z at level first, to z_0 for last = 1. Those i <= K carry
     gradient.
 
-    Why truncate (Sec. 3.3)? Each step with gradient keeps all activations of a network call, and
-    gradients through long chains explode (DRaFT, arXiv:2309.17400). The last step alone moves z_0
-    little (dz_0 / deps is about -0.012 there), yet its gradient trains weights that all steps
-    share, so what is learned there changes the earlier steps too.
+    Why truncate (Sec. 3.3)? For memory, and since gradients through long chains explode (DRaFT,
+    arXiv:2309.17400). The last step alone moves z_0 little (dz_0 / deps is about -0.012 there), yet
+    its gradient trains weights that all steps share, so it changes the earlier steps too.
 
     fresh: with eta > 0, the steps' new noise, in their order: an iterable of (B,C,F,H,W).
     """
@@ -230,8 +228,6 @@ def sample(predict, noise, text, uncond, levels, guidance=GUIDANCE, eta=0., fres
 def edit(predict, z, eps, text, uncond, levels, tau=0.6, guidance=GUIDANCE, grad_steps=1):
     """
     Reward fine-tuning as editing (Sec. 3.2.1): noise a real clip to t_noi, and denoise it.
-
-    It takes tau D steps, and the result is near real video from the start. Training runs this.
 
     z (B,C,F,H,W) scaled latents of real clips, eps (B,C,F,H,W) noise, text (B,N,E), uncond (1,N,E)
     or (B,N,E) -> z_0 (B,C,F,H,W), with gradient through the last K = grad_steps steps.

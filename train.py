@@ -10,10 +10,9 @@ step takes real clips and their captions, noises them part of the way, denoises 
 gradient through the last step only, scores one frame of each segment, and follows the gradient of
 the scores into a LoRA. The symbols are explained in sampler.py.
 
-Ours differs from the official trainer (tools/train/train_t2v_instructvideo_entrance.py):
-(1) frames are picked before they are decoded; (2) clips are shuffled, ranks see different ones;
-(3) the model is in eval mode, the reward frozen; (4) gradients are clipped, steps that are not
-finite are skipped; (5) no EMA; (6) a run can be interrupted and continued at any step.
+Ours differs from the official trainer (tools/train/train_t2v_instructvideo_entrance.py), besides
+what reward.py and data.py list: (1) the model is in eval mode; (2) gradients are clipped, steps
+that are not finite are skipped; (3) no EMA; (4) a run can be interrupted and continued at any step.
 
 Letters: B clips, F frames, S segments, C channels, h, w latent rows, columns, N tokens of width E.
 """
@@ -214,8 +213,7 @@ class Config(settings.TrainingSettings):
     lambda_tar: float = 1.0
     """how fast weights fall off from the centre, Eq. (7) (paper, Sec. 3.2.2); 0: plain mean"""
     guidance: float | None = None
-    """classifier-free guidance scale, in training and evaluation alike; default the base's own, 3
-    if it has none (official code: modules/config.py:74)"""
+    """classifier-free guidance scale, in evaluation too; default the base's, else 3 (official)"""
     offset_noise: float = 0.0
     """strength of an extra offset per frame and channel (official 0.1; not in Eq. (5))"""
 
