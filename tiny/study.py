@@ -122,7 +122,7 @@ def write_inputs(flags):
         if path.parent != WORK or path.exists():
             continue
         if path.suffix == ".txt":
-            write_text(path, "\n".join(clips.prompt_sets()["in_domain"]) + "\n")
+            write_text(path, "\n".join(clips.prompt_sets()[path.stem]) + "\n")
         else:
             with write_whole(path) as hidden:
                 hidden.mkdir()
