@@ -25,7 +25,8 @@ BASES = {
     "opensora": dict(frames=51, size=256, fps=24, guidance=7., num_steps=20, tau=.5, lambda_tar=16 / 51)}
 # Those that ship, with clips, prompts and a judge: against the defaults of train.py, which are those of "tiny". The second has
 # fewer evaluations, so that a run takes less than three minutes.
-TINY = {"tiny": {}, "tiny-wan": dict(frames=17, size=32, fps=8, guidance=1.5, tau=.4, lr=5e-4, eval_every=40, eval_count=16)}
+TINY = {"tiny": {}, "tiny-wan": dict(frames=17, size=32, fps=8, guidance=1.5, tau=.4, lr=5e-4, anchor=.02, eval_every=40,
+                                     eval_count=16)}
 
 
 @dataclass(frozen=True)

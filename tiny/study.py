@@ -162,6 +162,11 @@ GAINS = {
     "spread over seeds": "{in_domain[spread][reward]:.3f}", "s": "{in_domain[mean_seconds]:.0f}"}
 GAINS_AND_COSTS = GAINS | for_each(("watermark", "motion", "fidelity"), "{in_domain[measures][KEY]:.3f}")
 WITHOUT_TIME = {head: template for head, template in GAINS_AND_COSTS.items() if head != "s"}  # beside other work
+SETS = ("in_domain", "new", "other")
+WAN = {
+    "gain of HPStiny": "{label}", **for_each(SETS, "{KEY[differences][reward][0]:+.3f} ± {KEY[error][reward]:.3f}"),
+    **{f"motion, {name}": "{KEY[differences][motion][0]:+.3f} ± {KEY[error][motion]:.3f}".replace("KEY", name) for name in SETS},
+    **for_each(("watermark", "fidelity"), "{in_domain[measures][KEY]:.3f}")}
 CHEATED = {
     "new": "{label}",
     **for_each(("HPSproxy", "HPStiny"), "{new[differences][KEY][0]:+.3f} ± {new[error][KEY]:.3f}"),
@@ -178,7 +183,7 @@ TABLES = {"summary": ("headline", SUMMARY), "methods summary": ("methods", GAINS
           "methods": ("methods", GAINS_AND_COSTS),
           **{name: (name, WITHOUT_TIME) for name in ("onestep", "onestep_seeds", "wan_choices")},
           # {marker: (study, columns)}; every other marker is a study's name
-          "wan": ("wan", SUMMARY), "cheated": ("cheated", CHEATED)}
+          "wan": ("wan", WAN), "cheated": ("cheated", CHEATED)}
 PICTURES = {  # {file in docs: the (study, measure, words below) of each panel}
     "studies": [("headline", "reward", "what HPStiny gains, with its error over prompts")],
     "methods": [("methods", "reward", "what HPStiny gains, with the wider of its errors over prompts and over seeds")],
@@ -282,7 +287,7 @@ def draw_evolution():
     """docs/evolution.png, too_long.png and hacked.png: the same videos at several steps of a run."""
     for name, flags, steps in (
             ("evolution", "10", range(0, 50, 10)), ("too_long", "40 --steps 200 --lr 0.01", (0, 40, 200)),
-            ("hacked", "40 --base tiny-wan --lr 0.002 --reward-weights tiny/weights/reward", (0, 40))):
+            ("hacked", "40 --base tiny-wan --lr 0.002 --anchor 0 --reward proxy", (0, 40))):
         samples = trained("train", f"--eval-count 2 --eval-every {flags}") / "samples"
         pictures = [iio.imread(samples / f"step_{step:06d}.png") for step in steps]
         write_png(ROOT / "docs" / f"{name}.png", np.concatenate(pictures, axis=1))
@@ -293,15 +298,15 @@ def draw_cheated():
     """docs/cheated.png: what runs maximise, what they do not, and how well shapes are drawn, without an anchor and with it."""
     figure, axes = new_figure(3, 3, (3.4, 2.8))
     titles = {"reward_mean": "HPSproxy, maximised", "HPStiny": "HPStiny, watched", "fidelity": "fidelity, by the judge"}
-    for words, flags in (("without", ""), ("--anchor 0.02", " --anchor 0.02")):
+    for anchor in ("0", "0.02"):
         looked_at = "--eval-count 8 --eval-every 20 --watch hpsv2"
-        run = trained("train", f"--base tiny-wan --reward proxy --lr 2e-3 --steps 120 {looked_at}{flags}")
+        run = trained("train", f"--base tiny-wan --reward proxy --lr 2e-3 --steps 120 --anchor {anchor} {looked_at}")
         lines = [line for line in read_metrics(run / "metrics.jsonl") if "eval" in line]
         for axis, (measure, title) in zip(axes, titles.items()):
             means = {}
             for line in lines:
                 means[line["step"]] = fmean(of_set[measure] for of_set in line["eval"].values())
-            axis.plot(means.keys(), means.values(), ".-", label=words)
+            axis.plot(means.keys(), means.values(), ".-", label=f"--anchor {anchor}")
             axis.set(title=title, xlabel="step")
             axis.grid(lw=0.4)
     axes[0].legend(frameon=False)
