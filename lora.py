@@ -208,10 +208,10 @@ def set_scale(module, strength):
 def anchored(base, score, strength):
     """
     Stay near the base: score(batch) -> R (B,), {name: (B,)}, less `strength` times the mean square
-    distance of the eps that the network predicts with its adapters and without, over the calls that
-    carry gradient. The latter counts as a constant. (DiffusionNFT, arXiv:2509.16117, has such a
-    term.) It is logged as "distance". base.predict is replaced: a call without gradient follows
-    each of these.
+    distance between the eps that the network predicts with its adapters and what it predicts
+    without, a constant, over the calls that carry gradient. It is logged as "distance".
+    (DiffusionNFT, arXiv:2509.16117, has such a term.) base.predict is replaced: a call without
+    gradient follows each of these.
     """
     predict, distances = base.predict, []
 
