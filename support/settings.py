@@ -226,7 +226,7 @@ def parse(argv, presets, description, preset_of=lambda base: None):
         for name, hint in get_type_hints(parent).items():
             if get_type_hints(type(cfg))[name] != hint:
                 raise ValueError(f"setting {name}: {parent.__name__} has one of this name and of another type; rename yours")
-    if from_record(json.loads(json.dumps(asdict(cfg), default=str)), defaults) != cfg:
+    if repr(from_record(json.loads(json.dumps(asdict(cfg), default=str)), defaults)) != repr(cfg):  # nan is not equal to itself
         raise ValueError("settings: cannot be read back from config.json, so the run could not be continued")
     return cfg
 

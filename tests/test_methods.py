@@ -768,7 +768,7 @@ def test_the_modelscope_preset_on_a_reduced_structure(name, capsys):
     ("draft", "--truncate all", "truncate 'all': must be fixed or random"),
     ("draft", "--grad-at first", "grad_at 'first': must be last, or with detach_input uniform or random"),
     ("draft", "--detach-input --cache-interval 2", "detach_input: cannot be had with a cache_interval above 1"),
-    ("draft", "--prompts-train nowhere.txt", "prompts nowhere.txt: cannot be read"),
+    ("draft", "--prompts-train nowhere.txt", "nowhere.txt: not a text file"),
     ("refl", "--late nan", "late = nan: must be above 0 and at most 1"), ("vader", "--eta 1.5", "eta = 1.5: must be from 0 to 1"),
     ("vader", "--frames-scored 17", "frames_scored = 17: must be from 0 to 16"),
     ("ddpo", "--group 3", "batch_size = 8: must be a multiple of 3, group"),

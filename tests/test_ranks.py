@@ -154,6 +154,7 @@ def train_in(folders, *argv, before=lambda rank: None):
     return run
 
 
+@pytest.mark.slow
 def test_a_restart_on_two_nodes_whose_disks_are_their_own(short_clips):
     """Only rank 0 has the run's folder, from which both go on."""
     ended, _ = two_ranks(train_in(["node0", "node1"], "--steps", 2))

@@ -669,6 +669,7 @@ def test_a_mixture_alone_is_the_plain_run_bit_for_bit():
     assert same_tensors("plain/lora.safetensors", "watched/lora.safetensors")
 
 
+@pytest.mark.slow
 @RUN
 def test_several_rewards_are_logged_resumed_and_shared_among_ranks(monkeypatch):
     Path("my_reward.py").write_text("def red(frames, captions):\n    return frames[:, :, 0].mean((2, 3))\n")

@@ -176,6 +176,7 @@ def test_the_gradient_is_as_large_where_the_reward_is_lowest(kind):
 
 # ---- The script that rebuilds the weights: every stage runs, what it writes loads, and a seed gives the same files -
 
+@pytest.mark.slow
 def test_the_stages_build_a_world_that_loads(short_clips, tmp_path, monkeypatch):
     scenes = [world.Scene(c, "circle", d) for c in ("red", "blue") for d in ("left", "right")]  # near ones differ in one word
     monkeypatch.setattr(build, "all_scenes", lambda: scenes)

@@ -105,17 +105,22 @@ def few(monkeypatch, tmp_path):
     monkeypatch.setattr(clips, "COUNT", 2)
 
 
-def test_a_run_by_defaults_has_its_own_clips_prompts_reward_and_judge_and_goes_on_bit_for_bit(few):
+def test_a_run_by_defaults_has_its_own_clips_prompts_reward_and_judge(few):
+    assert train.main([*FLAGS, "--eval-count", "1", "--eval-every", "2", "--steps", "1", "--out", "run"]) == 0
+    settings = json.loads(Path("run/config.json").read_text())
+    assert settings["preset"] == "tiny-wan"
+    assert (settings["frames"], settings["tau"], settings["lr"], settings["anchor"]) == (17, .4, 5e-4, .02)
+    measured = metrics("run")[-1]["eval"]
+    assert measured.keys() == set(world.PROMPT_SETS) and measured["new"].keys() >= JUDGED | {"reward_mean"}
+
+
+@pytest.mark.slow
+def test_it_goes_on_bit_for_bit_and_the_scripts_read_its_adapter(few):
     flags = [*FLAGS, "--eval-count", "1", "--eval-every", "1"]
     assert train.main([*flags, "--steps", "2", "--out", "whole"]) == 0
     assert train.main([*flags, "--steps", "1", "--out", "parts"]) == 0
     assert train.main(["--resume", "parts", "--steps", "2"]) == 0
     assert_same_run("parts", "whole")
-    settings = json.loads(Path("whole/config.json").read_text())
-    assert settings["preset"] == "tiny-wan" and (settings["frames"], settings["tau"], settings["lr"]) == (17, .4, 5e-4)
-    measured = metrics("whole")[-1]["eval"]
-    assert measured.keys() == set(world.PROMPT_SETS) and measured["new"].keys() >= JUDGED | {"reward_mean"}
-
     adapter = Path("whole/lora.safetensors")
     generate.main(generate.Config(base="tiny-wan", prompt=["a red ring moving up"], num_steps=2, lora=adapter, out=Path("made")))
     assert len(iio.imread(next(Path("made").glob("*.mp4")))) == 17
