@@ -23,7 +23,7 @@ IN_DOMAIN = f"--prompts in_domain={study.WORK}/in_domain.txt"
 def test_every_command_line_is_one_of_its_module(name, aside, tmp_path):
     (tmp_path / "tiny").symlink_to(study.ROOT / "tiny")
     for planned in study.STUDIES[name]:
-        study.write_inputs(planned["flags of evaluate.py"])
+        study.write_inputs(f"{IN_DOMAIN} {planned['flags of evaluate.py']}")
         evaluate.check(tyro.cli(evaluate.Config, args=shlex.split(planned["flags of evaluate.py"])))
         module = importlib.import_module(planned["module"])
         cfg = tyro.cli(type(module.PRESETS["tiny"]), args=shlex.split(planned["flags"]), default=module.PRESETS["tiny"])
