@@ -11,7 +11,6 @@ import numpy as np
 from support.files import first_line, read_json
 
 QUESTIONS = {"quality": "Which video looks better?", "alignment": "Which video fits the text better?"}
-SIDES = ("left", "tie", "right")
 
 
 def draw_key(names, pairs):
@@ -50,7 +49,7 @@ def read_votes(path, key):
                     votes[vote["pair"], question] = unblind(pair, side)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the votes of a comparison ({first_line(error)}); "
-                         f"a side must be one of {', '.join(SIDES)}") from None
+                         "a side must be one of left, tie, right") from None
     return str(content.get("rater") or path.stem)[:60], votes
 
 

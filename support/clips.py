@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils.data import StackDataset  # a dict of tensors that is indexed as one
 from tqdm import tqdm
 
 from support.files import first_names, read_text, write_whole
@@ -194,18 +195,6 @@ class Stored:
         return read["tensor"] if self.names == ["tensor"] else read
 
 
-class Held:
-    """A dict of tensors that belong to one caption or clip, in memory, indexed as Stored is."""
-    def __init__(self, tensors):
-        self.tensors = tensors
-
-    def __len__(self):
-        return len(next(iter(self.tensors.values())))
-
-    def __getitem__(self, where):
-        return take(self.tensors, where)
-
-
 def cached_file(folder, *made_from):
     """Where a tensor made from this lies; None without a folder."""
     return folder and Path(folder) / f"{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()}.safetensors"
@@ -239,7 +228,7 @@ def fill_cached(entries, files, compute, unit):
             if is_shared:
                 with write_whole(files[item]) as hidden:
                     save_file(tensor if isinstance(tensor, dict) else {"tensor": tensor}, hidden)
-            entries[item] = Stored(files[item]) if is_shared else Held(tensor) if isinstance(tensor, dict) else tensor
+            entries[item] = Stored(files[item]) if is_shared else StackDataset(**tensor) if isinstance(tensor, dict) else tensor
     barrier()
     entries.update(find_cached({item: file for item, file in files.items() if entries[item] is None}))
 

@@ -8,9 +8,11 @@ import threading
 import traceback
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
@@ -49,14 +51,8 @@ def move_to(module, device):
     return module
 
 
-def map_tensors(function, *texts):
-    """function(*texts) for what a base is told of videos: a tensor that begins with B, or a dict of such, then name by name."""
-    if not isinstance(texts[0], dict):
-        return function(*texts)
-    made = {}
-    for name in texts[0]:
-        made[name] = function(*(text[name] for text in texts))
-    return made
+# map_tensors(function, *texts): of what a base is told of videos: a tensor that begins with B, or a dict of such, then by name.
+map_tensors = partial(tree_map, is_leaf=lambda text: not isinstance(text, dict))
 
 
 def take(text, which):

@@ -21,7 +21,7 @@ from support.files import check_folder, first_line, read_json, write_text, write
 from support.pictures import choose_comparisons, contact_sheet, draw_curves, versions, write_comparisons, write_png
 from support.ranks import all_gather, catch_signals, is_main_process, on_rank_0, progress, rank_and_size, signalled
 from support.settings import TINY, to_record
-from support.tables import add_judge, best_step, column, deciding, json_numbers, or_nan, paired, summary, with_error
+from support.tables import add_judge, best_step, column, deciding, json_numbers, paired, summary, with_error
 from support.videos import to_pixels, video_name, write_video
 
 VERSION = 1  # of the run folder's files
@@ -333,7 +333,7 @@ def read_metrics(path):
             if type(line["step"]) is not int:
                 raise TypeError(f"step {line['step']!r}")
             for measures in line.get("eval", {}).values():
-                float(or_nan(measures["reward_mean"]))
+                column([measures["reward_mean"]])
             lines.append(line)
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             if i < len(texts):
