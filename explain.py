@@ -143,10 +143,9 @@ class Setup:
 
     def gradient(self, grad_steps):
         """The adapters' gradient for this K."""
-        self.base.network.zero_grad()
         R, _ = train.edit_rewards(self.base, self.rewards, self.uncond, self.batch, replace(self.cfg, grad_steps=grad_steps))
-        (-R.mean()).backward()                                                # Eq. (9)
-        return torch.cat([p.grad.flatten() for p in self.parameters])
+        gradients = torch.autograd.grad(-R.mean(), self.parameters)           # Eq. (9)
+        return torch.cat([gradient.flatten() for gradient in gradients])
 
     def scored(self, z_0, segments):
         """For this S: the frames drawn of an edit, their rewards, for each lambda f, R and the length of R's gradient there, and
@@ -155,9 +154,7 @@ class Setup:
         with torch.no_grad():
             frames = self.base.decode_frames(z_0, g)                     # (1, S, 3, H, W)
         frames.requires_grad_()
-        r = 0.
-        for weight, reward in self.rewards.parts:
-            r = r + weight * reward(frames, self.captions)                    # Eq. (6): (1, S)
+        r = sum(weight * reward(frames, self.captions) for weight, reward in self.rewards.parts)     # Eq. (6): (1, S)
         [gradient] = torch.autograd.grad(r.sum(), frames)
         lengths = gradient[0].flatten(1).norm(dim=1).cpu()
         lambdas = {}

@@ -39,10 +39,8 @@ def find_base(base):
 
 
 def find_base_file(base, given):
-    """
-    (name of the file of bases/ that knows a base, its file or folder here; None for untrained weights), by its own configuration.
-    given: paths that are taken for some of its parts.
-    """
+    """Name of the file of bases/ that knows a base, by its own configuration, and its file or folder here, None for untrained
+    weights. given: paths that are taken for some of its parts."""
     missing = [path for path in given if path and not Path(path).exists()]
     for path in missing:  # before the base, which may be a download of gigabytes; Open-Sora's parts may be, too
         if base.startswith("random") or not HUB_ID.fullmatch(path):

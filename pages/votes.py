@@ -19,9 +19,8 @@ def draw_key(names, pairs):
     system = random.SystemRandom()
     lefts = ["a", "b"] * ((len(pairs) + 1) // 2)
     system.shuffle(lefts)
-    drawn = []
-    for pair, left in zip(system.sample(pairs, len(pairs)), lefts):  # of an odd number of pairs one left stays over
-        drawn.append(pair | {"left": left})
+    in_order = system.sample(pairs, len(pairs))
+    drawn = [pair | {"left": left} for pair, left in zip(in_order, lefts)]  # of an odd number of pairs one left stays over
     return {"comparison": secrets.token_hex(6), "a": names[0], "b": names[1], "pairs": drawn}
 
 

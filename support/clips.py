@@ -15,7 +15,7 @@ from torch.utils.data import StackDataset  # a dict of tensors that is indexed a
 from tqdm import tqdm
 
 from support.files import first_names, read_text, write_whole
-from support.ranks import all_gather, barrier, is_main_process, map_tensors, progress, rank_and_size, take
+from support.ranks import all_gather, is_main_process, map_tensors, progress, rank_and_size, take
 from support.videos import FLAWS, read_all_windows, read_picture
 
 SUFFIXES = (".mp4 .webm .avi .mov .mkv .gif .m4v .mpg .mpeg .ts .mts .m2ts .flv .f4v .ogv .wmv .asf .3gp .3g2 .vob .m2v .mxf "
@@ -229,7 +229,7 @@ def fill_cached(entries, files, compute, unit):
                 with write_whole(files[item]) as hidden:
                     save_file(tensor if isinstance(tensor, dict) else {"tensor": tensor}, hidden)
             entries[item] = Stored(files[item]) if is_shared else StackDataset(**tensor) if isinstance(tensor, dict) else tensor
-    barrier()
+    all_gather(None)  # all have written
     entries.update(find_cached({item: file for item, file in files.items() if entries[item] is None}))
 
 

@@ -153,8 +153,7 @@ def draw_curves(lines, reward_name, path, watched=()):
                 curves.setdefault(measure, {}).setdefault(set_name, []).append(np.float64(mean))  # None is nan
 
     window = max(1, min(50, len(rewards) // 4))  # single steps differ by their clips; their running mean shows the trend
-    sums = np.cumsum([0, *rewards])
-    running_mean = (sums[window:] - sums[:-window]) / window
+    running_mean = rewards and np.convolve(rewards, np.full(window, 1 / window), "valid")
     names = [name for name in ("watermark", "colour", "shape", "direction", "fidelity") if name in curves]  # in the tiny world
     judged = {name: np.mean(list(curves[name].values()), axis=0) for name in names}
     panels = {f"{reward_name} in training": {"each step": rewards, f"mean of {window} steps": running_mean},

@@ -93,12 +93,6 @@ def join_ranks(name=None):
 GROUPS = {"patient": None}  # for all but the sum of gradients: waits longer than the half hour after which a step counts as hung
 
 
-def barrier():
-    """Wait for the other ranks, if there are any."""
-    if dist.is_initialized():
-        dist.barrier(group=GROUPS["patient"])
-
-
 def on_rank_0(function):
     """What function() returns on rank 0, where alone it is called; all ranks get that, or a ValueError, with words on rank 0."""
     rank, world_size = rank_and_size()
@@ -116,7 +110,7 @@ def on_rank_0(function):
 
 
 def all_gather(value):
-    """What every rank has, on every rank, in order of rank."""
+    """What every rank has, on every rank, in order of rank. Each waits here for all."""
     values = [value] * rank_and_size()[1]
     if len(values) > 1:
         dist.all_gather_object(values, value, group=GROUPS["patient"])

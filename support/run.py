@@ -29,10 +29,6 @@ EVAL_SEED = 1_000_000  # of the noise of evaluations, by which the best one is c
 SHOWN = 4  # videos of each prompt set on the strips
 
 
-class Stopped(Exception):
-    """An evaluation was cut short by a signal; the checkpoint of its step is already on disk."""
-
-
 @dataclass
 class Run:
     """One training run: its steps, its log and its checkpoints. The loop that trains knows steps and finish_step alone.
@@ -177,7 +173,7 @@ class Evaluations:
             def move_on(done):
                 bar.update(done)
                 if signalled() and rank_and_size()[1] == 1:  # with more ranks, leaving alone would keep the others waiting
-                    raise Stopped
+                    raise KeyboardInterrupt  # the checkpoint of this step is on disk
             for name, prompts in self.prompts.items():
                 # The tiny world's videos are small, so all are kept; before_after.png then chooses among all.
                 keep = len(prompts) if self.cfg.base in TINY else SHOWN
@@ -255,7 +251,7 @@ def train_and_report(run, train):
     """Train to the end, or until a signal: what is then printed, and the exit status. train() -> whether it came to the end."""
     try:
         finished = train()
-    except Stopped:
+    except KeyboardInterrupt:  # in an evaluation or a round
         finished = False
     except torch.OutOfMemoryError:
         raise RuntimeError("out of memory; these need less: --clips-at-once 1, --decode-chunk 1, --checkpoint-activations, "

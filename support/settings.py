@@ -161,8 +161,7 @@ def check_training(cfg, world_size):
     """What TrainingSettings and the steps and batches of every method must be."""
     check_at_least(cfg, "lr", "clip_grad", "lora_alpha", steps=1, batch_size=1, max_bad_steps=1, save_every=1, frames=1,
                    fps=1, rank=1, clips_at_once=0, eval_every=0, eval_count=0, workers=0, decode_chunk=0, max_skip=0, warmup=0,
-                   offset_noise=0, lambda_tar=0, cache_interval=1, guidance=-math.inf, latent_context=1,
-                   anchor=0)
+                   offset_noise=0, lambda_tar=0, cache_interval=1, guidance=-math.inf, latent_context=1, anchor=0)
     if cfg.size is not None:
         rows_columns(cfg.size)
     if cfg.compile and cfg.cache_interval > 1:

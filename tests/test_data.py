@@ -626,11 +626,15 @@ def test_ranks_encode_disjoint_shares_and_see_the_same(tmp_path, clips, capsys, 
     shares = []
 
     def as_rank(rank, barrier):
+        def all_gather(value):
+            if value is None:
+                barrier()
+            return [value]
+
         with monkeypatch.context() as patch:
             for room in (processes, clip_lists):
                 patch.setattr(room, "rank_and_size", lambda: (rank, 2))
-            patch.setattr(clip_lists, "barrier", barrier)
-            patch.setattr(clip_lists, "all_gather", lambda value: [value])
+            patch.setattr(clip_lists, "all_gather", all_gather)
             return make(clips, tmp_path / "cache", max_skip=0.5)
 
     def second():

@@ -93,7 +93,7 @@ def through_autoencoder(base, clips):
 def base_clips(base, captions, clips=None):
     """Videos by the base, from pure noise, or as edits of given clips (Eqs. 3-5), whose content is known."""
     uncond, levels = base.encode_text([""]), base.levels(NUM_STEPS)
-    shape = base.latent_shape(frames_of(base), world.SIZE, world.SIZE)
+    shape = base.latent_shape(base.default_frames, world.SIZE, world.SIZE)
     videos = []
     for start in progress(range(0, len(captions), 12), desc="clips by the base"):
         text = base.encode_text(captions[start:start + 12])
@@ -105,11 +105,6 @@ def base_clips(base, captions, clips=None):
             z_0 = edit(base.predict, z, noise, text, uncond, levels, .3, base.guidance)
         videos.append(decode(base, z_0))
     return torch.cat(videos)
-
-
-def frames_of(base):
-    """How many frames the clips have that a base of the tiny world learned from."""
-    return world.WAN_FRAMES if base.name == "tiny-wan" else world.FRAMES
 
 
 @torch.no_grad()
@@ -274,7 +269,7 @@ def build_preference(cfg):
     scenes = all_scenes()
     captions = captions_of(scenes)
     times = min(24 if cfg.base == "tiny" else 12, max(1, cfg.clips // len(scenes)))  # the second autoencoder takes whole clips
-    clips, flaws = render(times * scenes, cfg.seed + 4_000_000, FLAWS_TO_TELL, frames=frames_of(base))
+    clips, flaws = render(times * scenes, cfg.seed + 4_000_000, FLAWS_TO_TELL, frames=base.default_frames)
     drawn, picked = torch.arange(len(clips)), torch.randint(clips.shape[1], (len(clips),))
     pictures = clips[drawn, picked]                                                      # (n, 3, H, W)
     if cfg.base == "tiny":
@@ -438,8 +433,7 @@ def build_removal(cfg):
     n = len(clips)
     plain = clips[torch.arange(n), torch.randint(world.FRAMES, (n,))].float()            # (n, 3, H, W)
     frames = torch.cat([plain, world.add_watermark(plain, .05 + .65 * torch.rand(n, 1, 1, 1))]).half()
-    base = load_built(cfg)
-    frames = torch.cat([frames, through_autoencoder(base, frames[:, None])[:, 0]])
+    frames = torch.cat([frames, through_autoencoder(load_built(cfg), frames[:, None])[:, 0]])
     marked = torch.tensor([0., 1., 0., 1.]).repeat_interleave(n)
     detector = removal.Detector().to(cfg.device)
 
@@ -492,7 +486,7 @@ def build_gates(cfg):
     found["still clips"] = {"static": means(clips, scenes)["static"]}
     for name in world.PROMPT_SETS:
         scenes = world.repeat(world.scenes(name), cfg.gate_count)
-        clips, flaws = render(scenes, cfg.seed + 8_000_000, frames=frames_of(base))
+        clips, flaws = render(scenes, cfg.seed + 8_000_000, frames=base.default_frames)
         found[f"through the autoencoder, {name}"] = means(through_autoencoder(base, clips), scenes, flaws)
         found[f"base, {name}"] = means(base_clips(base, captions_of(scenes)), scenes)
     (cfg.out / "gates.json").write_text(json.dumps(found, indent=1) + "\n")
