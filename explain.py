@@ -87,12 +87,9 @@ class Setup:
             if reward.num_frames:
                 raise ValueError(f"reward {reward.name}: sees a clip as a whole; the page shows rewards of single frames")
         self.cfg = settings.fit_to_base(cfg, self.base)
-        if cfg.lora:
-            self.parameters = lora.load(self.base.network, cfg.lora)
-        else:
-            found = lora.load_beside(self.base.network, self.base.network_file, cfg.rank)
-            generator = sample_generator(cfg.seed, "lora")
-            self.parameters = found or lora.inject(self.base.network, cfg.rank, cfg.lora_alpha, generator, cfg.lora_layers)
+        network, generator = self.base.network, sample_generator(cfg.seed, "lora")
+        found = lora.load(network, cfg.lora) if cfg.lora else lora.load_beside(network, self.base.network_file, cfg.rank)
+        self.parameters = found or lora.inject(network, cfg.rank, cfg.lora_alpha, generator, cfg.lora_layers)
         if cfg.data:
             self.dataset = train.read_clips(cfg, self.base)
         else:

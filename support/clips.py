@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils.data import StackDataset  # a dict of tensors that is indexed as one
 from tqdm import tqdm
 
 from support.files import first_names, read_text, write_whole
@@ -195,6 +194,15 @@ class Stored:
         return read["tensor"] if self.names == ["tensor"] else read
 
 
+class Held(Stored):
+    """The same of a dict of tensors in memory."""
+    def __init__(self, tensors):
+        self.tensors, self.length = tensors, len(next(iter(tensors.values())))
+
+    def __getitem__(self, where):
+        return take(self.tensors, where)
+
+
 def cached_file(folder, *made_from):
     """Where a tensor made from this lies; None without a folder."""
     return folder and Path(folder) / f"{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()}.safetensors"
@@ -228,7 +236,7 @@ def fill_cached(entries, files, compute, unit):
             if is_shared:
                 with write_whole(files[item]) as hidden:
                     save_file(tensor if isinstance(tensor, dict) else {"tensor": tensor}, hidden)
-            entries[item] = Stored(files[item]) if is_shared else StackDataset(**tensor) if isinstance(tensor, dict) else tensor
+            entries[item] = Stored(files[item]) if is_shared else Held(tensor) if isinstance(tensor, dict) else tensor
     all_gather(None)  # all have written
     entries.update(find_cached({item: file for item, file in files.items() if entries[item] is None}))
 

@@ -159,8 +159,7 @@ def draw_curves(lines, reward_name, path, watched=()):
     panels = {f"{reward_name} in training": {"each step": rewards, f"mean of {window} steps": running_mean},
               f"{reward_name} of held-out prompts": curves["reward_mean"],
               "the judge on held-out prompts, mean of all sets": judged}
-    for name in watched:
-        panels[f"{name} of held-out prompts (watched)"] = curves[name]
+    panels |= {f"{name} of held-out prompts (watched)": curves[name] for name in watched}
     shown = {}
     for title, series in panels.items():
         changing = {name: values for name, values in series.items() if len(values) == 1 or np.unique(values).size > 1}
