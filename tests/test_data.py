@@ -648,6 +648,15 @@ def test_ranks_encode_disjoint_shares_and_see_the_same(tmp_path, clips, capsys, 
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 5 + 3
 
 
+def test_features_of_a_caption_may_be_several_tensors_of_any_lengths(tmp_path):
+    """In memory as in the cache: features of the words, and one of the whole caption."""
+    def encode(captions):
+        return {"text": torch.ones(len(captions), 3, 2), "pooled": torch.ones(len(captions), 5)}
+    for cache in (None, tmp_path):
+        found = clip_lists.encode_captions(["a", "b"], encode, "tower", cache)[1][:]
+        assert {name: tuple(t.shape) for name, t in found.items()} == {"text": (3, 2), "pooled": (5,)}
+
+
 def test_a_posterior_sample_is_scale_times_mean_plus_std_noise():
     mean, noise = torch.randn(2, 4, 3, 5, 5), torch.randn(2, 4, 3, 5, 5)  # B 2, C 4, F 3
     z = sample_posterior(torch.cat([mean, torch.full_like(mean, 2 * np.log(3.0))], dim=1), noise, 0.5)

@@ -78,7 +78,7 @@ def captions_of(scenes):
     return [scene.caption for scene in scenes]
 
 
-def render(scenes, seed, rates=world.FLAWS, trails=None, frames=world.FRAMES):
+def render(scenes, seed, rates=world.FLAWS, trails=None, frames=None):
     """Draw a clip of each scene -> clips (n, F, 3, H, W) in [0, 1], float16, on the CPU, and their flaws. Clip i has seed + i.
     rates: how often each flaw is drawn. trails: a trail for each clip, as in world.draw."""
     made = []

@@ -101,10 +101,11 @@ def stripes(position, period, ahead):
     return (.5 + period / 4 - (since_front - period / 2).abs()).clamp(0, 1)
 
 
-def draw(scene, g, trail=None, frames=FRAMES):
+def draw(scene, g, trail=None, frames=None):
     """A clean clip of the scene: (F, 3, H, W) in [0, 1]. Place, size, speed and background come from the generator g.
     trail: a direction whose trail is drawn instead of the scene's own, or "" for none (the judge's training needs them).
-    frames: how many the same motion is spread over."""
+    frames: how many the same motion is spread over, default FRAMES."""
+    frames = frames or FRAMES
     uniform = lambda low, high: low + (high - low) * torch.rand((), generator=g).item()
     x = torch.arange(SIZE)[None, None, :] + .5                                          # (1, 1, W)
     y = x.mT                                                                            # (1, H, 1)
@@ -169,7 +170,7 @@ def add_flaws(clip, strengths, g):
     return clip.clamp(0, 1)
 
 
-def make_clip(scene, seed, flaws=None, trail=None, rates=FLAWS, frames=FRAMES):
+def make_clip(scene, seed, flaws=None, trail=None, rates=FLAWS, frames=None):
     """One clip and its flaws from a seed: (F, 3, H, W) in [0, 1], {flaw: strength}.
     flaws: the strengths, if they are not to be drawn. rates: how often each flaw is drawn. trail, frames: as in draw."""
     g = torch.Generator().manual_seed(seed)
