@@ -87,12 +87,9 @@ class Setup:
             if reward.num_frames:
                 raise ValueError(f"reward {reward.name}: sees a clip as a whole; the page shows rewards of single frames")
         self.cfg = settings.fit_to_base(cfg, self.base)
-        if cfg.lora:
-            self.parameters = lora.load(self.base.network, cfg.lora)
-        else:
-            found = lora.load_beside(self.base.network, self.base.network_file, cfg.rank)
-            generator = sample_generator(cfg.seed, "lora")
-            self.parameters = found or lora.inject(self.base.network, cfg.rank, cfg.lora_alpha, generator, cfg.lora_layers)
+        network, generator = self.base.network, sample_generator(cfg.seed, "lora")
+        found = lora.load(network, cfg.lora) if cfg.lora else lora.load_beside(network, self.base.network_file, cfg.rank)
+        self.parameters = found or lora.inject(network, cfg.rank, cfg.lora_alpha, generator, cfg.lora_layers)
         if cfg.data:
             self.dataset = train.read_clips(cfg, self.base)
         else:
@@ -143,10 +140,9 @@ class Setup:
 
     def gradient(self, grad_steps):
         """The adapters' gradient for this K."""
-        self.base.network.zero_grad()
         R, _ = train.edit_rewards(self.base, self.rewards, self.uncond, self.batch, replace(self.cfg, grad_steps=grad_steps))
-        (-R.mean()).backward()                                                # Eq. (9)
-        return torch.cat([p.grad.flatten() for p in self.parameters])
+        gradients = torch.autograd.grad(-R.mean(), self.parameters)           # Eq. (9)
+        return torch.cat([gradient.flatten() for gradient in gradients])
 
     def scored(self, z_0, segments):
         """For this S: the frames drawn of an edit, their rewards, for each lambda f, R and the length of R's gradient there, and
@@ -155,9 +151,7 @@ class Setup:
         with torch.no_grad():
             frames = self.base.decode_frames(z_0, g)                     # (1, S, 3, H, W)
         frames.requires_grad_()
-        r = 0.
-        for weight, reward in self.rewards.parts:
-            r = r + weight * reward(frames, self.captions)                    # Eq. (6): (1, S)
+        r = sum(weight * reward(frames, self.captions) for weight, reward in self.rewards.parts)     # Eq. (6): (1, S)
         [gradient] = torch.autograd.grad(r.sum(), frames)
         lengths = gradient[0].flatten(1).norm(dim=1).cpu()
         lambdas = {}

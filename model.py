@@ -626,7 +626,9 @@ def load_text_encoder(path, tokenizer=None, dtype=torch.float32):
     tensors, layers = names.text_tower(read_tensors(path), path)
     vocab_size, width = tensors["token_embedding.weight"].shape
     context_length, heads = len(tensors["positional_embedding"]), max(1, width // 64)
-    read_config(path, lambda c: names.expect_text_config(c, heads, layers))
+    built = dict(hidden_act="gelu", quick_gelu=False, layer_norm_eps=1e-5,
+                 num_attention_heads=heads, num_hidden_layers=layers)
+    read_config(path, lambda c: names.expect(c, built))  # transformers' config.json or open_clip's
     config = TextConfig(vocab_size, context_length, width, heads, layers)
     if (Path(path) / "words.txt").is_file():  # of a small tower with words of its own
         tokenizer = read_words(Path(path) / "words.txt", vars(config))

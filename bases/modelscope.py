@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from bases.deep_cache import DeepCache
-from formats.tensors import check_hub_cache, fingerprint, read_config
+from formats.tensors import fingerprint, read_config
 from formats.weights import PARTS, find_part
 from model import (
     Autoencoder,
@@ -197,7 +197,6 @@ def find_parts(base, folder, given):
     for part, names in PARTS.items():
         paths[part] = paths.get(part) or find_part(folder, names)
         if paths[part] is None:
-            check_hub_cache(folder)
             flag = "" if part == "unet" else f", or --{part.replace('_', '-')}"
             raise ValueError(f"{base}: no {part} found in {folder}; expected one of {', '.join(names)}{flag}")
     return folder, paths

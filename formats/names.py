@@ -231,9 +231,3 @@ def text_tower(tensors, path):
     if layers < 1 or any(t is None or t.dim() != 2 for t in tables):
         raise ValueError(f"{path}: expected the text tower of open_clip or transformers' CLIPTextModel: {first_names(tensors)}")
     return {k: v for k, v in tensors.items() if not k.startswith(f"transformer.resblocks.{layers}.")}, layers
-
-
-def expect_text_config(content, heads, layers):
-    """ValueError if a text tower's config.json (transformers', or open_clip's) says anything that we do not build."""
-    expect(content, dict(hidden_act="gelu", quick_gelu=False, layer_norm_eps=1e-5, num_attention_heads=heads,
-                         num_hidden_layers=layers))

@@ -91,7 +91,6 @@ def read_folder(folder):
     names = sorted(file.name for file in folder.iterdir())
     first, *others = weight_files(names) or [""]
     if not first:
-        check_hub_cache(folder)
         raise ValueError(f"{folder}: no weights here; expected a file like {STEMS[0]}.safetensors, found {first_names(names)}")
     if not first.endswith(".json"):
         if others:
@@ -107,13 +106,6 @@ def read_folder(folder):
             raise ValueError(f"{folder / first}: expected a weight_map of files of its kind beside it, found {shard[:100]!r}")
         tensors |= read_tensors(file)
     return tensors
-
-
-def check_hub_cache(folder):
-    """ValueError if this is a folder of the hub's cache, which keeps the files of each version in a folder below it."""
-    versions = [str(version) for version in (*folder.glob("snapshots/*"), *folder.glob("models--*/snapshots/*"))]
-    if versions:
-        raise ValueError(f"{folder}: is the hub's cache; the files of a version are in a folder of it: {versions[0]}")
 
 
 def check_tensors(expected, tensors, what):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support.files import first_names, write_text
-from support.ranks import barrier
+from support.ranks import all_gather
 from support.videos import to_pixels, write_video
 
 # What VBench measures of any prompt; the others need its own prompts, about which it knows more than the words.
@@ -66,7 +66,7 @@ def open_folders(cfg, sets, models):
     for name in models:
         out = cfg.out / name
         folders[name] = Folder(out, plan_files(sum(repeated.values(), []), cfg.seed, 1, out), cfg.fps)
-    barrier()  # or a slower rank would see what a faster one is writing
+    all_gather(None)  # or a slower rank would see what a faster one is writing
     return repeated, folders
 
 

@@ -39,10 +39,8 @@ def find_base(base):
 
 
 def find_base_file(base, given):
-    """
-    (name of the file of bases/ that knows a base, its file or folder here; None for untrained weights), by its own configuration.
-    given: paths that are taken for some of its parts.
-    """
+    """Name of the file of bases/ that knows a base, by its own configuration, and its file or folder here, None for untrained
+    weights. given: paths that are taken for some of its parts."""
     missing = [path for path in given if path and not Path(path).exists()]
     for path in missing:  # before the base, which may be a download of gigabytes; Open-Sora's parts may be, too
         if base.startswith("random") or not HUB_ID.fullmatch(path):
@@ -126,9 +124,7 @@ def from_hub(repo):
         files = huggingface_hub.HfApi().list_repo_files(repo)
         wanted = sum(hub_files(files).values(), []) + [name for name in files if name == "scheduler/scheduler_config.json"]
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted))
-    except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.GatedRepoError):
-        raise ValueError(f"base {repo!r}: no such hub repository, nor a file or folder of that name") from None
-    except Exception as error:  # no network, by version httpx, OSError or a hub error; or no space for the files
+    except Exception as error:  # no such repository; no network, by version httpx, OSError or a hub error; no space for the files
         reason = first_line(error)
     with suppress(Exception):  # not cached
         folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns="*/config.json", local_files_only=True))

@@ -25,7 +25,7 @@ from support import ranks
 from support.clips import fit_prompts, read_prompts, told_by
 from support.files import read_json, write_text, write_whole
 from support.ranks import is_main_process, on_rank_0, rank_and_size, sample_generator
-from support.run import Stopped, read_metrics
+from support.run import read_metrics
 from support.settings import TINY, chain_levels, check_at_least, clip_shape
 
 # ----------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ class Rounds:
         return share, rows, self.videos.base.encode_text(prompts)
 
     def write(self, path, round_number):
-        """Make a round, every rank its share. A signal ends the work on it (Stopped)."""
+        """Make a round, every rank its share. A signal ends the work on it (KeyboardInterrupt)."""
         parts, share = [], self.videos.share(round_number, self.size)
         with ranks.progress(None, f"sampling round {round_number}", self.size, unit="videos", shared=True) as bar:
             for start in range(0, len(share), self.at_once):
@@ -251,7 +251,7 @@ class Rounds:
                 parts.append({name: tensor.cpu() for name, tensor in made.items()})
                 bar.update(len(part))
                 if ranks.signalled() and rank_and_size()[1] == 1:  # else others would wait for ever
-                    raise Stopped
+                    raise KeyboardInterrupt
         parts, whole = sum(ranks.all_gather(parts), []), {}
         if is_main_process():
             for name in parts[0]:

@@ -11,7 +11,6 @@ import numpy as np
 from support.files import first_line, read_json
 
 QUESTIONS = {"quality": "Which video looks better?", "alignment": "Which video fits the text better?"}
-SIDES = ("left", "tie", "right")
 
 
 def draw_key(names, pairs):
@@ -20,9 +19,8 @@ def draw_key(names, pairs):
     system = random.SystemRandom()
     lefts = ["a", "b"] * ((len(pairs) + 1) // 2)
     system.shuffle(lefts)
-    drawn = []
-    for pair, left in zip(system.sample(pairs, len(pairs)), lefts):  # of an odd number of pairs one left stays over
-        drawn.append(pair | {"left": left})
+    in_order = system.sample(pairs, len(pairs))
+    drawn = [pair | {"left": left} for pair, left in zip(in_order, lefts)]  # of an odd number of pairs one left stays over
     return {"comparison": secrets.token_hex(6), "a": names[0], "b": names[1], "pairs": drawn}
 
 
@@ -50,7 +48,7 @@ def read_votes(path, key):
                     votes[vote["pair"], question] = unblind(pair, side)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the votes of a comparison ({first_line(error)}); "
-                         f"a side must be one of {', '.join(SIDES)}") from None
+                         "a side must be one of left, tie, right") from None
     return str(content.get("rater") or path.stem)[:60], votes
 
 

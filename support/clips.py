@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from support.files import first_names, read_text, write_whole
-from support.ranks import all_gather, barrier, is_main_process, map_tensors, progress, rank_and_size, take
+from support.ranks import all_gather, is_main_process, map_tensors, progress, rank_and_size, take
 from support.videos import FLAWS, read_all_windows, read_picture
 
 SUFFIXES = (".mp4 .webm .avi .mov .mkv .gif .m4v .mpg .mpeg .ts .mts .m2ts .flv .f4v .ogv .wmv .asf .3gp .3g2 .vob .m2v .mxf "
@@ -194,13 +194,10 @@ class Stored:
         return read["tensor"] if self.names == ["tensor"] else read
 
 
-class Held:
-    """A dict of tensors that belong to one caption or clip, in memory, indexed as Stored is."""
+class Held(Stored):
+    """The same of a dict of tensors in memory."""
     def __init__(self, tensors):
-        self.tensors = tensors
-
-    def __len__(self):
-        return len(next(iter(self.tensors.values())))
+        self.tensors, self.length = tensors, len(next(iter(tensors.values())))
 
     def __getitem__(self, where):
         return take(self.tensors, where)
@@ -240,7 +237,7 @@ def fill_cached(entries, files, compute, unit):
                 with write_whole(files[item]) as hidden:
                     save_file(tensor if isinstance(tensor, dict) else {"tensor": tensor}, hidden)
             entries[item] = Stored(files[item]) if is_shared else Held(tensor) if isinstance(tensor, dict) else tensor
-    barrier()
+    all_gather(None)  # all have written
     entries.update(find_cached({item: file for item, file in files.items() if entries[item] is None}))
 
 

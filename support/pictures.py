@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from support.files import write_text, write_whole
 from support.ranks import is_main_process, progress
-from support.tables import best_middle_worst, json_numbers, or_nan, with_error
+from support.tables import best_middle_worst, json_numbers, with_error
 from support.videos import read_video, to_pixels
 
 INK, RISES, FALLS = "#222222", "#0a7d33", "#c0262d"  # colours of words, and of rewards that rise or fall
@@ -150,18 +150,16 @@ def draw_curves(lines, reward_name, path, watched=()):
     for line in evaluated:
         for set_name, means in line["eval"].items():
             for measure, mean in means.items():
-                curves.setdefault(measure, {}).setdefault(set_name, []).append(or_nan(mean))
+                curves.setdefault(measure, {}).setdefault(set_name, []).append(np.float64(mean))  # None is nan
 
     window = max(1, min(50, len(rewards) // 4))  # single steps differ by their clips; their running mean shows the trend
-    sums = np.cumsum([0, *rewards])
-    running_mean = (sums[window:] - sums[:-window]) / window
+    running_mean = rewards and np.convolve(rewards, np.full(window, 1 / window), "valid")
     names = [name for name in ("watermark", "colour", "shape", "direction", "fidelity") if name in curves]  # in the tiny world
     judged = {name: np.mean(list(curves[name].values()), axis=0) for name in names}
     panels = {f"{reward_name} in training": {"each step": rewards, f"mean of {window} steps": running_mean},
               f"{reward_name} of held-out prompts": curves["reward_mean"],
               "the judge on held-out prompts, mean of all sets": judged}
-    for name in watched:
-        panels[f"{name} of held-out prompts (watched)"] = curves[name]
+    panels |= {f"{name} of held-out prompts (watched)": curves[name] for name in watched}
     shown = {}
     for title, series in panels.items():
         changing = {name: values for name, values in series.items() if len(values) == 1 or np.unique(values).size > 1}

@@ -8,9 +8,11 @@ import threading
 import traceback
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
@@ -49,14 +51,8 @@ def move_to(module, device):
     return module
 
 
-def map_tensors(function, *texts):
-    """function(*texts) for what a base is told of videos: a tensor that begins with B, or a dict of such, then name by name."""
-    if not isinstance(texts[0], dict):
-        return function(*texts)
-    made = {}
-    for name in texts[0]:
-        made[name] = function(*(text[name] for text in texts))
-    return made
+# map_tensors(function, *texts): of what a base is told of videos: a tensor that begins with B, or a dict of such, then by name.
+map_tensors = partial(tree_map, is_leaf=lambda text: not isinstance(text, dict))
 
 
 def take(text, which):
@@ -97,12 +93,6 @@ def join_ranks(name=None):
 GROUPS = {"patient": None}  # for all but the sum of gradients: waits longer than the half hour after which a step counts as hung
 
 
-def barrier():
-    """Wait for the other ranks, if there are any."""
-    if dist.is_initialized():
-        dist.barrier(group=GROUPS["patient"])
-
-
 def on_rank_0(function):
     """What function() returns on rank 0, where alone it is called; all ranks get that, or a ValueError, with words on rank 0."""
     rank, world_size = rank_and_size()
@@ -120,7 +110,7 @@ def on_rank_0(function):
 
 
 def all_gather(value):
-    """What every rank has, on every rank, in order of rank."""
+    """What every rank has, on every rank, in order of rank. Each waits here for all."""
     values = [value] * rank_and_size()[1]
     if len(values) > 1:
         dist.all_gather_object(values, value, group=GROUPS["patient"])

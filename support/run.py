@@ -21,16 +21,12 @@ from support.files import check_folder, first_line, read_json, write_text, write
 from support.pictures import choose_comparisons, contact_sheet, draw_curves, versions, write_comparisons, write_png
 from support.ranks import all_gather, catch_signals, is_main_process, on_rank_0, progress, rank_and_size, signalled
 from support.settings import TINY, to_record
-from support.tables import add_judge, best_step, column, deciding, json_numbers, or_nan, paired, summary, with_error
+from support.tables import add_judge, best_step, column, deciding, json_numbers, paired, summary, with_error
 from support.videos import to_pixels, video_name, write_video
 
 VERSION = 1  # of the run folder's files
 EVAL_SEED = 1_000_000  # of the noise of evaluations, by which the best one is chosen
 SHOWN = 4  # videos of each prompt set on the strips
-
-
-class Stopped(Exception):
-    """An evaluation was cut short by a signal; the checkpoint of its step is already on disk."""
 
 
 @dataclass
@@ -177,7 +173,7 @@ class Evaluations:
             def move_on(done):
                 bar.update(done)
                 if signalled() and rank_and_size()[1] == 1:  # with more ranks, leaving alone would keep the others waiting
-                    raise Stopped
+                    raise KeyboardInterrupt  # the checkpoint of this step is on disk
             for name, prompts in self.prompts.items():
                 # The tiny world's videos are small, so all are kept; before_after.png then chooses among all.
                 keep = len(prompts) if self.cfg.base in TINY else SHOWN
@@ -255,7 +251,7 @@ def train_and_report(run, train):
     """Train to the end, or until a signal: what is then printed, and the exit status. train() -> whether it came to the end."""
     try:
         finished = train()
-    except Stopped:
+    except KeyboardInterrupt:  # in an evaluation or a round
         finished = False
     except torch.OutOfMemoryError:
         raise RuntimeError("out of memory; these need less: --clips-at-once 1, --decode-chunk 1, --checkpoint-activations, "
@@ -333,7 +329,7 @@ def read_metrics(path):
             if type(line["step"]) is not int:
                 raise TypeError(f"step {line['step']!r}")
             for measures in line.get("eval", {}).values():
-                float(or_nan(measures["reward_mean"]))
+                column([measures["reward_mean"]])
             lines.append(line)
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             if i < len(texts):

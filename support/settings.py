@@ -162,8 +162,7 @@ def check_training(cfg, world_size):
     """What TrainingSettings and the steps and batches of every method must be."""
     check_at_least(cfg, "lr", "clip_grad", "lora_alpha", steps=1, batch_size=1, max_bad_steps=1, save_every=1, frames=1,
                    fps=1, rank=1, clips_at_once=0, eval_every=0, eval_count=0, workers=0, decode_chunk=0, max_skip=0, warmup=0,
-                   offset_noise=0, lambda_tar=0, cache_interval=1, guidance=-math.inf, latent_context=1,
-                   anchor=0)
+                   offset_noise=0, lambda_tar=0, cache_interval=1, guidance=-math.inf, latent_context=1, anchor=0)
     if cfg.size is not None:
         rows_columns(cfg.size)
     if cfg.compile and cfg.cache_interval > 1:
@@ -186,7 +185,6 @@ def check_training(cfg, world_size):
 # What a continued run may have otherwise than it began with: these change its numbers by rounding at most.
 MAY_CHANGE = {"steps", "device", "clips_at_once", "low_memory", "checkpoint_activations", "decode_chunk", "save_on_cpu",
               "compile", "workers", "cache", "cache_dir", "save_every", "eval_every"}
-GONE = {"early_stop", "keep", "tensorboard"}  # settings of earlier versions that changed no number
 
 
 def parse(argv, presets, description, preset_of=lambda base: None):
@@ -222,10 +220,6 @@ def parse(argv, presets, description, preset_of=lambda base: None):
         raise ValueError(f"base {cfg.base}: not there, or without training settings; name a preset: {' or '.join(presets)}")
 
     # A run must not begin that cannot go on: settings of a method of one's own, too, are read back as config.json has them.
-    for parent in type(cfg).__mro__[1:]:
-        for name, hint in get_type_hints(parent).items():
-            if get_type_hints(type(cfg))[name] != hint:
-                raise ValueError(f"setting {name}: {parent.__name__} has one of this name and of another type; rename yours")
     if repr(from_record(json.loads(json.dumps(asdict(cfg), default=str)), defaults)) != repr(cfg):  # nan is not equal to itself
         raise ValueError("settings: cannot be read back from config.json, so the run could not be continued")
     return cfg
@@ -250,11 +244,7 @@ def read_settings(folder, presets):
     """What a run folder's config.json says, and the defaults of settings that came later. ValueError for another method's."""
     file = folder / "config.json"
     saved = read_json(file)
-    if "grad_accum" in saved or isinstance(saved.get("reward", []), str):
-        raise ValueError(f"resume {folder}: a run of an early version; continue it with that version, or start it anew")
     known = to_record(presets.get(str(saved.get("preset")), next(iter(presets.values()))))
-    for name in sorted(GONE & saved.keys()):
-        print(f"{file}: {name} = {saved.pop(name)} is no setting any more, and changes nothing")
     wrong = saved.keys() - known.keys() | {"steps", "prompts_train"} & known.keys() - saved.keys()
     if wrong:
         raise ValueError(f"{file}: not the settings of this method or version; not known or missing: {', '.join(sorted(wrong))}")

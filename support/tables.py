@@ -13,11 +13,6 @@ def json_numbers(value):
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
-def or_nan(value):
-    """A number as JSON has it, None being nan."""
-    return math.nan if value is None else value
-
-
 def summary(table):
     """What metrics.jsonl keeps of a table: reward_mean, reward_std, n, and every other measure's mean where it is known."""
     reward = table["reward"]
@@ -52,8 +47,8 @@ def best_middle_worst(gains):
 
 
 def column(values):
-    """Numbers as JSON has them -> (n,) float64."""
-    return torch.tensor([or_nan(value) for value in values], dtype=torch.float64)
+    """Numbers as JSON has them, where None is nan -> (n,) float64."""
+    return torch.from_numpy(np.array(list(values), dtype=float))
 
 
 def with_error(value, error, sign=""):

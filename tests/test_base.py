@@ -177,8 +177,6 @@ def test_a_folder_without_one_of_its_parts_or_with_other_ones(parts, tmp_path):
         (folder / "elsewhere").rename(folder / part)
     (tmp_path / "hub/models--a--b/snapshots").mkdir(parents=True)
     folder.rename(tmp_path / "hub/models--a--b/snapshots/0123")
-    for root in (tmp_path / "hub", tmp_path / "hub/models--a--b"):
-        refused(f"{root}: is the hub's cache; .* folder of it: .*/snapshots/0123", load_base, str(root))
     folder = tmp_path / "hub/models--a--b/snapshots/0123"
     assert load_base(str(folder / "unet")).vae  # the other parts are beside it
 
@@ -297,7 +295,7 @@ def test_the_hub_is_asked_for_one_file_of_weights_a_part_and_only_once(hub, diff
     assert base.text_encoder.config == TEXT and base.text_encoder.ln_final.weight.equal(parts[2].ln_final.weight)
     load_base("org/small")
     assert sorted(downloads) == FULL_PRECISION
-    refused("base 'org/large': no such hub repository, nor a file or folder of that name", load_base, "org/large")
+    refused("base 'org/large': no file or folder .* cannot be downloaded .RepositoryNotFound", load_base, "org/large")
     server.shutdown()
     server.server_close()
     assert holds(load_base("org/small").network, without_lora(parts[0]))

@@ -626,11 +626,15 @@ def test_ranks_encode_disjoint_shares_and_see_the_same(tmp_path, clips, capsys, 
     shares = []
 
     def as_rank(rank, barrier):
+        def all_gather(value):
+            if value is None:
+                barrier()
+            return [value]
+
         with monkeypatch.context() as patch:
             for room in (processes, clip_lists):
                 patch.setattr(room, "rank_and_size", lambda: (rank, 2))
-            patch.setattr(clip_lists, "barrier", barrier)
-            patch.setattr(clip_lists, "all_gather", lambda value: [value])
+            patch.setattr(clip_lists, "all_gather", all_gather)
             return make(clips, tmp_path / "cache", max_skip=0.5)
 
     def second():
@@ -642,6 +646,15 @@ def test_ranks_encode_disjoint_shares_and_see_the_same(tmp_path, clips, capsys, 
     assert encoders.frames == 2 * 12 and shares[0][1].frames == 3 * 12, "disjoint, and each clip by one of them"
     assert len(first) == 5 and same(contents(first), contents(make(clips, None, max_skip=0.5)[0]))
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 5 + 3
+
+
+def test_features_of_a_caption_may_be_several_tensors_of_any_lengths(tmp_path):
+    """In memory as in the cache: features of the words, and one of the whole caption."""
+    def encode(captions):
+        return {"text": torch.ones(len(captions), 3, 2), "pooled": torch.ones(len(captions), 5)}
+    for cache in (None, tmp_path):
+        found = clip_lists.encode_captions(["a", "b"], encode, "tower", cache)[1][:]
+        assert {name: tuple(t.shape) for name, t in found.items()} == {"text": (3, 2), "pooled": (5,)}
 
 
 def test_a_posterior_sample_is_scale_times_mean_plus_std_noise():

@@ -274,7 +274,7 @@ BAD_FILES = [  # who reads it, its name, what it holds, words of the message
 ]
 BAD_FOLDERS = [  # changes of a UNet's folder {name: content, None: not there}, words; {} of "config.json" are changes, too
     ({f"{STEM}.safetensors": None}, "no weights here; expected a file like", "found config.json"),
-    ({f"{STEM}.safetensors": None, "config.json": None, "models--a--b/snapshots/c/x": b""}, "is the hub's", "b/snapshots/c"),
+    ({f"{STEM}.safetensors": None, "config.json": None, "models--a--b/snapshots/c/x": b""}, "no weights", "found models--a--b"),
     ({"config.json": "{}"}, "config.json", "KeyError: 'in_channels'"),
     ({"config.json": {"_class_name": "AutoencoderKL"}}, "expected _class_name 'UNet3DConditionModel', found 'AutoencoderKL'"),
     ({"config.json": {"block_out_channels": []}}, "not a model that can be built"),

@@ -181,6 +181,7 @@ def test_the_stages_build_a_world_that_loads(short_clips, tmp_path, monkeypatch)
     scenes = [world.Scene(c, "circle", d) for c in ("red", "blue") for d in ("left", "right")]  # near ones differ in one word
     monkeypatch.setattr(build, "all_scenes", lambda: scenes)
     monkeypatch.setattr(action, "FRAMES", world.FRAMES)
+    monkeypatch.setattr(build.Base, "default_frames", world.FRAMES)
     monkeypatch.setattr(build, "NUM_STEPS", 2)
     def run(out, stages):
         build.main(build.Config(stages=stages, out=out, seed=3, device="cpu", threads=1, max_steps=2, clips=8, gate_count=1))

@@ -9,14 +9,9 @@ tiny/README.md says what the parts are.
 
 Letters: B clips or pictures, F frames, C channels, H and W pixel rows and columns, h and w latent ones.
 """
-import sys
-
-if not __package__:
-    print("start it as: python -m tiny.build", file=sys.stderr)
-    sys.exit(2)
-
 import json
 import math
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -75,7 +70,7 @@ def draw_latents(base, moments):
 
 def to_latents(base, clips, mean=False):
     """Clips -> z (B, C, f, h, w), as the base's network is trained on them; mean: without noise."""
-    if base.name == "tiny-wan":
+    if isinstance(base, flow.TinyWan):
         return flow.encode(base, clips)
     moments = encode(base, clips)
     return model.sample_posterior(moments, 0., base.vae.config.scale) if mean else draw_latents(base, moments.half())
@@ -83,7 +78,7 @@ def to_latents(base, clips, mean=False):
 
 def decode(base, z):
     """z (B, C, f, h, w) -> clips."""
-    clips = flow.decode(base, z) if base.name == "tiny-wan" else base.decode_frames(z)
+    clips = flow.decode(base, z) if isinstance(base, flow.TinyWan) else base.decode_frames(z)
     return clips.clamp(0, 1).half().cpu()
 
 
@@ -98,7 +93,7 @@ def through_autoencoder(base, clips):
 def base_clips(base, captions, clips=None):
     """Videos by the base, from pure noise, or as edits of given clips (Eqs. 3-5), whose content is known."""
     uncond, levels = base.encode_text([""]), base.levels(NUM_STEPS)
-    shape = base.latent_shape(frames_of(base), world.SIZE, world.SIZE)
+    shape = base.latent_shape(base.default_frames, world.SIZE, world.SIZE)
     videos = []
     for start in progress(range(0, len(captions), 12), desc="clips by the base"):
         text = base.encode_text(captions[start:start + 12])
@@ -110,11 +105,6 @@ def base_clips(base, captions, clips=None):
             z_0 = edit(base.predict, z, noise, text, uncond, levels, .3, base.guidance)
         videos.append(decode(base, z_0))
     return torch.cat(videos)
-
-
-def frames_of(base):
-    """How many frames the clips have that a base of the tiny world learned from."""
-    return world.WAN_FRAMES if base.name == "tiny-wan" else world.FRAMES
 
 
 @torch.no_grad()
@@ -250,13 +240,6 @@ def start_as_identity(unet, constant=6.):
             shortcut.weight[group, group - unet.config.channels[0]] = 1  # the skip comes behind the channels from below
 
 
-def load_built(cfg):
-    """The base that earlier stages wrote."""
-    base = model.load_base(str(cfg.out), device=cfg.device)
-    base.name = cfg.base
-    return base
-
-
 def wrong_words(a, b):
     """In how many of colour, shape and direction two scenes differ."""
     return (a.colour != b.colour) + (a.shape != b.shape) + (a.direction != b.direction)
@@ -275,11 +258,11 @@ def pick(options):
 def build_preference(cfg):
     """HPSv2's recipe (arXiv:2306.09341, Sec. 4): a CLIP, a softmax over a pair of images, cross-entropy with the choice of a
     simulated annotator, who takes the second with probability sigmoid(its worth - the worth of the first)."""
-    base = load_built(cfg)
+    base = model.load_base(str(cfg.out), device=cfg.device)
     scenes = all_scenes()
     captions = captions_of(scenes)
     times = min(24 if cfg.base == "tiny" else 12, max(1, cfg.clips // len(scenes)))  # the second autoencoder takes whole clips
-    clips, flaws = render(times * scenes, cfg.seed + 4_000_000, FLAWS_TO_TELL, frames=frames_of(base))
+    clips, flaws = render(times * scenes, cfg.seed + 4_000_000, FLAWS_TO_TELL, frames=base.default_frames)
     drawn, picked = torch.arange(len(clips)), torch.randint(clips.shape[1], (len(clips),))
     pictures = clips[drawn, picked]                                                      # (n, 3, H, W)
     if cfg.base == "tiny":
@@ -360,7 +343,8 @@ def clips_in_motion(cfg, base, count, seed, crossed=True):
 
 def build_judge(cfg):
     """The judge, on other seeds than anything else here."""
-    clips, scenes = clips_in_motion(cfg, load_built(cfg), 2880, seed=5)
+    base = model.load_base(str(cfg.out), device=cfg.device)
+    clips, scenes = clips_in_motion(cfg, base, 2880, seed=5)
     targets = labels(scenes).to(cfg.device)                                              # (3, n)
     judge = Judge().to(cfg.device)
 
@@ -376,7 +360,7 @@ def build_action(cfg):
     """The classifier of rewards/action.py: clips in motion, videos by the base, which follow their captions, and guesses. Half
     are played backwards, and a fifth slowed, which count as not moving (tiny/README.md says why). Five of eight are changed
     against it, ever more (adversarial training, arXiv:1706.06083), or its gradient would lead to a pattern, not to motion."""
-    base = load_built(cfg)
+    base = model.load_base(str(cfg.out), device=cfg.device)
     clips, scenes = clips_in_motion(cfg, base, 1008, seed=9, crossed=False)
     noised_scenes, noised_clips = take_moving(scenes[:min(1008, cfg.clips)], clips, 480)
     guesses = guessed_clips(base, captions_of(noised_scenes), noised_clips)
@@ -443,7 +427,7 @@ def build_removal(cfg):
     n = len(clips)
     plain = clips[torch.arange(n), torch.randint(world.FRAMES, (n,))].float()            # (n, 3, H, W)
     frames = torch.cat([plain, world.add_watermark(plain, .05 + .65 * torch.rand(n, 1, 1, 1))]).half()
-    base = load_built(cfg)
+    base = model.load_base(str(cfg.out), device=cfg.device)
     frames = torch.cat([frames, through_autoencoder(base, frames[:, None])[:, 0]])
     marked = torch.tensor([0., 1., 0., 1.]).repeat_interleave(n)
     detector = removal.Detector().to(cfg.device)
@@ -472,7 +456,7 @@ def build_gates(cfg):
     """gates.json: the mean of each measure, over clips that no training has seen and over the base's videos.
     Beside the judge's own: watermarked, the share of clips with a clear band; action, of clips whose direction the reward's
     classifier names; removal, where flaws are known, of frames for which its detector is right."""
-    base = load_built(cfg)
+    base = model.load_base(str(cfg.out), device=cfg.device)
     judge = load_judge(cfg.first / "judge.safetensors").to(cfg.device)
     classifier = action.load(cfg.first / "action", "left", torch.float32, cfg.device).classifier
     detector = removal.load(cfg.first / "removal", "watermark", torch.float32, cfg.device).detector
@@ -497,7 +481,7 @@ def build_gates(cfg):
     found["still clips"] = {"static": means(clips, scenes)["static"]}
     for name in world.PROMPT_SETS:
         scenes = world.repeat(world.scenes(name), cfg.gate_count)
-        clips, flaws = render(scenes, cfg.seed + 8_000_000, frames=frames_of(base))
+        clips, flaws = render(scenes, cfg.seed + 8_000_000, frames=base.default_frames)
         found[f"through the autoencoder, {name}"] = means(through_autoencoder(base, clips), scenes, flaws)
         found[f"base, {name}"] = means(base_clips(base, captions_of(scenes)), scenes)
     (cfg.out / "gates.json").write_text(json.dumps(found, indent=1) + "\n")
