@@ -243,7 +243,8 @@ def from_record(record, defaults):
 def read_settings(folder, presets):
     """What a run folder's config.json says, and the defaults of settings that came later. ValueError for another method's."""
     file = folder / "config.json"
-    saved = read_json(file)
+    saved = {"anchor": 0.} | read_json(file)  # runs of earlier versions had none
+    saved.pop("early_stop", None)  # which they had, and which changed no step
     known = to_record(presets.get(str(saved.get("preset")), next(iter(presets.values()))))
     wrong = saved.keys() - known.keys() | {"steps", "prompts_train"} & known.keys() - saved.keys()
     if wrong:

@@ -503,6 +503,15 @@ def assert_survives(flags, presets=train.PRESETS):
     return cfg
 
 
+def test_a_run_of_an_earlier_version_goes_on_without_an_anchor(aside):
+    record = settings.to_record(train.PRESETS["tiny-wan"])
+    assert record.pop("anchor") == .02
+    Path("run").mkdir()
+    Path("run/config.json").write_text(json.dumps(record | {"early_stop": False}))
+    known = settings.read_settings(Path("run"), train.PRESETS)
+    assert known["anchor"] == 0 and "early_stop" not in known
+
+
 def test_settings_survive_config_json():
     assert assert_survives([]) == parse(["tiny"]) == train.Config()
     real = assert_survives(["modelscope", "--guidance", "None", "--data", "a b.txt", "--prompts", "a=b", "--prompts", "c=d e"])
