@@ -9,9 +9,14 @@ tiny/README.md says what the parts are.
 
 Letters: B clips or pictures, F frames, C channels, H and W pixel rows and columns, h and w latent ones.
 """
+import sys
+
+if not __package__:
+    print("start it as: python -m tiny.build", file=sys.stderr)
+    sys.exit(2)
+
 import json
 import math
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
