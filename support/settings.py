@@ -46,7 +46,7 @@ class RewardSettings(ModelSettings):
     reward: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """hpsv2 (default: v2.0, the paper's and the official code's; may end in /crop or /stretch), hpsv2.1, pickscore, aesthetic,
     imagereward, yolos:CLASS, videomae:ACTION, vjepa, videoreward (or :VQ, :MQ, :TA), viclip, my_file.py:function; in the tiny
-    world action:DIRECTION, removal:watermark; repeatable, with a weight as in aesthetic=0.05 (docs/rewards.md)"""
+    world action:DIRECTION, removal:watermark, proxy; repeatable, with a weight as in aesthetic=0.05 (docs/rewards.md)"""
     reward_weights: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME=PATH, the weights of a reward, repeatable; a bare PATH where there is one reward. Default the base's own, else the
     hub's; random and random:W as for base"""
@@ -85,8 +85,8 @@ class TrainingSettings(RewardSettings):
     lora_layers: Literal["qkvo", "qkv"] = "qkvo"
     """projections of each attention that are adapted: query, key, value and output (paper, Appendix C), or not the output"""
     anchor: float = 0.0
-    """b: the reward loses b times the mean square distance of the network's predictions to the base's, which keeps videos from
-    cheating (ours; docs/studies.md)"""
+    """b: the reward loses b times the mean square distance of the network's predictions to the base's, against over-optimisation
+    (ours; docs/studies.md)"""
 
     clips_at_once: int = 0
     """clips of a rank's share of the batch that are computed at once, which sets the memory, not the gradient; 0 is all of them.
