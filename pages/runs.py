@@ -20,6 +20,8 @@ class RunFiles:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.name = str(folder)
+        if not (self.folder / "config.json").is_file():
+            raise ValueError(f"{folder}: holds no run (no config.json)")
         self.config = read_json(self.folder / "config.json")
         self.record = read_json(self.folder / "run.json")
         self.prompts = self.record.get("prompts")
@@ -59,7 +61,7 @@ class RunFiles:
         """Which evaluation best.safetensors is of, and why; None before the first."""
         measure = deciding(self.record.get("watched", ()))
         step = best_step(self.tables, measure)
-        return step is not None and f"best.safetensors is step {step}, the highest {'reward' if measure == 'reward' else measure}"
+        return step is not None and f"best.safetensors is step {step}, the highest {measure}"
 
 
 def changed_settings(runs):

@@ -356,7 +356,7 @@ def test_a_prompt_counts_once_however_many_voted():
 
 @pytest.mark.parametrize("words, message", [
     ("report.py", "give either run folders"), ("report.py run --blind a b", "found runs and blind"),
-    ("report.py clips", "clips/config.json: expected JSON"), ("report.py norun", "run.json has no prompts"),
+    ("report.py clips", "clips: holds no run"), ("report.py norun", "run.json has no prompts"),
     ("report.py --blind run@7 run", "no evaluation at that step; there are 0, 10"), ("report.py --blind run clips", "in both"),
     ("report.py --blind clips wide", "must be alike"), ("report.py --tally bad.json --key key.json", "one of left, tie, right"),
     ("report.py --tally broken.json --key broken.json", "not the key of a blind comparison"),
