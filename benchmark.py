@@ -40,7 +40,7 @@ from sampler import check_edit
 from support.files import check_folder, write_text
 from support.pictures import versions, write_png
 from support.ranks import pick_device, pick_dtype, progress, run_script, sample_generator
-from support.settings import BASES, check_at_least, clip_shape, kind_of, rows_columns
+from support.settings import BASES, check_at_least, clip_shape, rows_columns
 
 GIB = 2**30
 CAPTION = "a red circle moving left"
@@ -82,7 +82,7 @@ def load(cfg, device):
 
 def preset(module, base):
     """The full-size settings of a method for a base."""
-    return module.PRESETS.get(kind_of(base), module.PRESETS["modelscope"])
+    return module.PRESETS.get(base.kind, module.PRESETS["modelscope"])
 
 
 def copy_to_meta(base, reward, frames):

@@ -114,9 +114,9 @@ def measure(rewards, frames, video, captions):
         seen = video[:, list(wanted)] if wanted else frames  # a video reward sees its own
         scores.append(reward(seen, captions).mean().item())
 
-    measures = {"reward": sum(weight * score for (weight, _), score in zip(rewards.parts, scores))}
+    measures = {"reward": sum(weight * score for (weight, _), score in zip(rewards.summed, scores))}
     for k, (reward, score) in enumerate(zip(rewards.every, scores)):
-        if len(rewards.parts) > 1 or k > 0:  # a single reward has its score already
+        if len(rewards.summed) > 1 or k > 0:  # a single reward has its score already
             measures[reward.name] = score
     return measures | pixel_measures(video.clamp(0, 1), rewards.pixels)
 
@@ -226,7 +226,7 @@ def main(cfg):
         if cfg.official_hps:
             from formats.hps_package import official_distances
             index = first_frames(cfg.frames, cfg.segments)                    # (S,)
-            official_gaps = official_distances(rewards, sheets, sets, index)
+            official_gaps = official_distances(rewards.every[0], sheets, sets, index)
         save_evaluation(cfg, results, sheets, sets, list(strengths), rewards.name, official_gaps)
         vbench.finish(*writers.values())
 

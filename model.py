@@ -651,8 +651,10 @@ def load_base(base, vae=None, text_encoder=None, dtype=torch.float32, device="cp
         make = "published" if base.endswith(":full") else "random"
         if not hasattr(module, make):
             raise ValueError(f"base {base}: bases/{name}.py has no {make}")
-        return getattr(module, make)(base, seed, dtype, device)
-    made = module.load(base, folder, vae, text_encoder, dtype, device)
-    if (folder / "reward/words.txt").is_file():  # the tiny world's clips, prompts and judge
+        made = getattr(module, make)(base, seed, dtype, device)
+    else:
+        made = module.load(base, folder, vae, text_encoder, dtype, device)
+    made.kind = name  # which is also the name of its preset
+    if folder and (folder / "reward/words.txt").is_file():  # the tiny world's clips and judge
         made.world = importlib.import_module("tiny.clips")
     return made

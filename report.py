@@ -59,7 +59,7 @@ def report(cfg):
             folders += inside  # a folder of run folders is all of them
         else:
             folders.append(path)
-    runs = [run_pages.RunFiles(folder) for folder in folders]
+    runs = [run_pages.read_run(folder) for folder in folders]
     path = (cfg.out or Path("out/report")) / "report.html"
     size = write_page(path, "report.html", title="Report", runs=runs, studies=studies,
                       parts=run_pages.clip_rows(runs), changed=run_pages.changed_settings(runs),

@@ -235,18 +235,23 @@ def load_reward(reward="hpsv2", weights=None, base_folder=None, dtype=torch.floa
 @dataclass
 class Rewards:
     """What is maximised, R = sum_k w_k R_k, and what is only measured (docs/rewards.md)."""
-    parts: list                                                     # [(weight w_k, reward)]
+    summed: list                                                    # [(weight w_k, reward)]
     watched: tuple = ()                                             # rewards
-    pixels: tuple[str, ...] = ()                                    # of support.tables.PIXELS
+    watch: tuple[str, ...] = ()                                     # all that --watch names
 
     @property
     def name(self):
-        return " + ".join(r.name if w == 1 else f"{w:g} {r.name}" for w, r in self.parts)
+        return " + ".join(r.name if w == 1 else f"{w:g} {r.name}" for w, r in self.summed)
 
     @property
     def every(self):
         """The rewards of the sum, then those that are watched."""
-        return [*(reward for _, reward in self.parts), *self.watched]
+        return [*(reward for _, reward in self.summed), *self.watched]
+
+    @property
+    def pixels(self):
+        """The watched measures of pixels, of support.tables.PIXELS."""
+        return pixel_names(self.watch)
 
     def to(self, device):
         for reward in self.every:
@@ -260,7 +265,7 @@ def as_rewards(reward):
 
 def load_rewards(cfg, base_folder, dtype=torch.float32, device="cpu"):
     """
-    All that a script's settings name, as Rewards, or the reward itself where it is the only one.
+    All that a script's settings name.
     ValueError: fewer frames than one of them wants; two of one name, which logs would mix up.
     """
     optimised, watched, paths = requested_rewards(cfg)
@@ -275,6 +280,4 @@ def load_rewards(cfg, base_folder, dtype=torch.float32, device="cpu"):
     names = [reward.name for reward in loaded]
     if len(set(names)) < len(names):
         raise ValueError(f"rewards {', '.join(names)}: must have names that differ")
-    if factors == [1] and not cfg.watch:
-        return loaded[0]
-    return Rewards(list(zip(factors, loaded)), tuple(loaded[len(factors):]), pixel_names(cfg.watch))
+    return Rewards(list(zip(factors, loaded)), tuple(loaded[len(factors):]), cfg.watch)

@@ -38,7 +38,7 @@ from model import load_base
 from reward import aggregate, as_rewards, load_rewards, segment_edges, segment_frames, tar_weights
 from sampler import check_edit, edit
 from support import ranks, run as run_folder, settings
-from support.tables import add_means, check_watched, watched_names
+from support.tables import add_means, check_watched
 
 # ----------------------------------------------------------------------------------------------
 # The step
@@ -62,7 +62,7 @@ def edit_rewards(base, rewards, uncond, batch, cfg):
 def video_rewards(base, rewards, z_0, g, captions, cfg):
     """SegVR and TAR: z_0 (B, C, F, h, w), g (B, S) -> as above. Other methods share this."""
     chunk = 1 if cfg.low_memory else cfg.decode_chunk
-    parts, F = as_rewards(rewards).parts, cfg.frames
+    parts, F = as_rewards(rewards).summed, cfg.frames
     R, logged, decoded = 0., {"reward": 0.}, {}
     for weight, reward in parts:
         # 1. Decode one frame of each segment, once for all rewards. A video reward has its own.
@@ -285,13 +285,14 @@ def plan_evaluations(cfg, folder, base, rewards):
     prompts = prompt_sets(base, cfg.prompts, cfg.eval_count) if cfg.eval_every else {}
     shape = settings.clip_shape(base, cfg)                                    # (F, H, W)
     judge = base.world and base.world.judge(base, *shape, prompts)
-    check_watched(cfg.watch, prompts, judge)
+    if cfg.watch:
+        check_watched(cfg.watch, prompts, judge)
 
     # Evaluations score in float32, since best.safetensors is chosen by these scores and bfloat16
     # costs 0.002 of HPSv2. What only they need waits on the CPU.
-    exact, waits_on = as_rewards(rewards), base.device
+    exact, waits_on = rewards, base.device
     if cfg.eval_every and base.dtype != torch.float32:
-        exact, waits_on = as_rewards(load_rewards(cfg, base.folder)), "cpu"
+        exact, waits_on = load_rewards(cfg, base.folder), "cpu"
 
     def evaluate_set(captions, **more):
         # Eight videos take less memory than one clip with gradient, unless a flag saves that.
@@ -305,8 +306,7 @@ def plan_evaluations(cfg, folder, base, rewards):
         return measured
 
     save_adapter = partial(lora.save, base.network, base=cfg.base)
-    return run_folder.Evaluations(cfg, folder, prompts, evaluate_set, save_adapter, rewards.name,
-                                  watched_names(cfg.watch, exact.watched), exact.parts)
+    return run_folder.Evaluations(cfg, folder, prompts, evaluate_set, save_adapter, exact)
 
 
 def main(argv, module=sys.modules[__name__]):

@@ -43,16 +43,10 @@ lora_dropout megatron_core peft_version qalora_group_size r revision target_modu
 PEFT_PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal")}
 
 
-def letters_of(path):
-    """Which of query, key, value and output a layer computes, "" if it is no projection of an attention."""
-    match = PROJECTION.search(path)
-    return LETTERS[match[1]] if match else ""
-
-
 def is_adapted(path, letters):
     """Whether adapters of these letters have one for the layer at a path."""
-    of_layer = letters_of(path)
-    return bool(of_layer) and {*of_layer} <= {*letters}
+    match = PROJECTION.search(path)  # else it is no projection of an attention
+    return bool(match) and {*LETTERS[match[1]]} <= {*letters}
 
 
 def official_names(config):
@@ -82,43 +76,47 @@ def read_adapter(path, config=None):
     """An Adapter from our file, PEFT's folder or official tensors, alone or in a .pth; config: as in export."""
     of_run = Path(path, "lora.safetensors")
     path = of_run if of_run.is_file() else Path(path)
-    recorded, weights, unsaid = {}, {}, None  # unsaid: what another program's file goes by, if not by alpha = rank
-    if path.is_dir():
-        tensors, recorded = read_peft(path)
-    else:
-        tensors = read_tensors(path)
-        rest, official = split_lora(tensors)
-        ours = from_published(tensors)
-        of_vader = names.of_part(tensors, VADER)
-        if of_vader:
-            paths = names.unet_from_videocrafter(of_vader, config or names.MODELSCOPE)
-            tensors = {f"base_model.model.{name}": t for name, t in paths.items()}
-            unsaid = {"alpha": 8}  # PEFT's default, as VADER sets none
-        elif ours.keys() != tensors.keys():
-            tensors, unsaid = ours, {}
-        elif official:
-            ours = {theirs: name for name, theirs in official_names(config or names.MODELSCOPE).items()}
-            tensors = {ours.get(name, name): t for name, t in official.items()}
-            weights, unsaid = rest, {}  # B A as they are
-        elif path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                recorded = file.metadata() or {}
-
+    tensors, recorded, weights = read_peft(path) if path.is_dir() else read_file(path, config)
     rank = common_rank(tensors, path)
-    recorded = recorded if unsaid is None else {"rank": rank, "alpha": rank} | unsaid
     if recorded.get("version", VERSION) != VERSION:
         raise ValueError(f"{path}: has format version {recorded['version']!r}, this code reads {VERSION}")
     alpha = float(recorded.get("alpha") or 0)
     if str(recorded.get("rank")) != str(rank) or not 0 < alpha < math.inf:
         raise ValueError(f"{path}: records rank {recorded.get('rank')!r} and alpha {recorded.get('alpha')!r}; expected rank "
                          f"{rank}, as its tensors have, and an alpha above 0, which tells their scale")
-    found = {letter for name in tensors for letter in letters_of(NAME.fullmatch(name)[1])}
-    letters = "".join(letter for letter in "qkvo" if letter in found) or "qkvo"
+    paths = {NAME.fullmatch(name)[1] for name in tensors}
+    found = "".join(LETTERS[match[1]] for match in map(PROJECTION.search, paths) if match)
+    letters = "".join(letter for letter in "qkvo" if letter in found) or "qkvo"  # all, if its names say nothing
     return Adapter(tensors, rank, alpha, recorded.get("base"), recorded.get("base_fingerprint"), letters, weights)
 
 
+def read_file(path, config):
+    """A file's tensors under our names, what it records, and an official model's other weights. Where other programs record
+    nothing, alpha is the rank: B A as they are."""
+    tensors = read_tensors(path)
+    weights, official = split_lora(tensors)
+    ours = from_published(tensors)
+    of_vader = names.of_part(tensors, VADER)
+    if of_vader:
+        paths = names.unet_from_videocrafter(of_vader, config or names.MODELSCOPE)
+        tensors = {f"base_model.model.{name}": t for name, t in paths.items()}
+        return tensors, {"rank": common_rank(tensors, path), "alpha": 8}, {}  # PEFT's default alpha, as VADER sets none
+    if ours.keys() != tensors.keys():
+        weights = {}
+    elif official:
+        paths = {theirs: name for name, theirs in official_names(config or names.MODELSCOPE).items()}
+        ours = {paths.get(name, name): t for name, t in official.items()}
+    elif path.suffix != ".safetensors":
+        return tensors, {}, {}
+    else:
+        with safe_open(path, "pt") as file:
+            return tensors, file.metadata() or {}, {}
+    rank = common_rank(ours, path)
+    return ours, {"rank": rank, "alpha": rank}, weights
+
+
 def read_peft(folder):
-    """The tensors of a PEFT folder and what its settings record; ValueError unless it is plain LoRA on the base's own weights."""
+    """As read_file, of a PEFT folder; ValueError unless it is plain LoRA on the base's own weights."""
     if not (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder}: no adapter here; expected lora.safetensors, or adapter_config.json of a PEFT folder")
     settings = read_json(folder / "adapter_config.json")
@@ -128,7 +126,7 @@ def read_peft(folder):
                              "weights, with one rank and alpha for all (PEFT converts PiSSA, OLoRA and the like when it saves)")
     recorded = {"rank": settings.get("r"), "alpha": settings.get("lora_alpha"), "base": settings.get("base_model_name_or_path")}
     file = folder / "adapter_model.safetensors"
-    return read_tensors(file if file.is_file() else file.with_suffix(".bin")), recorded
+    return read_tensors(file if file.is_file() else file.with_suffix(".bin")), recorded, {}
 
 
 def common_rank(tensors, path):

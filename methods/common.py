@@ -188,7 +188,9 @@ def denoising_errors(base, z, eps, u, text):
 
 
 # ----------------------------------------------------------------------------------------------
-# Rounds: many videos are sampled at once, and learned from for many steps
+# Rounds: many videos are sampled at once, and learned from for several steps. RWR's and DPO's serve
+# many steps, so checkpoints lie within them, and their videos in the run folder. DDPO's and NFT's
+# end before the next checkpoint: they stay in memory, chains and all.
 
 def check_rounds(cfg, name):
     """ValueError unless the rounds divide the steps, and the ranks cfg.<name>, a round's videos."""
@@ -250,8 +252,7 @@ class Rounds:
                 made = self.make(part, round_number) | {"prompt": torch.tensor([index for _, index in part])}
                 parts.append({name: tensor.cpu() for name, tensor in made.items()})
                 bar.update(len(part))
-                if ranks.signalled() and rank_and_size()[1] == 1:  # else others would wait for ever
-                    raise KeyboardInterrupt
+                ranks.stop_alone()
         parts, whole = sum(ranks.all_gather(parts), []), {}
         if is_main_process():
             for name in parts[0]:
@@ -292,9 +293,9 @@ def check_updates(cfg, *above_zero, group=1, **least):
 
 @torch.no_grad()
 def sample_round(sample, compare, base, rewards, videos, step, cfg):
-    """The batches of a round, which begins with this step: what sample(noise, text, keys) -> z_0 and more, each (B, ...), has of
-    them, their reward (B,), captions and keys [B], and A (B,). compare(R, prompts) -> A (n,): how good each of all videos of the
-    round is, over all ranks."""
+    """The batches of a round, which begins with this step: for each update (z_0 and more, reward, captions, keys, A).
+    sample(noise, text, keys) -> z_0 (B, C, F, h, w) and more (B, ...) of this rank's videos; reward (B,), captions and keys [B].
+    compare(R, prompts) -> A (n,): how good each of all n videos of the round is, over all ranks; of these, (B,) are a batch's."""
     sampled, scored = [], []
     for k in ranks.progress(range(step, step + cfg.updates), "sampling"):
         whole = videos.start(videos.share(k, cfg.batch_size, cfg.group), cfg.seed, k)

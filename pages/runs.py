@@ -1,6 +1,7 @@
 """What report.py shows of run folders, read from their files: settings, curves, gains, clips of the same prompt and noise."""
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from pages.html import clip_uri, line_chart
@@ -13,32 +14,41 @@ COLUMNS = 5  # evaluations whose clips are shown: the first, the last, and some 
 NOT_COMPARED = {"out", "resume", "overwrite"}  # settings that say nothing about what a run did
 
 
-class RunFiles:
-    """A run folder's files, for the page: config, prompts {set: captions}, and the tables {step: {set: {measure: (n,)}}} of its
-    evaluations. reward: what it maximised, by name, so that different rewards are never taken together."""
+def read_run(folder):
+    """The RunFiles of a run folder; ValueError if it is none."""
+    if not Path(folder, "config.json").is_file():
+        raise ValueError(f"{folder}: holds no run (no config.json)")
+    config, record = read_json(Path(folder, "config.json")), read_json(Path(folder, "run.json"))
+    if not isinstance(record.get("prompts"), dict):
+        raise ValueError(f"{folder}: run.json has no prompts, as early versions wrote it; continue the run to add them")
+    asked = config.get("reward") or "hpsv2"  # the default of --reward; run.json of earlier versions does not say more
+    asked = " + ".join(asked) if isinstance(asked, list) else asked
+    config["reward"] = record.get("reward", asked)
+    return RunFiles(str(folder), config, record, *read_evaluations(Path(folder)))
 
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        self.name = str(folder)
-        if not (self.folder / "config.json").is_file():
-            raise ValueError(f"{folder}: holds no run (no config.json)")
-        self.config = read_json(self.folder / "config.json")
-        self.record = read_json(self.folder / "run.json")
-        self.prompts = self.record.get("prompts")
-        if not isinstance(self.prompts, dict):
-            raise ValueError(f"{folder}: run.json has no prompts, as early versions wrote it; continue the run to add them")
-        asked = self.config.get("reward") or "hpsv2"  # the default of --reward; run.json of earlier versions does not say more
-        asked = " + ".join(asked) if isinstance(asked, list) else asked
-        self.reward = self.config["reward"] = self.record.get("reward", asked)
-        self.lines, self.tables = read_evaluations(self.folder)
+
+@dataclass
+class RunFiles:
+    """A run folder's files, for the page. config: its settings; record: run.json; lines: of metrics.jsonl."""
+    name: str
+    config: dict
+    record: dict
+    lines: list
+    tables: dict  # of its evaluations, {step: {set: {measure: (n,)}}}
+
+    @property
+    def reward(self):
+        """What was maximised, by name, so that different rewards are never taken together."""
+        return self.config["reward"]
 
     def clips(self, step):
         """The clips of an evaluation, the first few of each set: {name: {file, set, caption, score}}."""
         clips = {}
-        for set_name, names in clip_names(self.prompts).items():
+        prompts = self.record["prompts"]  # {set: captions}
+        for set_name, names in clip_names(prompts).items():
             scores = self.tables[step][set_name]["reward"].tolist()
-            for name, caption, score in zip(names[:SHOWN], self.prompts[set_name], scores):
-                file = sample_file(self.folder, step, f"_{name}.mp4")
+            for name, caption, score in zip(names[:SHOWN], prompts[set_name], scores):
+                file = sample_file(Path(self.name), step, f"_{name}.mp4")
                 if file.is_file():
                     clips[name] = {"file": file, "set": set_name, "caption": caption, "score": score}
         return clips
@@ -46,12 +56,13 @@ class RunFiles:
     def changes(self):
         """Each measure of each evaluation, against the first: [{step, set, measure, before, after, gain, error}], paired."""
         changes = []
+        clusters = self.record.get("told_by", self.record["prompts"])  # earlier versions had captions alone
         first = self.tables.get(min(self.tables, default=None))
         for step, tables in self.tables.items():
             for set_name, table in tables.items():
                 for measure, after in table.items():
                     before = first[set_name][measure].nanmean().item()
-                    gain, error = paired(first[set_name], table, measure, self.prompts[set_name])
+                    gain, error = paired(first[set_name], table, measure, clusters[set_name])
                     name = self.reward if measure == "reward" else measure
                     changes.append({"step": step, "set": set_name, "measure": name, "before": before,
                                     "after": after.nanmean().item(), "gain": gain, "error": error})
@@ -149,7 +160,7 @@ def read_side(argument, prompts):
     if not path.is_dir():
         raise ValueError(f"{argument}: no such folder")
     if (path / "config.json").is_file():
-        run = RunFiles(path)
+        run = read_run(path)
         chosen = int(step) if step else max(run.tables, default=None)
         if chosen not in run.tables:
             raise ValueError(f"{argument}: no evaluation at that step; there are {', '.join(map(str, run.tables)) or 'none'}")

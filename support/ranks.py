@@ -1,4 +1,4 @@
-"""Devices, precisions, the processes ("ranks") that torchrun starts, and how a script ends."""
+"""Devices, precisions, the processes ("ranks") that torchrun starts, signals, progress bars, seeds, and how a script ends."""
 import hashlib
 import json
 import os
@@ -51,7 +51,7 @@ def move_to(module, device):
     return module
 
 
-# map_tensors(function, *texts): of what a base is told of videos: a tensor that begins with B, or a dict of such, then by name.
+# map_tensors(function, *texts): function of tensors, or of those of a name in dicts. What a base is told of videos is either.
 map_tensors = partial(tree_map, is_leaf=lambda text: not isinstance(text, dict))
 
 
@@ -135,7 +135,9 @@ CAUGHT = []  # numbers of the signals that have come
 @contextmanager
 def catch_signals():
     """While this is open, Ctrl-C, SIGTERM and SIGHUP do not end the process: `signalled` tells of them. Afterwards they do again.
-    In a thread, where Python catches no signals, they end the process. SIGHUP stays ignored where it is, as under nohup."""
+    In a thread, where Python catches no signals, they end the process. SIGHUP stays ignored where it is, as under nohup.
+    train.train tells all ranks after each step, and finish_step saves; evaluations and rounds end by `stop_alone`;
+    train_and_report says how to go on, and run_script ends with the signal's exit status."""
     terminals = [stream for stream in (1, 2) if os.isatty(stream)]
 
     def catch(signal_number, frame):
@@ -162,6 +164,12 @@ def catch_signals():
 def signalled():
     """The number of the first signal that has come, 0 if none has."""
     return CAUGHT[0] if CAUGHT else 0
+
+
+def stop_alone():
+    """KeyboardInterrupt after a signal. With several ranks it is left to the next step: those that stay would wait for ever."""
+    if signalled() and rank_and_size()[1] == 1:
+        raise KeyboardInterrupt
 
 
 def run_script(script, main, refused=(OSError,)):
@@ -228,8 +236,9 @@ def progress(iterable=None, desc=None, total=None, *, unit="steps", initial=0, l
     if not sys.stderr.isatty():
         look = {"file": Lines(sys.stderr), "mininterval": LINE_EVERY, "maxinterval": LINE_EVERY,
                 "delay": 0 if leave else LINE_EVERY, "bar_format": "{desc}: " + state}
-    bar = Bar(iterable, desc, total, leave, unit=unit, initial=initial, disable=disable or not is_main_process(), **look)
-    bar.workers = rank_and_size()[1] if shared else 1
+    rank, world_size = rank_and_size()
+    bar = Bar(iterable, desc, total, leave, unit=unit, initial=initial, disable=disable or rank > 0, **look)
+    bar.workers = world_size if shared else 1
     return bar
 
 

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from support.clips import told_by
 from support.files import check_folder, first_line, read_json, write_text, write_whole
 from support.pictures import choose_comparisons, contact_sheet, draw_curves, versions, write_comparisons, write_png
-from support.ranks import all_gather, catch_signals, is_main_process, on_rank_0, progress, rank_and_size, signalled
+from support.ranks import all_gather, catch_signals, is_main_process, on_rank_0, progress, rank_and_size, signalled, stop_alone
 from support.settings import TINY, to_record
-from support.tables import add_judge, best_step, column, deciding, json_numbers, paired, summary, with_error
+from support.tables import add_judge, best_step, column, deciding, json_numbers, paired, summary, watched_names, with_error
 from support.videos import to_pixels, video_name, write_video
 
 VERSION = 1  # of the run folder's files
@@ -75,7 +75,8 @@ class Run:
         (self.folder / "samples").mkdir(exist_ok=True)
         for half_written in [*self.folder.glob(".????????.*"), *self.folder.glob("samples/.????????.*")]:
             half_written.unlink()  # by a killed run
-        record = {"data": data, "watched": self.evaluations.watched, "prompts": self.evaluations.prompts,
+        lines = {name: [*map(told_by, prompts)] for name, prompts in self.evaluations.prompts.items()}  # with their pictures
+        record = {"data": data, "watched": self.evaluations.watched, "prompts": self.evaluations.prompts, "told_by": lines,
                   "reward": self.evaluations.reward_name, "versions": versions()}
         write_text(self.folder / "run.json", json.dumps(record, indent=1) + "\n")
         write_text(self.folder / "config.json", json.dumps(to_record(self.cfg), indent=1) + "\n")
@@ -140,16 +141,23 @@ class Run:
 class Evaluations:
     """What is looked at while a run trains: videos from pure noise for held-out prompts, the same noise every time.
     prompts: {set: its prompts}. evaluate(prompts, seed, keep, move_on) -> ({measure: (n,)}, videos (keep, F, 3, H, W)) of one
-    set; it calls move_on(how many videos) as it goes. watched: names of what `--watch` measures. summed: weights and rewards."""
+    set; it calls move_on(how many videos) as it goes. rewards: those of reward.py, which score them."""
     cfg: Any
     folder: Path
     prompts: dict
     evaluate: Callable
     save_adapter: Callable
-    reward_name: str
-    watched: list
-    summed: list
+    rewards: Any
     tables: dict = field(default_factory=dict)  # {step: {set: {measure: (n,)}}}
+
+    @property
+    def reward_name(self):
+        return self.rewards.name
+
+    @property
+    def watched(self):
+        """The names of what --watch measures."""
+        return watched_names(self.rewards.watch, self.rewards.watched)
 
     def due(self, step):
         """Whether the settings ask for an evaluation after so many steps."""
@@ -172,8 +180,7 @@ class Evaluations:
         with progress(None, f"evaluating at step {step}", total, unit="videos", leave=False, shared=True) as bar:
             def move_on(done):
                 bar.update(done)
-                if signalled() and rank_and_size()[1] == 1:  # with more ranks, leaving alone would keep the others waiting
-                    raise KeyboardInterrupt  # the checkpoint of this step is on disk
+                stop_alone()  # the checkpoint of this step is on disk
             for name, prompts in self.prompts.items():
                 # The tiny world's videos are small, so all are kept; before_after.png then chooses among all.
                 keep = len(prompts) if self.cfg.base in TINY else SHOWN
@@ -214,7 +221,7 @@ class Evaluations:
             if "watermark" in means:
                 line += "   watermark {:.3f} -> {:.3f}".format(*means["watermark"])
             print(line)
-            for _, reward in self.summed if len(self.summed) > 1 else ():
+            for _, reward in self.rewards.summed if len(self.rewards.summed) > 1 else ():
                 gain = with_error(*paired(before[name], after[name], reward.name, clusters), sign="+")
                 print("  {:10s} {:.4f} -> {:.4f}   {}   {}".format("", *means[reward.name], gain, reward.name))
         print(f"picture: {self.folder / 'before_after.png'}\nmoving picture: {self.folder / 'before_after.gif'}")
@@ -416,7 +423,7 @@ def has_trained(folder):
 def clear(folder):
     """Remove an earlier run's files, and nothing else; config.json goes last, so an interrupted clear still counts as a run."""
     shutil.rmtree(folder / "samples", ignore_errors=True)
-    for pattern in ("state.pt", "state_*.pt", "lora.safetensors", "best.safetensors", "metrics.jsonl", "rewards.jsonl",
+    for pattern in ("state.pt", "lora.safetensors", "best.safetensors", "metrics.jsonl", "rewards.jsonl",
                     "round_*.safetensors", "curves.png", "before_after.png", "before_after.gif", "run.json", "config.json"):
         for file in folder.glob(pattern):
             file.unlink()

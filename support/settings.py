@@ -122,17 +122,11 @@ def chain_levels(base, cfg):
     return base.levels(cfg.num_steps, clip_shape(base, cfg))
 
 
-def kind_of(base):
-    """The file of bases/ that a base is of, which is also the name of its preset."""
-    return type(base).__module__.removeprefix("bases.")
-
-
 def fit_to_base(cfg, base):
     """The settings with what is the base's own, and the base as they ask. ValueError for what is not for this base."""
-    kind = kind_of(base)
     made_for = {"tiny": "modelscope", "tiny-wan": "wan"}.get(cfg.preset, cfg.preset)
-    if made_for != kind and {made_for, kind} <= BASES.keys():
-        raise ValueError(f"preset {cfg.preset}: is not for base {base.name}, whose own is {kind}")
+    if made_for != base.kind and made_for in BASES:
+        raise ValueError(f"preset {cfg.preset}: is not for base {base.name}, whose own is {base.kind}")
     base.chain_predict(cfg.cache_interval)  # refuses what it cannot do
     base.fps, base.parts = cfg.fps, getattr(cfg, "parts", 1)  # some networks are told the first
     if base.parts > 1 and not hasattr(base, "next_text"):
@@ -182,6 +176,7 @@ def check_training(cfg, world_size):
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line of a script that trains
 
+GONE = {"early_stop", "keep", "tensorboard"}  # settings of earlier versions, which changed no step
 # What a continued run may have otherwise than it began with: these change its numbers by rounding at most.
 MAY_CHANGE = {"steps", "device", "clips_at_once", "low_memory", "checkpoint_activations", "decode_chunk", "save_on_cpu",
               "compile", "workers", "cache", "cache_dir", "save_every", "eval_every"}
@@ -204,7 +199,7 @@ def parse(argv, presets, description, preset_of=lambda base: None):
 
     # The same again, now that it is known what it changes. Of a repeatable flag, only what the command line says remains.
     hints = get_type_hints(type(defaults), include_extras=True)
-    flags = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv}
+    flags = {word.partition("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--")}
     emptied = {name: () for name in flags & hints.keys() if "UseAppendAction" in str(hints[name])}
     start = from_record(saved, defaults) if saved else defaults
     cfg = tyro.cli(type(defaults), args=argv, default=replace(start, **emptied), description=description)
@@ -244,7 +239,11 @@ def read_settings(folder, presets):
     """What a run folder's config.json says, and the defaults of settings that came later. ValueError for another method's."""
     file = folder / "config.json"
     saved = {"anchor": 0.} | read_json(file)  # runs of earlier versions had none
-    saved.pop("early_stop", None)  # which they had, and which changed no step
+    gone = sorted(GONE & saved.keys())
+    for name in gone:
+        del saved[name]
+    if gone:
+        say_once(f"{file}: {', '.join(gone)}: no longer settings, left out")
     known = to_record(presets.get(str(saved.get("preset")), next(iter(presets.values()))))
     wrong = saved.keys() - known.keys() | {"steps", "prompts_train"} & known.keys() - saved.keys()
     if wrong:

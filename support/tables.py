@@ -80,7 +80,7 @@ def check_watched(watched, prompts, judge):
     """ValueError if these prompts {set: captions} lack something that `watch` needs; judge: the base's own, or None."""
     if JUDGE in watched and prompts and judge is None:
         raise ValueError("watch judge: only the tiny world has one, for its own prompts and 16 frames of 32 x 32 pixels")
-    if "diversity" in pixel_names(watched) and prompts and all(len(set(p)) == len(p) for p in prompts.values()):
+    if "diversity" in watched and prompts and all(len(set(p)) == len(p) for p in prompts.values()):
         raise ValueError("watch diversity: needs several videos of a prompt: a larger eval_count, or in evaluate.py count")
 
 

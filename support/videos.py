@@ -3,6 +3,7 @@ any player shows, and .gif. Letters: n possible starts of a window, K windows, F
 import os
 import re
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from types import SimpleNamespace
@@ -150,6 +151,11 @@ def read_windows(path, config, times=None):
         return read_windows(path, config, seen)
     flaws = [flaw for flaw, found in zip(FLAWS, (interlaced, slow)) if found]
     return torch.stack([frames[number] for number in windows.flat]).unflatten(0, windows.shape), flaws
+
+
+def read_clip(path, config):
+    """The window that begins with the first frame, (F, 3, H, W) in [-1, 1]."""
+    return read_windows(path, replace(config, starts=1))[0][0].float() / 127.5 - 1
 
 
 def read_or_explain(config, path):

@@ -19,7 +19,7 @@ from model import sample_posterior
 from support import clips as clip_lists, ranks as processes
 from support.clips import Clip, read_list, read_prompts, report_long
 from support.ranks import sample_generator
-from support.videos import is_even, plan_windows, read_all_windows, read_windows
+from support.videos import is_even, plan_windows, read_all_windows, read_clip, read_windows
 from tests.conftest import refused
 
 SMALL = ClipConfig(num_frames=4, height=16, width=16, starts=3)
@@ -62,7 +62,7 @@ def packets_of(path):
         return [packet for packet in container.demux(container.streams.video[0]) if packet.size]
 
 
-def read_clip(path, config, start=0):
+def window(path, config, start):
     """The window that begins with this frame, (F, 3, H, W) in [-1, 1]."""
     return read_windows(path, replace(config, starts=10**4))[0][start].float() / 127.5 - 1
 
@@ -203,10 +203,10 @@ NTSC = Fraction(30000, 1001)
 def test_eight_frames_a_second_by_stride(tmp_path, fps, stride):
     path = grey(tmp_path / "a.mp4", n=50, fps=fps)
     assert indices(read_clip(path, SMALL)) == [0, stride, 2 * stride, 3 * stride]
-    assert indices(read_clip(path, SMALL, start=7)) == [7, 7 + stride, 7 + 2 * stride, 7 + 3 * stride]
+    assert indices(window(path, SMALL, 7)) == [7, 7 + stride, 7 + 2 * stride, 7 + 3 * stride]
     assert indices(read_clip(path, replace(SMALL, fps=2)))[1] == max(1, round(fps / 2)), "another rate can be asked for"
     last = 49 - 3 * stride
-    assert indices(read_clip(path, SMALL, start=last))[-1] == 49  # the very last frame is within reach
+    assert indices(window(path, SMALL, last))[-1] == 49  # the very last frame is within reach
 
 
 @pytest.mark.parametrize("name, options", [("a.mp4", {"bf": 2}), ("a.webm", {"codec": "libvpx"}), ("a.mkv", {"codec": "ffv1"})])
@@ -215,8 +215,8 @@ def test_a_variable_rate_is_read_by_time(tmp_path, name, options):
     times = [*range(0, 500, 25), *range(500, 3000, 200)]
     path = grey(tmp_path / name, n=len(times), fps=40, step=7, times=times, **options)
     assert indices(read_clip(path, SMALL), 7) == [0, 5, 10, 15]          # every 125 ms
-    assert indices(read_clip(path, SMALL, start=10), 7) == [10, 15, 20, 21]  # from 250 ms on: 375, 500, and 625 is next to 700
-    assert indices(read_clip(path, SMALL, start=20), 7) == [20, 21, 21, 22]  # from 500 ms on: 625, 750, 875
+    assert indices(window(path, SMALL, 10), 7) == [10, 15, 20, 21]  # from 250 ms on: 375, 500, and 625 is next to 700
+    assert indices(window(path, SMALL, 20), 7) == [20, 21, 21, 22]  # from 500 ms on: 625, 750, 875
     assert times[plan_windows(path, SMALL)[0][-1, 0]] == 2500, "2500 + 375 ms are before the last frame's 2900"
     long = replace(SMALL, num_frames=16, fps=.1)
     refused(r"too short: 16 frames at 0\.1 a second need .* at its .* found", plan_windows, path, long)
@@ -238,7 +238,7 @@ def test_rounded_times_and_those_of_gifs_are_still_one_rate(tmp_path):
 def test_formats_read_alike(tmp_path, name, options):
     path = grey(tmp_path / name, n=13, fps=25, step=16, first=20, **options)
     assert [clip.path for clip in read_list(tmp_path)] == [path]
-    frames = read_clip(path, SMALL, start=3)
+    frames = window(path, SMALL, 3)
     assert frames.shape == (4, 3, 16, 16) and frames.dtype == torch.float32
     level = (frames + 1) * 127.5
     tolerance = 20 if name == "a.gif" else 6  # 256 fixed colours against a grey scale
@@ -340,7 +340,7 @@ def test_a_cover_picture_is_not_the_video(tmp_path):
     path.write_bytes(content[:track] + content[cover:cover + size] + content[track:cover] + content[cover + size:])
     with av.open(str(path)) as container:
         assert container.streams.video[0].disposition & av.stream.Disposition.attached_pic
-    assert indices(read_clip(path, SMALL, start=4)) == [4, 5, 6, 7]
+    assert indices(window(path, SMALL, 4)) == [4, 5, 6, 7]
 
 
 def test_frames_that_are_not_to_be_shown_are_no_error(tmp_path):
@@ -363,12 +363,12 @@ def test_frames_that_are_not_to_be_shown_are_no_error(tmp_path):
 def test_no_frame_is_ever_made_up(tmp_path):
     """Garbage, nothing, sound only, a lost index, a hole inside: an error naming the clip. Black or repeated frames: never."""
     whole = noisy(tmp_path / "whole.mp4").read_bytes()
-    assert read_clip(tmp_path / "whole.mp4", SMALL, start=36).shape == (4, 3, 16, 16)
+    assert window(tmp_path / "whole.mp4", SMALL, 36).shape == (4, 3, 16, 16)
     broken = {"garbage.mp4": os.urandom(5000), "empty.mp4": b"", "text.mp4": b"404 not found", "cut.mp4": whole[:len(whole) // 2],
               "hole.mp4": holed(tmp_path / "hole.mp4").read_bytes()}
     for name, content in broken.items():
         (tmp_path / name).write_bytes(content)
-        refused(f"{name}: cannot be read", read_clip, tmp_path / name, SMALL, start=36)
+        refused(f"{name}: cannot be read", window, tmp_path / name, SMALL, 36)
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=16000)
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
@@ -386,7 +386,7 @@ def test_a_truncated_clip_is_as_long_as_what_is_left(tmp_path):
     cut.write_bytes(whole[:len(whole) // 2])
     numbers, even = plan_windows(cut, SMALL)
     assert even and 10 < len(numbers) < 30
-    assert read_clip(cut, SMALL, start=-1).shape[0] == 4
+    assert window(cut, SMALL, -1).shape[0] == 4
     refused("too short: .* found", read_clip, cut, replace(SMALL, num_frames=40))
 
 

@@ -155,7 +155,7 @@ def test_a_guess_takes_the_noise_out():
 def test_heat_maps_are_the_gradient_of_R_on_the_scored_frames(explained):
     setup, page, strip, _ = explained
     frames = setup.base.decode_frames(setup.z_0, setup.g).requires_grad_()
-    (_, hps), (_, removal) = setup.rewards.parts
+    (_, hps), (_, removal) = setup.rewards.summed
     r = hps(frames, setup.captions) + .1 * removal(frames, setup.captions)
     R = explain.aggregate(r, explain.tar_weights(setup.g, 16, .7))
     [gradient] = torch.autograd.grad(R.sum(), frames)
@@ -207,24 +207,24 @@ def test_a_report_puts_largest_and_smallest_gains_first():
     assert text.index("a green square”") < text.index("Smallest gains") < text.index("a red circle moving left”")
     assert "+0.0625" in text and "rank 16" in text and text.count("<video") == 24
     # What differs between the runs, and nothing else.
-    runs = [run_pages.RunFiles(folder) for folder in (a, b)]
+    runs = [run_pages.read_run(folder) for folder in (a, b)]
     assert run_pages.changed_settings(runs) == [("lr", [2e-3, .5])]
     change = run_pages.gains(runs)["HPStiny"]["runs/a"]["things"]
     assert (change["gain"], change["error"]) == pytest.approx((.0625, np.std(GAINS, ddof=1) / 2))
-    runs[0].prompts = {"things": ["a", "a", "b", "b"]}  # videos of one prompt are no independent evidence
+    runs[0].record["told_by"] = {"things": ["a", "a", "b", "b"]}  # videos of one prompt are no independent evidence
     change = run_pages.gains(runs)["HPStiny"]["runs/a"]["things"]
     assert (change["gain"], change["error"]) == pytest.approx((.0625, .1125))
 
 
 def test_a_report_says_which_adapter_is_the_best():
     watched = write_run(Path("watched"), (.1, .12, .11, .1), watch=("judge",))
-    assert run_pages.RunFiles(watched).best() == "best.safetensors is step 10, the highest judge"
-    assert run_pages.RunFiles(write_run(Path("plain"), GAINS)).best().endswith(", the highest reward")
+    assert run_pages.read_run(watched).best() == "best.safetensors is step 10, the highest judge"
+    assert run_pages.read_run(write_run(Path("plain"), GAINS)).best().endswith(", the highest reward")
 
 
 def test_rewards_are_named_and_different_ones_never_taken_together():
     a, b = write_run(Path("a"), GAINS), write_run(Path("b"), (9., 9., 9., 9.), reward="removal:watermark")
-    runs = [run_pages.RunFiles(folder) for folder in (a, b)]
+    runs = [run_pages.read_run(folder) for folder in (a, b)]
     rows = run_pages.clip_rows(runs)
     assert [row["gain"] for part in rows.values() for row in part] == pytest.approx([.3, .1, -.2, .05])
     assert {measure: list(by_run) for measure, by_run in run_pages.gains(runs).items()} == {
@@ -236,7 +236,7 @@ def test_rewards_are_named_and_different_ones_never_taken_together():
     (a / "run.json").write_text(json.dumps({"prompts": {"things": PROMPTS}}))
     for asked, name in (([], "hpsv2"), ("hpsv2.1", "hpsv2.1"), (["hpsv2", "aesthetic=0.1"], "hpsv2 + aesthetic=0.1")):
         (a / "config.json").write_text(json.dumps({"reward": asked}))
-        assert run_pages.RunFiles(a).reward == name
+        assert run_pages.read_run(a).reward == name
 
 
 @needs_browser

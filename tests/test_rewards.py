@@ -590,10 +590,10 @@ def test_settings_that_are_refused_before_anything_is_loaded(aside, settings, me
 
 
 def test_rewards_of_a_run():
-    """One image reward is itself, so the plain run is what it was; anything else is a mixture."""
+    """What is maximised, with weights, and what is watched."""
     assert load_rewards(mixed(reward_weights=("random:32",)), None).name == "HPSrandom"
     alone = load_rewards(mixed(reward=("vjepa",), reward_weights=("random",)), None)
-    assert alone.name == "VJEPA2-random" and alone.num_frames == 16
+    assert alone.name == "VJEPA2-random" and alone.every[0].num_frames == 16
     twice = load_rewards(mixed(reward=("hpsv2=2",), reward_weights=("random:32",), watch=("motion",)), None)
     assert (twice.name, twice.pixels, len(twice.every)) == ("2 HPSrandom", ("motion",), 1)
     refused("HPSrandom, HPSrandom: must have names that differ",  # logs would mix them up

@@ -503,13 +503,16 @@ def assert_survives(flags, presets=train.PRESETS):
     return cfg
 
 
-def test_a_run_of_an_earlier_version_goes_on_without_an_anchor(aside):
+def test_a_run_of_an_earlier_version_goes_on_without_an_anchor(aside, capsys):
     record = settings.to_record(train.PRESETS["tiny-wan"])
     assert record.pop("anchor") == .02
     Path("run").mkdir()
-    Path("run/config.json").write_text(json.dumps(record | {"early_stop": False}))
+    Path("run/config.json").write_text(json.dumps(record | {"early_stop": False, "keep": 3, "watch": ["motion"]}))
     known = settings.read_settings(Path("run"), train.PRESETS)
-    assert known["anchor"] == 0 and "early_stop" not in known
+    assert known == record | {"anchor": 0, "watch": ["motion"]}
+    assert "run/config.json: early_stop, keep: no longer settings, left out" in capsys.readouterr().out
+    Path("run").rename("watch")  # a folder's name is no flag
+    assert parse(["--resume", "watch"]).watch == ("motion",)
 
 
 def test_settings_survive_config_json():
@@ -675,7 +678,7 @@ def test_precision_compilation_and_memory_settings_together(plain, monkeypatch):
     frames = torch.rand(1, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
     def look(base, rewards, captions, **more):
-        [(_, reward)] = rewards.parts
+        [(_, reward)] = rewards.summed
         seen.append(reward(frames, ["a red circle"]))
         return {"reward": seen[-1].mean(1).double()}, torch.zeros(1, 4, 3, 32, 32)
 
