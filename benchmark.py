@@ -38,7 +38,7 @@ from model import load_base
 from reward import load_reward, segment_edges, segment_frames
 from sampler import check_edit
 from support.files import check_folder, write_text
-from support.pictures import versions, write_png
+from support.pictures import markdown, versions, write_png
 from support.ranks import pick_device, pick_dtype, progress, run_script, sample_generator
 from support.settings import BASES, check_at_least, clip_shape, kind_of, rows_columns
 
@@ -428,14 +428,14 @@ def table(report):
         cells = [settings["base"], row["size"], settings["frames"], *(f"{number:.0f}" for number in row["tflop"].values()),
                  *(f"{number:.1f}" for number in row["gib"].values()), card]
         heads = ["base", "size", "frames", *(f"TFLOP {name}" for name in row["tflop"]), *(f"GiB {name}" for name in row["gib"])]
-        lines += ["| " + " | ".join(map(str, line)) + " |" for line in ([*heads, "card, GiB"], ["---"] * len(cells), cells)]
+        lines += markdown([[*heads, "card, GiB"], cells]).splitlines()
     if "methods" in report:  # in Markdown, for docs/methods.md
-        lines += ["| per video of a step | passes without, with gradient | frames | TFLOP | against InstructVideo | peak GiB |",
-                  "|---|---|---|---|---|---|"]
-    for name, row in report.get("methods", {}).items():
-        against = row["tflop"] / report["methods"]["InstructVideo"]["tflop"]
-        lines.append(f"| {name} | {row['without_gradient']:.3g}, {row['with_gradient']:.3g} | {row['frames']:.3g} | "
-                     f"{row['tflop']:.1f} | {against:.2f} | {row['peak_gib']['total']:.1f} |")
+        rows = [["per video of a step", "passes without, with gradient", "frames", "TFLOP", "against InstructVideo", "peak GiB"]]
+        for name, row in report["methods"].items():
+            against = row["tflop"] / report["methods"]["InstructVideo"]["tflop"]
+            rows.append([name, f"{row['without_gradient']:.3g}, {row['with_gradient']:.3g}", f"{row['frames']:.3g}",
+                         f"{row['tflop']:.1f}", f"{against:.2f}", f"{row['peak_gib']['total']:.1f}"])
+        lines += markdown(rows).splitlines()
     return lines
 
 
