@@ -31,7 +31,7 @@ from model import (
 )
 from sampler import GUIDANCE, alpha_bars, ddim_levels
 from support.files import read_json
-from support.ranks import map_tensors, move_to, stack
+from support.ranks import map_tensors, move_to
 
 
 @dataclass
@@ -116,7 +116,7 @@ class Base:
         for caption in captions:
             if caption not in self.texts:
                 self.texts[caption] = map_tensors(lambda t: t[0].cpu(), self.encode_captions([caption]))
-        return stack([self.texts[caption] for caption in captions], self.device)
+        return map_tensors(lambda *items: torch.stack(items).to(self.device), *[self.texts[caption] for caption in captions])
 
     @torch.no_grad()
     def encode_captions(self, captions):
