@@ -12,7 +12,6 @@ Letters: B clips, F frames, S segments, C channels, h and w latent rows and colu
 """
 import support.threads  # noqa: F401  before torch is loaded
 import copy
-import json
 import platform
 import statistics
 import tempfile
@@ -37,7 +36,7 @@ from methods import adjoint, ddpo, dpo, draft, nft, onestep, refl, rwr, vader
 from model import load_base
 from reward import load_reward, segment_edges, segment_frames
 from sampler import check_edit
-from support.files import check_folder, write_text
+from support.files import check_folder, write_json, write_text
 from support.pictures import markdown, versions, write_png
 from support.ranks import pick_device, pick_dtype, progress, run_script, sample_generator
 from support.settings import BASES, check_at_least, clip_shape, kind_of, rows_columns
@@ -293,8 +292,10 @@ def count_method(name, settings, base, reward, folder):
                  for call in (lambda: method.draw(0), lambda: method.score(entry)[0])]
         peak = max(peaks, key=lambda peak: peak["total"])
 
+    # draws, scores: how often a batch is drawn, and an entry of one scored, for each video of an optimizer step. Sampling is part
+    # of a draw. A round of RWR or DPO samples one video or pair above, and a draw is counted for each that a real round has.
     videos = 2 if name == "dpo" else 1  # of an entry, which for DPO is a pair
-    draws = 1 / videos  # for each video of an optimizer step: how often a batch is drawn, and an entry of it scored
+    draws = 1 / videos
     scores = len(batches[0][0]) / videos
     if name in ("rwr", "dpo"):  # what a round samples serves many steps
         draws *= settings.rounds * (settings.videos if name == "rwr" else settings.pairs) / (settings.steps * settings.batch_size)
@@ -442,7 +443,7 @@ def table(report):
 def main(cfg):
     """Measure, write the JSON, print the table."""
     report = measure(cfg)
-    write_text(cfg.out, json.dumps(report, indent=1) + "\n")
+    write_json(cfg.out, report)
     print("\n".join([*table(report), f"report: {cfg.out}"]))
 
 
