@@ -283,13 +283,11 @@ def count_method(name, settings, base, reward, folder):
             entry[-1] = [(1 + round(settings.late * settings.num_steps)) // 2]
         score = count_work(lambda: method.score(entry)[0], base, reward)
 
-        # What has gradient takes the most memory. Other chain steps leave nothing behind, so these are as good as all. DDPO needs
-        # two: the last may have no density.
-        fewest = 2 if name == "ddpo" else settings.grad_steps
+        # What has gradient takes the most memory. Other chain steps leave nothing behind, so these are as good as all.
+        fewest = 2 if name == "ddpo" else settings.grad_steps  # DDPO's last one may have no density
         method = open_method(name, replace(settings, num_steps=fewest, tau=1.), base, reward, folder)
         entry = train.split_batch(method.draw(0), 1)[0]
-        peaks = [measure_peak(call, of_step(base, reward))
-                 for call in (lambda: method.draw(0), lambda: method.score(entry)[0])]
+        peaks = [measure_peak(call, of_step(base, reward)) for call in (lambda: method.draw(0), lambda: method.score(entry)[0])]
         peak = max(peaks, key=lambda peak: peak["total"])
 
     # draws, scores: how often a batch is drawn, and an entry of one scored, for each video of an optimizer step. Sampling is part
