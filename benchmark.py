@@ -12,7 +12,6 @@ Letters: B clips, F frames, S segments, C channels, h and w latent rows and colu
 """
 import support.threads  # noqa: F401  before torch is loaded
 import copy
-import json
 import platform
 import statistics
 import tempfile
@@ -37,8 +36,8 @@ from methods import adjoint, ddpo, dpo, draft, nft, onestep, refl, rwr, vader
 from model import load_base
 from reward import load_reward, segment_edges, segment_frames
 from sampler import check_edit
-from support.files import check_folder, write_text
-from support.pictures import versions, write_png
+from support.files import check_folder, write_json, write_text
+from support.pictures import markdown, versions, write_png
 from support.ranks import pick_device, pick_dtype, progress, run_script, sample_generator
 from support.settings import BASES, check_at_least, clip_shape, rows_columns
 
@@ -284,17 +283,17 @@ def count_method(name, settings, base, reward, folder):
             entry[-1] = [(1 + round(settings.late * settings.num_steps)) // 2]
         score = count_work(lambda: method.score(entry)[0], base, reward)
 
-        # What has gradient takes the most memory. Other chain steps leave nothing behind, so these are as good as all. DDPO needs
-        # two: the last may have no density.
-        fewest = 2 if name == "ddpo" else settings.grad_steps
+        # What has gradient takes the most memory. Other chain steps leave nothing behind, so these are as good as all.
+        fewest = 2 if name == "ddpo" else settings.grad_steps  # DDPO's last one may have no density
         method = open_method(name, replace(settings, num_steps=fewest, tau=1.), base, reward, folder)
         entry = train.split_batch(method.draw(0), 1)[0]
-        peaks = [measure_peak(call, of_step(base, reward))
-                 for call in (lambda: method.draw(0), lambda: method.score(entry)[0])]
+        peaks = [measure_peak(call, of_step(base, reward)) for call in (lambda: method.draw(0), lambda: method.score(entry)[0])]
         peak = max(peaks, key=lambda peak: peak["total"])
 
+    # draws, scores: how often a batch is drawn, and an entry of one scored, for each video of an optimizer step. Sampling is part
+    # of a draw. A round of RWR or DPO samples one video or pair above, and a draw is counted for each that a real round has.
     videos = 2 if name == "dpo" else 1  # of an entry, which for DPO is a pair
-    draws = 1 / videos  # for each video of an optimizer step: how often a batch is drawn, and an entry of it scored
+    draws = 1 / videos
     scores = len(batches[0][0]) / videos
     if name in ("rwr", "dpo"):  # what a round samples serves many steps
         draws *= settings.rounds * (settings.videos if name == "rwr" else settings.pairs) / (settings.steps * settings.batch_size)
@@ -428,21 +427,21 @@ def table(report):
         cells = [settings["base"], row["size"], settings["frames"], *(f"{number:.0f}" for number in row["tflop"].values()),
                  *(f"{number:.1f}" for number in row["gib"].values()), card]
         heads = ["base", "size", "frames", *(f"TFLOP {name}" for name in row["tflop"]), *(f"GiB {name}" for name in row["gib"])]
-        lines += ["| " + " | ".join(map(str, line)) + " |" for line in ([*heads, "card, GiB"], ["---"] * len(cells), cells)]
+        lines += markdown([[*heads, "card, GiB"], cells]).splitlines()
     if "methods" in report:  # in Markdown, for docs/methods.md
-        lines += ["| per video of a step | passes without, with gradient | frames | TFLOP | against InstructVideo | peak GiB |",
-                  "|---|---|---|---|---|---|"]
-    for name, row in report.get("methods", {}).items():
-        against = row["tflop"] / report["methods"]["InstructVideo"]["tflop"]
-        lines.append(f"| {name} | {row['without_gradient']:.3g}, {row['with_gradient']:.3g} | {row['frames']:.3g} | "
-                     f"{row['tflop']:.1f} | {against:.2f} | {row['peak_gib']['total']:.1f} |")
+        rows = [["per video of a step", "passes without, with gradient", "frames", "TFLOP", "against InstructVideo", "peak GiB"]]
+        for name, row in report["methods"].items():
+            against = row["tflop"] / report["methods"]["InstructVideo"]["tflop"]
+            rows.append([name, f"{row['without_gradient']:.3g}, {row['with_gradient']:.3g}", f"{row['frames']:.3g}",
+                         f"{row['tflop']:.1f}", f"{against:.2f}", f"{row['peak_gib']['total']:.1f}"])
+        lines += markdown(rows).splitlines()
     return lines
 
 
 def main(cfg):
     """Measure, write the JSON, print the table."""
     report = measure(cfg)
-    write_text(cfg.out, json.dumps(report, indent=1) + "\n")
+    write_json(cfg.out, report)
     print("\n".join([*table(report), f"report: {cfg.out}"]))
 
 

@@ -13,7 +13,7 @@ read or is too short is named and left out, never replaced by black frames (ther
 (2) the resize is antialiased; (3) clips are shuffled, and ranks see different ones; (4) the random
 start is one of a few per clip, those whose moments are cached.
 
-    clips = read_list("clips.txt")
+    clips = read_list("clips.txt")  # of support/clips.py
     dataset = encode_clips(clips, ClipConfig(), base, "cache")
     for position, index in batch_indices(step, batch_size, len(dataset), seed):
         moments, text, caption = dataset.get(index, sample_generator(seed, step, position))
@@ -29,7 +29,6 @@ from dataclasses import asdict, dataclass
 import torch
 
 from support import clips as clip_files
-from support.clips import read_list  # noqa: F401  offered from here
 from support.ranks import sample_generator
 from support.settings import check_at_least
 

@@ -10,7 +10,6 @@ The pages open from disk and fetch nothing. A blind comparison is two files: bli
 from it, and key.json, which says whose clips are on which side, for whoever counts.
 """
 import support.threads  # noqa: F401  before torch is loaded
-import json
 import webbrowser
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from pages import runs as run_pages
 from pages.html import clip_uri, write_page
 from pages.votes import QUESTIONS, draw_key, read_key, read_votes, tally, unblind
 from support.clips import read_prompt_sets
-from support.files import check_folder, write_text
+from support.files import check_folder, write_json, write_text
 from support.pictures import markdown
 from support.ranks import run_script
 
@@ -80,7 +79,7 @@ def blind(cfg):
         shown.append({"caption": pair["caption"]} | sides)
     size = write_page(out / "blind.html", "blind.html", title="Which of the two?", comparison=key["comparison"],
                       pairs=shown, questions=QUESTIONS)
-    write_text(out / "key.json", json.dumps(key, indent=1) + "\n")
+    write_json(out / "key.json", key)
     finish(cfg, out / "blind.html", size,
            f", {len(shown)} prompts; {out / 'key.json'} says whose clips are where: keep it from the voters")
 
@@ -110,7 +109,7 @@ def count_votes(cfg):
     print(text)
     if cfg.out:
         write_text(cfg.out / "tally.md", text + "\n")
-        write_text(cfg.out / "tally.json", json.dumps(result, indent=1) + "\n")
+        write_json(cfg.out / "tally.json", result)
         print(f"written: {cfg.out}/tally.md, tally.json")
 
 

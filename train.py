@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 
 import lora
-from data import ClipConfig, batch_indices, encode_clips, read_list
+from data import ClipConfig, batch_indices, encode_clips
 from evaluate import evaluate, prompt_sets
 from formats.reward_model import frames_of
 from formats.reward_names import requested_rewards
@@ -38,6 +38,7 @@ from model import load_base
 from reward import aggregate, as_rewards, load_rewards, segment_edges, segment_frames, tar_weights
 from sampler import check_edit, edit
 from support import ranks, run as run_folder, settings
+from support.clips import read_list
 from support.tables import add_means, check_watched
 
 # ----------------------------------------------------------------------------------------------

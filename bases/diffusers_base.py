@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer
 
+from bases import modelscope
 from formats.tensors import fingerprint, weight_files
 from support.files import first_line, first_names, read_json
 
@@ -75,16 +76,7 @@ class DiffusersBase:
         """Whether a caption is longer than the text encoder reads."""
         return bool(self.tokenizer) and len(self.tokenizer(self.clean(caption)).input_ids) > self.max_tokens
 
-    def encode_text(self, captions):
-        """Captions [B] -> (B, N, E); each is encoded once, and kept on the CPU: there may be many."""
-        for caption in captions:
-            if caption not in self.texts:
-                self.texts[caption] = self.encode_captions([caption])[0].cpu()
-        return torch.stack([self.texts[caption] for caption in captions]).to(self.device)
-
-    def unconditional(self, text=None):
-        """The empty caption's features, (1, N, E)."""
-        return self.encode_text([""])
+    encode_text, unconditional = modelscope.Base.encode_text, modelscope.Base.unconditional
 
     # ------------------------------------------------------------------------------------------------------------------------
     # Pixels

@@ -31,7 +31,7 @@ from model import (
 )
 from sampler import GUIDANCE, alpha_bars, ddim_levels
 from support.files import read_json
-from support.ranks import move_to
+from support.ranks import map_tensors, move_to
 
 
 @dataclass
@@ -111,11 +111,12 @@ class Base:
 
     @torch.no_grad()
     def encode_text(self, captions):
-        """Captions [B] -> (B, N, E), each encoded once, whatever the batch, and kept on the CPU: there may be many."""
+        """Captions [B] -> (B, N, E), or a dict of such, each encoded once, whatever the batch, and kept on the CPU: there may be
+        many. Other bases have the same."""
         for caption in captions:
             if caption not in self.texts:
-                self.texts[caption] = self.encode_captions([caption])[0].cpu()
-        return torch.stack([self.texts[caption] for caption in captions]).to(self.device)
+                self.texts[caption] = map_tensors(lambda t: t[0].cpu(), self.encode_captions([caption]))
+        return map_tensors(lambda *items: torch.stack(items).to(self.device), *[self.texts[caption] for caption in captions])
 
     @torch.no_grad()
     def encode_captions(self, captions):

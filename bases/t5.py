@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
+from bases import modelscope
 from bases.diffusers_base import read_part, read_tokenizer
-from support.ranks import map_tensors, stack
 
 SITE = r"[a-z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
 FILE_TYPES = "(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
@@ -103,12 +103,7 @@ class ReadsT5:
             raise ValueError(f"{self.name} has no text encoder: it needs text_encoder/ and tokenizer/, or --text-encoder")
         return self.text_encoder(captions)
 
-    def encode_text(self, captions):
-        """The same; each caption is encoded once, and kept on the CPU: there may be many."""
-        for caption in captions:
-            if caption not in self.texts:
-                self.texts[caption] = map_tensors(lambda t: t[0].cpu(), self.encode_captions([caption]))
-        return stack([self.texts[caption] for caption in captions], self.device)
+    encode_text = modelscope.Base.encode_text
 
     def is_cut(self, caption):
         """Whether a caption is longer than the text encoder reads."""

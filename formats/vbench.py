@@ -6,13 +6,12 @@ VBench needs an environment of its own, with older libraries than these: so file
     OUT/prompts.json   {file: prompt}, which VBench wants for prompts that are not its own
     OUT/seeds.json     {file: seed}, a different one for each video
 """
-import json
 import shlex
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.files import first_names, write_text
+from support.files import first_names, write_json
 from support.ranks import all_gather
 from support.videos import to_pixels, write_video
 
@@ -74,8 +73,8 @@ def finish(*folders):
     """Write the lists beside the videos, once all of these are there, and print the commands that score them."""
     for folder in folders:
         prompts = {f"{file.removeprefix('videos/')}.mp4": prompt for file, prompt in folder.files.values()}
-        write_text(folder.out / "prompts.json", json.dumps(prompts, indent=1) + "\n")
-        write_text(folder.out / "seeds.json", json.dumps(dict(zip(prompts, folder.files)), indent=1) + "\n")
+        write_json(folder.out / "prompts.json", prompts)
+        write_json(folder.out / "seeds.json", dict(zip(prompts, folder.files)))
     if folders:
         print("in VBench's own environment (its own prompts: without --mode and --prompt_file, and with any dimension):")
     for out in (folder.out.resolve() for folder in folders):

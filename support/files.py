@@ -38,6 +38,11 @@ def write_text(path, text):
         hidden.write_text(text, encoding="utf-8", errors="surrogateescape")  # of the command line: in its own bytes
 
 
+def write_json(path, value):
+    """A JSON file, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
 def write_folder(folder, settings_name, settings, weights_name, tensors):
     """A folder of weights {name: tensor} with their settings (a dict) beside them as JSON, whole or not at all."""
     from safetensors.torch import save_file

@@ -1,5 +1,4 @@
 """What people look at: strips of frames, contact sheets, a moving before/after, curves, tables. Letters: n videos, F frames."""
-import json
 import platform
 import shlex
 import subprocess
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from support.files import write_text, write_whole
+from support.files import write_json, write_text, write_whole
 from support.ranks import is_main_process, progress
 from support.tables import best_middle_worst, json_numbers, with_error
 from support.videos import read_video, to_pixels
@@ -231,7 +230,7 @@ def save_evaluation(cfg, results, sheets, sets, models, reward_name, official_ga
     if official_gaps:
         report["official_hps_distance"] = max(official_gaps)
         text += f"\nThe hpsv2 package's own scores differ by at most {max(official_gaps):.1e} on {len(official_gaps)} videos.\n"
-    write_text(cfg.out / "table.json", json.dumps(json_numbers(report), indent=1) + "\n")
+    write_json(cfg.out / "table.json", json_numbers(report))
     write_text(cfg.out / "table.md", text)
     if cfg.sheet:
         columns = list(map(torch.cat, zip(*sheets.values())))

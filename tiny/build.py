@@ -15,7 +15,6 @@ if not __package__:
     print("start it as: python -m tiny.build", file=sys.stderr)
     sys.exit(2)
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +34,7 @@ from formats.reward_model import clip_normalize
 from formats.weights import SHIPPED
 from rewards import action, removal
 from sampler import Levels, edit, guided, sample
-from support.files import read_json
+from support.files import read_json, write_json
 from support.ranks import progress
 from tiny import flow, world
 from tiny.judge import DIRECTIONS, Judge, judge_clips, labels, load_judge
@@ -489,8 +488,8 @@ def build_gates(cfg):
         clips, flaws = render(scenes, cfg.seed + 8_000_000, frames=base.default_frames)
         found[f"through the autoencoder, {name}"] = means(through_autoencoder(base, clips), scenes, flaws)
         found[f"base, {name}"] = means(base_clips(base, captions_of(scenes)), scenes)
-    (cfg.out / "gates.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1), flush=True)
+    write_json(cfg.out / "gates.json", found)
+    print((cfg.out / "gates.json").read_text(), end="", flush=True)
 
 
 STAGES = {

@@ -5,7 +5,6 @@ Letters: B clips or pictures, F frames, C channels, H and W pixel rows and colum
 """
 import copy
 import hashlib
-import json
 import math
 
 import open_clip
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from support.files import write_json
 from support.ranks import progress
 from tiny import world
 
@@ -55,7 +55,7 @@ def save(path, module, config=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: t.half().cpu().contiguous() for name, t in module.state_dict().items()}, path)
     if config:
-        (path.parent / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        write_json(path.parent / "config.json", config)
     if isinstance(module, open_clip.CLIP):  # what its tokenizer reads: the context length, then the vocabulary
         (path.parent / "words.txt").write_text("\n".join([str(world.CONTEXT_LENGTH), *world.WORDS]) + "\n")
 
@@ -66,7 +66,7 @@ def write_manifest(folder):
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != "manifest.json":
             digests[path.relative_to(folder).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(digests, indent=1) + "\n")
+    write_json(folder / "manifest.json", digests)
 
 
 def all_scenes():
