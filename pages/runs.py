@@ -19,27 +19,21 @@ def read_run(folder):
     if not Path(folder, "config.json").is_file():
         raise ValueError(f"{folder}: holds no run (no config.json)")
     config, record = read_json(Path(folder, "config.json")), read_json(Path(folder, "run.json"))
-    if not isinstance(record.get("prompts"), dict):
-        raise ValueError(f"{folder}: run.json has no prompts, as early versions wrote it; continue the run to add them")
-    asked = config.get("reward") or "hpsv2"  # the default of --reward; run.json of earlier versions does not say more
-    asked = " + ".join(asked) if isinstance(asked, list) else asked
-    config["reward"] = record.get("reward", asked)
-    return RunFiles(str(folder), config, record, *read_evaluations(Path(folder)))
+    if not {"prompts", "reward"} <= record.keys():
+        raise ValueError(f"{folder}: run.json lacks prompts or reward, as early versions wrote it; continue the run to add them")
+    config["reward"] = record["reward"]
+    return RunFiles(str(folder), record["reward"], config, record, *read_evaluations(Path(folder)))
 
 
 @dataclass
 class RunFiles:
     """A run folder's files, for the page. config: its settings; record: run.json; lines: of metrics.jsonl."""
     name: str
+    reward: str  # what was maximised, by name, so that different rewards are never taken together
     config: dict
     record: dict
     lines: list
     tables: dict  # of its evaluations, {step: {set: {measure: (n,)}}}
-
-    @property
-    def reward(self):
-        """What was maximised, by name, so that different rewards are never taken together."""
-        return self.config["reward"]
 
     def clips(self, step):
         """The clips of an evaluation, the first few of each set: {name: {file, set, caption, score}}."""

@@ -240,10 +240,9 @@ def read_settings(folder, presets):
     file = folder / "config.json"
     saved = {"anchor": 0.} | read_json(file)  # runs of earlier versions had none
     gone = sorted(GONE & saved.keys())
-    for name in gone:
-        del saved[name]
     if gone:
         say_once(f"{file}: {', '.join(gone)}: no longer settings, left out")
+    saved = {name: value for name, value in saved.items() if name not in gone}
     known = to_record(presets.get(str(saved.get("preset")), next(iter(presets.values()))))
     wrong = saved.keys() - known.keys() | {"steps", "prompts_train"} & known.keys() - saved.keys()
     if wrong:

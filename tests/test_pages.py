@@ -232,11 +232,6 @@ def test_rewards_are_named_and_different_ones_never_taken_together():
     for chart in run_pages.curves(runs):
         assert len(chart["legend"]) == 1 and chart["title"].startswith(("HPStiny, ", "removal:watermark, "))
     assert len(run_pages.curves(runs[:1])) == 3  # the reward twice, and motion: what is the same all along is left out
-    # Older run folders do not say which reward it was; their settings do.
-    (a / "run.json").write_text(json.dumps({"prompts": {"things": PROMPTS}}))
-    for asked, name in (([], "hpsv2"), ("hpsv2.1", "hpsv2.1"), (["hpsv2", "aesthetic=0.1"], "hpsv2 + aesthetic=0.1")):
-        (a / "config.json").write_text(json.dumps({"reward": asked}))
-        assert run_pages.read_run(a).reward == name
 
 
 @needs_browser
@@ -356,7 +351,7 @@ def test_a_prompt_counts_once_however_many_voted():
 
 @pytest.mark.parametrize("words, message", [
     ("report.py", "give either run folders"), ("report.py run --blind a b", "found runs and blind"),
-    ("report.py clips", "clips: holds no run"), ("report.py norun", "run.json has no prompts"),
+    ("report.py clips", "clips: holds no run"), ("report.py norun", "run.json lacks prompts"),
     ("report.py --blind run@7 run", "no evaluation at that step; there are 0, 10"), ("report.py --blind run clips", "in both"),
     ("report.py --blind clips wide", "must be alike"), ("report.py --tally bad.json --key key.json", "one of left, tie, right"),
     ("report.py --tally broken.json --key broken.json", "not the key of a blind comparison"),

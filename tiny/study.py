@@ -143,47 +143,28 @@ def videos(name):
             yield scene.caption, world.make_clip(scene, clips.CLIP_SEED + i, {} if name == "clips-clean" else None)[0]
 
 
-# The tables: {head of a column: template, which a row fills}. A table of gains has a line for each label, which holds its rows
-# under the names of their prompt sets; the others have a line for each row.
+# The tables: {head of a column: template, which a line fills}. A line has a label's rows under the names of their prompt sets,
+# and the first of them as "first". A column whose cells are all alike is left out.
 
 def for_each(keys, template):
     """A column for each of several measures or prompt sets, which stands for KEY in the template."""
     return {key: template.replace("KEY", key) for key in keys}
 
 
-SUMMARY = {
+SUMMARY = {  # of one label: a line for each of its rows
     "set": "{set}",
     "HPStiny": "{before[reward]:.2f} → {measures[reward_mean]:.2f} ({differences[reward][0]:+.3f} ± {error[reward]:.3f})",
     **for_each(("watermark", "motion", "fidelity", "direction"),
                "{before[KEY]:.2f} → {measures[KEY]:.2f} ({differences[KEY][0]:+.3f} ± {error[KEY]:.3f})")}
 GAINS = {
-    "gain of HPStiny": "{label}",
+    "gain of": "{label}", "D": "{first[num_steps]}", "guidance": "{first[guidance]:g}",
     **for_each(("in_domain", "new", "other"), "{KEY[differences][reward][0]:+.3f} ± {KEY[error][reward]:.3f}"),
-    "spread over seeds": "{in_domain[spread][reward]:.3f}", "s": "{in_domain[mean_seconds]:.0f}"}
-GAINS_AND_COSTS = GAINS | for_each(("watermark", "motion", "fidelity"), "{in_domain[measures][KEY]:.3f}")
-WITHOUT_TIME = {head: template for head, template in GAINS_AND_COSTS.items() if head != "s"}  # beside other work
-SETS = ("in_domain", "new", "other")
-WAN = {
-    "gain of HPStiny": "{label}", **for_each(SETS, "{KEY[differences][reward][0]:+.3f} ± {KEY[error][reward]:.3f}"),
-    **{f"motion, {name}": "{KEY[differences][motion][0]:+.3f} ± {KEY[error][motion]:.3f}".replace("KEY", name) for name in SETS},
-    **for_each(("watermark", "fidelity"), "{in_domain[measures][KEY]:.3f}")}
-CHEATED = {
-    "new": "{label}",
-    **for_each(("HPSproxy", "HPStiny"), "{new[differences][KEY][0]:+.3f} ± {new[error][KEY]:.3f}"),
-    **for_each(("watermark", "motion", "fidelity"), "{new[measures][KEY]:.3f}"),
-    "diversity": "{new[measures][pixel_diversity]:.4f}"}
-CHEATED["HPSproxy"] = CHEATED["HPSproxy"].replace("HPSproxy", "reward")  # which is what these runs maximise
-EVERY_ROW = {
-    "": "{label}", "set": "{set}", "D": "{num_steps}", "guidance": "{guidance:g}", "HPStiny": "{measures[reward_mean]:.4f}",
-    "gain ± error over prompts": "{differences[reward][0]:+.4f} ± {differences[reward][1]:.4f}",
-    "spread over seeds": "{spread[reward]:.4f}",
-    **for_each(("action:left", "removal:watermark", "left", "watermark", "motion", "fidelity", "colour", "direction"),
-               "{measures[KEY]:.3f} ± {spread[KEY]:.3f}"), "no motion": "{measures[static]:.3f} ± {spread[static]:.3f}"}
-TABLES = {"summary": ("headline", SUMMARY), "methods summary": ("methods", GAINS), "headline": ("headline", GAINS_AND_COSTS),
-          "methods": ("methods", GAINS_AND_COSTS),
-          **{name: (name, WITHOUT_TIME) for name in ("onestep", "onestep_seeds", "wan_choices")},
-          # {marker: (study, columns)}; every other marker is a study's name
-          "wan": ("wan", WAN), "cheated": ("cheated", CHEATED)}
+    "spread over seeds": "{first[spread][reward]:.3f}"}
+GAINS_AND_MEASURES = GAINS | {
+    "gain of HPStiny": "{first[differences][HPStiny][0]:+.3f} ± {first[error][HPStiny]:.3f}",  # where it is not the reward
+    **for_each(("left", "watermark", "motion", "fidelity", "colour", "direction"), "{first[measures][KEY]:.3f}"),
+    "no motion": "{first[measures][static]:.3f}", "diversity": "{first[measures][pixel_diversity]:.4f}"}
+TABLES = {"summary": ("headline", SUMMARY), "methods summary": ("methods", GAINS)}  # other markers are names of studies
 PICTURES = {  # {file in docs: the (study, measure, words below) of each panel}
     "studies": [("headline", "reward", "what HPStiny gains, with its error over prompts")],
     "methods": [("methods", "reward", "what HPStiny gains, with the wider of its errors over prompts and over seeds")],
@@ -191,7 +172,7 @@ PICTURES = {  # {file in docs: the (study, measure, words below) of each panel}
 
 
 def read_rows(report):
-    """The rows of a study's file, with each measure before the change, the wider of the gain's two errors, and the seconds."""
+    """The rows of a study's file, with each measure before the change, and the wider of the gain's two errors."""
     rows = []
     for row in report["rows"]:
         row = row | {"before": {}, "error": {}}
@@ -200,8 +181,6 @@ def read_rows(report):
                 over_seeds_error = (row.get("spread", {}).get(key) or 0) / row.get("seeds", 1) ** 0.5
                 row["before"][key] = row["measures"]["reward_mean" if key == "reward" else key] - gain
                 row["error"][key] = max(over_prompts, over_seeds_error)
-        if "seconds" in row:
-            row["mean_seconds"] = fmean(row["seconds"])
         rows.append(row)
     return rows
 
@@ -220,17 +199,16 @@ def study_table(name, report, columns):
     told = f"`python -m tiny.study {name}`, {rows[0]['measures']['n']:.0f} videos a row"
     if columns in (SUMMARY, GAINS):
         rows = [row for row in rows if row.get("seeds", 1) > 1]
-    if columns.keys().isdisjoint({"", "set"}):
-        lines = {}
-        for row in rows:
-            lines.setdefault(row["label"], {"label": row["label"]})[row["set"]] = row
-        rows = lines.values()
+    lines = {}
+    for i, row in enumerate(rows):
+        key = i if columns is SUMMARY else (row["label"], row.get("num_steps"), row.get("guidance"))
+        lines.setdefault(key, row | {"first": row})[row["set"]] = row
     shown = {}
     for head, template in columns.items():
-        cells = [filled(template, row) for row in rows]
+        cells = [filled(template, line) for line in lines.values()]
         if len({cell.partition(" ± ")[0] for cell in cells}) > 1:
-            shown[head] = cells
-        elif cells[0] and head in ("set", "D", "guidance"):
+            shown[f"gain of {report['reward']}" if head == "gain of" else head] = cells
+        elif cells[0] and head in ("D", "guidance"):
             told += f", {head} {cells[0]}"
     table = markdown([list(shown), *zip(*shown.values())])
     return table if columns is GAINS else f"{told}:\n\n{table}"  # the README tells it in its own words
@@ -241,7 +219,7 @@ def write_report():
     reports = {file.stem: read_json(file) for file in sorted(RESULTS.glob("*.json"))}
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     for marker in [*reports, "summary", "methods summary"]:
-        name, columns = TABLES.get(marker, (marker, EVERY_ROW))
+        name, columns = TABLES.get(marker, (marker, GAINS_AND_MEASURES))
         start = f"<!-- study {marker} -->\n"
         for page in pages:
             before, found, rest = page.read_text().partition(start)
