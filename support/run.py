@@ -423,7 +423,7 @@ def has_trained(folder):
 def clear(folder):
     """Remove an earlier run's files, and nothing else; config.json goes last, so an interrupted clear still counts as a run."""
     shutil.rmtree(folder / "samples", ignore_errors=True)
-    for pattern in ("state.pt", "lora.safetensors", "best.safetensors", "metrics.jsonl", "rewards.jsonl",
+    for pattern in ("state.pt", "state_*.pt", "lora.safetensors", "best.safetensors", "metrics.jsonl", "rewards.jsonl",
                     "round_*.safetensors", "curves.png", "before_after.png", "before_after.gif", "run.json", "config.json"):
         for file in folder.glob(pattern):
             file.unlink()

@@ -682,9 +682,9 @@ def test_precision_compilation_and_memory_settings_together(plain, monkeypatch):
         seen.append(reward(frames, ["a red circle"]))
         return {"reward": seen[-1].mean(1).double()}, torch.zeros(1, 4, 3, 32, 32)
 
-    def in_training(base, reward, *rest):
-        assert {p.dtype for p in reward.parameters()} == {torch.bfloat16}
-        return trained(base, reward, *rest)
+    def in_training(base, rewards, *rest):
+        assert {p.dtype for p in rewards.every[0].parameters()} == {torch.bfloat16}
+        return trained(base, rewards, *rest)
     monkeypatch.setattr(train, "evaluate", look)
     monkeypatch.setattr(train, "edit_rewards", in_training)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
