@@ -25,8 +25,8 @@ import tyro
 
 import lora
 from formats import vbench
+from formats.known_rewards import requested_rewards
 from formats.reward_model import frames_of
-from formats.reward_names import requested_rewards
 from generate import generate, load_model
 from reward import as_rewards, first_frames, load_rewards
 from sampler import ddpm_step

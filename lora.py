@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from formats import adapters
-from formats.names import split_lora
+from formats.tensor_names import split_lora
 from formats.tensors import fingerprint, read_tensors
 from support.clips import say_once
 from support.files import write_whole

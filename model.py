@@ -7,7 +7,7 @@ A text-to-video model has three parts. The text tower turns a caption into featu
 turns frames into latents with an eighth of their rows, and back. The UNet guesses the noise in such
 latents; it is Stable Diffusion's image UNet with layers along time put in after each of its own.
 All three are frozen, the UNet's attention is adapted (lora.py). Tensors are called as in diffusers;
-formats/names.py knows the other published names.
+formats/tensor_names.py knows the other published names.
 
 Ours differs from the official code: (1) a clip stays one channels-last block of memory, read as B*F
 images by the spatial layers and as B images of F rows and H*W columns by the temporal ones, so the
@@ -29,10 +29,10 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from formats import names
+from formats import tensor_names as names
 from formats.tensors import build_empty, load_strict, read_config, read_tensors
 from formats.weights import find_base_file
-from formats.words import read_words
+from formats.word_tokenizer import read_words
 
 
 @dataclass(frozen=True)
@@ -600,7 +600,7 @@ class TextEncoder(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------
-# Loading. Any published format; formats/names.py says what each calls our tensors.
+# Loading. Any published format; formats/tensor_names.py says what each calls our tensors.
 
 def load_unet(path, config=None, dtype=torch.float32):
     """UNet3D from any published file or diffusers folder, frozen; LoRA in it is left to lora.load.

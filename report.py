@@ -16,7 +16,7 @@ from pathlib import Path
 
 import tyro
 
-from pages import runs as run_pages
+from pages import run_files as run_pages
 from pages.html import clip_uri, write_page
 from pages.votes import QUESTIONS, draw_key, read_key, read_votes, tally, unblind
 from support.clips import read_prompt_sets

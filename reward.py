@@ -36,10 +36,10 @@ import torch
 import torch.nn.functional as F_
 
 from formats import reward_model as published
+from formats.known_rewards import HPS_FILES, find_reward, requested_rewards, split_reward
 from formats.reward_model import RewardModel, expect_clip_config, frames_of, load_clip
-from formats.reward_names import HPS_FILES, find_reward, requested_rewards, split_reward
 from formats.tensors import read_config
-from formats.words import read_words
+from formats.word_tokenizer import read_words
 from support.tables import pixel_names
 
 # ----------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def load_hpsv2(path, version="v2.0", dtype=torch.float32, device="cpu", clip_con
 
 def load_reward(reward="hpsv2", weights=None, base_folder=None, dtype=torch.float32, device="cpu"):
     """
-    The reward that a command line names (formats/reward_names.py lists them).
+    The reward that a command line names (formats/known_rewards.py lists them).
 
     reward: "hpsv2" (v2.0) or "hpsv2.1", with "/crop" or "/stretch" for another preprocess; a file
       of rewards/, for some with ":" and what it is about ("yolos:book"); "my_file.py:function".

@@ -31,8 +31,8 @@ from torch.utils.checkpoint import checkpoint
 import lora
 from data import ClipConfig, batch_indices, encode_clips
 from evaluate import evaluate, prompt_sets
+from formats.known_rewards import requested_rewards
 from formats.reward_model import frames_of
-from formats.reward_names import requested_rewards
 from formats.weights import HUB_BASES, preset_of
 from model import load_base
 from reward import aggregate, as_rewards, load_rewards, segment_edges, segment_frames, tar_weights

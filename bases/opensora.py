@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bases.diffusers_base import DiffusersBase
 from bases.t5 import ReadsT5, load_tower, random_tower
-from formats.names import expect, vae_from_diffusers, vae_to_diffusers
+from formats.tensor_names import expect, vae_from_diffusers, vae_to_diffusers
 from formats.tensors import build_empty, fingerprint, load_strict, read_config, read_tensors
 from formats.weights import HUB_BASES, find_base, find_part
 from model import Autoencoder, VAEConfig, time_features

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from bases import modelscope
-from formats import names
+from formats import tensor_names as names
 from formats.tensors import build_empty, fingerprint, load_strict, read_config, read_tensors
 from formats.weights import PARTS, WHOLE, find_part
 from model import Autoencoder, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig, embed, load_text_encoder, load_vae

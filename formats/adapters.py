@@ -16,8 +16,8 @@ import tyro
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from formats import names
-from formats.names import official_unet_blocks, split_lora, unet_from_official
+from formats import tensor_names as names
+from formats.tensor_names import official_unet_blocks, split_lora, unet_from_official
 from formats.tensors import check_numbers, check_tensors, fingerprint, read_config, read_tensors
 from formats.weights import PARTS, find_base, find_part
 from support.files import first_names, read_json, write_folder, write_whole

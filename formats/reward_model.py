@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F_
 from torch import nn
 
-from formats.names import replace_all
+from formats.tensor_names import replace_all
 from formats.tensors import build_empty, load_strict, read_tensors
 
 

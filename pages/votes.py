@@ -14,7 +14,7 @@ QUESTIONS = {"quality": "Which video looks better?", "alignment": "Which video f
 
 
 def draw_key(names, pairs):
-    """The key of a new comparison: pairs as pages.runs.pair_up has them, in random order, each with who is left.
+    """The key of a new comparison: pairs as pages.run_files.pair_up has them, in random order, each with who is left.
     names: (A's, B's). A is left in half of the pairs, so that a habit of voting left favours neither. No seed gives it away."""
     system = random.SystemRandom()
     lefts = ["a", "b"] * ((len(pairs) + 1) // 2)

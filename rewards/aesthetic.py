@@ -6,8 +6,8 @@ the authors' own (christophschuhmann/improved-aesthetic-predictor).
 """
 import torch.nn.functional as F_
 
+from formats.known_rewards import hub_file
 from formats.reward_model import RewardModel, build, clip_normalize, crop_centre
-from formats.reward_names import hub_file
 from formats.tensors import read_tensors
 from rewards.hub import SMALL_SIZES, LinearHead, read_model_config
 

@@ -8,9 +8,9 @@ Letters: B videos, S frames, N = B S pictures, T tokens.
 import torch
 from torch import nn
 
-from formats.names import replace_all
+from formats.known_rewards import hub_file
 from formats.reward_model import RewardModel, build, clip_normalize, crop_centre
-from formats.reward_names import hub_file
+from formats.tensor_names import replace_all
 from formats.tensors import read_tensors
 from rewards.hub import SMALL_SIZES, LinearHead
 from support.files import read_text

@@ -15,7 +15,7 @@ import torch.nn.functional as F_
 from einops import rearrange
 from torch import nn
 
-from formats import video_reward as published
+from formats import videoreward as published
 from formats.reward_model import RewardModel, build, clip_normalize, limit
 from formats.tensors import read_tensors
 

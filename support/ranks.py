@@ -135,9 +135,8 @@ CAUGHT = []  # numbers of the signals that have come
 @contextmanager
 def catch_signals():
     """While this is open, Ctrl-C, SIGTERM and SIGHUP do not end the process: `signalled` tells of them. Afterwards they do again.
-    In a thread, where Python catches no signals, they end the process. SIGHUP stays ignored where it is, as under nohup.
-    train.train tells all ranks after each step, and finish_step saves; evaluations and rounds end by `stop_alone`;
-    train_and_report says how to go on, and run_script ends with the signal's exit status."""
+    In a thread, where Python catches no signals, they end the process. SIGHUP stays ignored where it is, as under nohup. After a
+    step train.train tells all ranks and finish_step saves; `stop_alone` ends evaluations; train_and_report says what is next."""
     terminals = [stream for stream in (1, 2) if os.isatty(stream)]
 
     def catch(signal_number, frame):

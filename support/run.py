@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from support.clips import told_by
-from support.files import check_folder, first_line, read_json, write_text, write_whole
+from support.files import check_folder, first_line, read_json, write_json, write_text, write_whole
 from support.pictures import choose_comparisons, contact_sheet, draw_curves, versions, write_comparisons, write_png
 from support.ranks import all_gather, catch_signals, is_main_process, on_rank_0, progress, rank_and_size, signalled, stop_alone
 from support.settings import TINY, to_record
@@ -77,9 +77,9 @@ class Run:
             half_written.unlink()  # by a killed run
         lines = {name: [*map(told_by, prompts)] for name, prompts in self.evaluations.prompts.items()}  # with their pictures
         record = {"data": data, "watched": self.evaluations.watched, "prompts": self.evaluations.prompts, "told_by": lines,
-                  "reward": self.evaluations.reward_name, "versions": versions()}
-        write_text(self.folder / "run.json", json.dumps(record, indent=1) + "\n")
-        write_text(self.folder / "config.json", json.dumps(to_record(self.cfg), indent=1) + "\n")
+                  "reward": self.evaluations.rewards.name, "versions": versions()}
+        write_json(self.folder / "run.json", record)
+        write_json(self.folder / "config.json", to_record(self.cfg))
         write_text(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
         print(f"run folder: {self.folder}" + (f", from step {self.step}" if self.step else ""))
 
@@ -102,7 +102,7 @@ class Run:
         if evaluations.due(step) and not any(line["step"] == step and "eval" in line for line in self.lines):
             self.log(evaluations.look(step))
             if is_main_process():
-                draw_curves(self.lines, evaluations.reward_name, self.folder / "curves.png", evaluations.watched)
+                draw_curves(self.lines, evaluations.rewards.name, self.folder / "curves.png", evaluations.watched)
 
     def log(self, line):
         """Add a line to metrics.jsonl, on disk at once."""
@@ -119,7 +119,7 @@ class Run:
             if is_main_process():
                 tqdm.write(f"step {step}: reward or gradient is not finite, skipped ({line['skipped']} so far)")
         self.log(line)
-        self.bar.set_postfix_str(f"{self.evaluations.reward_name} {numbers['reward']:.4f}, {seconds:.2f} s/step", refresh=False)
+        self.bar.set_postfix_str(f"{self.evaluations.rewards.name} {numbers['reward']:.4f}, {seconds:.2f} s/step", refresh=False)
         self.bar.update()
 
     def save(self, step):
@@ -149,10 +149,6 @@ class Evaluations:
     save_adapter: Callable
     rewards: Any
     tables: dict = field(default_factory=dict)  # {step: {set: {measure: (n,)}}}
-
-    @property
-    def reward_name(self):
-        return self.rewards.name
 
     @property
     def watched(self):
@@ -188,7 +184,7 @@ class Evaluations:
                 first_tables = next(iter(self.tables.values()), tables)
                 add_judge(self.watched, tables[name], first_tables[name])
                 seed += len(prompts)
-                bar.set_postfix_str(f"{self.reward_name} of {name} {tables[name]['reward'].mean():.4f}", refresh=False)
+                bar.set_postfix_str(f"{self.rewards.name} of {name} {tables[name]['reward'].mean():.4f}", refresh=False)
         return tables, videos
 
     def show(self, step, tables, videos):
@@ -211,7 +207,7 @@ class Evaluations:
             return
         before, after = self.tables[steps[0]], self.tables[steps[-1]]
         self.draw_comparison(steps[0], steps[-1])
-        print(f"\n{self.reward_name} of videos from pure noise, before and after {steps[-1]} steps "
+        print(f"\n{self.rewards.name} of videos from pure noise, before and after {steps[-1]} steps "
               "(mean, paired difference and its standard error over prompts):")
         for name in before:
             means = {measure: (before[name][measure].mean(), after[name][measure].mean()) for measure in before[name]}
@@ -238,7 +234,7 @@ class Evaluations:
             for name in names:
                 files.append([sample_file(self.folder, step, f"_{name}.mp4") for step in (first, last)])
             chosen[set_name] = choose_comparisons(self.prompts[set_name], list(rewards), files)
-        title = f"{self.reward_name} of the same prompts and noise, before and after {last} steps; a frame marks the higher one"
+        title = f"{self.rewards.name} of the same prompts and noise, before and after {last} steps; a frame marks the higher one"
         write_comparisons(self.folder / "before_after.png", chosen, title, self.cfg.fps)
 
 

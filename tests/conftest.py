@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 import lora  # noqa: E402
 import train  # noqa: E402
-from formats.names import official_vae_names  # noqa: E402
+from formats.tensor_names import official_vae_names  # noqa: E402
 from model import load_base  # noqa: E402
 from reward import load_reward  # noqa: E402
 from support import run as run_folder  # noqa: E402

@@ -22,7 +22,7 @@ import reward
 import train
 from bases import modelscope
 from bases.modelscope import Base, random_sizes
-from formats import adapters, names, reward_model, tensors as published, weights
+from formats import adapters, reward_model, tensor_names as names, tensors as published, weights
 from methods import vader
 from model import Autoencoder, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig, load_base
 from support import run as run_folder, settings as run_settings

@@ -20,7 +20,7 @@ import lora
 import train
 from bases.modelscope import Base
 from benchmark import PARTS, Config, count_memory, count_step, measure, measure_peak, synthetic_batch
-from formats import names
+from formats import tensor_names as names
 from methods import adjoint, ddpo, dpo, draft, nft, refl, rwr, vader
 from model import Autoencoder, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig, load_base
 from reward import aggregate, load_reward, tar_weights

@@ -14,7 +14,7 @@ import torch
 
 from bases.modelscope import Base
 from data import ClipConfig, LatentDataset, batch_indices, encode_clips, epoch_order
-from formats.words import WordTokenizer
+from formats.word_tokenizer import WordTokenizer
 from model import sample_posterior
 from support import clips as clip_lists, ranks as processes
 from support.clips import Clip, read_list, read_prompts, report_long

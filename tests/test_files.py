@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, UNet3DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import reward
-from formats import names, reward_model, words
+from formats import reward_model, tensor_names as names, word_tokenizer as words
 from model import Autoencoder, UNet3D, UNetConfig, VAEConfig, load_text_encoder, load_unet, load_vae
 from support import files, run as run_folder
 from tests.conftest import contents, letters, refused as refused_in_a_line, vae_to_official, write_file

@@ -153,7 +153,7 @@ def test_rooms_are_small():
     assert len([path for path in ROOT.glob("support/*.py") if path.stem != "__init__"]) <= 9
     everything = {str(path.relative_to(ROOT)): lines(path) for path in FILES if room(path) != "bases"}
     assert sum(everything.values()) <= 11_000, sum(everything.values())
-    for name, most in {"support": 2050, "formats": 1450, "rewards": 850, "benchmark": 460}.items():
+    for name, most in {"support": 2060, "formats": 1440, "rewards": 850, "benchmark": 460}.items():
         assert sum(lines(path) for path in FILES if room(path) == name) <= most, name
     assert sum(map(lines, ROOT.glob("tests/*.py"))) <= 10_650 and lines(ROOT / "README.md") <= 170
 
@@ -212,5 +212,5 @@ def test_little_runs_before_the_loop(tmp_path, few_clips):
     assert ("train.py", "check") in before and len(before) <= 20, list(before)
     to_loop = dict.fromkeys(seen[:seen.index(("train.py", "train")) + 1])
     counted = [(file, name) for file, name in to_loop if not file.startswith(("tiny/", "bases/")) and file not in (
-        "model.py", "formats/names.py") and not name.endswith(("__init__", "__post_init__"))]
+        "model.py", "formats/tensor_names.py") and not name.endswith(("__init__", "__post_init__"))]
     assert len(counted) <= 60, counted

@@ -13,7 +13,7 @@ from torch import nn
 
 import lora
 import model
-from formats import adapters, names
+from formats import adapters, tensor_names as names
 from formats.tensors import fingerprint
 from lora import LoRALinear, adapter_state, inject, layers, load, merge, save, set_scale, unmerge
 from tests.conftest import contents, docs_example, refused, seeded, write_file

@@ -11,8 +11,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import model
 from bases.modelscope import Base
-from formats import names, tensors as published
-from formats.words import WordTokenizer
+from formats import tensor_names as names, tensors as published
+from formats.word_tokenizer import WordTokenizer
 from model import Autoencoder, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig
 from support import ranks as processes
 from tests.conftest import letters, randn, refused, seeded, vae_to_official

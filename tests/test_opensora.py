@@ -20,7 +20,7 @@ import lora
 import sampler
 from bases import opensora
 from bases.t5 import clean_caption, clean_once, text_of_html
-from formats import adapters, names, weights
+from formats import adapters, tensor_names as names, weights
 from model import VAEConfig, load_base
 
 FRAMES, HEIGHT, WIDTH = 34, 24, 16

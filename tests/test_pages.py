@@ -14,7 +14,7 @@ from conftest import ROOT, script
 import explain
 import sampler
 import train
-from pages import html as pages, runs as run_pages, votes
+from pages import html as pages, run_files as run_pages, votes
 from support.settings import to_record
 from support.videos import video_name, write_video
 from tests import browser as chromium

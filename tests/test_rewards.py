@@ -25,10 +25,10 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl
 import train
 from benchmark import measure_peak
 from evaluate import measure
-from formats import video_reward as published
-from formats.names import replace_all
+from formats import videoreward as published
+from formats.known_rewards import requested_rewards
 from formats.reward_model import CLIP_MEAN, CLIP_STD, SMALL_CLIP, RewardModel, crop_centre, frames_of, spread_frames
-from formats.reward_names import requested_rewards
+from formats.tensor_names import replace_all
 from formats.tensors import build_empty, check_tensors
 from reward import HPSv2, Rewards, aggregate, load_reward, load_rewards, tar_weights
 from rewards import imagereward, pickscore, viclip, videomae, videoreward, vjepa, yolos

@@ -18,7 +18,7 @@ from model import load_base
 from reward import load_reward
 from tiny import build, clips, flow, world
 from tiny.judge import judge_clips, load_judge
-from tiny.training import render
+from tiny.pretraining import render
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import lora
 import sampler
 import train
 from bases import videocrafter
-from formats import adapters, names, weights
-from formats.reward_names import requested_rewards
+from formats import adapters, tensor_names as names, weights
+from formats.known_rewards import requested_rewards
 from methods import vader
 from model import UNetConfig, load_base
 from support import settings

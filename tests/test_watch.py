@@ -7,7 +7,7 @@ import torch
 from conftest import metrics, refused, run, same_tensors
 
 import train
-from formats.reward_names import requested_rewards
+from formats.known_rewards import requested_rewards
 from support import run as run_folder, tables
 
 SHORT = ["--device", "cpu", "--frames", "4", "--segments", "2", "--batch-size", "1", "--num-steps", "2", "--tau", "1",

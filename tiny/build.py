@@ -29,8 +29,8 @@ from torch import nn
 
 import model
 from bases.modelscope import Base
-from formats.names import unet_to_diffusers, vae_to_diffusers
 from formats.reward_model import clip_normalize
+from formats.tensor_names import unet_to_diffusers, vae_to_diffusers
 from formats.weights import SHIPPED
 from rewards import action, removal
 from sampler import Levels, edit, guided, sample
@@ -38,7 +38,7 @@ from support.files import read_json, write_json
 from support.ranks import progress
 from tiny import flow, world
 from tiny.judge import DIRECTIONS, Judge, judge_clips, labels, load_judge
-from tiny.training import all_scenes, captions_of, fit, render, save, write_manifest
+from tiny.pretraining import all_scenes, captions_of, fit, render, save, write_manifest
 
 VAE = model.VAEConfig(channels=(24, 48, 96), blocks_per_level=1, norm_groups=8)
 UNET = model.UNetConfig(channels=(32, 64), blocks_per_level=1, attention_levels=(False, True), context_dim=64, head_dim=32,

@@ -17,7 +17,7 @@ from bases.wan import TinyWan, frozen, statistics, to_vae
 from model import load_text_encoder
 from support.ranks import progress
 from tiny import world
-from tiny.training import all_scenes, captions_of, fit, render
+from tiny.pretraining import all_scenes, captions_of, fit, render
 
 # Wan 2.2's residual autoencoder, since it learns faster at this size; 17 x 32 x 32 pixels are 5 x 8 x 8 latents.
 VAE = dict(base_dim=16, z_dim=12, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True], is_residual=True,

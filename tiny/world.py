@@ -11,7 +11,7 @@ from itertools import product
 import torch
 import torch.nn.functional as F_
 
-from formats.words import WordTokenizer
+from formats.word_tokenizer import WordTokenizer
 from rewards import action
 from rewards.action import FRAMES, SIZE  # it needs them too, as the names of the directions, and may not import the world
 

@@ -5,7 +5,7 @@ asks for the scores belongs to the weights, which were trained on its very bytes
 """
 import re
 
-from formats.reward_names import hub_file
+from formats.known_rewards import hub_file
 from formats.tensors import read_config
 from support.files import first_line, read_text
 
