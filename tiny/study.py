@@ -65,7 +65,7 @@ def run_study(name):
         for i, result in enumerate(reports[0]["results"]):  # of a prompt set, D and guidance
             if result["model"] != "base":
                 pooled = over_seeds(planned["label"], [report["results"][i] for report in reports])
-                rows.append(pooled | {"flags": planned["flags"], "seconds": seconds})
+                rows.append(pooled | {"flags": planned["flags"], "seconds": seconds, "PFLOP": planned["PFLOP"]})
             elif planned is STUDIES[name][0]:  # the base is the same for all labels
                 rows.append(result | {"label": "base"})
     report = {"command": f"python -m tiny.study {name}", "reward": reports[0]["reward"], "evaluation_seed": reports[0]["seed"],
@@ -168,6 +168,8 @@ TABLES = {"summary": ("headline", SUMMARY), "methods summary": ("methods", GAINS
 PICTURES = {  # {file in docs: the (study, measure, words below) of each panel}
     "studies": [("headline", "reward", "what HPStiny gains, with its error over prompts")],
     "methods": [("methods", "reward", "what HPStiny gains, with the wider of its errors over prompts and over seeds")],
+    "onestep": [("onestep_seeds", measure, below) for measure, below in (
+        ("reward", "what HPStiny gains"), ("motion", "change of motion"), ("PFLOP", "PFLOP of such a run at full size"))],
     "rewards": [("rewards", "left", "change of the share of videos that move left"), ("rewards", "reward", "what HPStiny gains")]}
 
 
@@ -181,6 +183,9 @@ def read_rows(report):
                 over_seeds_error = (row.get("spread", {}).get(key) or 0) / row.get("seeds", 1) ** 0.5
                 row["before"][key] = row["measures"]["reward_mean" if key == "reward" else key] - gain
                 row["error"][key] = max(over_prompts, over_seeds_error)
+        if row.get("PFLOP"):  # of the run's steps at full size
+            row["differences"] = row["differences"] | {"PFLOP": (float(row["PFLOP"]), 0.)}
+            row["error"]["PFLOP"] = 0.
         rows.append(row)
     return rows
 
@@ -238,7 +243,7 @@ def draw_gains(panels, path):
     """Panels (rows, measure, words below it), side by side: how much each row changed the measure, with the error of that.
     rows: {label, set, differences {measure: (change, ...)}, error {measure: the one to draw}}; without an error, or of all sets
     together, they are left out. Colours tell prompt sets apart. All panels have the same labels."""
-    figure, axes = new_figure(len(panels), 2, (4.6, 2.6) if len(panels) > 1 else (8, 4.8))
+    figure, axes = new_figure(len(panels), len(panels), (9.2 / len(panels) + 0.8, 2.8) if len(panels) > 1 else (8, 4.8))
     for axis, (rows, measure, below) in zip(axes, panels):
         labels = []
         by_set = {}  # {set: [(place of the label, gain, error)]}
@@ -254,7 +259,7 @@ def draw_gains(panels, path):
         axis.axvline(0, color="k", lw=0.8)
         axis.set(xlabel=below, yticks=range(len(labels)), yticklabels=labels if axis is axes[0] else [])
         axis.set_ylim(len(labels) - 0.5, -0.5)
-        axis.locator_params("x", nbins=6)
+        axis.locator_params("x", nbins=5)
         axis.grid(axis="x", lw=0.4)
         if len(by_set) > 1:
             axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
