@@ -273,7 +273,7 @@ def open_method(name, settings, base, reward, folder):
 
 
 def count_method(name, settings, base, reward, folder):
-    """What a step of a method costs per video: a row of count_methods."""
+    """The work of a method's step per video: a row of count_methods."""
     with ReadAsZero():
         method = open_method(name, settings, base, reward, folder)
         batches = []
@@ -282,13 +282,6 @@ def count_method(name, settings, base, reward, folder):
         if name == "refl":  # its chain stops at step m, drawn from the last ones; the middle m costs what they cost on average
             entry[-1] = [(1 + round(settings.late * settings.num_steps)) // 2]
         score = count_work(lambda: method.score(entry)[0], base, reward)
-
-        # What has gradient takes the most memory. Other chain steps leave nothing behind, so these are as good as all.
-        fewest = 2 if name == "ddpo" else settings.grad_steps  # DDPO's last one may have no density
-        method = open_method(name, replace(settings, num_steps=fewest, tau=1.), base, reward, folder)
-        entry = train.split_batch(method.draw(0), 1)[0]
-        peaks = [measure_peak(call, of_step(base, reward)) for call in (lambda: method.draw(0), lambda: method.score(entry)[0])]
-        peak = max(peaks, key=lambda peak: peak["total"])
 
     # draws, scores: how often a batch is drawn, and an entry of one scored, for each video of an optimizer step. Sampling is part
     # of a draw. A round of RWR or DPO samples one video or pair above, and a draw is counted for each that a real round has.
@@ -299,11 +292,21 @@ def count_method(name, settings, base, reward, folder):
         draws *= settings.rounds * (settings.videos if name == "rwr" else settings.pairs) / (settings.steps * settings.batch_size)
     calls = {part: draws * draw["calls"][part] + scores * score["calls"][part] for part in draw["calls"]}
     return {"without_gradient": calls["chain"], "with_gradient": calls["last step"], "frames": calls["decode"],
-            "tflop": draws * draw["tflop"]["step"] + scores * score["tflop"]["step"], "peak_gib": peak}
+            "tflop": draws * draw["tflop"]["step"] + scores * score["tflop"]["step"]}
+
+
+def peak_of_method(name, settings, base, reward, folder):
+    """Its memory, as measure_peak. Steps without gradient leave nothing behind, so those with gradient are as good as all."""
+    fewest = 2 if name == "ddpo" else settings.grad_steps  # DDPO's last one may have no density
+    with ReadAsZero():
+        method = open_method(name, replace(settings, num_steps=fewest, tau=1.), base, reward, folder)
+        entry = train.split_batch(method.draw(0), 1)[0]
+        peaks = [measure_peak(call, of_step(base, reward)) for call in (lambda: method.draw(0), lambda: method.score(entry)[0])]
+    return max(peaks, key=lambda peak: peak["total"])
 
 
 def count_methods(base, reward, cfg, names=None):
-    """{method: passes of a video through the denoiser (guidance takes two), frames decoded, TFLOP, and peak as measure_peak}."""
+    """{method: passes of a video through the denoiser (guidance takes two), frames decoded, TFLOP; without names, the peak}."""
     base, reward = copy_to_meta(base, reward, cfg.frames)
     lora.inject(base.network, train.Config.rank)
     base.checkpoint_activations(cfg.checkpoint_activations or cfg.low_memory)
@@ -316,6 +319,8 @@ def count_methods(base, reward, cfg, names=None):
             settings = replace(preset(METHODS[name], base), num_steps=cfg.num_steps, frames=cfg.frames, size=cfg.size,
                                low_memory=cfg.low_memory, checkpoint_activations=cfg.checkpoint_activations, **more)
             rows[name] = count_method(name, settings, base, reward, Path(folder))
+            if names is None:
+                rows[name]["peak_gib"] = peak_of_method(name, settings, base, reward, Path(folder))
     return rows
 
 
