@@ -135,12 +135,11 @@ def clip_rows(runs):
 
 
 def read_study(path):
-    """A study's file, without what it saw while training. ValueError if it is none."""
+    """A study's file. ValueError if it is none."""
     study = read_json(path)
-    rows = [row for row in study.get("rows", []) if row.get("set") != "curve"]
-    if not rows or not all({"label", "set", "measures"} <= row.keys() for row in rows):
+    if not study.get("rows") or not all({"label", "set", "measures"} <= row.keys() for row in study["rows"]):
         raise ValueError(f"{path}: not the file of a study (no rows of label, set and measures)")
-    return study | {"name": path.stem, "rows": rows}
+    return study | {"name": path.stem}
 
 
 # ----------------------------------------------------------------------------------------------

@@ -44,7 +44,6 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tiny" / "studies"
 WORK = Path("out/studies")  # of runs and what they read; a run made with other weights has to be removed by hand
 
-
 STUDIES = {}  # {name: its rows}. What no flag says is the default of the module, or of evaluate.py, in the tiny world.
 with open(ROOT / "tiny" / "studies.csv", newline="", encoding="utf-8") as file:
     for row in csv.DictReader(file):
@@ -57,15 +56,13 @@ def run_study(name):
     rows = []
     for planned in STUDIES[name]:
         reports = []
-        seconds = []
         for seed in planned["seeds"].split():
             run = trained(planned["module"], f"{planned['flags']} --seed {seed}")
             reports.append(evaluated(run, adapter, planned["flags of evaluate.py"]))
-            seconds.append(sum(line.get("seconds", 0) for line in read_metrics(run / "metrics.jsonl")))
         for i, result in enumerate(reports[0]["results"]):  # of a prompt set, D and guidance
             if result["model"] != "base":
                 pooled = over_seeds(planned["label"], [report["results"][i] for report in reports])
-                rows.append(pooled | {"flags": planned["flags"], "seconds": seconds, "PFLOP": planned["PFLOP"]})
+                rows.append(pooled | {"flags": planned["flags"], "PFLOP": planned["PFLOP"]})
             elif planned is STUDIES[name][0]:  # the base is the same for all labels
                 rows.append(result | {"label": "base"})
     report = {"command": f"python -m tiny.study {name}", "reward": reports[0]["reward"], "evaluation_seed": reports[0]["seed"],
@@ -206,7 +203,7 @@ def study_table(name, report, columns):
         rows = [row for row in rows if row.get("seeds", 1) > 1]
     lines = {}
     for i, row in enumerate(rows):
-        key = i if columns is SUMMARY else (row["label"], row.get("num_steps"), row.get("guidance"))
+        key = i if columns is SUMMARY else (row["label"], row["num_steps"], row["guidance"])
         lines.setdefault(key, row | {"first": row})[row["set"]] = row
     shown = {}
     for head, template in columns.items():
