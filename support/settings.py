@@ -125,7 +125,7 @@ def chain_levels(base, cfg):
 def fit_to_base(cfg, base):
     """The settings with what is the base's own, and the base as they ask. ValueError for what is not for this base."""
     made_for = {"tiny": "modelscope", "tiny-wan": "wan"}.get(cfg.preset, cfg.preset)
-    if made_for != base.kind and made_for in BASES:
+    if made_for != base.kind and {made_for, base.kind} <= BASES.keys():
         raise ValueError(f"preset {cfg.preset}: is not for base {base.name}, whose own is {base.kind}")
     base.chain_predict(cfg.cache_interval)  # refuses what it cannot do
     base.fps, base.parts = cfg.fps, getattr(cfg, "parts", 1)  # some networks are told the first
