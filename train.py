@@ -238,7 +238,7 @@ FULL_SIZE = dict(steps=20_000, batch_size=8, lr=1e-5, eval_every=1000, eval_coun
                  clips_at_once=1)
 PRESETS = {name: Config(preset=name, base=name, **own) for name, own in settings.TINY.items()}
 for name, of_base in settings.BASES.items():
-    PRESETS[name] = Config(preset=name, base=HUB_BASES[name], **of_base | FULL_SIZE)
+    PRESETS[name] = Config(preset=name, base=HUB_BASES[name], **FULL_SIZE | of_base)
 
 
 def check(cfg, needs_clips=True):
