@@ -283,8 +283,7 @@ def count_method(name, settings, base, reward, folder):
             entry[-1] = [(1 + round(settings.late * settings.num_steps)) // 2]
         score = count_work(lambda: method.score(entry)[0], base, reward)
 
-    # draws, scores: how often a batch is drawn, and an entry of one scored, for each video of an optimizer step. Sampling is part
-    # of a draw. A round of RWR or DPO samples one video or pair above, and a draw is counted for each that a real round has.
+    # How often a batch is drawn, sampling included, and an entry of one scored, for each video of an optimizer step.
     videos = 2 if name == "dpo" else 1  # of an entry, which for DPO is a pair
     draws = 1 / videos
     scores = len(batches[0][0]) / videos
