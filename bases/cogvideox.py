@@ -76,6 +76,7 @@ def levels(num_steps, shape=None, published=False, alpha_bar=None):
 
 class CogVideoX(DiffusersBase):
     """The base as train.py and all methods know it; `load` and `random` make one, frozen."""
+    kind = "cogvideox"
     default_frames = SETTINGS["frames"]
     default_size, fps = SETTINGS["size"], SETTINGS["fps"]
     guidance = SETTINGS["guidance"]

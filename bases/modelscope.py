@@ -43,7 +43,7 @@ class Base:
     name: str                                                       # as the user gave it
     folder: Path | None = None                                      # where it lies, if anywhere
     network_file: Path | None = None                                # a file may hold LoRA tensors
-    kind = "modelscope"                                             # load_base sets it to the file's name
+    kind = "modelscope"                                             # the file's name, as load_base sets it
     default_frames = 16
     guidance: float = GUIDANCE                                      # w
     world: object = None                                            # tiny.clips, the tiny base's

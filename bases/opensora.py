@@ -294,6 +294,7 @@ class VideoAutoencoder(nn.Module):
 # -- The base --------------------------------------------------------------------------------------------------------------------
 class OpenSora(ReadsT5):
     """The base as train.py and all methods know it; `load` and `random` make one, frozen."""
+    kind = "opensora"
     default_frames = SETTINGS["frames"]
     default_size, guidance, fps = SETTINGS["size"], SETTINGS["guidance"], SETTINGS["fps"]
     world = network_file = None  # no clips of its own, and no adapters beside its weights

@@ -65,6 +65,7 @@ def levels(num_steps, shape=None, published=False, sigmas=SIGMAS):
 
 class SVD:
     """The base as train.py and all methods know it; `load` and `random` make one, frozen."""
+    kind = "svd"
     default_frames = SETTINGS["frames"]
     default_size, guidance = SETTINGS["size"], SETTINGS["guidance"]
     world = network_file = None  # no clips of its own, and no adapters beside its weights

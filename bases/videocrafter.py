@@ -88,6 +88,7 @@ class VideoCrafterUNet(UNet3D):
 @dataclass
 class Base(modelscope.Base):
     """The base as train.py and all methods know it; `load` and `random` make one, frozen. text_encoder may be None."""
+    kind = "videocrafter"
     default_frames = SETTINGS["frames"]
     default_size = SETTINGS["size"]
     guidance: float = SETTINGS["guidance"]

@@ -60,6 +60,7 @@ def levels(num_steps, shape=None, published=False, shift=SHIFT):
 
 class Wan(DiffusersBase):
     """The base as train.py and all methods know it; `load` and `random` make one, frozen."""
+    kind = "wan"
     default_frames, default_size, fps = SETTINGS["frames"], SETTINGS["size"], SETTINGS["fps"]
     guidance = SETTINGS["guidance"]
     max_tokens = MAX_TOKENS

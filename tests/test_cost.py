@@ -249,10 +249,8 @@ def count_method(monkeypatch, module, cfg=METHOD, **changes):
     return benchmark.count_methods(*small(), cfg)[name]
 
 
-# One is quick; the others, counted in the same way, are among the slow tests.
-@pytest.mark.parametrize("module", [draft, *(pytest.param(m, marks=pytest.mark.slow)
-                                             for m in (refl, vader, rwr, dpo, ddpo, nft, adjoint))],
-                         ids=lambda module: module.__name__)
+@pytest.mark.slow
+@pytest.mark.parametrize("module", [draft, refl, vader, rwr, dpo, ddpo, nft, adjoint], ids=lambda module: module.__name__)
 def test_the_parts_of_a_method_add_up_to_a_run_of_it(module, monkeypatch, tmp_path):
     """TFLOP and frames of every video of every step, on the CPU with numbers; DPO's steps are of pairs."""
     changes = dict(steps=2, batch_size=2, save_every=2, eval_every=0) | FEW[module]
@@ -292,6 +290,7 @@ def test_the_report(tmp_path, capsys):
     assert f"report: {out}" in shown
 
 
+@pytest.mark.slow
 def test_the_meta_device_counts_and_times_nothing(monkeypatch):
     monkeypatch.setattr(benchmark, "MEMORY_SETTINGS", {"no flag": {}})
     monkeypatch.setattr(benchmark, "load", lambda cfg, device: small())

@@ -62,7 +62,7 @@ def run_study(name):
         for i, result in enumerate(reports[0]["results"]):  # of a prompt set, D and guidance
             if result["model"] != "base":
                 pooled = over_seeds(planned["label"], [report["results"][i] for report in reports])
-                rows.append(pooled | {"flags": planned["flags"], "PFLOP": planned["PFLOP"]})
+                rows.append(pooled | {"flags": planned["flags"], "PFLOP": planned.get("PFLOP")})
             elif planned is STUDIES[name][0]:  # the base is the same for all labels
                 rows.append(result | {"label": "base"})
     report = {"command": f"python -m tiny.study {name}", "reward": reports[0]["reward"], "evaluation_seed": reports[0]["seed"],
