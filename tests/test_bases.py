@@ -37,7 +37,8 @@ def run_base(base, *flags, method=train):
     return train.main([base, "--base", f"random-{base}", *SMALL, *of_base, *map(str, flags)], method)
 
 
-@pytest.mark.parametrize("base", [base if base == "wan" else pytest.param(base, marks=pytest.mark.slow) for base in OF_BASE])
+@pytest.mark.slow
+@pytest.mark.parametrize("base", OF_BASE)
 def test_a_run_is_continued_bit_for_bit(base, animals):
     """And the cache changes nothing."""
     assert run_base(base, *ON_CLIPS, "--max-skip", 0, "--steps", 3, "--out", f"{base}-whole") == 0

@@ -596,7 +596,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(name, monkeypatch, capsys):
         assert torch.equal(*(base.predict(noise, (9, .9, .4), text)[1] for base in (bases[-1], fresh)))
 
 
-@pytest.mark.parametrize("name", ["ddpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dpo", "rwr"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddpo", "dpo", "rwr"])
 def test_killed_in_the_middle_of_a_round(name, monkeypatch):
     """The second. RWR and DPO go on within it, with the videos it has; DDPO at its start, without the rewards it had then."""
     more = {"rwr": ["--rounds", 2, "--videos", 2, "--save-every", 3], "dpo": ["--rounds", 2, "--pairs", 2, "--save-every", 3],

@@ -11,8 +11,9 @@ from methods import onestep
 from reward import load_reward
 
 CAPTIONS = ["a red circle moving left", "a green square moving up", "a blue circle moving right"]
-SHORT = ["--device", "cpu", "--batch-size", "2", "--num-steps", "4", "--eval-every", "0", "--lr", "1e-3", "--warmup", "0"]
-pytestmark = pytest.mark.usefixtures("aside", "few_clips")
+SHORT = ["--device", "cpu", "--batch-size", "2", "--frames", "4", "--num-steps", "4", "--eval-every", "0",
+         "--lr", "1e-3", "--warmup", "0"]
+pytestmark = pytest.mark.usefixtures("aside", "short_clips")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_one_call_and_without_guidance_one_branch(parts, guidance, rows):
 
 def test_levels_are_drawn_from_their_range_for_each_clip_and_step(parts):
     base, reward, _ = parts
-    cfg = config(frames=16, batch_size=3, tau_low=.3, tau_high=.5)
+    cfg = config(batch_size=3, tau_low=.3, tau_high=.5)
     draw = onestep.method(cfg, base, reward, Path()).draw
     drawn = [draw(step)[-1] for step in range(12)]
     assert set(sum(drawn, [])) == {6, 7, 8, 9, 10} and len({*map(tuple, drawn)}) > 6

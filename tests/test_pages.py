@@ -35,8 +35,11 @@ APART = """new Promise(done => {
   }, 40);
 })"""  # how far clips are apart, in seconds: the median over a second
 GAINS = (.1, -.2, .05, .3)  # of four prompts
-needs_browser = pytest.mark.skipif(chromium.PROGRAM is None, reason="no chromium here")
 pytestmark = pytest.mark.usefixtures("aside")
+
+
+def in_a_browser(test):
+    return pytest.mark.slow(pytest.mark.skipif(chromium.PROGRAM is None, reason="no chromium here")(test))
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +123,8 @@ def explained(tmp_path_factory):
         found.extend([setup, *explain_step(setup)])
         return found[1:]
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"CLIPS": 2, "SEGMENTS": (1, 16), "LAMBDAS": (0., 1.), "REPEATS": 3, "explain": listen}.items():
+        few = {"CLIPS": 2, "TAUS": (.2, 1.), "SEGMENTS": (1, 16), "LAMBDAS": (0., 1.), "REPEATS": 3}
+        for name, value in {**few, "explain": listen}.items():
             patch.setattr(explain, name, value)
         explain.main(cfg)
     return *found, out / "explain.html"
@@ -183,7 +187,7 @@ def test_panels_name_functions_and_equations_and_the_code_is_in_their_order(expl
     assert order[-2:] == ["tau", "source"] and len(order) == len(set(places)) + 2
 
 
-@needs_browser
+@in_a_browser
 def test_the_explain_page_in_a_browser(explained, browser):
     page = explained[3]
     check_in_browser(browser, page)
@@ -234,7 +238,7 @@ def test_rewards_are_named_and_different_ones_never_taken_together():
     assert len(run_pages.curves(runs[:1])) == 3  # the reward twice, and motion: what is the same all along is left out
 
 
-@needs_browser
+@in_a_browser
 def test_the_report_in_a_browser(browser):
     run, other = write_run(Path("run"), GAINS), write_run(Path("other"), GAINS, reward="other reward")
     assert script("report.py", run, other, ROOT / "tiny/studies/rank.json", "--out", ".") == 0
@@ -275,7 +279,7 @@ def test_sides_and_order_are_drawn_anew_and_evenly():
     assert {sum(p["left"] == "a" for p in votes.draw_key("xy", pairs[:3])["pairs"]) for _ in range(50)} == {1, 2}
 
 
-@needs_browser
+@in_a_browser
 def test_voting_in_a_browser(browser):
     """Twenty prompts: keys vote, a reload keeps votes, and what is exported and counted is what was voted."""
     write_clips(Path("a"), 20, 0), write_clips(Path("b"), 20, 500)

@@ -131,6 +131,7 @@ def test_without_torchrun_there_is_one_rank(monkeypatch):
     assert processes.rank_and_size() == (0, 1)
 
 
+@pytest.mark.slow
 def test_a_long_wait_for_another_rank_is_no_error(monkeypatch):
     """Encoding may take longer than the half hour after which a step counts as hung; here that is a second."""
     monkeypatch.setattr(processes, "timedelta", lambda **_: timedelta(seconds=1))

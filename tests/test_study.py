@@ -33,6 +33,7 @@ def test_every_command_line_is_one_of_its_module(name, aside, tmp_path):
         assert name != "methods" or cfg.steps % cfg.eval_every == 0  # else nothing chooses the best checkpoint
 
 
+@pytest.mark.slow
 def test_a_study_that_is_stopped_goes_on_and_repeats_nothing(few_clips, aside, tmp_path, monkeypatch):
     def planned(label, seeds):
         return {"label": label, "module": "train", "seeds": seeds, "flags of evaluate.py": f"{IN_DOMAIN} --count 2 --num-steps 2",

@@ -105,6 +105,7 @@ def few(monkeypatch, tmp_path):
     monkeypatch.setattr(clips, "COUNT", 2)
 
 
+@pytest.mark.slow
 def test_a_run_by_defaults_has_its_own_clips_prompts_reward_and_judge(few):
     assert train.main([*FLAGS, "--eval-count", "1", "--eval-every", "2", "--steps", "1", "--out", "run"]) == 0
     settings = json.loads(Path("run/config.json").read_text())
@@ -140,6 +141,8 @@ def test_every_method_trains_three_steps(few, name, flags):
 
 
 @pytest.mark.slow
-def test_the_page_that_explains_a_step_is_drawn_of_it(few):
+def test_the_page_that_explains_a_step_is_drawn_of_it(few, monkeypatch):
+    for name, value in {"TAUS": (), "GRAD_STEPS": (), "SEGMENTS": (), "LAMBDAS": (), "REPEATS": 2}.items():
+        monkeypatch.setattr(explain, name, value)
     explain.main(explain.PRESETS["tiny-wan"])
     assert Path("out/explain/explain.png").stat().st_size > 10_000

@@ -672,6 +672,7 @@ def test_settings_of_every_kind_are_read_back_or_refused_before_anything_is_load
 
 # ------------------------------------------------- Settings of a whole run -------------------------------------------------
 
+@pytest.mark.slow
 def test_precision_compilation_and_memory_settings_together(plain, monkeypatch):
     """Training scores in bfloat16, evaluations in float32 whatever the dtype, since best.safetensors is chosen by these."""
     compiled, seen, trained = [], [], train.edit_rewards
