@@ -279,7 +279,7 @@ def count_method(name, settings, base, reward, folder):
         batches = []
         draw = count_work(lambda: batches.append(method.draw(0)), base, reward)
         entry = train.split_batch(batches[0], 1)[0]
-        if name == "refl":  # its chain stops at step m, drawn from the last ones; the middle m costs what they cost on average
+        if name == "refl":  # its chain stops at step m, drawn from the last ones; the middle m costs about their mean
             entry[-1] = [(1 + round(settings.late * settings.num_steps)) // 2]
         score = count_work(lambda: method.score(entry)[0], base, reward)
 
@@ -296,7 +296,7 @@ def count_method(name, settings, base, reward, folder):
 
 def peak_of_method(name, settings, base, reward, folder):
     """Its memory, as measure_peak. Steps without gradient leave nothing behind, so those with gradient are as good as all."""
-    fewest = 2 if name == "ddpo" else settings.grad_steps  # DDPO's last one may have no density
+    fewest = 2 if name in ("ddpo", "adjoint") else settings.grad_steps  # the last step may add no noise; these two skip it then
     with ReadAsZero():
         method = open_method(name, replace(settings, num_steps=fewest, tau=1.), base, reward, folder)
         entry = train.split_batch(method.draw(0), 1)[0]
@@ -369,7 +369,7 @@ class Config:
     dtype: str | None = None  # float32, bfloat16 or float16 of frozen weights; default bfloat16 on cuda and meta, else float32
     checkpoint_activations: bool = False  # recompute the network's blocks in the backward pass, as train.py's flag
     low_memory: bool = False  # recompute, and decode one frame at a time, as train.py's flag
-    methods: bool = False  # instead: count a step of each method of methods/ at its preset modelscope (needs --device meta)
+    methods: bool = False  # instead: count a step of each method of methods/ at its preset for the base (needs --device meta)
     out: Path = Path("out/benchmark.json")  # the report
 
 

@@ -188,7 +188,8 @@ def check(cfg):
     if (cfg.out / "table.json").exists() and not cfg.overwrite:
         raise ValueError(f"out {cfg.out}: holds results; choose another folder, or --overwrite")
     sets = read_prompt_sets(cfg.prompts, cfg.base in TINY)
-    vbench.open_folders(cfg, sets, ["base"])  # refuses prompts that name no file
+    if cfg.vbench:  # refuses prompts that name no file
+        vbench.plan_files(sum(sets.values(), []), cfg.seed, cfg.per_prompt, cfg.out / "base")
     check_exists(cfg.lora)
 
 

@@ -135,6 +135,8 @@ class Setup:
         run = SimpleNamespace(steps=lambda optimizer: [self.cfg.step] * repeats, finish_step=finish_step)
         method = train.Method(lambda step: self.batch,
                               lambda batch: train.edit_rewards(self.base, self.rewards, self.uncond, batch, self.cfg))
+        if self.cfg.anchor:
+            method.score = lora.anchored(self.base, method.score, self.cfg.anchor)
         train.train(self.cfg, self.parameters, method, run)
         return logged
 

@@ -1,5 +1,5 @@
 """
-Adapter files: ours, PEFT's and the official code's, read into one form, checked against a UNet, and exported.
+Adapter files: ours, PEFT's, the official code's, VADER's, diffusers' and ComfyUI's, read into one form, checked, and exported.
 Ours is a safetensors file under PEFT's tensor names, with rank, alpha, base and the base's fingerprint as metadata.
 Letters: r rank, C_in and C_out widths of a projection; A (r, C_in) and B (C_out, r) are the two halves of an adapter.
 """

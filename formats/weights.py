@@ -18,7 +18,7 @@ PARTS = {  # what a folder may call each part: diffusers' components, then the f
     "vae": ("vae", "VQGAN_autoencoder.pth", "v2-1_512-ema-pruned.ckpt"),
     "text_encoder": ("text_encoder", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.safetensors",
                      "stable-diffusion-v/open_clip_pytorch_model.bin")}
-TRANSFORMER_PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")  # folders of the other bases' repositories
+TRANSFORMER_PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")  # of Wan's and CogVideoX's repositories
 SVD_PARTS = ("unet", "vae", "image_encoder")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Class of a folder's network: the file of bases/ that knows it.
@@ -115,7 +115,7 @@ def hub_files(files):
 
 
 def from_hub(repo):
-    """Folder of a hub repository's three parts, downloaded once by huggingface_hub, or from its cache without a network."""
+    """Folder of a hub repository's files, those of hub_files: downloaded once, without a network from huggingface_hub's cache."""
     if not HUB_ID.fullmatch(repo):
         raise ValueError(f"base {repo!r}: no such file or folder; must be tiny, random, a path, or a hub id like "
                          f"{HUB_BASES['modelscope']}")

@@ -114,7 +114,7 @@ class Videos:
         return f"{len(self.prompts)} prompts, sha256 {digest}"
 
     def share(self, step, count, group=1):
-        """This rank's part of `count` videos: [(position in the whole, index of its prompt)], which `group` neighbours share."""
+        """This rank's part of `count` videos: [(position in the whole, index of its prompt)], the same for `group` in a row."""
         chosen = batch_indices(step, count // group, len(self.prompts), self.cfg.seed)
         rank, world_size = rank_and_size()
         size = count // world_size
@@ -154,8 +154,7 @@ def read_videos(cfg, base, pick_frames=None):
 # The stochastic chain, and the denoiser's loss
 
 def fresh_noise(z, generators, num_steps):
-    """New noise for so many chain steps, a generator for each video of z (B, ...): (num_steps, B, ...). It goes to the device at
-    once, since each copy would make it wait."""
+    """New noise (num_steps, B, ...) for z (B, ...), from a generator for each video. It is copied at once, as each copy waits."""
     noise = [torch.randn(z.shape[1:], generator=generator) for _ in range(num_steps) for generator in generators]
     return torch.stack(noise).view(num_steps, *z.shape).to(z)
 
@@ -214,7 +213,7 @@ def sample_scored(base, rewards, videos, part, cfg, *key):
 class Rounds:
     """The videos of one round after another, in memory and in the run folder, since a run that is continued within a round must
     learn from the same videos though its adapters have moved on. A round is `size` videos or pairs over all ranks, whose shares
-    follow each other. make(part, round) -> {name: (b, ...)} of a part of a share of videos.share, so many as fit `at_once`."""
+    follow each other. make(part, round) -> {name: (b, ...)} of a part of a share of videos.share, `at_once` videos or fewer."""
     cfg: train.Config
     folder: Path
     videos: Videos

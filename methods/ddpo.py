@@ -54,17 +54,17 @@ def ppo_loss(log_prob, old_log_prob, advantage, clip_range=1e-4):
     return torch.maximum(-advantage * ratio, -advantage * clipped).mean()
 
 
-def advantages(rewards, prompts, last=None, group=1):
+def advantages(rewards, prompts, earlier=None, group=1):
     """A (B,) = (r - mean) / std, limited to +-5: how much better than usual is a video? With group
-    > 1 mean and std are of the prompt's videos here (GRPO, arXiv:2402.03300, Sec. 4.1); else of its
-    last 16 rewards, `last` {prompt: those before} too, or of all here where it has fewer."""
+    > 1 mean and std are of its prompt's videos here (GRPO, arXiv:2402.03300, Sec. 4.1); else of its
+    prompt's last 16 rewards, with those of `earlier` {prompt: rewards}, or, of fewer, all here."""
     A = torch.zeros_like(rewards)
     for prompt in set(prompts):
         same_prompt = torch.tensor([other == prompt for other in prompts])    # (B,)
         compared = rewards[same_prompt]
         if group == 1:
-            earlier = rewards.new_tensor((last or {}).get(prompt, []))
-            known = torch.cat([earlier, compared])
+            before = rewards.new_tensor((earlier or {}).get(prompt, []))
+            known = torch.cat([before, compared])
             compared = known[-BUFFER:] if len(known) >= BUFFER else rewards
         centred = rewards[same_prompt] - compared.mean()
         A[same_prompt] = centred / (compared.std(correction=0) + 1e-6)

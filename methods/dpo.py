@@ -99,8 +99,8 @@ def method(cfg, base, rewards, folder):
         share, pairs, text = rounds.rows(step)
         generators = [sample_generator(cfg.seed, step, position) for position, _ in share]
         z_w, z_l = pairs["winner"], pairs["loser"]                            # (B, C, F, h, w)
-        eps = torch.stack([torch.randn(z_w.shape[1:], generator=g) for g in generators])
-        u = torch.stack([torch.rand((), generator=g) for g in generators])
+        eps = torch.stack([torch.randn(z_w.shape[1:], generator=each) for each in generators])
+        u = torch.stack([torch.rand((), generator=each) for each in generators])
         tensors = [v.to(base.device) for v in (z_w, z_l, eps, u)]
         return *tensors, text, pairs["reward"]
 

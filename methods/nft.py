@@ -59,7 +59,7 @@ def nft_loss(z_0, old_z_0, z, r, beta):
     return (r * scaled_error(positive, z) + (1 - r) * scaled_error(negative, z)) / beta
 
 
-def put_adapters(network, values):
+def swap_adapters(network, values):
     """Give the adapters other values; returns copies of what they were, {name: tensor}."""
     before = {}
     for name, tensor in lora.adapter_state(network).items():
@@ -72,16 +72,16 @@ def nft_rewards(base, old, batch, cfg):
     """Minus the loss (n,) of pairs: z, eps (n, C, F, h, w), r (n,), steps [n] and text (n, N, E);
     old: the old model's adapters."""
     z, eps, r, steps, text = batch
-    chain = chain_levels(base, cfg)
-    t, alpha, sigma = torch.tensor([chain.t, chain.alpha, chain.sigma])[:, steps].to(z.device)
+    levels = chain_levels(base, cfg)
+    t, alpha, sigma = torch.tensor([levels.t, levels.alpha, levels.sigma])[:, steps].to(z.device)
     alpha, sigma = alpha.view(-1, 1, 1, 1, 1), sigma.view(-1, 1, 1, 1, 1)     # a row per pair
     z_t, level = alpha * z + sigma * eps, (t, alpha, sigma)                   # Eq. (5)
 
     # 1. What the old model says, and the base, before the graph is built.
     with torch.no_grad():
-        now = put_adapters(base.network, old)
+        current = swap_adapters(base.network, old)
         old_z_0, _ = base.predict(z_t, level, text)                           # (n, C, F, h, w)
-        put_adapters(base.network, now)
+        swap_adapters(base.network, current)
         if cfg.kl:
             lora.set_scale(base.network, 0.)
             base_guess = base.predict(z_t, level, text)                       # z_0 and eps
@@ -139,7 +139,7 @@ def method(cfg, base, rewards, folder):
 
     def draw(step):
         if step % cfg.updates == 0:
-            old.update(put_adapters(base.network, {}))
+            old.update(swap_adapters(base.network, {}))
             batches[:] = common.sample_round(
                 sample_z, lambda R, _: optimality(R, cfg.group), base, rewards, videos, step, cfg)
         return pairs(batches[step % cfg.updates], step, cfg)

@@ -76,7 +76,7 @@ def method(cfg, base, rewards, folder):
     def draw(step):
         share = batch_indices(step, cfg.batch_size, len(dataset), cfg.seed, *rank_and_size())
         generators = [sample_generator(cfg.seed, step, position, "level") for position, _ in share]
-        steps = [int(torch.randint(least, most + 1, (), generator=g)) for g in generators]
+        steps = [int(torch.randint(least, most + 1, (), generator=each)) for each in generators]
         return *train.draw_batch(dataset, step, cfg, base), steps
 
     def score(batch):

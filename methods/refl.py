@@ -31,10 +31,11 @@ from support.ranks import sample_generator
 from support.settings import chain_levels
 
 
-def predict(base, noise, text, uncond, m, cfg):
+def guess_z_0(base, noise, text, uncond, m, cfg):
     """z_0 (B, C, F, h, w) as chain step m predicts it: all of its noise is taken out at once (DDIM,
     Eq. (12)). Steps D..m+1 build no graph, step m does."""
-    predict, levels = base.chain_predict(cfg.cache_interval), chain_levels(base, cfg)
+    levels = chain_levels(base, cfg)
+    predict = base.chain_predict(cfg.cache_interval)
     with torch.no_grad():
         z = chain(predict, levels.start * noise, text, uncond, levels, cfg.num_steps, cfg.guidance,
                   0, last=m + 1)                                              # (B, C, F, h, w)
@@ -64,16 +65,16 @@ def method(cfg, base, rewards, folder):
 
     def draw(step):
         # One m for all videos of a step, on all ranks: they run through the chain together.
-        latest = max(1, round(cfg.late * cfg.num_steps))
+        noisiest = max(1, round(cfg.late * cfg.num_steps))
         generator = sample_generator(cfg.seed, step, "late")
-        m = int(torch.randint(1, latest + 1, (), generator=generator))
+        m = int(torch.randint(1, noisiest + 1, (), generator=generator))
         *batch, _ = videos.batch(step)
         return *batch, [m] * len(batch[0])
 
     def score(batch):
-        noise, text, g, captions, m = batch
+        noise, text, g, captions, steps = batch
         uncond = base.unconditional(text)                                     # (1 or B, N, E)
-        z_0 = predict(base, noise, text, uncond, m[0], cfg)                   # (B, C, F, h, w)
+        z_0 = guess_z_0(base, noise, text, uncond, steps[0], cfg)             # (B, C, F, h, w)
         return train.video_rewards(base, rewards, z_0, g, captions, cfg)
 
     return train.Method(draw, score, videos.description)

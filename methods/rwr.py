@@ -78,7 +78,7 @@ def method(cfg, base, rewards, folder):
     def draw(step):
         share = batch_indices(step, cfg.batch_size, cfg.batch_size, cfg.seed, *rank_and_size())
         generators = [sample_generator(cfg.seed, step, position, "t") for position, _ in share]
-        u = torch.stack([torch.rand((), generator=g) for g in generators])    # (B,)
+        u = torch.stack([torch.rand((), generator=each) for each in generators])    # (B,)
         return *draw_weighted(step), u
 
     def score(batch):

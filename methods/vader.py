@@ -27,6 +27,7 @@ if not __package__:
     print("start it as: python -m methods.vader", file=sys.stderr)
     sys.exit(2)
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -48,15 +49,15 @@ def vader_rewards(base, rewards, uncond, batch, cfg):
     # 1. The whole chain; fresh noise comes in at every step, and the last K build a graph. Each
     #    next part of a long video does the same, from the last frame of the part before.
     made, predict = [], base.chain_predict(cfg.cache_interval)
-    noises, news = noise.chunk(cfg.parts, dim=2), fresh.chunk(cfg.parts, dim=3)
+    noise_parts, fresh_parts = noise.chunk(cfg.parts, dim=2), fresh.chunk(cfg.parts, dim=3)
     for k in range(cfg.parts):
         if k:
             text = base.next_text(made[-1])
             uncond = base.unconditional(text)
         grad_steps = cfg.grad_steps if k >= cfg.parts - cfg.grad_parts else 0
-        made.append(chain(predict, levels.start * noises[k], text, uncond, levels, cfg.num_steps,
-                          cfg.guidance, grad_steps, cfg.eta, news[k]))        # (B, C, F, h, w)
-    z_0 = torch.cat(made, dim=2)                                              # of all parts
+        made.append(chain(predict, levels.start * noise_parts[k], text, uncond, levels,
+                          cfg.num_steps, cfg.guidance, grad_steps, cfg.eta, fresh_parts[k]))
+    z_0 = torch.cat(made, dim=2)                                              # (B, C, F, h, w)
 
     # 2. Score the random frames; lambda 0 gives their plain mean. A video reward has its own.
     return train.video_rewards(base, rewards, z_0, g, captions, cfg)
@@ -109,7 +110,7 @@ def check(cfg):
 
 
 def method(cfg, base, rewards, folder):
-    videos = read_videos(cfg, base, lambda g: random_frames(cfg.frames, cfg.frames_scored, g))
+    videos = read_videos(cfg, base, partial(random_frames, cfg.frames, cfg.frames_scored))
 
     def score(batch):
         return vader_rewards(base, rewards, base.unconditional(batch[1]), batch, cfg)

@@ -29,7 +29,7 @@ def write_page(path, template, **values):
 
 
 def fixed(value, digits=4, sign=""):
-    """A number with so many decimals; a dash where there is none."""
+    """A number with `digits` decimals; a dash where there is none."""
     return "-" if value is None or not math.isfinite(value) else f"{value:{sign}.{digits}f}"
 
 

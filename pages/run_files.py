@@ -66,7 +66,7 @@ class RunFiles:
         """Which evaluation best.safetensors is of, and why; None before the first."""
         measure = deciding(self.record.get("watched", ()))
         step = best_step(self.tables, measure)
-        return step is not None and f"best.safetensors is step {step}, the highest {measure}"
+        return None if step is None else f"best.safetensors is step {step}, the highest {measure}"
 
 
 def changed_settings(runs):
@@ -128,9 +128,10 @@ def clip_rows(runs):
                 if run is runs[0]:
                     row["gain"] = clip["score"] - shown[0]["score"]
     ordered = sorted(rows.values(), key=lambda row: (math.isnan(row["gain"]), -row["gain"]))
-    few = min(3, len(ordered) // 2)
-    parts = {"Largest gains": ordered[:few], "Smallest gains": ordered[len(ordered) - few:][::-1],
-             "The others": ordered[few:len(ordered) - few]}
+    known = sum(not math.isnan(row["gain"]) for row in ordered)  # then come clips that only other runs have
+    few = min(3, known // 2)
+    parts = {"Largest gains": ordered[:few], "Smallest gains": ordered[known - few:known][::-1],
+             "The others": ordered[few:known - few] + ordered[known:]}
     return {title: part for title, part in parts.items() if part}
 
 
@@ -172,8 +173,8 @@ def read_side(argument, prompts):
 
 
 def pair_up(first, second, prompts):
-    """Pairs of clips with the same name, which means the same prompt and seed: [{name, caption, set, files {"a", "b"}, and
-    reward {"a", "b"}, None unless the same one scored both}]. first, second, prompts: as read_side's."""
+    """Pairs of clips with the same name, so of one prompt; of one seed if both models were given the same: [{name, caption, set,
+    files {"a", "b"}, reward {"a", "b"}, None unless the same one scored both}]. first, second, prompts: as read_side's."""
     a, reward_a = read_side(first, prompts)
     b, reward_b = read_side(second, prompts)
     if a.keys() != b.keys() or not a:

@@ -89,13 +89,13 @@ def parse_row(row, form, columns, root):
 def read_clip_folder(folder):
     """A Clip for every video below a folder, in order of their names, each with the caption in the .txt file beside it."""
     paths, seen = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for directory, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if os.path.realpath(place) in seen:  # each folder once, so that a loop of links ends
+        if os.path.realpath(directory) in seen:  # each folder once, so that a loop of links ends
             folders.clear()
         else:
-            paths += [Path(place, name) for name in names if not name.startswith(".")]  # macOS: ._clip.mp4
-        seen.add(os.path.realpath(place))
+            paths += [Path(directory, name) for name in names if not name.startswith(".")]  # macOS: ._clip.mp4
+        seen.add(os.path.realpath(directory))
     clips, skipped = [], []
     for path in sorted(paths):
         text = path.with_suffix(".txt")
@@ -171,8 +171,8 @@ def report_long(captions, base):
         say_once(f"{len(long)} caption(s) longer than the text encoder reads, their ends are not seen; the first: {long[0]!r}")
 
 
-# Tensors kept on disk: one safetensors file for each, named by the hash of what it was made from. Whatever a tensor depends on
-# belongs to that. Then a stale entry cannot be found, and nothing needs to be deleted.
+# Tensors kept on disk: one safetensors file for each, named by a hash of all that it depends on (its file's size and time, the
+# settings, the encoder). So an old entry is never found for new input, and nothing needs to be deleted.
 
 CACHE_VERSION = 2  # of how clips are read
 
@@ -195,7 +195,7 @@ class Stored:
 
 
 class Held(Stored):
-    """The same of a dict of tensors in memory."""
+    """A dict of tensors in memory, indexed as Stored, where there is no cache folder."""
     def __init__(self, tensors):
         self.tensors, self.length = tensors, len(next(iter(tensors.values())))
 
@@ -223,21 +223,22 @@ def fill_cached(entries, files, compute, unit):
     """Compute what is None in entries {item: tensor}: compute(items) yields (item, tensor or dict of tensors), or None for one
     that it cannot. files: {item: where to keep it}; with files every rank has its share of the work and finds the others'."""
     # A rank's share is one of all items: which are missing changes while other ranks are at work.
-    is_shared = any(files.values())
-    rank, world_size = rank_and_size() if is_shared else (0, 1)
+    has_cache = any(files.values())
+    rank, world_size = rank_and_size() if has_cache else (0, 1)
     missing = [item for item in list(files)[rank::world_size] if entries[item] is None]
     total = sum(entries[item] is None for item in files)
-    with progress(None, f"encoding {unit}", total, unit=unit, disable=not missing, shared=is_shared) as bar:
+    with progress(None, f"encoding {unit}", total, unit=unit, disable=not missing, shared=has_cache) as bar:
         for item, tensor in compute(missing):
             bar.update()
             if tensor is None:
                 continue
             tensor = map_tensors(lambda t: t.detach().cpu().contiguous(), tensor)
-            if is_shared:
+            if has_cache:
                 with write_whole(files[item]) as hidden:
                     save_file(tensor if isinstance(tensor, dict) else {"tensor": tensor}, hidden)
-            entries[item] = Stored(files[item]) if is_shared else Held(tensor) if isinstance(tensor, dict) else tensor
-    all_gather(None)  # all have written
+            else:
+                entries[item] = Held(tensor) if isinstance(tensor, dict) else tensor
+    all_gather(None)  # all have written, and what is on disk is read from there
     entries.update(find_cached({item: file for item, file in files.items() if entries[item] is None}))
 
 
@@ -265,7 +266,7 @@ def encode_clips(clips, config, base, cache_dir, num_workers, max_skip):
         if not path.is_file():
             problems[path] = f"{path}: cannot be read: no such file"
             continue
-        state = str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns  # of a file that was replaced, others
+        state = str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns  # others for a file that was replaced
         files[path] = cached_file(cache_dir, CACHE_VERSION, "moments", vae_name, asdict(config), state)
     entries = find_cached(files)
 

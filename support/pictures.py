@@ -126,7 +126,7 @@ def markdown(rows):
 
 
 def new_figure(panels, columns, panel_size):
-    """A matplotlib figure of so many panels in so many columns, each of a size in inches; and the axes of each."""
+    """A matplotlib figure of `panels` panels in `columns` columns, each of panel_size inches; and the axes of each."""
     from matplotlib.figure import Figure  # not pyplot: no window system is wanted
     rows = -(-panels // columns)
     figure = Figure(figsize=(panel_size[0] * min(panels, columns), panel_size[1] * rows), layout="constrained")

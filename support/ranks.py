@@ -51,7 +51,7 @@ def move_to(module, device):
     return module
 
 
-# map_tensors(function, *texts): function of tensors, or of those of a name in dicts. What a base is told of videos is either.
+# map_tensors(function, *texts): function of tensors, or of those of a name in dicts: a base that starts from pictures has dicts.
 map_tensors = partial(tree_map, is_leaf=lambda text: not isinstance(text, dict))
 
 
@@ -94,7 +94,7 @@ GROUPS = {"patient": None}  # for all but the sum of gradients: waits longer tha
 
 
 def on_rank_0(function):
-    """What function() returns on rank 0, where alone it is called; all ranks get that, or a ValueError, with words on rank 0."""
+    """Call function() on rank 0 alone and return what it does there. Its ValueError is raised everywhere, elsewhere empty."""
     rank, world_size = rank_and_size()
     if world_size == 1:
         return function()
@@ -134,7 +134,7 @@ CAUGHT = []  # numbers of the signals that have come
 
 @contextmanager
 def catch_signals():
-    """While this is open, Ctrl-C, SIGTERM and SIGHUP do not end the process: `signalled` tells of them. Afterwards they do again.
+    """While this is open, Ctrl-C, SIGTERM and SIGHUP do not end the process: `signalled` tells of them. Afterwards they do.
     In a thread, where Python catches no signals, they end the process. SIGHUP stays ignored where it is, as under nohup. After a
     step train.train tells all ranks and finish_step saves; `stop_alone` ends evaluations; train_and_report says what is next."""
     terminals = [stream for stream in (1, 2) if os.isatty(stream)]
@@ -172,10 +172,9 @@ def stop_alone():
 
 
 def run_script(script, main, refused=(OSError,)):
-    """Call main() and end the process with the status it returns; None is 0. Bad input (ValueError) becomes one line and status
-    2, what the machine refused one line and 1, an interruption 130. Before the ranks have joined, all of a node find the same
-    bad input, so its first one alone prints it. An error is printed first and ends the process at once, and torchrun ends the
-    others: to leave the group in good order takes all ranks, and these may be waiting for this one."""
+    """Call main() and end the process with its status; None is 0. Bad input (ValueError) becomes one line and status 2, what the
+    machine refused one line and 1, an interruption 130. Before ranks have joined, a node's first prints what all find wrong. An
+    error ends the process at once, then torchrun the others: to leave the group takes all ranks, which may wait for this one."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook's, which matplotlib may not know here, is inherited; we draw into files alone
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # for letters that this terminal has not
@@ -219,7 +218,7 @@ class Lines:
 
 
 class Bar(tqdm):
-    """A bar of work that so many ranks share: each does about as much as rank 0, which draws it."""
+    """A bar of work that `workers` ranks share: each does about as much as rank 0, which draws it."""
     workers = 1
 
     def update(self, n=1):

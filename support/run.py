@@ -56,9 +56,9 @@ class Run:
     def open(self):
         """Take up what the folder holds, if the run is resumed, else remove an earlier run; then write what this one is."""
         data = self.method.data
-        for rank, other in enumerate(all_gather(data)):
-            if other != data:
-                raise ValueError(f"clips: rank {rank_and_size()[0]} has {data}, {rank} {other}; must be the same on every node")
+        for rank, theirs in enumerate(all_gather(data)):
+            if theirs != data:
+                raise ValueError(f"clips: rank {rank_and_size()[0]} has {data}, {rank} {theirs}; must be the same on every node")
         if self.resumed:  # rank 0 alone reads: on other nodes, with disks of their own, there is no such folder
             state, self.lines, tables = on_rank_0(lambda: read_run(self.folder, self.adapters, data))
             self.evaluations.tables |= tables
@@ -75,8 +75,8 @@ class Run:
         (self.folder / "samples").mkdir(exist_ok=True)
         for half_written in [*self.folder.glob(".????????.*"), *self.folder.glob("samples/.????????.*")]:
             half_written.unlink()  # by a killed run
-        lines = {name: [*map(told_by, prompts)] for name, prompts in self.evaluations.prompts.items()}  # with their pictures
-        record = {"data": data, "watched": self.evaluations.watched, "prompts": self.evaluations.prompts, "told_by": lines,
+        full = {name: [*map(told_by, prompts)] for name, prompts in self.evaluations.prompts.items()}  # with their pictures
+        record = {"data": data, "watched": self.evaluations.watched, "prompts": self.evaluations.prompts, "told_by": full,
                   "reward": self.evaluations.rewards.name, "versions": versions()}
         write_json(self.folder / "run.json", record)
         write_json(self.folder / "config.json", to_record(self.cfg))
@@ -156,7 +156,7 @@ class Evaluations:
         return watched_names(self.rewards.watch, self.rewards.watched)
 
     def due(self, step):
-        """Whether the settings ask for an evaluation after so many steps."""
+        """Whether the settings ask for an evaluation after `step` steps."""
         return self.cfg.eval_every > 0 and (step % self.cfg.eval_every == 0 or step == self.cfg.steps)
 
     def look(self, step):
@@ -206,7 +206,7 @@ class Evaluations:
         if not is_main_process() or len(steps) < 2:
             return
         before, after = self.tables[steps[0]], self.tables[steps[-1]]
-        self.draw_comparison(steps[0], steps[-1])
+        self.write_comparison(steps[0], steps[-1])
         print(f"\n{self.rewards.name} of videos from pure noise, before and after {steps[-1]} steps "
               "(mean, paired difference and its standard error over prompts):")
         for name in before:
@@ -225,7 +225,7 @@ class Evaluations:
             step = best_step(self.tables, deciding(self.watched))
             print(f"best.safetensors is step {step}, where {deciding(self.watched)} is highest, since it is watched")
 
-    def draw_comparison(self, first, last):
+    def write_comparison(self, first, last):
         """Of each prompt set the best, the middle and the worst gain, as a picture and moving."""
         chosen = {}
         for set_name, names in clip_names(self.prompts).items():
@@ -419,7 +419,7 @@ def has_trained(folder):
 def clear(folder):
     """Remove an earlier run's files, and nothing else; config.json goes last, so an interrupted clear still counts as a run."""
     shutil.rmtree(folder / "samples", ignore_errors=True)
-    for pattern in ("state.pt", "state_*.pt", "lora.safetensors", "best.safetensors", "metrics.jsonl", "rewards.jsonl",
+    for pattern in ("state.pt", "lora.safetensors", "best.safetensors", "metrics.jsonl", "rewards.jsonl",
                     "round_*.safetensors", "curves.png", "before_after.png", "before_after.gif", "run.json", "config.json"):
         for file in folder.glob(pattern):
             file.unlink()

@@ -143,7 +143,7 @@ def fit_to_base(cfg, base):
 # Checks: ValueError says what was wrong and what is allowed. None means: decided once the model is loaded.
 
 def check_at_least(cfg, *above_zero, **least):
-    """Every named setting is a finite number above 0 or of at least this, or several such, or None; -inf allows any."""
+    """Settings named by position are above 0, those by keyword at least its value (-inf: any finite number); None passes."""
     for name in (*above_zero, *least):
         value, smallest = getattr(cfg, name), least.get(name, 0)
         for number in value if isinstance(value, tuple) else (value,):
@@ -244,7 +244,7 @@ def read_settings(folder, presets):
         say_once(f"{file}: {', '.join(gone)}: no longer settings, left out")
     saved = {name: value for name, value in saved.items() if name not in gone}
     known = to_record(presets.get(str(saved.get("preset")), next(iter(presets.values()))))
-    wrong = saved.keys() - known.keys() | {"steps", "prompts_train"} & known.keys() - saved.keys()
+    wrong = (saved.keys() - known.keys()) | ({"steps", "prompts_train"} & known.keys()) - saved.keys()
     if wrong:
         raise ValueError(f"{file}: not the settings of this method or version; not known or missing: {', '.join(sorted(wrong))}")
     return known | saved

@@ -79,7 +79,7 @@ def watched_names(watched, rewards=()):
 def check_watched(watched, prompts, judge):
     """ValueError if these prompts {set: captions} lack something that `watch` needs; judge: the base's own, or None."""
     if JUDGE in watched and prompts and judge is None:
-        raise ValueError("watch judge: only the tiny world has one, for its own prompts and 16 frames of 32 x 32 pixels")
+        raise ValueError("watch judge: only the tiny world has one, for its own prompts and 16 or 17 frames of 32 x 32 pixels")
     if "diversity" in watched and prompts and all(len(set(p)) == len(p) for p in prompts.values()):
         raise ValueError("watch diversity: needs several videos of a prompt: a larger eval_count, or in evaluate.py count")
 
@@ -142,11 +142,11 @@ def table_of(rows, captions):
     return table
 
 
-def add_judge(watched, table, base):
+def add_judge(watched, table, first_table):
     """Add the judge's score of each video, 0 to 1, if it is watched: the mean of colour, shape, direction, fidelity,
-    1 - watermark, and motion kept, min(1, motion / its mean in `base`), the table of the same videos before training."""
+    1 - watermark, and motion kept, min(1, motion / its mean in first_table), that of the same videos before training."""
     if JUDGE in watched:
-        kept = (table["motion"] / base["motion"].mean().clamp(min=1e-6)).clamp(max=1)
+        kept = (table["motion"] / first_table["motion"].mean().clamp(min=1e-6)).clamp(max=1)
         parts = [table["colour"], table["shape"], table["direction"], table["fidelity"], 1 - table["watermark"], kept]
         table[JUDGE] = torch.stack(parts).mean(dim=0)
 

@@ -21,7 +21,7 @@ def cpu_ticks():
 
 
 def idle_share(seconds=.1):
-    """For which share of so many seconds, 0 to 1, these CPUs had nothing to do. 1 where the machine does not count."""
+    """For which share of the next seconds, 0 to 1, these CPUs have nothing to do. 1 where the machine does not count."""
     idle, total = cpu_ticks()
     time.sleep(seconds)
     later_idle, later_total = cpu_ticks()

@@ -273,6 +273,15 @@ def test_the_parts_of_a_method_add_up_to_a_run_of_it(module, monkeypatch, tmp_pa
 
 
 @pytest.mark.slow
+def test_the_peak_of_a_method_is_that_of_a_step_that_it_learns_from(monkeypatch):
+    """Where sampling adds no noise in the last step, Adjoint Matching skips it, so a chain of one step has none."""
+    cfg = replace(METHOD, base="random-wan", frames=9, size="16x32", device="meta")
+    monkeypatch.setattr(benchmark, "METHODS", {"adjoint": adjoint})
+    row, = benchmark.count_methods(*benchmark.load(cfg, torch.device("meta")), cfg).values()
+    assert row["peak_gib"]["total"] > row["peak_gib"]["weights"] > 0
+
+
+@pytest.mark.slow
 def test_refl_stops_at_the_middle_of_its_last_steps(monkeypatch):
     """Its chain ends at one of the last steps, here of three: with the middle one, one has no gradient and one has."""
     row = count_method(monkeypatch, refl, replace(METHOD, num_steps=3), late=1.)

@@ -43,7 +43,7 @@ def test_with_gradient_it_is_exact_and_nothing_stays_behind(parts):
 
 def refl_rewards(base, reward, uncond, batch, cfg):
     noise, text, g, captions, m = batch
-    return train.video_rewards(base, reward, refl.predict(base, noise, text, uncond, m[0], cfg), g, captions, cfg)
+    return train.video_rewards(base, reward, refl.guess_z_0(base, noise, text, uncond, m[0], cfg), g, captions, cfg)
 
 
 @pytest.mark.parametrize(("step", "config", "last"), [

@@ -193,7 +193,7 @@ def test_two_ranks_generate_and_evaluate_what_one_does():
     prompts = ["a red circle moving left", "green stripes drifting up", "a blue ring moving down"]  # not a multiple of two
     asked = ["--device", "cpu", "--lora", adapter, "--num-steps", "2", "--batch-size", "2"]
     generating = [*asked, *(word for p in prompts for word in ("--prompt", p)), "--out"]
-    evaluating = [*asked, "--count", "3", "--sheet", "2", "--out"]
+    evaluating = [*asked, "--count", "3", "--sheet", "2", "--vbench", "--per-prompt", "1", "--out"]
     status, said, errors, _ = torchrun(*generating, "made-by-two", script="generate.py")
     assert status == 0 and len(said.splitlines()) == 3 and "generating" in errors, errors
     status, said, errors, _ = torchrun(*evaluating, "judged-by-two", script="evaluate.py")
@@ -214,6 +214,7 @@ def test_two_ranks_generate_and_evaluate_what_one_does():
         assert a["measures"] == pytest.approx(b["measures"], abs=1e-5)
         for gains in a.get("differences", {}).items():
             assert gains[1] == pytest.approx(b["differences"][gains[0]], abs=1e-5)
+    assert listing("judged-by-one") == listing("judged-by-two") and len(listing("judged-by-one")) == 3 + 2 * (2 + 9)
     sheets = [iio.imread(f"judged-by-{n}/sheet.png").astype(int) for n in ("one", "two")]
     assert np.abs(sheets[0] - sheets[1]).max() <= 1
 

@@ -164,7 +164,7 @@ def test_refls_prediction_at_the_last_step_and_the_chains_end(parts):
         seen.append(eps)
         return z_0, eps
     spied = types.SimpleNamespace(chain_predict=lambda interval: spy, levels=base.levels, default_size=32)
-    z_0 = refl.predict(spied, noise, text, uncond, 1, cfg)
+    z_0 = refl.guess_z_0(spied, noise, text, uncond, 1, cfg)
     end = sampler.sample(base.predict, noise, text, uncond, base.levels(4), cfg.guidance)
     eps_c, eps_u = seen[-1].chunk(2)
     a = sampler.alpha_bars()[0].item()

@@ -114,7 +114,7 @@ def check_in_browser(browser, page, study=False):
 def explained(tmp_path_factory):
     """A page of a short chain: the setup, what the page says, the strip, and the page."""
     out = tmp_path_factory.mktemp("explain")
-    cfg = explain.Config(num_steps=5, grad_steps=2, step=1, batch_size=1, segments=3, lambda_tar=.7, out=out,
+    cfg = explain.Config(num_steps=5, grad_steps=2, step=1, batch_size=1, segments=3, lambda_tar=.7, out=out, anchor=.1,
                          reward=("hpsv2", "removal:watermark=0.1"))
     found, explain_step = [], explain.explain
 
@@ -140,6 +140,7 @@ def test_the_page_has_the_numbers_of_the_step_that_train_takes(explained):
     assert page["states"][3]["g"] == setup.g[0].tolist() == strip["g"]
     assert mine["R"] == pytest.approx(np.dot(mine["f"], page["states"][3]["r"]) / 3, rel=1e-5)
     assert page["here"]["R"] < -page["after"]["loss"] < page["last"]["R"]  # the step was taken, and again
+    assert page["numbers"]["distance"] == 0 < page["after"]["distance"]  # anchored, as a run's
     assert [(g["i"], g["t"]) for g in page["guesses"]] == [(3, 401), (2, 201), (1, 1)]  # one for each step of the chain
 
 
@@ -235,6 +236,10 @@ def test_rewards_are_named_and_different_ones_never_taken_together():
         "HPStiny": ["a"], "removal:watermark": ["b"], "motion": ["a", "b"], "static": ["a", "b"]}
     for chart in run_pages.curves(runs):
         assert len(chart["legend"]) == 1 and chart["title"].startswith(("HPStiny, ", "removal:watermark, "))
+    for clip in Path("a/samples").glob(f"*_{video_name(1, PROMPTS[1])}.mp4"):
+        clip.unlink()
+    captions = {title: [row["caption"] for row in part] for title, part in run_pages.clip_rows(runs).items()}
+    assert captions == {"Largest gains": [PROMPTS[3]], "Smallest gains": [PROMPTS[2]], "The others": [NASTY, PROMPTS[1]]}
     assert len(run_pages.curves(runs[:1])) == 3  # the reward twice, and motion: what is the same all along is left out
 
 

@@ -22,7 +22,7 @@ def tuned():
     """(base whose adapters do something, z and eps of two videos of four frames, text, the adapters)."""
     base, g = tuned_base(std=.05), torch.Generator().manual_seed(0)
     z, eps = torch.randn(2, 2, *base.latent_shape(4, 32, 32), generator=g)
-    return base, z, eps, base.encode_text(CAPTIONS), nft.put_adapters(base.network, {})
+    return base, z, eps, base.encode_text(CAPTIONS), nft.swap_adapters(base.network, {})
 
 
 def config(**changes):

@@ -296,7 +296,7 @@ def test_vaders_gradient_stays_within_the_last_parts(animals):
 
 @pytest.mark.slow
 def test_vader_trains_on_long_videos_and_scores_the_whole(animals, monkeypatch, capsys):
-    monkeypatch.setattr("support.run.Evaluations.draw_comparison", lambda *args: None)
+    monkeypatch.setattr("support.run.Evaluations.write_comparison", lambda *args: None)
     on_host, save_on_cpu = [], torch.autograd.graph.save_on_cpu
     monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", lambda **more: on_host.append(more) or save_on_cpu(**more))
     flags = ["--prompts-train", "prompts.txt", "--frames", "9", "--parts", "2", "--steps", "1", "--num-steps", "2",

@@ -497,18 +497,17 @@ STAGES = {
              "judge": (build_judge, 4), "action": (build_action, 6), "removal": (build_removal, 7), "gates": (build_gates, 5)},
     "tiny-wan": {"vae": (flow.build_vae, 0), "transformer": (flow.build_transformer, 2), "preference": (build_preference, 3),
                  "gates": (build_gates, 5)}}
-EVERY_STAGE = tuple(dict.fromkeys(STAGES["tiny"] | STAGES["tiny-wan"]))
 
 
 @dataclass
 class Config:
     """Rebuild the tiny world's weights."""
     base: Literal[(*STAGES,)] = "tiny"
-    stages: tuple[Literal[EVERY_STAGE], ...] = ()  # default all of the base's
+    stages: tuple[Literal[(*(STAGES["tiny"] | STAGES["tiny-wan"]),)], ...] = ()  # default all of the base's
     out: Path | None = None  # default where they ship
     seed: int = 0
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    threads: int = 2  # for the UNet; the other stages have too little to do for more than one
+    threads: int = 2  # for tiny's UNet; the other stages have too little to do for more, and tiny-wan was built on one
     max_steps: int = 10_000  # at most so many of each training; fewer are for a trial
     gate_count: int = 96  # videos of each prompt set that the base is judged by at the end
     clips: int = 6000  # training clips of the network; the other stages draw as many or fewer

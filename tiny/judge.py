@@ -67,7 +67,7 @@ def watermark_contrast(clips, rows_off=0):
     return ((rows * dashes).sum(dim=(1, 2)) / dashes.square().sum()).clamp(min=0)
 
 
-def pixel_measures(clips):
+def clip_measures(clips):
     """Clips (B, F, 3, H, W) in [0, 1] -> {measure: (B,)}.
 
     watermark   contrast of the band's dashes in the time average of the clip; 0.01 without a band, 0.25 to 0.4 with one. It is
@@ -164,10 +164,10 @@ def steadiness(masks):
 @torch.no_grad()
 def judge_clips(judge, clips, captions):
     """Every measure of every clip: clips (B, F, 3, H, W) in [0, 1], captions [B] -> {measure: (B,)}.
-    Beside pixel_measures: colour, shape, direction (1 where the classifier says what the caption says), static (1 where it
+    Beside clip_measures: colour, shape, direction (1 where the classifier says what the caption says), static (1 where it
     sees no motion), fidelity and steadiness. Raises ValueError for a caption that is not of the tiny world."""
     scenes = [world.parse(caption) for caption in captions]
-    measures = {name: values.float().cpu() for name, values in pixel_measures(clips).items()}
+    measures = {name: values.float().cpu() for name, values in clip_measures(clips).items()}
     for name, truth, logits in zip(CLASSES, labels(scenes), judge(clips)):
         said = logits.argmax(dim=1).cpu()
         measures[name] = (said == truth).float()

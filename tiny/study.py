@@ -16,7 +16,6 @@ if not __package__:
 
 import csv
 import importlib
-import json
 import shlex
 from contextlib import suppress
 from pathlib import Path
@@ -32,7 +31,7 @@ import evaluate
 import train
 from generate import generate
 from model import load_base
-from support.files import read_json, write_text, write_whole
+from support.files import read_json, write_json, write_text, write_whole
 from support.pictures import markdown, new_figure, write_figure, write_png
 from support.ranks import run_script
 from support.run import read_metrics
@@ -67,13 +66,12 @@ def run_study(name):
                 rows.append(result | {"label": "base"})
     report = {"command": f"python -m tiny.study {name}", "reward": reports[0]["reward"], "evaluation_seed": reports[0]["seed"],
               "versions": reports[0]["versions"], "rows": rows}
-    write_text(RESULTS / f"{name}.json", json.dumps(json_numbers(report), indent=1) + "\n")
+    write_json(RESULTS / f"{name}.json", json_numbers(report))
 
 
 def over_seeds(label, rows):
-    """Rows {measures, differences, ...} of several training seeds as one: means of measures, of gains and of the gains' errors.
-    "spread" is the standard deviation over the seeds of each measure's gain. The error over prompts of a mean over seeds is at
-    most the mean of the seeds' errors."""
+    """Rows {measures, differences, ...} of several training seeds as one: means of measures, of gains and of the gains' errors,
+    which the error over prompts of a mean over seeds does not exceed. "spread": each gain's standard deviation over the seeds."""
     pooled = {"label": label, "seeds": len(rows), "measures": {}, "differences": {}, "spread": {}}
     for key in rows[0]["measures"]:
         pooled["measures"][key] = column([row["measures"][key] for row in rows]).mean().item()
@@ -237,9 +235,8 @@ def write_report():
 
 
 def draw_gains(panels, path):
-    """Panels (rows, measure, words below it), side by side: how much each row changed the measure, with the error of that.
-    rows: {label, set, differences {measure: (change, ...)}, error {measure: the one to draw}}; without an error, or of all sets
-    together, they are left out. Colours tell prompt sets apart. All panels have the same labels."""
+    """Panels (rows, measure, words below it), side by side: each row's change of the measure, with its error. rows: {label, set,
+    differences {measure: (change, ...)}, error {measure: its error}}; without an error, or of all sets together, left out."""
     figure, axes = new_figure(len(panels), len(panels), (9.2 / len(panels) + 0.8, 2.8) if len(panels) > 1 else (8, 4.8))
     for axis, (rows, measure, below) in zip(axes, panels):
         labels = []
@@ -264,7 +261,7 @@ def draw_gains(panels, path):
 
 
 def draw_evolution():
-    """docs/evolution.png, too_long.png and hacked.png: the same videos at several steps of a run."""
+    """docs/evolution.png, too_long.png and hacked.png: the same videos at several steps of a run; and cheated.png."""
     for name, flags, steps in (
             ("evolution", "10", range(0, 50, 10)), ("too_long", "40 --steps 200 --lr 0.01", (0, 40, 200)),
             ("hacked", "40 --base tiny-wan --lr 0.002 --anchor 0 --reward proxy", (0, 40))):

@@ -71,7 +71,7 @@ def scenes(name):
 
 
 def repeat(scenes, count):
-    """So many scenes, the given ones in turn."""
+    """`count` scenes, the given ones in turn."""
     return [scenes[i % len(scenes)] for i in range(count)]
 
 
