@@ -28,6 +28,9 @@ from support.videos import write_video  # noqa: E402
 from tiny import clips, world  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+ONCE = {"draft": [], "refl": [], "vader": [], "ddpo": ["--updates", "1"], "rwr": ["--rounds", "1", "--videos", "4"],
+        "dpo": ["--rounds", "1", "--pairs", "4"], "nft": ["--updates", "1", "--group", "2"],
+        "adjoint": ["--steps-learned", "1"]}  # short runs by each method: what it samples is learned from once
 JUDGED = {"watermark", "sharpness", "saturation", "noise", "colour", "shape", "direction", "static", "motion", "fidelity",
           "steadiness"}  # what the tiny world's judge measures
 torch.set_num_threads(1)
@@ -197,6 +200,11 @@ randn32 = partial(randn, dtype=torch.float32)
 def assert_near(ours, theirs, share=1e-4):
     """Equal but for rounding, of the largest value."""
     torch.testing.assert_close(ours, theirs, rtol=0, atol=share * theirs.abs().max().item())
+
+
+def apart(a, b):
+    """How far, as a share of b; not a number where both are 0."""
+    return ((a - b).norm() / b.norm()).item()
 
 
 def built(make, seed=0):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_nearly_same_run, assert_same_run, docs_example, metrics, randn32, refused, seeded, write_noise
+from conftest import ONCE, assert_nearly_same_run, assert_same_run, docs_example, metrics, randn32, refused, seeded, write_noise
 from test_ranks import two_ranks
 
 import sampler
@@ -26,10 +26,7 @@ SMALL = ["--size", "32", "--num-steps", "4", "--batch-size", "2", "--reward-weig
          "--eval-every", "0", "--save-every", "1"]
 ON_CLIPS = ["--data", "clips.txt", "--workers", "0"]
 ON_PROMPTS = ["--prompts-train", "prompts.txt"]
-METHODS = [("draft", []), ("refl", []), ("vader", ["--reward", "hpsv2"]), ("ddpo", ["--updates", "1"]),
-           ("rwr", ["--rounds", "1", "--videos", "4"]), ("nft", ["--updates", "1", "--group", "2"]),
-           ("adjoint", ["--steps-learned", "1"]), ("dpo", ["--rounds", "1", "--pairs", "4"]), ("onestep", ON_CLIPS),
-           ("rwr", ON_CLIPS)]
+METHODS = [*(ONCE | {"vader": ["--reward", "hpsv2"]}).items(), ("onestep", ON_CLIPS), ("rwr", ON_CLIPS)]
 
 
 def run_base(base, *flags, method=train):

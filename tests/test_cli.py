@@ -97,17 +97,6 @@ def test_generating_is_the_whole_chain_from_the_videos_own_noise_in_any_batch():
         torch.testing.assert_close([z_0 for _, z_0 in made], by_hand, atol=1e-5 * (batch_size > 1), rtol=0)
 
 
-def test_prompts_from_a_file_and_seeds_in_order():
-    text = "\ufeff# shapes\na red ring moving up\n\n  a red cross moving down \n  #a blue one\n"
-    Path("prompts.txt").write_text(text, encoding="utf-8")
-    made = make("videos", "--prompts", "prompts.txt", "--frames", 2)
-    assert list(made) == ["0000-a-red-ring-moving-up.mp4", "0001-a-red-cross-moving-down.mp4"]
-    # Video 1 of seed 0 has the noise of video 0 of seed 1.
-    [alone] = make("alone", "--prompt", "a red cross moving down", "--seed", 1, "--frames", 2).values()
-    first, second = made.values()
-    assert np.array_equal(alone, second) and not np.array_equal(alone, first)
-
-
 def test_a_lora_and_its_scale(adapter):
     def video(*argv):
         [pixels] = make(f"videos-{len(list(Path().iterdir()))}", "--prompt", PROMPT, "--frames", 2, *argv).values()
@@ -334,7 +323,7 @@ def test_wrong_values(argv, message, bad_files, monkeypatch):
     ("train.py", "--steps many", "invalid"),
     ("generate.py", "--prompt red --base random:32 --lora lora.safetensors", "lora.safetensors: "),
     ("generate.py", "--prompt red --lora file", "file: expected"), ("evaluate.py", "--device meta", "device 'meta'"),
-    ("evaluate.py", "--watch diversity --count 2", "watch diversity: needs several")])
+    ("evaluate.py", "--watch diversity --count 2", "watch diversity: needs several videos of a prompt")])
 def test_a_wrong_value_ends_a_script_with_a_line_and_leaves_nothing(name, argv, message, bad_files, monkeypatch, capfd):
     """Status 2, and not a file or folder more than before."""
     monkeypatch.chdir(bad_files)

@@ -124,7 +124,8 @@ def test_csv_and_jsonl_say_the_same(tmp_path):
 
 def test_prompts_end_with_their_line_and_nothing_else(tmp_path):
     path = tmp_path / "prompts.txt"
-    text = "a red ball\u2028rolls\r\n#a comment\nwait\x85 what\n\n \\#1 fan \none\x0cpage\rtwo\n1.mp4|||a cat|||16\n2.mp4|||\\#2"
+    text = ("\ufeff# balls\na red ball\u2028rolls\r\n  #a comment\nwait\x85 what\n\n \\#1 fan \none\x0cpage\rtwo\n"
+            "1.mp4|||a cat|||16\n2.mp4|||\\#2")
     path.write_bytes(text.encode())
     prompts = ["a red ball\u2028rolls", "wait\x85 what", "#1 fan", "one\x0cpage\rtwo", "a cat", "#2"]
     assert read_prompts(path) == prompts

@@ -69,9 +69,8 @@ def test_a_step_saves_calls_and_the_fewer_the_nearer_is_its_gradient(parts, step
     assert .7 < two < .99999 and six < two
 
 
-def test_a_whole_run_in_parts_and_with_little_memory_serves_from_the_cache(short_clips, monkeypatch, tmp_path):
+def test_a_whole_run_in_parts_and_with_little_memory_serves_from_the_cache(short_clips, aside, monkeypatch):
     """Two clips one by one, each with three calls without gradient, of which the second is served; the last call runs twice."""
-    monkeypatch.chdir(tmp_path)
     calls, real = [], train.load_base
 
     def watched(*args):

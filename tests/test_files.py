@@ -184,7 +184,6 @@ def test_autoencoder_folder_as_diffusers_saves_it(tmp_path):
 
 # ----------------------------------------------------- Text tower -----------------------------------------------------
 
-
 CAPTIONS = ["a bear", "two"]
 
 

@@ -16,7 +16,7 @@ import model
 from formats import adapters, tensor_names as names
 from formats.tensors import fingerprint
 from lora import LoRALinear, adapter_state, inject, layers, load, merge, save, set_scale, unmerge
-from tests.conftest import contents, docs_example, refused, seeded, write_file
+from tests.conftest import apart, contents, docs_example, refused, seeded, write_file
 
 # ModelScopeT2V's structure, small. Eight heads in the first temporal transformer, as diffusers has them.
 CONFIG = model.UNetConfig(channels=(32, 64), blocks_per_level=1, attention_levels=(True, False), context_dim=32, head_dim=8,
@@ -49,10 +49,6 @@ def run(module, dtype=torch.float32):
     text = torch.randn(2, 5, CONFIG.context_dim, generator=seeded(3), dtype=torch.float64).to(dtype)
     eps = module(z_t, torch.tensor([1, 951]), text)
     return eps if torch.is_tensor(eps) else eps.sample
-
-
-def difference(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 def test_the_papers_counts_and_the_official_names():
@@ -142,13 +138,13 @@ def test_inject_refuses():
 def test_merge_and_back(dtype, tolerance):
     unet = trained_unet(alpha=2, dtype=dtype)
     state = {k: v.clone() for k, v in unet.state_dict().items()}
-    apart = run(unet, dtype).detach()  # with gradient: without, float32 layers fold A and B into W anyway
+    unmerged = run(unet, dtype).detach()  # with gradient: without, float32 layers fold A and B into W anyway
     with torch.no_grad():
         merge(unet)
         merge(unet)
         assert list(unet.state_dict()) == list(state)
         merged = run(unet, dtype)
-        assert not torch.equal(merged, apart) and difference(merged, apart) < tolerance
+        assert not torch.equal(merged, unmerged) and apart(merged, unmerged) < tolerance
         for layer in layers(unet).values():
             layer.lora_A.zero_()
         assert torch.equal(run(unet, dtype), merged), "merged layers do not look at A and B"
@@ -180,10 +176,10 @@ def test_scale():
         half = run(unet)
         assert not torch.allclose(half, one)
         merge(unet)
-        assert difference(run(unet), half) < 1e-5
+        assert apart(run(unet), half) < 1e-5
         set_scale(unet, 1)
         merged = run(unet)
-        assert difference(merged, one) < 1e-5 and all(m.base_weight is not None for m in layers(unet).values()), "stays merged"
+        assert apart(merged, one) < 1e-5 and all(m.base_weight is not None for m in layers(unet).values()), "stays merged"
 
 
 # ----------------------------------------------------- Precision ------------------------------------------------------
@@ -332,9 +328,8 @@ def base_folder(folder, unet=None):
 
 
 @torch.no_grad()
-def test_the_lines_of_the_docs_put_an_adapter_onto_diffusers_unet(tmp_path, monkeypatch, capsys):
+def test_the_lines_of_the_docs_put_an_adapter_onto_diffusers_unet(tmp_path, aside, capsys):
     """docs/formats.md, as it stands; only the base and the folder are those of this test."""
-    monkeypatch.chdir(tmp_path)
     unet = trained_unet(alpha=6)
     save(unet, tmp_path / "lora.safetensors")
     adapters.export(tmp_path / "lora.safetensors", "peft", tmp_path / "out" / "peft")
@@ -345,7 +340,7 @@ def test_the_lines_of_the_docs_put_an_adapter_onto_diffusers_unet(tmp_path, monk
     here = {}
     exec(lines.replace("ali-vilab/text-to-video-ms-1.7b", "model"), here)
     assert type(here["unet"]).__name__ == "UNet3DConditionModel"
-    assert difference(run(here["unet"]), run(tiny_unet())) > 0.1 and difference(run(here["unet"]), run(unet)) < 1e-5
+    assert apart(run(here["unet"]), run(tiny_unet())) > 0.1 and apart(run(here["unet"]), run(unet)) < 1e-5
 
     save(unet, tmp_path / "tiny.safetensors", base="tiny")
     adapters.export(tmp_path / "tiny.safetensors", "peft", tmp_path / "tiny")
@@ -361,8 +356,8 @@ def test_adapters_that_peft_trained(tmp_path):
                                                                     target_modules=["to_q", "to_k", "to_v", "to_out.0"])).eval()
     theirs.save_pretrained(tmp_path / "peft")
     load(unet := tiny_unet(), tmp_path / "peft")
-    assert difference(run(unet), run(tiny_unet())) > 0.01
-    assert difference(run(unet), run(theirs)) < 1e-5
+    assert apart(run(unet), run(tiny_unet())) > 0.01
+    assert apart(run(unet), run(theirs)) < 1e-5
 
     # Every field that PEFT has: plain LoRA is read, and what means another base or another layer is refused by name.
     file = tmp_path / "peft/adapter_config.json"
@@ -398,8 +393,8 @@ def test_export_to_diffusers(tmp_path):
     adapters.export(tmp_path / "lora.safetensors", "diffusers", tmp_path / "merged", base=tmp_path)
     theirs, info = UNet3DConditionModel.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(info.values()), info
-    assert difference(run(theirs.eval()), run(unet)) < 1e-5
-    assert difference(run(model.load_unet(tmp_path / "merged")), run(unet)) < 1e-5
+    assert apart(run(theirs.eval()), run(unet)) < 1e-5
+    assert apart(run(model.load_unet(tmp_path / "merged")), run(unet)) < 1e-5
 
 
 @torch.no_grad()
@@ -421,16 +416,16 @@ def test_export_to_the_official_code(tmp_path):
 
     # The file splits into base and adapters, here and in `export`.
     load(both := model.load_unet(path, CONFIG), path)
-    assert difference(run(both), run(unet)) < 1e-5
+    assert apart(run(both), run(unet)) < 1e-5
     adapters.export(path, "diffusers", tmp_path / "merged", config=CONFIG)
-    assert difference(run(model.load_unet(tmp_path / "merged")), run(unet)) < 1e-5
+    assert apart(run(model.load_unet(tmp_path / "merged")), run(unet)) < 1e-5
 
     # Without a base: the adapters alone.
     adapters.export(tmp_path / "lora.safetensors", "official", tmp_path / "alone.pth", config=CONFIG)
     alone = torch.load(tmp_path / "alone.pth", weights_only=True)["state_dict"]
     assert all(names.LORA_TENSOR.search(k) for k in alone) and len(alone) == len(adapter_state(unet))
     load(fresh := tiny_unet(), tmp_path / "alone.pth")
-    assert difference(run(fresh), run(unet)) < 1e-5
+    assert apart(run(fresh), run(unet)) < 1e-5
 
 
 # -------------------------------------------------- The command line --------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CAPTIONS, ROOT, assert_same_run, docs_example, gradient, inputs, metrics, refused, write_footage
+from conftest import CAPTIONS, ONCE, ROOT, apart, assert_same_run, docs_example, gradient, inputs, metrics, refused, write_footage
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 from test_ranks import two_ranks
@@ -31,7 +31,6 @@ METHODS = {"draft": draft, "refl": refl, "vader": vader, "ddpo": ddpo, "rwr": rw
 SHORT = ["--device", "cpu", "--batch-size", "2", "--num-steps", "2", "--frames", "4", "--segments", "2", "--eval-every", "0"]
 MORE = {"ddpo": ["--updates", "2"], "rwr": ["--rounds", "2", "--videos", "4"], "dpo": ["--rounds", "2", "--pairs", "2"],
         "nft": ["--updates", "2", "--group", "2"], "adjoint": ["--steps-learned", "1"]}
-ONCE = {"ddpo": ["--updates", "1"], "rwr": ["--rounds", "1"], "dpo": ["--rounds", "1"], "nft": ["--updates", "1"]}
 pytestmark = pytest.mark.usefixtures("aside")
 KEYS = [(0, 0, 0, "chain"), (0, 0, 1, "chain")]  # of the fresh noise of two videos
 
@@ -52,10 +51,6 @@ def config(module, **changes):
 def of(module, cfg, base, reward):
     """The method as train.train takes it, with this folder for what it keeps."""
     return module.method(cfg, base, reward, Path())
-
-
-def apart(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 # ------------------------------------------------ The stochastic step ------------------------------------------------
@@ -545,7 +540,7 @@ def test_a_mix_with_a_video_reward_trains_by_every_method(name):
     """Image rewards see the method's own frames, video rewards whole clips in order; both are logged beside their sum."""
     Path("mine.py").write_text("red = lambda frames, captions: frames[:, :, 0].mean((2, 3))\n"
                                "last = lambda frames, captions: frames[:, -1:].mean((2, 3, 4))\nlast.num_frames = 4\n")
-    flags = [*SHORT, *MORE.get(name, []), *ONCE.get(name, []), "--steps", 1, "--reward", "mine.py:red"]
+    flags = [*SHORT, *ONCE[name], "--steps", 1, "--reward", "mine.py:red"]
     assert run(name, *flags, "--reward", "mine.py:last=10", "--out", "mixed") == 0
     mixed, = metrics("mixed")
     assert mixed["reward"] > 2  # red alone is at most 1
@@ -753,8 +748,7 @@ def test_an_evaluation_before_and_after(plain, capsys):
 @pytest.mark.parametrize("name", METHODS)
 def test_the_modelscope_preset_on_a_reduced_structure(name, capsys):
     Path("prompts.txt").write_text("a cat walking\na dog running\n")
-    more = {"ddpo": ["--updates", 1], "rwr": ["--rounds", 1, "--videos", 2], "dpo": ["--pairs", 2]}.get(name, MORE.get(name, []))
-    flags = ["--base", "random:32", "--reward-weights", "random:32", *SHORT, "--size", 32, *more, "--steps", 1, "--out", "run"]
+    flags = ["--base", "random:32", "--reward-weights", "random:32", *SHORT, *ONCE[name], "--size", 32, "--steps", 1]
     refused("no prompts to train on: --prompts-train FILE must name some", run, name, "modelscope", *flags)
     if name in ("draft", "dpo"):  # the others differ in nothing that matters here
         assert run(name, "modelscope", *flags, "--prompts-train", "prompts.txt") == 0

@@ -154,7 +154,6 @@ def test_autoencoder_matches_diffusers(config, N, H, W):
 
 # ---- The text tower against transformers' CLIPTextModel and an open_clip CLIP ----------------------------
 
-
 CAPTIONS = ["a bear", "", "a very long caption, cut"]
 
 
@@ -333,7 +332,6 @@ def test_full_size_text_tower_is_vit_h_14_less_a_block():
     assert shapes(ours) == {k: clip[k].shape for k in ours}
     left_out = {k for k in clip.keys() - ours.keys() if not k.startswith("visual.")}
     assert {k for k in left_out if not k.startswith("transformer.resblocks.23.")} == {"text_projection", "logit_scale"}
-
 
 
 def test_configs_of_diffusers_own_classes():

@@ -3,26 +3,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_run, gradient, metrics, refused, tuned_base
+from conftest import apart, assert_same_run, gradient, inputs, metrics, refused
 
 import sampler
 import train
 from methods import onestep
-from reward import load_reward
 
-CAPTIONS = ["a red circle moving left", "a green square moving up", "a blue circle moving right"]
 SHORT = ["--device", "cpu", "--batch-size", "2", "--frames", "4", "--num-steps", "4", "--eval-every", "0",
          "--lr", "1e-3", "--warmup", "0"]
 pytestmark = pytest.mark.usefixtures("aside", "short_clips")
-
-
-@pytest.fixture(scope="module")
-def parts():
-    """(base whose adapters do something, reward, a batch of three clips but for their chain steps)."""
-    base, g = tuned_base(std=.05), torch.Generator().manual_seed(0)
-    z, eps = torch.randn(2, 3, *base.latent_shape(4, 32, 32), generator=g)
-    batch = [z, eps, base.encode_text(CAPTIONS), torch.tensor([[0, 2], [1, 3], [0, 3]]), CAPTIONS]
-    return base, load_reward(base_folder=base.folder), batch
 
 
 def config(**changes):
@@ -30,44 +19,44 @@ def config(**changes):
 
 
 def rewards(parts, steps, cfg, rows=slice(None)):
-    base, reward, batch = parts
-    part = [item[rows] for item in (*batch, steps)]
-    return onestep.onestep_rewards(base, reward, base.unconditional(), part, cfg)[0]
+    base, reward, uncond = parts
+    z, *others = inputs(base)
+    part = [item[rows] for item in (z, inputs(base, 1)[0], *others, steps)]
+    return onestep.onestep_rewards(base, reward, uncond, part, cfg)[0]
 
 
 def test_each_clip_has_a_noise_level_of_its_own(parts):
-    steps, cfg = [2, 11, 19], config()
+    steps, cfg = [2, 11], config()
     together = rewards(parts, steps, cfg)
-    alone = torch.cat([rewards(parts, steps, cfg, slice(b, b + 1)) for b in range(3)])
+    alone = torch.cat([rewards(parts, steps, cfg, slice(b, b + 1)) for b in range(2)])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
-    whole, by_clip = gradient(parts[0], together), gradient(parts[0], alone)
-    assert (whole - by_clip).norm() < 1e-3 * whole.norm() and whole.norm() > 0
-    assert (together - rewards(parts, [2, 2, 2], cfg))[1:].abs().min() > 1e-4  # and it matters which
+    assert apart(gradient(parts[0], together), gradient(parts[0], alone)) < 1e-3
+    assert (together - rewards(parts, [2, 2], cfg))[1].abs() > 1e-4  # and it matters which
 
 
 def test_from_the_last_chain_step_it_is_the_edit_but_for_the_noise_that_an_edit_leaves(parts):
     """An edit of tau D = 1 makes the same call, and mixes its z_0 with the last noise: abar[0] is .99915, not 1."""
-    base, reward, (z, eps, text, g, captions) = parts
+    base, reward, uncond = parts
+    (z, text, g, captions), (eps, *_) = inputs(base), inputs(base, 1)
     levels, seen = base.levels(20), []
 
     def predict(*args):
         seen.append(base.predict(*args))
         return seen[-1]
-    end = sampler.edit(predict, z, eps, text, base.unconditional(), levels, tau=.05, guidance=1.)
+    end = sampler.edit(predict, z, eps, text, uncond, levels, tau=.05, guidance=1.)
     z_0, guess = seen[0]
     torch.testing.assert_close(levels.alpha[0] * z_0 + levels.sigma[0] * guess, end, rtol=0, atol=1e-6)
     by_hand, _ = train.video_rewards(base, reward, z_0, g, captions, config())
-    ours = rewards(parts, [1, 1, 1], config(guidance=1.))
+    ours = rewards(parts, [1, 1], config(guidance=1.))
     torch.testing.assert_close(ours, by_hand, rtol=0, atol=1e-5)
-    of_ours, of_hand = gradient(base, ours), gradient(base, by_hand)
-    assert (of_ours - of_hand).norm() < 1e-3 * of_ours.norm()
+    assert apart(gradient(base, ours), gradient(base, by_hand)) < 1e-3
 
 
-@pytest.mark.parametrize("guidance, rows", [(2., 6), (1., 3)])
+@pytest.mark.parametrize("guidance, rows", [(2., 4), (1., 2)])
 def test_one_call_and_without_guidance_one_branch(parts, guidance, rows):
     base, seen = parts[0], []
     hook = base.network.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    rewards(parts, [5, 6, 7], config(guidance=guidance))
+    rewards(parts, [5, 6], config(guidance=guidance))
     hook.remove()
     assert seen == [rows]
 

@@ -576,7 +576,8 @@ def test_what_settings_name(aside):
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"reward": ("hpsv2=x",)}, "reward 'hpsv2=x': the weight after = must be a finite number other than 0"),
-    ({"reward": ("hpsv2=nan",)}, "the weight after ="), ({"watch": ("clip",)}, "or a reward 'clip': must be one of"),
+    ({"reward": ("hpsv2=nan",)}, "the weight after ="), ({"reward": ("motion",)}, "reward 'motion': must be one of hpsv2"),
+    ({"watch": ("clip",)}, "or a reward 'clip': must be one of"),
     ({"reward": ("hpsv2", "vjepa"), "reward_weights": ("random",)}, "reward_weights 'random': must be NAME=PATH, with one of "),
     ({"reward": ("action:left",), "frames": 8}, "frames = 8: action sees 16 frames of a clip, in order; it must have as many"),
     ({"reward": ("hpsv2", "hpsv2")}, "rewards hpsv2, hpsv2: each must be named once"),

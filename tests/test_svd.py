@@ -151,7 +151,6 @@ def test_a_few_frames_and_their_gradient_are_decoded_with_their_neighbours(base,
     assert [bool(frame.any()) for frame in z.grad[0].unbind(1)] == [True] * 5 + [False]
 
 
-
 def test_layers_that_can_learn_nothing_have_no_adapters(told, capsys):
     text, noise = told
     made = load_base("random-svd")

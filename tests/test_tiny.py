@@ -50,20 +50,14 @@ def bow_tie(x, y):
     return (.5 - (torch.maximum(x.abs(), y.abs()) - half * (.67 + .33 * sag))).clamp(0, 1)
 
 
-@pytest.mark.parametrize("shape, faulty, at_most", [
-    ("square", bow_tie, .85), ("ring", lambda x, y: world.mask("circle", x, y, 1.05 * RADIUS), .85)])
-def test_a_shape_drawn_badly_has_a_lower_fidelity_than_the_shape(shape, faulty, at_most):
-    x, y = grid(15.3, 16.8)
-    assert fidelity(drawn(shape, x, y), shape) > .97
-    assert fidelity(faulty(x, y), shape) < at_most
-
-
-def test_every_shape_fits_its_own_name_best():
+def test_every_shape_fits_its_own_name_best_and_drawn_badly_less():
     x, y = grid(17.1, 14.6)
     found = {(a, b): fidelity(drawn(a, x, y), b) for a in world.SHAPES for b in world.SHAPES}
     for a in world.SHAPES:
-        assert found[a, a] > .96
+        assert found[a, a] > .97
         assert max(found[a, b] for b in world.SHAPES if b != a) < .88
+    assert fidelity(bow_tie(x, y), "square") < .85
+    assert fidelity(world.mask("circle", x, y, 1.05 * RADIUS), "ring") < .85
 
 
 @pytest.mark.parametrize("shape", judge.SHAPES)

@@ -7,7 +7,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import pytest
 import torch
-from conftest import JUDGED, assert_same_run, metrics
+from conftest import JUDGED, ONCE, assert_same_run, metrics
 
 import evaluate
 import explain
@@ -100,8 +100,7 @@ FLAGS = ["--base", "tiny-wan", "--num-steps", "5", "--batch-size", "2", "--devic
 
 
 @pytest.fixture
-def few(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
+def few(aside, monkeypatch):
     monkeypatch.setattr(clips, "COUNT", 2)
 
 
@@ -130,10 +129,7 @@ def test_it_goes_on_bit_for_bit_and_the_scripts_read_its_adapter(few):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, flags", [
-    ("draft", []), ("refl", []), ("vader", []), ("ddpo", ["--updates", "1"]), ("rwr", ["--rounds", "1", "--videos", "4"]),
-    ("nft", ["--updates", "1", "--group", "2"]), ("adjoint", ["--steps-learned", "1"]),
-    ("dpo", ["--rounds", "1", "--pairs", "4"]), ("onestep", [])])
+@pytest.mark.parametrize("name, flags", [*ONCE.items(), ("onestep", [])])
 def test_every_method_trains_three_steps(few, name, flags):
     module = importlib.import_module(f"methods.{name}")
     assert train.main([*FLAGS, "--eval-every", "0", "--steps", "3", *flags, "--out", name], module) == 0

@@ -18,7 +18,7 @@ import imageio.v3 as iio
 import pytest
 import torch
 import tyro
-from conftest import JUDGED, assert_same_run, listing, metrics, refused, run, same_tensors, tuned_base, write_footage
+from conftest import JUDGED, assert_same_run, gradient, listing, metrics, refused, run, same_tensors, tuned_base, write_footage
 from safetensors.torch import load_file
 
 import lora
@@ -130,9 +130,6 @@ def test_the_anchor_takes_off_the_distance_to_the_base(parts, monkeypatch):
     def score(batch):
         return train.edit_rewards(base, reward, base.encode_text([""]), batch, CFG)
 
-    def gradient(R):
-        return torch.cat([grad.flatten() for grad in torch.autograd.grad(R.sum(), lora.parameters(base.network))])
-
     R, plain_log = score(batch)
     inputs = next(inputs for with_gradient, inputs in calls if with_gradient)
     lora.set_scale(base.network, 0.)
@@ -141,23 +138,22 @@ def test_the_anchor_takes_off_the_distance_to_the_base(parts, monkeypatch):
     lora.set_scale(base.network, 1.)
     square = (predict(*inputs)[1] - base_eps).square()                                   # (2B, C, F, h, w)
     distance = (square[:2].mean((1, 2, 3, 4)) + square[2:].mean((1, 2, 3, 4))) / 2       # (B,)
-    expected = gradient(R - 3. * distance)
+    expected = gradient(base, R - 3. * distance)
 
     count = len(calls)
     anchored = lora.anchored(base, score, 3.)
     found, logged = anchored(batch)
     assert len(calls) == 2 * count + 1  # the same calls, and one more
     torch.testing.assert_close(found, R - 3. * distance)
-    torch.testing.assert_close(gradient(found), expected, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(gradient(base, found), expected, rtol=1e-4, atol=1e-9)
     assert logged.keys() == plain_log.keys() | {"distance"} and (logged["distance"] > 0).all()
     assert {layer.strength for layer in lora.layers(base.network).values()} == {1.}
     last_clip = train.split_batch(batch, 1)[1]
     torch.testing.assert_close(anchored(last_clip)[0], found[1:])  # nothing is left from the batch before
 
 
-def test_an_anchored_run_stays_nearer(plain, short_clips, aside):
-    flags = ["--device", "cpu", "--frames", 4, "--segments", 2, "--batch-size", 1, "--num-steps", 2, "--tau", 1, "--lr", ".02",
-             "--warmup", 0, "--eval-every", 0, "--steps", 3]
+def test_an_anchored_run_stays_nearer(plain):
+    flags = [*SHORT, "--batch-size", 1, "--lr", ".02", "--warmup", 0, "--eval-every", 0, "--steps", 3]
     for anchor in (1e-9, 1e3):
         assert run(*flags, "--anchor", anchor, "--out", f"run{anchor}") == 0
     loose, tight = ([line["distance"] for line in metrics(f"run{anchor}")] for anchor in (1e-9, 1e3))
@@ -481,8 +477,8 @@ def test_what_changes_numbers_by_rounding_at_most_may_change(whole):
     assert all((x[k] - y[k]).abs().max() < 1e-3 for k in y)  # AdamW divides by the gradient's size, rounding too
 
 
-def test_the_settings_of_an_earlier_version(whole):
-    """What came later takes its default; what is not known any more, or of another type, is refused."""
+def test_the_settings_of_an_earlier_version(whole, capsys):
+    """What came later takes its default, or 0 for an anchor; what is not known any more, or of another type, is refused."""
     config = json.loads((whole[0] / "config.json").read_text())
     Path("run").mkdir()
     del config["compile"]
@@ -493,6 +489,15 @@ def test_the_settings_of_an_earlier_version(whole):
         Path("run/config.json").write_text(json.dumps(config | other))
         refused(message, parse, ["--resume", "run"])
 
+    record = settings.to_record(train.PRESETS["tiny-wan"])
+    assert record.pop("anchor") == .02
+    Path("run/config.json").write_text(json.dumps(record | {"early_stop": False, "keep": 3, "watch": ["motion"]}))
+    known = settings.read_settings(Path("run"), train.PRESETS)
+    assert known == record | {"anchor": 0, "watch": ["motion"]}
+    assert "run/config.json: early_stop, keep: no longer settings, left out" in capsys.readouterr().out
+    Path("run").rename("watch")  # a folder's name is no flag
+    assert parse(["--resume", "watch"]).watch == ("motion",)
+
 
 def assert_survives(flags, presets=train.PRESETS):
     """Settings are what they were when they are read back from config.json. Returns them."""
@@ -501,18 +506,6 @@ def assert_survives(flags, presets=train.PRESETS):
     Path("run/config.json").write_text(json.dumps(settings.to_record(cfg)))
     assert settings.parse(["--resume", "run"], presets, "") == replace(cfg, resume=Path("run"))
     return cfg
-
-
-def test_a_run_of_an_earlier_version_goes_on_without_an_anchor(aside, capsys):
-    record = settings.to_record(train.PRESETS["tiny-wan"])
-    assert record.pop("anchor") == .02
-    Path("run").mkdir()
-    Path("run/config.json").write_text(json.dumps(record | {"early_stop": False, "keep": 3, "watch": ["motion"]}))
-    known = settings.read_settings(Path("run"), train.PRESETS)
-    assert known == record | {"anchor": 0, "watch": ["motion"]}
-    assert "run/config.json: early_stop, keep: no longer settings, left out" in capsys.readouterr().out
-    Path("run").rename("watch")  # a folder's name is no flag
-    assert parse(["--resume", "watch"]).watch == ("motion",)
 
 
 def test_settings_survive_config_json():

@@ -211,7 +211,6 @@ def test_a_file_that_lacks_a_part_is_refused(base, tmp_path, lost, message):
     refused(message, load_base, str(tmp_path))
 
 
-
 @torch.no_grad()
 def test_vaders_released_adapters_load(base, tmp_path):
     tuned = adapted(fresh(), rank=2, letters="qkv")
@@ -246,9 +245,8 @@ def test_adapters_of_three_projections_go_out_and_come_back(base, tmp_path):
 
 
 @torch.no_grad()
-def test_the_lines_of_the_docs_put_an_adapter_onto_diffusers_unet(base, tmp_path, monkeypatch):
+def test_the_lines_of_the_docs_put_an_adapter_onto_diffusers_unet(base, aside):
     """docs/bases.md, as it stands, but for the class that the port's config names."""
-    monkeypatch.chdir(tmp_path)
     tuned = adapted(fresh())
     lora.save(tuned.network, "lora.safetensors")
     adapters.export("lora.safetensors", "peft", "out/peft")
