@@ -226,7 +226,7 @@ def measure_peak(forward, modules):
     return {kind: num_bytes / GIB for kind, num_bytes in peak.items()}
 
 
-def of_step(base, reward):
+def in_memory(base, reward):
     """What is in memory in a step."""
     return [base.network, getattr(base.vae, "decoder", base.vae), reward]
 
@@ -245,7 +245,7 @@ def count_memory(base, reward, cfg, clips_at_once=(1, 2, 4, 8)):
         for clips in clips_at_once:
             batch = synthetic_batch(base, cfg, clips)
             score = partial(train.edit_rewards, base, reward, base.unconditional(batch[2]), batch, settings)
-            peaks[memory_setting][clips] = measure_peak(lambda: score()[0], of_step(base, reward))  # noqa: B023
+            peaks[memory_setting][clips] = measure_peak(lambda: score()[0], in_memory(base, reward))  # noqa: B023
     return peaks
 
 
@@ -300,7 +300,7 @@ def peak_of_method(name, settings, base, reward, folder):
     with ReadAsZero():
         method = open_method(name, replace(settings, num_steps=fewest, tau=1.), base, reward, folder)
         entry = train.split_batch(method.draw(0), 1)[0]
-        peaks = [measure_peak(call, of_step(base, reward)) for call in (lambda: method.draw(0), lambda: method.score(entry)[0])]
+        peaks = [measure_peak(call, in_memory(base, reward)) for call in (lambda: method.draw(0), lambda: method.score(entry)[0])]
     return max(peaks, key=lambda peak: peak["total"])
 
 

@@ -628,7 +628,7 @@ def load_text_encoder(path, tokenizer=None, dtype=torch.float32):
     context_length, heads = len(tensors["positional_embedding"]), max(1, width // 64)
     built = dict(hidden_act="gelu", quick_gelu=False, layer_norm_eps=1e-5,
                  num_attention_heads=heads, num_hidden_layers=layers)
-    read_config(path, lambda c: names.expect(c, built))  # transformers' config.json or open_clip's
+    read_config(path, lambda c: names.check_fields(c, built))  # transformers' config.json or open_clip's
     config = TextConfig(vocab_size, context_length, width, heads, layers)
     if (Path(path) / "words.txt").is_file():  # of a small tower with words of its own
         tokenizer = read_words(Path(path) / "words.txt", vars(config))

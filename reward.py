@@ -37,7 +37,7 @@ import torch.nn.functional as F_
 
 from formats import reward_model as published
 from formats.known_rewards import HPS_FILES, find_reward, requested_rewards, split_reward
-from formats.reward_model import RewardModel, expect_clip_config, frames_of, load_clip
+from formats.reward_model import RewardModel, check_clip_config, frames_of, load_clip
 from formats.tensors import read_config
 from formats.word_tokenizer import read_words
 from support.tables import pixel_names
@@ -211,7 +211,7 @@ def load_reward(reward="hpsv2", weights=None, base_folder=None, dtype=torch.floa
     is_own = name.endswith(".py")
     path = Path(name) if is_own else find_reward(name, weights, base_folder)  # None: untrained
     if path and (path / "words.txt").is_file():  # a small CLIP with words of its own
-        config = read_config(path / "config.json", expect_clip_config)
+        config = read_config(path / "config.json", check_clip_config)
         words = read_words(path / "words.txt", config["text_cfg"])
         clip = load_clip(path, config, dtype, device)
         version = "proxy" if name == "proxy" else "tiny"

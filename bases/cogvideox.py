@@ -170,8 +170,8 @@ class CogVideoX(DiffusersBase):
 def load(base, folder, vae, text_encoder, dtype, device):
     """Of a diffusers folder, as CogVideoXPipeline.save_pretrained writes it. See model.load_base. A base without text tower
     loads."""
-    expect(folder / "transformer/config.json", NETWORK)
-    schedule = expect(folder / "scheduler/scheduler_config.json", SCHEDULE)
+    read_checked(folder / "transformer/config.json", NETWORK)
+    schedule = read_checked(folder / "scheduler/scheduler_config.json", SCHEDULE)
     betas = {name: schedule[name] for name in ("beta_start", "beta_end") if name in schedule}
     alpha_bar = signal_power(schedule.get("snr_shift_scale", SNR_SHIFT), **betas)
     folders = find_folders(base, folder, vae, text_encoder)
@@ -179,7 +179,7 @@ def load(base, folder, vae, text_encoder, dtype, device):
     return CogVideoX(*parts, name=base, folder=folder, alpha_bar=alpha_bar)
 
 
-def expect(path, settings):
+def read_checked(path, settings):
     """What a config file says; empty if there is none. ValueError where it says otherwise than the settings, or nothing."""
     config = read_json(path) if path.is_file() else settings
     for name, value in settings.items():

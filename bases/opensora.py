@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bases.diffusers_base import DiffusersBase
 from bases.t5 import ReadsT5, load_tower, random_tower
-from formats.tensor_names import expect, vae_from_diffusers, vae_to_diffusers
+from formats.tensor_names import check_fields, vae_from_diffusers, vae_to_diffusers
 from formats.tensors import build_empty, fingerprint, load_strict, read_config, read_tensors
 from formats.weights import HUB_BASES, find_base, find_part
 from model import Autoencoder, VAEConfig, time_features
@@ -139,7 +139,7 @@ class STDiT3(nn.Module):
     def __init__(self, hidden_size=1152, depth=28, num_heads=16, caption_channels=4096, model_max_length=300, input_sq_size=512,
                  **others):  # all as config.json has them
         super().__init__()
-        expect(others, dict(in_channels=CHANNELS, patch_size=[1, 2, 2], mlp_ratio=4., pred_sigma=True, qk_norm=True))
+        check_fields(others, dict(in_channels=CHANNELS, patch_size=[1, 2, 2], mlp_ratio=4., pred_sigma=True, qk_norm=True))
         E, C, heads = hidden_size, CHANNELS, num_heads
         self.input_sq_size, self.recompute = input_sq_size, False
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv3d(C, E, (1, 2, 2), (1, 2, 2))})
@@ -230,7 +230,7 @@ class TemporalStage(nn.Module):
     def __init__(self, is_decoder, filters=128, num_res_blocks=4, channel_multipliers=(1, 2, 2, 4),
                  temporal_downsample=(False, True, True), num_groups=32, **others):
         super().__init__()
-        expect(others, dict(in_out_channels=CHANNELS, latent_embed_dim=CHANNELS))
+        check_fields(others, dict(in_out_channels=CHANNELS, latent_embed_dim=CHANNELS))
         widths = [filters * m for m in channel_multipliers]
         if is_decoder:
             neighbours, resample = [*widths[1:], widths[-1]], [CausalConv(c, 2 * c, double=True) for c in widths[1:]]
@@ -265,7 +265,7 @@ class VideoAutoencoder(nn.Module):
 
     def __init__(self, vae_2d=None, vae_temporal=None, **others):  # the published config.json says no sizes: the classes' own
         super().__init__()
-        expect(others, {"micro_frame_size": WINDOW})
+        check_fields(others, {"micro_frame_size": WINDOW})
         spatial = vae_from_diffusers(vae_2d, VAEConfig) if "block_out_channels" in (vae_2d or {}) else VAEConfig()
         self.spatial_scale, sizes, C = spatial.scale, vae_temporal or {}, CHANNELS
         self.spatial_vae = nn.ModuleDict({"module": Autoencoder(spatial)})

@@ -163,11 +163,12 @@ def load(base, folder, vae, text_encoder, dtype, device):
 def structures(content):
     """The config.json beside a model.ckpt, with the arguments of its classes -> structures of its UNet and autoencoder."""
     unet, vae = content["unet"], content["vae"]
-    names.expect(content, {"use_scale": True, "scale_b": LEAST, "linear_start": .00085, "linear_end": .012, "timesteps": 1000})
-    names.expect(unet, {"fps_cond": True, "addition_attention": True, "temporal_conv": True, "temporal_attention": True,
+    names.check_fields(content, {"use_scale": True, "scale_b": LEAST, "linear_start": .00085, "linear_end": .012,
+                                 "timesteps": 1000})
+    names.check_fields(unet, {"fps_cond": True, "addition_attention": True, "temporal_conv": True, "temporal_attention": True,
                         "temporal_selfatt_only": True, "use_linear": True, "use_relative_position": False,
                         "use_causal_attention": False, "transformer_depth": 1})
-    names.expect(vae, {"double_z": True, "in_channels": 3, "out_ch": 3, "attn_resolutions": []})
+    names.check_fields(vae, {"double_z": True, "in_channels": 3, "out_ch": 3, "attn_resolutions": []})
     channels = tuple(unet["model_channels"] * factor for factor in unet["channel_mult"])
     of_unet = UNetConfig(
         in_channels=unet["in_channels"], out_channels=unet["out_channels"], channels=channels,
@@ -181,7 +182,7 @@ def structures(content):
 
 def port_structure(content):
     """The config.json of the port -> the structure of its UNet."""
-    names.expect(content, {"_class_name": "UNet3DVideoCrafterConditionModel", "fps_cond": True})
+    names.check_fields(content, {"_class_name": "UNet3DVideoCrafterConditionModel", "fps_cond": True})
     return names.unet_from_diffusers(content | {"_class_name": "UNet3DConditionModel"}, UNetConfig)
 
 

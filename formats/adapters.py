@@ -101,7 +101,7 @@ def read_file(path, config):
         paths = names.unet_from_videocrafter(of_vader, config or names.MODELSCOPE)
         tensors = {f"base_model.model.{name}": t for name, t in paths.items()}
         return tensors, {"rank": common_rank(tensors, path), "alpha": 8}, {}  # PEFT's default alpha, as VADER sets none
-    if ours.keys() != tensors.keys():
+    if ours.keys() != tensors.keys():  # names of diffusers or ComfyUI
         weights = {}
     elif official:
         paths = {theirs: name for name, theirs in official_names(config or names.MODELSCOPE).items()}

@@ -157,7 +157,7 @@ def clip_tokenizer(context_length):
     return partial(open_clip.tokenize, context_length=context_length)
 
 
-def expect_clip_config(content):
+def check_clip_config(content):
     """open_clip's description of a small CLIP, of a JSON file's content: the fields of SMALL_CLIP, all of them and no other."""
     for fields, known in [(content, SMALL_CLIP), *((content[part], SMALL_CLIP[part]) for part in ("vision_cfg", "text_cfg"))]:
         if fields.keys() != known.keys():  # by others open_clip would fetch a model of some name, and files are data

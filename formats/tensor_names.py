@@ -23,7 +23,7 @@ MODELSCOPE = SimpleNamespace(  # the structure of the published UNet, for files 
     attention_levels=(True, True, True, False), stem_heads=8, norm_groups=32, sample_size=32)
 
 
-def expect(content, built):
+def check_fields(content, built):
     """ValueError unless every field that a published config states is what we build: another activation is another model."""
     for key, value in built.items():
         if key in content and content[key] != value:
@@ -125,7 +125,7 @@ def unet_to_diffusers(config):
 
 def unet_from_diffusers(content, config_class):
     """Inverse of unet_to_diffusers: a config.json (a dict) -> config_class(...). An exception for another structure."""
-    expect(content, {"_class_name": "UNet3DConditionModel", "num_attention_heads": None, "time_cond_proj_dim": None})
+    check_fields(content, {"_class_name": "UNet3DConditionModel", "num_attention_heads": None, "time_cond_proj_dim": None})
     config = config_class(
         in_channels=content["in_channels"], out_channels=content["out_channels"],
         channels=tuple(content["block_out_channels"]), blocks_per_level=content["layers_per_block"],
@@ -133,7 +133,7 @@ def unet_from_diffusers(content, config_class):
         context_dim=content["cross_attention_dim"], head_dim=content["attention_head_dim"],
         stem_heads=content.get("stem_heads", 8), norm_groups=content.get("norm_num_groups", 32),
         sample_size=content.get("sample_size") or 32)
-    expect(content, unet_to_diffusers(config) | {"sample_size": content.get("sample_size")})
+    check_fields(content, unet_to_diffusers(config) | {"sample_size": content.get("sample_size")})
     return config
 
 
@@ -186,11 +186,11 @@ def vae_to_diffusers(config):
 
 def vae_from_diffusers(content, config_class):
     """Inverse of vae_to_diffusers: a config.json (a dict) -> config_class(...). An exception for another structure."""
-    expect(content, {"_class_name": "AutoencoderKL"})
+    check_fields(content, {"_class_name": "AutoencoderKL"})
     config = config_class(channels=tuple(content["block_out_channels"]), blocks_per_level=content["layers_per_block"],
                           latent_channels=content["latent_channels"], scale=content.get("scaling_factor", config_class.scale),
                           norm_groups=content.get("norm_num_groups", 32))
-    expect(content, vae_to_diffusers(config))
+    check_fields(content, vae_to_diffusers(config))
     return config
 
 

@@ -20,7 +20,7 @@ from tyro.conf import Fixed, Suppress
 import train
 from data import batch_indices
 from reward import segment_frames
-from sampler import guided, sample, step
+from sampler import guided, sample, step as chain_step
 from support import ranks
 from support.clips import fit_prompts, read_prompts, told_by
 from support.files import read_json, write_text, write_whole
@@ -163,7 +163,7 @@ def policy(base, z_t, i, text, uncond, cfg):
     """Mean and std of chain step i, p(z_prev | z_t), with eta = 1; without guidance where uncond is None."""
     levels, guidance = chain_levels(base, cfg), 1. if uncond is None else cfg.guidance
     z_0, eps = guided(base.predict, z_t, levels, i, text, uncond, guidance)
-    return step(z_0, eps, levels, i, eta=1.)
+    return chain_step(z_0, eps, levels, i, eta=1.)
 
 
 @torch.no_grad()
@@ -291,16 +291,16 @@ def check_updates(cfg, *above_zero, group=1, **least):
 
 
 @torch.no_grad()
-def sample_round(sample, compare, base, rewards, videos, step, cfg):
+def sample_round(sample_videos, compare, base, rewards, videos, step, cfg):
     """The batches of a round, which begins with this step: for each update (z_0 and more, reward, captions, keys, A).
-    sample(noise, text, keys) -> z_0 (B, C, F, h, w) and more (B, ...) of this rank's videos; reward (B,), captions and keys [B].
+    sample_videos(noise, text, keys) -> z_0 (B, C, F, h, w) and more (B, ...) of this rank's; reward (B,), captions and keys [B].
     compare(R, prompts) -> A (n,): how good each of all n videos of the round is, over all ranks; of these, (B,) are a batch's."""
     sampled, scored = [], []
     for k in ranks.progress(range(step, step + cfg.updates), "sampling"):
         whole = videos.start(videos.share(k, cfg.batch_size, cfg.group), cfg.seed, k)
         parts = []  # as learning takes them: they fit into memory, and 16 bits round them alike
         for noise, text, g, captions, keys in train.split_batch(whole, cfg.clips_at_once):
-            z_0, *more = sample(noise, text, keys)
+            z_0, *more = sample_videos(noise, text, keys)
             R, logged = train.video_rewards(base, rewards, z_0, g, captions, cfg)
             parts.append((z_0, *more, logged["reward"], R))
         *tensors, R = [torch.cat(of_parts) for of_parts in zip(*parts)]

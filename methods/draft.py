@@ -26,7 +26,7 @@ import torch
 import lora
 import train
 from methods.common import PromptConfig, check as check_common, presets, read_videos
-from sampler import chain, guided, step
+from sampler import chain, guided, step as chain_step
 from support.ranks import sample_generator
 from support.settings import chain_levels
 
@@ -54,7 +54,7 @@ def detached_chain(base, z, text, uncond, levels, grad_steps, cfg):
         for parameter in trained:  # without one the network builds no graph
             parameter.requires_grad_(i in grad_steps)
         z_0, eps = guided(base.predict, z, levels, i, text, uncond, cfg.guidance)
-        z, _ = step(z_0, eps, levels, i)                                      # (B, C, F, h, w)
+        z, _ = chain_step(z_0, eps, levels, i)                                # (B, C, F, h, w)
     for parameter in trained:
         parameter.requires_grad_(True)
     hook.remove()

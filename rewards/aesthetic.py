@@ -9,7 +9,7 @@ import torch.nn.functional as F_
 from formats.known_rewards import hub_file
 from formats.reward_model import RewardModel, build, clip_normalize, crop_centre
 from formats.tensors import read_tensors
-from rewards.hub import SMALL_SIZES, LinearHead, read_model_config
+from rewards.shared import SMALL_SIZES, LinearHead, read_model_config
 
 HEAD_REPO = "trl-lib/ddpo-aesthetic-predictor"
 HEADS = ("aesthetic-model.pth", "sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.safetensors")

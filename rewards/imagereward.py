@@ -12,7 +12,7 @@ from formats.known_rewards import hub_file
 from formats.reward_model import RewardModel, build, clip_normalize, crop_centre
 from formats.tensor_names import replace_all
 from formats.tensors import read_tensors
-from rewards.hub import SMALL_SIZES, LinearHead
+from rewards.shared import SMALL_SIZES, LinearHead
 from support.files import read_text
 
 BERT = "google-bert/bert-base-uncased"  # whose words these are

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F_
 
 from formats.reward_model import RewardModel, build, clip_normalize, clip_tokenizer, crop_centre
-from rewards.hub import SMALL_SIZES, read_model_config
+from rewards.shared import SMALL_SIZES, read_model_config
 
 TOWER = SMALL_SIZES | dict(projection_dim=24, hidden_act="gelu")
 VISION = TOWER | dict(image_size=32, patch_size=8)

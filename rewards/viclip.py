@@ -15,7 +15,7 @@ from torch import nn
 
 from formats.reward_model import RewardModel, build, clip_normalize, clip_tokenizer, crop_centre
 from formats.tensors import read_tensors
-from rewards.hub import imagenet_normalize
+from rewards.shared import imagenet_normalize
 
 FRAMES = 8
 NORMALIZE = {"vbench": clip_normalize, "imagenet": imagenet_normalize}

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F_
 
 from formats.reward_model import RewardModel, build, crop_centre
-from rewards.hub import imagenet_normalize, read_model_config, size_name
+from rewards.shared import imagenet_normalize, read_model_config, size_name
 
 FRAMES = 16
 BLOCKS, SHARE = 8, .15  # V-JEPA's: 8 blocks of 15% of the picture, through all frames; they overlap

@@ -103,7 +103,7 @@ def display_matrix(frame):
     return numbers[0], numbers[1], numbers[3], numbers[4]
 
 
-def fit_frame(frame, path, config, pixel_aspect):
+def resize_and_crop(frame, path, config, pixel_aspect):
     """One frame, upright, in square pixels, resized until it just covers H x W, cropped around its centre -> (3, H, W) uint8."""
     if frame.is_corrupt:
         raise ValueError(f"{path}: cannot be read: a damaged frame")
@@ -125,10 +125,10 @@ def fit_frame(frame, path, config, pixel_aspect):
 
 
 def read_picture(path, height, width):
-    """A picture, or a clip's first frame, as fit_frame has it: (3, height, width) uint8. ValueError if it cannot be read."""
+    """A picture, or a clip's first frame, by resize_and_crop: (3, height, width) uint8. ValueError if it cannot be read."""
     with open_video(path) as (container, stream):
         for frame in shown_frames(container, stream):
-            return fit_frame(frame, path, SimpleNamespace(height=height, width=width), 1)
+            return resize_and_crop(frame, path, SimpleNamespace(height=height, width=width), 1)
     raise ValueError(f"{path}: cannot be read: no picture in it")
 
 
@@ -146,7 +146,7 @@ def read_windows(path, config, times=None):
             seen.append(frame.pts)
             interlaced = interlaced or frame.interlaced_frame
             if number in windows:
-                frames[number] = fit_frame(frame, path, config, pixel_aspect)
+                frames[number] = resize_and_crop(frame, path, config, pixel_aspect)
     if windows.max() >= len(seen):  # two-pass VP8, for one, has packets that show nothing: choose again, among the real frames
         return read_windows(path, config, seen)
     flaws = [flaw for flaw, found in zip(FLAWS, (interlaced, slow)) if found]

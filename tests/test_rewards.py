@@ -32,7 +32,7 @@ from formats.tensor_names import replace_all
 from formats.tensors import build_empty, check_tensors
 from reward import HPSv2, Rewards, aggregate, load_reward, load_rewards, tar_weights
 from rewards import imagereward, pickscore, viclip, videomae, videoreward, vjepa, yolos
-from rewards.hub import IMAGENET_MEAN, IMAGENET_STD, SIZES, fit_within
+from rewards.shared import IMAGENET_MEAN, IMAGENET_STD, SIZES, fit_within
 from support import ranks as processes
 from tests.conftest import docs_example, metrics, refused as refused_by_pattern, run, same_tensors
 
