@@ -80,9 +80,9 @@ def evaluate(base, rewards, prompts, *, seed=EVAL_SEED, num_steps=20, guidance=N
         i = mine[j]
 
         # Decode all frames only where somebody looks at them.
-        whole = judge is not None or i < keep or in_order or write is not None
-        video = base.decode_frames(z_0[None], None if whole else index)  # (1, F or S, 3, H, W)
-        scored = video[:, index[0].to(video.device)] if whole else video      # (1, S, 3, H, W)
+        decode_all = judge is not None or i < keep or in_order or write is not None
+        video = base.decode_frames(z_0[None], None if decode_all else index)  # (1, F or S, 3, H, W)
+        scored = video[:, index[0].to(video.device)] if decode_all else video  # (1, S, 3, H, W)
 
         rows[i] = measure(rewards, scored, video, [prompts[i]])
         if judge:

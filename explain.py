@@ -88,7 +88,7 @@ class Setup:
                 raise ValueError(f"reward {reward.name}: sees a clip as a whole; the page shows rewards of single frames")
         self.cfg = settings.fit_to_base(cfg, self.base)
         network, generator = self.base.network, sample_generator(cfg.seed, "lora")
-        found = lora.load(network, cfg.lora) if cfg.lora else lora.load_beside(network, self.base.network_file, cfg.rank)
+        found = lora.load(network, cfg.lora) if cfg.lora else lora.load_beside(network, self.base.network_file, cfg)
         self.parameters = found or lora.inject(network, cfg.rank, cfg.lora_alpha, generator, cfg.lora_layers)
         if cfg.data:
             self.dataset = train.read_clips(cfg, self.base)

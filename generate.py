@@ -40,10 +40,9 @@ def generate(base, prompts, seeds, num_steps=20, guidance=None, frames=16, heigh
     """
     Latents of videos, one by one: yields (index, z_0 (C, F, h, w)), scaled, in order.
 
-    prompts [n], seeds [n]: video i depends on (prompts[i], seeds[i]) only. frames: of the whole
-    video, which has base.parts parts. height and width in pixels: multiples of the autoencoder's
-    downscale, else ValueError. guidance: default the base's own. move_on: called after each batch
-    with its size.
+    prompts [n], seeds [n]: video i depends on (prompts[i], seeds[i]) only. frames (of all
+    base.parts parts), height and width: as base.latent_shape allows, else ValueError. guidance:
+    default the base's own. move_on: called after each batch with its size.
     """
     num_parts = getattr(base, "parts", 1)
     shape = base.latent_shape(frames, height, width)                          # (C, f, h, w)

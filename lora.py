@@ -312,15 +312,18 @@ def load(module, path):
     return parameters(module)
 
 
-def load_beside(module, path, rank=None):
-    """Load the adapters that a fine-tuned official file has beside the base; [] if it has none.
-    rank: that they have to be of, if given, else ValueError. Returns their parameters."""
+def load_beside(module, path, cfg=None):
+    """Load the adapters that a fine-tuned official file has beside the base: their parameters, or
+    []. ValueError if cfg, a run's settings, asks for another rank or lora_alpha."""
     if path is None or path.is_dir() or not split_lora(read_tensors(path))[1]:
         return []
 
     found = load(module, path)
-    if rank and len(found[0]) != rank:
-        raise ValueError(f"rank = {rank}: must be {len(found[0])}, that of the adapters in {path}")
+    layer = next(iter(layers(module).values()))
+    for name, value in (("rank", len(layer.lora_A)), ("lora_alpha", layer.alpha)):
+        asked = getattr(cfg, name, None)
+        if asked not in (None, value):
+            raise ValueError(f"{name} = {asked}: must be {value}, that of the adapters in {path}")
     return found
 
 

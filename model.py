@@ -366,14 +366,14 @@ class UNet3D(nn.Module):
 
     def build_way_down(self, config):
         """Every block's output, and every downsampled one, is kept for the way up: their widths."""
-        n, last = config.blocks_per_level, len(config.channels) - 1
+        blocks, last = config.blocks_per_level, len(config.channels) - 1
         self.down_blocks, skips = nn.ModuleList(), [config.channels[0]]
         for i, c in enumerate(config.channels):
-            c_ins = [skips[-1]] + [c] * (n - 1)
-            attentions = n if config.attention_levels[i] else 0
+            c_ins = [skips[-1]] + [c] * (blocks - 1)
+            attentions = blocks if config.attention_levels[i] else 0
             resample = None if i == last else "down"
             self.down_blocks.append(Level(c_ins, c, attentions, resample, config))
-            skips += [c] * (n if i == last else n + 1)
+            skips += [c] * (blocks if i == last else blocks + 1)
         return skips
 
     def build_way_up(self, config, skips):
@@ -467,7 +467,7 @@ class PictureLevel(nn.Module):
     def __init__(self, c_in, c, num_blocks, resample, groups):
         super().__init__()
         c_ins = [c_in] + [c] * (num_blocks - 1)
-        self.resnets = nn.ModuleList(ResBlock(c_in, c, groups, 1e-6) for c_in in c_ins)
+        self.resnets = nn.ModuleList(ResBlock(width, c, groups, 1e-6) for width in c_ins)
         if resample == "down":
             self.downsamplers = nn.ModuleList([Downsample(c, one_sided=True)])
         if resample == "up":
@@ -485,12 +485,12 @@ class Encoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        ch, groups, n = config.channels, config.norm_groups, config.blocks_per_level
+        ch, groups, blocks = config.channels, config.norm_groups, config.blocks_per_level
         self.conv_in = nn.Conv2d(3, ch[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for c_in, c in zip((ch[0], *ch[:-1]), ch):
             resample = "down" if len(self.down_blocks) < len(ch) - 1 else None
-            self.down_blocks.append(PictureLevel(c_in, c, n, resample, groups))
+            self.down_blocks.append(PictureLevel(c_in, c, blocks, resample, groups))
         self.mid_block = Middle(ch[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, ch[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(ch[-1], 2 * config.latent_channels, 3, padding=1)
@@ -507,13 +507,13 @@ class Decoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        ch, groups, n = config.channels[::-1], config.norm_groups, config.blocks_per_level + 1
+        ch, groups, blocks = config.channels[::-1], config.norm_groups, config.blocks_per_level + 1
         self.conv_in = nn.Conv2d(config.latent_channels, ch[0], 3, padding=1)
         self.mid_block = Middle(ch[0], groups)
         self.up_blocks = nn.ModuleList()
         for c_in, c in zip((ch[0], *ch[:-1]), ch):
             resample = "up" if len(self.up_blocks) < len(ch) - 1 else None
-            self.up_blocks.append(PictureLevel(c_in, c, n, resample, groups))
+            self.up_blocks.append(PictureLevel(c_in, c, blocks, resample, groups))
         self.conv_norm_out = nn.GroupNorm(groups, ch[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(ch[-1], 3, 3, padding=1)
 
@@ -594,8 +594,8 @@ class TextEncoder(nn.Module):
     def forward(self, captions):
         tokens = self.tokenizer(list(captions)).to(self.positional_embedding.device)   # (B, N)
         x = self.token_embedding(tokens) + self.positional_embedding          # (B, N, width)
-        n = tokens.shape[1]
-        mask = torch.full((n, n), -math.inf, device=x.device, dtype=x.dtype).triu(1)
+        N = tokens.shape[1]
+        mask = torch.full((N, N), -math.inf, device=x.device, dtype=x.dtype).triu(1)
         return self.ln_final(self.transformer(x, attn_mask=mask))             # (B, N, width)
 
 
@@ -603,7 +603,7 @@ class TextEncoder(nn.Module):
 # Loading. Any published format; formats/tensor_names.py says what each calls our tensors.
 
 def load_unet(path, config=None, dtype=torch.float32):
-    """UNet3D from any published file or diffusers folder, frozen; LoRA in it is left to lora.load.
+    """UNet3D from any published file or diffusers folder, frozen; lora.load_beside reads its LoRA.
     config: for bare files, default full size; a folder brings its own."""
     described = read_config(path, lambda c: names.unet_from_diffusers(c, UNetConfig))
     config = described or config or UNetConfig()
@@ -628,7 +628,7 @@ def load_text_encoder(path, tokenizer=None, dtype=torch.float32):
     context_length, heads = len(tensors["positional_embedding"]), max(1, width // 64)
     built = dict(hidden_act="gelu", quick_gelu=False, layer_norm_eps=1e-5,
                  num_attention_heads=heads, num_hidden_layers=layers)
-    read_config(path, lambda c: names.check_fields(c, built))  # transformers' config.json or open_clip's
+    read_config(path, lambda c: names.check_fields(c, built))  # transformers' or open_clip's
     config = TextConfig(vocab_size, context_length, width, heads, layers)
     if (Path(path) / "words.txt").is_file():  # of a small tower with words of its own
         tokenizer = read_words(Path(path) / "words.txt", vars(config))
@@ -654,7 +654,6 @@ def load_base(base, vae=None, text_encoder=None, dtype=torch.float32, device="cp
         made = getattr(module, make)(base, seed, dtype, device)
     else:
         made = module.load(base, folder, vae, text_encoder, dtype, device)
-    made.kind = name  # which is also the name of its preset
     if folder and (folder / "reward/words.txt").is_file():  # the tiny world's clips and judge
         made.world = importlib.import_module("tiny.clips")
     return made

@@ -210,23 +210,23 @@ def load_reward(reward="hpsv2", weights=None, base_folder=None, dtype=torch.floa
     name, argument = split_reward(reward)
     is_own = name.endswith(".py")
     path = Path(name) if is_own else find_reward(name, weights, base_folder)  # None: untrained
-    if path and (path / "words.txt").is_file():  # a small CLIP with words of its own
-        config = read_config(path / "config.json", check_clip_config)
-        words = read_words(path / "words.txt", config["text_cfg"])
-        clip = load_clip(path, config, dtype, device)
-        version = "proxy" if name == "proxy" else "tiny"
-        return HPSv2(clip, words, version, argument or "hpsv2", config)
-
     if name not in (*HPS_FILES, "proxy"):
         # Imported here, on purpose: nobody pays for the others.
         module = importlib.import_module("rewards.own" if is_own else f"rewards.{name}")
         return module.load(path, argument, dtype, device)
 
+    preprocess = argument or "pad"
+    if path and (path / "words.txt").is_file():  # a small CLIP with words of its own
+        config = read_config(path / "config.json", check_clip_config)
+        words = read_words(path / "words.txt", config["text_cfg"])
+        clip = load_clip(path, config, dtype, device)
+        return HPSv2(clip, words, "proxy" if name == "proxy" else "tiny", preprocess, config)
+
     if path is None:
         config = None if str(weights) == "random" else published.SMALL_CLIP
-        return HPSv2(load_clip(None, config, dtype, device), None, "random", argument, config)
+        return HPSv2(load_clip(None, config, dtype, device), None, "random", preprocess, config)
     version = "v2.1" if name == "hpsv2.1" else "v2.0"
-    return load_hpsv2(path, version, dtype, device, preprocess=argument)
+    return load_hpsv2(path, version, dtype, device, preprocess=preprocess)
 
 
 # ----------------------------------------------------------------------------------------------

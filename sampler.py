@@ -172,8 +172,8 @@ def guided(predict, z_t, levels, i, text, uncond, guidance):
     both = map_tensors(lambda c, u: torch.cat([c, u.expand_as(c)]), text, uncond)  # (2B, N, E)
     level = tuple(torch.cat([v, v]) if torch.is_tensor(v) else v for v in level)
     z_0, eps = predict(torch.cat([z_t, z_t]), level, both)                    # (2B, C, F, H, W)
-    (z_0, z_0_u), (eps, eps_u) = z_0.chunk(2), eps.chunk(2)
-    return z_0_u + guidance * (z_0 - z_0_u), eps_u + guidance * (eps - eps_u)
+    (z_0_c, z_0_u), (eps_c, eps_u) = z_0.chunk(2), eps.chunk(2)
+    return z_0_u + guidance * (z_0_c - z_0_u), eps_u + guidance * (eps_c - eps_u)
 
 
 def step(z_0, eps, levels, i, eta=0.):

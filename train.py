@@ -63,9 +63,9 @@ def edit_rewards(base, rewards, uncond, batch, cfg):
 def video_rewards(base, rewards, z_0, g, captions, cfg):
     """SegVR and TAR: z_0 (B, C, F, h, w), g (B, S) -> as above. Other methods share this."""
     chunk = 1 if cfg.low_memory else cfg.decode_chunk
-    parts, F = as_rewards(rewards).summed, cfg.frames
+    summed, F = as_rewards(rewards).summed, cfg.frames
     R, logged, decoded = 0., {"reward": 0.}, {}
-    for weight, reward in parts:
+    for weight, reward in summed:
         # 1. Decode one frame of each segment, once for all rewards. A video reward has its own.
         wanted = frames_of(reward, F)
         index = torch.tensor(wanted).expand(len(g), -1) if wanted else g      # (B, S)
@@ -80,7 +80,7 @@ def video_rewards(base, rewards, z_0, g, captions, cfg):
         R = R + weight * aggregate(frame_scores, f)                           # (B,)
         mean_scores = frame_scores.detach().mean(dim=1)                       # (B,)
         logged["reward"] = logged["reward"] + weight * mean_scores
-        if len(parts) > 1:
+        if len(summed) > 1:
             logged[reward.name] = mean_scores
     return R, logged                                                          # (B,), {name: (B,)}
 
@@ -323,16 +323,16 @@ def main(argv, module=sys.modules[__name__]):
         dtype = ranks.pick_dtype(cfg.dtype, device)
         base = load_base(cfg.base, cfg.vae, cfg.text_encoder, dtype, device, cfg.seed)
         cfg = settings.fit_to_base(cfg, base)  # refuses what the base cannot do
-        whole = replace(cfg, frames=base.parts * (cfg.frames - 1) + 1)  # parts share their ends
-        parameters = lora.load_beside(base.network, base.network_file, cfg.rank)
+        of_video = replace(cfg, frames=base.parts * (cfg.frames - 1) + 1)  # parts share their ends
+        parameters = lora.load_beside(base.network, base.network_file, cfg)
         generator = ranks.sample_generator(cfg.seed, "lora")
         parameters = parameters or lora.inject(base.network, cfg.rank, cfg.lora_alpha, generator,
                                                cfg.lora_layers)
-        rewards = load_rewards(whole, base.folder, dtype, device)
-        evaluations = plan_evaluations(whole, folder, base, rewards)
+        rewards = load_rewards(of_video, base.folder, dtype, device)
+        evaluations = plan_evaluations(of_video, folder, base, rewards)
 
         # 2. Clips and captions go through the encoders once, which then may leave the accelerator.
-        method = module.method(whole, base, rewards, folder)
+        method = module.method(of_video, base, rewards, folder)
         if cfg.anchor:
             method.score = lora.anchored(base, method.score, cfg.anchor)
         for captions in evaluations.prompts.values():

@@ -3,7 +3,7 @@ ModelScopeT2V (arXiv:2308.06571), the paper's base, and the first example of wha
 
 Its network, autoencoder and text tower are in model.py. What train.py and the methods ask is here, and the same for every file
 of this folder: noise levels, z_0 and eps in a noised clip, clips to latents and back, captions to features. docs/bases.md lists
-it and adds one.
+what a base must have, and shows how to add one.
 
 Letters: B clips, C latent channels, F frames, h and w latent rows and columns, N text tokens, E their width.
 """
@@ -43,7 +43,7 @@ class Base:
     name: str                                                       # as the user gave it
     folder: Path | None = None                                      # where it lies, if anywhere
     network_file: Path | None = None                                # a file may hold LoRA tensors
-    kind = "modelscope"                                             # the file's name, as load_base sets it
+    kind = "modelscope"                                             # the preset that is its own
     default_frames = 16
     guidance: float = GUIDANCE                                      # w
     world: object = None                                            # tiny.clips, the tiny base's
@@ -67,10 +67,11 @@ class Base:
 
     def latent_shape(self, frames, height, width):
         """(C, f, h, w) of a clip's latents. ValueError unless its rows and columns divide."""
-        f = self.vae.config.downscale
-        if height < f or width < f or height % f or width % f:
-            raise ValueError(f"height {height} and width {width}: must be multiples of {f}")
-        return self.vae.config.latent_channels, frames, height // f, width // f
+        downscale = self.vae.config.downscale
+        h, w = height // downscale, width // downscale
+        if min(h, w) < 1 or (height, width) != (h * downscale, w * downscale):
+            raise ValueError(f"height {height} and width {width}: must be multiples of {downscale}")
+        return self.vae.config.latent_channels, frames, h, w
 
     def levels(self, num_steps, shape=None, published=False):
         """The noise levels of a chain of D steps: DDIM's (Eq. (3)). Other bases need the rest."""
@@ -218,7 +219,7 @@ def random_sizes(spec):
     width = spec.partition(":")[2] or "320"
     w = int(width) if width.isdigit() else 0
     if w % 32 or not 32 <= w <= 2**12:
-        raise ValueError(f"base {spec!r}: must be random, or random:W with W a multiple of 32")
+        raise ValueError(f"base {spec!r}: must be random, or random:W with W a multiple of 32, at most 4096")
     if w == 320:
         return {}, {}, {}
     unet = dict(channels=(w, 2 * w, 4 * w, 4 * w), context_dim=64, head_dim=32 if w % 64 else 64, sample_size=8)

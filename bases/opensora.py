@@ -345,6 +345,8 @@ class OpenSora(ReadsT5):
 
     def unconditional(self, text=None):
         """The learnt features of no caption, as many as each clip's text has tokens; without a text, all of them."""
+        if text is None:  # asked before clips are encoded, and that takes long
+            self.check_text_encoder()
         learnt = self.network.y_embedder.y_embedding[None]                                # (1, N, E)
         mask = torch.ones_like(learnt[..., 0], dtype=torch.bool) if text is None else text["mask"]
         return {"text": learnt.expand(len(mask), -1, -1), "mask": mask}

@@ -84,11 +84,13 @@ class SVD:
     def latent_shape(self, frames, height, width):
         """(C, f, h, w) of a clip's latents; ValueError unless its rows and columns divide. Asked before prompts are encoded:
         their pictures are then fitted to this size. The latents of parts follow each other."""
-        f = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        if min(frames, height, width) < 1 or height % f or width % f:
-            raise ValueError(f"frames {frames}, height {height} and width {width}: must be at least 1, and multiples of {f}")
+        downscale = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        h, w = height // downscale, width // downscale
+        if min(frames, h, w) < 1 or (height, width) != (h * downscale, w * downscale):
+            raise ValueError(f"frames {frames}, height {height} and width {width}: must be at least 1, and multiples of "
+                             f"{downscale}")
         self.size = height, width
-        return self.vae.config.latent_channels, frames + self.parts - 1, height // f, width // f
+        return self.vae.config.latent_channels, frames + self.parts - 1, h, w
 
     def levels(self, num_steps, shape=None, published=False):
         return levels(num_steps, shape, published, self.sigmas)
@@ -162,12 +164,16 @@ class SVD:
         return self.condition(2 * torch.cat(pictures).clamp(0, 1) - 1)
 
     def decode_frames(self, z, index=None):
-        """Frames index (B, S), or all, of z (B,C,f,h,w) -> (B,S,3,H,W), about [0, 1], not clamped. Parts share a frame."""
+        """Frames index (B, S), or all, of z (B,C,f,h,w) -> (B,S,3,H,W), about [0, 1], not clamped. Parts share a frame. With
+        gradient, for which little can be kept, wanted frames are as decode_part says; else exact."""
+        if index is not None and not (torch.is_grad_enabled() and z.requires_grad):
+            return SVD.decode_frames(self, z)[torch.arange(len(z))[:, None], index.cpu()]
         if self.parts == 1:
             return self.decode_part(z, index)
         parts = z.unflatten(2, (self.parts, -1)).transpose(1, 2)                                # (B, parts, C, F, h, w)
         if index is None:
-            return torch.cat([self.decode_part(part)[:, min(k, 1):] for k, part in enumerate(parts.unbind(1))], dim=1)
+            made = [self.decode_part(part) for part in parts.unbind(1)]
+            return torch.cat([made[0], *(frames[:, 1:] for frames in made[1:])], dim=1)  # its first is the last one's end
         new = parts.shape[3] - 1                                                                # frames that a next part adds
         of_part = (index.cpu() - 1).clamp(min=0) // new                                         # (B, S)
         chosen = parts[torch.arange(len(z))[:, None], of_part].flatten(0, 1)                    # (B*S, C, F, h, w)

@@ -97,10 +97,14 @@ class T5Tower(nn.Module):
 class ReadsT5:
     """What a base does with captions: its `text_encoder` is a T5Tower or None, `texts` are the features that it keeps."""
 
-    def encode_captions(self, captions):
-        """As T5Tower, not kept. ValueError where there is no text tower."""
+    def check_text_encoder(self):
+        """ValueError where there is no text tower."""
         if self.text_encoder is None:
             raise ValueError(f"{self.name} has no text encoder: it needs text_encoder/ and tokenizer/, or --text-encoder")
+
+    def encode_captions(self, captions):
+        """As T5Tower, not kept."""
+        self.check_text_encoder()
         return self.text_encoder(captions)
 
     encode_text = modelscope.Base.encode_text

@@ -166,8 +166,8 @@ def structures(content):
     names.check_fields(content, {"use_scale": True, "scale_b": LEAST, "linear_start": .00085, "linear_end": .012,
                                  "timesteps": 1000})
     names.check_fields(unet, {"fps_cond": True, "addition_attention": True, "temporal_conv": True, "temporal_attention": True,
-                        "temporal_selfatt_only": True, "use_linear": True, "use_relative_position": False,
-                        "use_causal_attention": False, "transformer_depth": 1})
+                              "temporal_selfatt_only": True, "use_linear": True, "use_relative_position": False,
+                              "use_causal_attention": False, "transformer_depth": 1})
     names.check_fields(vae, {"double_z": True, "in_channels": 3, "out_ch": 3, "attn_resolutions": []})
     channels = tuple(unet["model_channels"] * factor for factor in unet["channel_mult"])
     of_unet = UNetConfig(

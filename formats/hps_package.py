@@ -1,7 +1,6 @@
 """
 The hpsv2 package's own score(), to check ours against.
-The package (1.2.0) does not import as it is published, and downloads 4 GB of CLIP weights that it then replaces; so what it
-lacks is provided while it is imported or called.
+The package (1.2.0) does not import as published, and downloads 4 GB of CLIP weights that it then replaces: neither happens here.
 """
 import gzip
 import io

@@ -1,6 +1,5 @@
-"""A blind comparison of two models, as in the paper's Table 2 and Appendix D. People see two clips of the same prompt and noise,
-and say which has the better quality and which fits the text better. Which side is whose is drawn for each prompt, and written
-into a key that the voters do not get."""
+"""A blind comparison of two models (the paper's Table 2, Appendix D): people see two clips of one prompt and noise, and say which
+looks better and which fits the text better. Which side is whose is drawn for each prompt, and in a key that voters do not get."""
 import math
 import random
 import secrets

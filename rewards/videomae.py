@@ -13,13 +13,13 @@ import torch
 from tqdm import tqdm
 
 from formats.reward_model import RewardModel, build, crop_centre
-from rewards import hub
+from rewards import shared
 from support.ranks import is_main_process
 
 SPELLINGS = [  # transformers 5 has the second of each
     ("attention.q_bias", "attention.query.bias"), ("attention.v_bias", "attention.value.bias")]
 ACTIONS = ("playing piano", "moving left", "moving right", "moving up", "moving down")
-SMALL = hub.SMALL_SIZES | dict(image_size=32, patch_size=16, num_frames=16,
+SMALL = shared.SMALL_SIZES | dict(image_size=32, patch_size=16, num_frames=16,
                                id2label=dict(enumerate(ACTIONS)))
 
 
@@ -34,7 +34,7 @@ class VideoMAE(RewardModel):
     def forward(self, frames, captions):
         size = self.classifier.config.image_size
         x = crop_centre(self.pixels(frames, captions), size, mode="bilinear")
-        x = hub.imagenet_normalize(x).to(self.classifier.classifier.weight.dtype)
+        x = shared.imagenet_normalize(x).to(self.classifier.classifier.weight.dtype)
         x = x.unflatten(0, frames.shape[:2])                                  # (B, F, 3, h, w)
         logits = self.classifier(pixel_values=x).logits                       # (B, C)
         wanted = torch.tensor([[self.class_of(c)] for c in captions]).to(logits.device)   # (B, 1)
@@ -55,11 +55,11 @@ class VideoMAE(RewardModel):
 def load(path, argument, dtype, device):
     """The reward from a hub folder, for the class `argument` if any; path None: small, random."""
     from transformers import VideoMAEConfig, VideoMAEForVideoClassification
-    config = hub.read_model_config(VideoMAEConfig, path) if path else VideoMAEConfig(**SMALL)
-    wanted = hub.find_class(config.id2label, argument, "reward videomae") if argument else None
+    config = shared.read_model_config(VideoMAEConfig, path) if path else VideoMAEConfig(**SMALL)
+    wanted = shared.find_class(config.id2label, argument, "reward videomae") if argument else None
     classifier = build(lambda: VideoMAEForVideoClassification(config), path, dtype, device,
                        spellings=SPELLINGS)
-    name = f"VideoMAE-{hub.size_name(config) if path else 'random'}"
+    name = f"VideoMAE-{shared.size_name(config) if path else 'random'}"
     if path and is_main_process():
         tqdm.write(f"{name}: its weights are CC-BY-NC-4.0, for no commercial use", file=sys.stderr)
     return VideoMAE(classifier, wanted, f"{name}:{argument}" if argument else name)

@@ -55,15 +55,15 @@ class Network(nn.Module):
 class VideoReward(RewardModel):
     """frames (B, S, 3, H, W), captions -> (B, 1). scales: {wanted score: (mean, deviation)}."""
 
-    def __init__(self, network, tokenizer, template, scales, name, pixels=PIXELS):
+    def __init__(self, network, tokenizer, template, scales, name, area_limits=PIXELS):
         super().__init__(name, FRAMES, rule="ends")
         self.network, self.tokenizer, self.template = network, tokenizer, template
-        self.scales, self.limits = scales, pixels
+        self.scales, self.area_limits = scales, area_limits
 
     def forward(self, frames, captions):
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
         x = self.pixels(frames, captions)                                     # (B*S, 3, H, W)
-        size = smart_resize(*x.shape[-2:], PATCH * MERGED, *self.limits)
+        size = smart_resize(*x.shape[-2:], PATCH * MERGED, *self.area_limits)
         x = F_.interpolate(x, size, mode="bicubic", antialias=True)
         x = clip_normalize(limit(x)).unflatten(0, frames.shape[:2])           # (B, S, 3, h, w)
         texts = self.encode_once(captions, self.network, self.read)

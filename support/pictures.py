@@ -75,10 +75,8 @@ def choose_comparisons(prompts, rewards, files):
     for i, (before, after) in enumerate(files):
         if before.is_file() and after.is_file():
             gains[i] = rewards[i][1] - rewards[i][0]
-    chosen = []
-    for label, i in best_middle_worst(gains).items():
-        chosen.append(Comparison(f"{label} gain of {len(gains)}", prompts[i], rewards[i], list(map(read_video, files[i]))))
-    return chosen
+    return [Comparison(f"{label} gain of {len(gains)}", prompts[i], rewards[i], list(map(read_video, files[i])))
+            for label, i in best_middle_worst(gains).items()]
 
 
 def draw_comparison(pair, look):

@@ -78,7 +78,8 @@ class Run:
         full = {name: [*map(told_by, prompts)] for name, prompts in self.evaluations.prompts.items()}  # with their pictures
         record = {"data": data, "watched": self.evaluations.watched, "prompts": self.evaluations.prompts, "told_by": full,
                   "reward": self.evaluations.rewards.name, "versions": versions()}
-        write_json(self.folder / "run.json", record)
+        if self.cfg.eval_every or not (self.folder / "run.json").is_file():  # without evaluations it keeps its prompts
+            write_json(self.folder / "run.json", record)
         write_json(self.folder / "config.json", to_record(self.cfg))
         write_text(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
         print(f"run folder: {self.folder}" + (f", from step {self.step}" if self.step else ""))
@@ -203,7 +204,7 @@ class Evaluations:
     def compare(self):
         """Before and after, paired over the same prompts and noise: text, before_after.png and before_after.gif."""
         steps = sorted(self.tables)
-        if not is_main_process() or len(steps) < 2:
+        if not is_main_process() or len(steps) < 2 or not self.prompts:
             return
         before, after = self.tables[steps[0]], self.tables[steps[-1]]
         self.write_comparison(steps[0], steps[-1])

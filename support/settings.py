@@ -14,7 +14,7 @@ from support.files import check_folder, read_json
 
 # What each base was trained for; its preset takes it from here, and its file in bases/ what its own configuration does not say.
 # size: None is what that says, 256. tau: where as much of a clip is left as at ModelScopeT2V's 0.6, the paper's. lambda_tar:
-# 16 / F for more than 16 frames, so that the last frame counts as it does there.
+# 16 / F for more than 16 frames, so that the first frame counts as it does there.
 BASES = {
     "modelscope": dict(frames=16, size=None, fps=8, guidance=3., num_steps=20, tau=.6, lambda_tar=1.,
                        offset_noise=.1),  # official code

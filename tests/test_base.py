@@ -144,6 +144,7 @@ def test_training_goes_on_from_the_adapters_of_the_file(instructvideo):
     flags = ["tiny", "--base", str(instructvideo / TUNED), *"--data clips.txt --frames 2 --segments 1 --size 8 --steps 1 "
              "--batch-size 1 --num-steps 2 --tau 1 --eval-every 0 --device cpu --workers 0 --lr 1e-9 --out run".split()]
     refused("rank = 4: must be 3, that of the adapters in .*0620000.pth", train.main, flags)
+    refused("lora_alpha = 8.0: must be 3.0, that of the adapters in ", train.main, [*flags, "--rank", "3", "--lora-alpha", "8"])
     assert not Path("run").exists()
     assert train.main([*flags, "--rank", "3"]) == 0
     ours = adapters.read_adapter("run/lora.safetensors", UNET).tensors

@@ -30,6 +30,7 @@ from formats.known_rewards import requested_rewards
 from formats.reward_model import CLIP_MEAN, CLIP_STD, SMALL_CLIP, RewardModel, crop_centre, frames_of, spread_frames
 from formats.tensor_names import replace_all
 from formats.tensors import build_empty, check_tensors
+from formats.weights import TINY
 from reward import HPSv2, Rewards, aggregate, load_reward, load_rewards, tar_weights
 from rewards import imagereward, pickscore, viclip, videomae, videoreward, vjepa, yolos
 from rewards.shared import IMAGENET_MEAN, IMAGENET_STD, SIZES, fit_within
@@ -449,7 +450,7 @@ def test_malformed_weights(tmp_path, small_sizes):
     config = json.loads((path / "config.json").read_text())
     config["vision_config"]["hidden_size"] = "wide"
     (path / "config.json").write_text(json.dumps(config))
-    refused("config.json", load_reward, "pickscore", path)
+    refused("tensors missing", load_reward, "pickscore", path)
 
 
 def test_hub_folders_and_what_lies_beside(tmp_path, monkeypatch, capsys, small_sizes):
@@ -592,6 +593,8 @@ def test_settings_that_are_refused_before_anything_is_loaded(aside, settings, me
 
 def test_rewards_of_a_run():
     """What is maximised, with weights, and what is watched."""
+    refused("tensors missing", load_reward, "pickscore", TINY / "reward")  # a folder of HPSv2's kind
+    assert load_reward("proxy", "random").name == "HPSrandom"
     assert load_rewards(mixed(reward_weights=("random:32",)), None).name == "HPSrandom"
     alone = load_rewards(mixed(reward=("vjepa",), reward_weights=("random",)), None)
     assert alone.name == "VJEPA2-random" and alone.every[0].num_frames == 16

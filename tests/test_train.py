@@ -313,6 +313,9 @@ def test_an_evaluation_that_is_not_finite_is_null_and_never_the_best(plain, monk
     assert "new        nan" in said and "± undefined" in said and "n 1" in said  # the closing table, of one video each
     assert same_tensors("run/best.safetensors", "run/lora.safetensors")
     assert run("--resume", "run") == 0  # reads those lines
+    record = Path("run/run.json").read_text()
+    assert run("--resume", "run", "--steps", 2, "--eval-every", 0) == 0  # without evaluations, whose prompts a report needs
+    assert Path("run/run.json").read_text() == record
 
 
 # ------------------------------------------------- What a run leaves behind -------------------------------------------------
