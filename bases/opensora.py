@@ -329,7 +329,8 @@ class OpenSora(ReadsT5):
         """z_0 and eps in z_t (B,C,f,h,w) at level (t, alpha, sigma): numbers, or as `level` has them. text: as encode_text's."""
         t, alpha, sigma = level
         t = torch.as_tensor(t, dtype=torch.float32, device=z_t.device).expand(len(z_t))   # (B,)
-        fps, height, width = self.fps if z_t.shape[2] > 1 else 120, 8 * z_t.shape[3], 8 * z_t.shape[4]
+        fps = self.fps if z_t.shape[2] > 1 else 120  # of a picture
+        height, width = 8 * z_t.shape[3], 8 * z_t.shape[4]
         v = self.network(z_t, t, text["text"], text["mask"], fps, height, width).to(z_t.dtype)
         return z_t + sigma * v, z_t - alpha * v                                           # (B, C, f, h, w)
 

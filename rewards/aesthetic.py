@@ -39,7 +39,7 @@ def load(path, argument, dtype, device):
         config, name = read_model_config(CLIPConfig, path).vision_config, "aesthetic-v2"
         # The text tower has no part in this.
         visual = {k: v for k, v in read_tensors(path).items() if k.startswith("vis")}
-        head_file = next((path / name for name in HEADS if (path / name).is_file()), None)
+        head_file = next((path / file for file in HEADS if (path / file).is_file()), None)
         head_file = head_file or hub_file("aesthetic", HEAD_REPO, HEADS[0], f"put it into {path}")
     clip = build(lambda: CLIPVisionModelWithProjection(config), path, dtype, device, visual)
     head = build(lambda: LinearHead(config.projection_dim), head_file, device=device)

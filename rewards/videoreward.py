@@ -73,7 +73,7 @@ class VideoReward(RewardModel):
         """Tokens before the video, those after it, and which of these the wanted scores are at."""
         text = "<|vision_end|>" + self.template.replace("{text_prompt}", caption)
         before, after = (self.tokenizer.encode(part).ids for part in (BEFORE, text))
-        tokens = map(self.tokenizer.token_to_id, map(published.SCORES.get, self.scales))
+        tokens = [self.tokenizer.token_to_id(published.SCORES[score]) for score in self.scales]
         wanted = [after.index(token) for token in tokens]
         return torch.tensor(before), torch.tensor(after[:max(wanted) + 1]), torch.tensor(wanted)
 

@@ -450,7 +450,7 @@ def test_malformed_weights(tmp_path, small_sizes):
     config = json.loads((path / "config.json").read_text())
     config["vision_config"]["hidden_size"] = "wide"
     (path / "config.json").write_text(json.dumps(config))
-    refused("tensors missing", load_reward, "pickscore", path)
+    refused("config.json", load_reward, "pickscore", path)
 
 
 def test_hub_folders_and_what_lies_beside(tmp_path, monkeypatch, capsys, small_sizes):
