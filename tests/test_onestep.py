@@ -70,6 +70,7 @@ def test_levels_are_drawn_from_their_range_for_each_clip_and_step(parts):
     assert draw(3)[-1] == drawn[3] and torch.equal(draw(3)[0], draw(3)[0])
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_it_had_not_been():
     assert train.main([*SHORT, "--steps", "3", "--out", "whole"], onestep) == 0
     assert train.main([*SHORT, "--steps", "1", "--out", "run"], onestep) == 0

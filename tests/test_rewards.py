@@ -594,7 +594,7 @@ def test_settings_that_are_refused_before_anything_is_loaded(aside, settings, me
 def test_rewards_of_a_run():
     """What is maximised, with weights, and what is watched."""
     refused("tensors missing", load_reward, "pickscore", TINY / "reward")  # a folder of HPSv2's kind
-    assert load_reward("proxy", "random").name == "HPSrandom"
+    assert load_reward("proxy", "random:32").name == "HPSrandom"
     assert load_rewards(mixed(reward_weights=("random:32",)), None).name == "HPSrandom"
     alone = load_rewards(mixed(reward=("vjepa",), reward_weights=("random",)), None)
     assert alone.name == "VJEPA2-random" and alone.every[0].num_frames == 16
@@ -664,6 +664,7 @@ RUN = pytest.mark.usefixtures("aside", "few_clips")
 
 
 @RUN
+@pytest.mark.slow
 def test_a_mixture_alone_is_the_plain_run_bit_for_bit():
     """--watch makes a mixture of the one reward: what is optimised must not notice."""
     Path("my_reward.py").write_text("def red(frames, captions):\n    return frames[:, :, 0].mean((2, 3))\n")

@@ -266,6 +266,7 @@ def test_a_video_goes_on_from_its_last_frame(base, animals, monkeypatch, capsys)
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_vaders_gradient_stays_within_the_last_parts(animals):
     """Of two parts, and of a reward of the first part's frames alone, or of the others."""
     ours, K = adapted(load_base("random-svd")), 2
