@@ -20,7 +20,7 @@ SPELLINGS = [  # transformers 5 has the second of each
     ("attention.q_bias", "attention.query.bias"), ("attention.v_bias", "attention.value.bias")]
 ACTIONS = ("playing piano", "moving left", "moving right", "moving up", "moving down")
 SMALL = shared.SMALL_SIZES | dict(image_size=32, patch_size=16, num_frames=16,
-                               id2label=dict(enumerate(ACTIONS)))
+                                  id2label=dict(enumerate(ACTIONS)))
 
 
 class VideoMAE(RewardModel):

@@ -561,7 +561,7 @@ def stop_after(patch, step):
     patch.setattr(run_folder.Run, "log_step", log_step)
 
 
-# The others are stopped and go on in the same way; one of those with rounds is killed below.
+# The others are stopped and go on in the same way; three of those with rounds are killed below.
 @pytest.mark.parametrize("name", [name if name == "draft" else pytest.param(name, marks=pytest.mark.slow) for name in METHODS])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(name, monkeypatch, capsys):
     """The signal comes after the first step and is seen in the second, in the middle of a round where there are rounds."""
